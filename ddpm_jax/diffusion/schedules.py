@@ -1,0 +1,166 @@
+"""Noise schedules: float64 NumPy tables over t = 0..T, made once on the host.
+
+A float32 cumulative product of the alphas is off by 1.7e-4 at T = 1000, so every table is computed in float64 and cast
+to float32 where it is read (`at`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+  """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I), for t = 0..T (Ho et al. 2020, eq. 4).
+
+  Attributes:
+    betas: float64 [T + 1]; betas[t] is beta_t, betas[0] = 0.
+  """
+
+  betas: np.ndarray
+
+  def __post_init__(self):
+    if self.betas.dtype != np.float64 or self.betas.ndim != 1 or self.betas[0] != 0:
+      raise ValueError("betas must be a float64 vector over t = 0..T with betas[0] = 0")
+    if not ((self.betas[1:] > 0) & (self.betas[1:] < 1)).all():
+      raise ValueError("every beta_t with t >= 1 must lie strictly between 0 and 1")
+
+  @property
+  def num_timesteps(self) -> int:
+    """T."""
+    return len(self.betas) - 1
+
+  @functools.cached_property
+  def alpha_bar(self) -> np.ndarray:
+    """float64 [T + 1]: the product of (1 - beta_i) for i = 1..t; alpha_bar[0] = 1."""
+    return np.cumprod(1.0 - self.betas)
+
+  @functools.cached_property
+  def sqrt_alpha_bar(self) -> np.ndarray:
+    """float64 [T + 1]: the share of x_0 in x_t."""
+    return np.sqrt(self.alpha_bar)
+
+  @functools.cached_property
+  def sqrt_one_minus_alpha_bar(self) -> np.ndarray:
+    """float64 [T + 1]: the standard deviation of the noise in x_t."""
+    return np.sqrt(1.0 - self.alpha_bar)
+
+  @functools.cached_property
+  def snr(self) -> np.ndarray:
+    """float64 [T + 1]: alpha_bar / (1 - alpha_bar), falling in t; infinite at t = 0."""
+    with np.errstate(divide="ignore"):
+      return self.alpha_bar / (1.0 - self.alpha_bar)
+
+  @functools.cached_property
+  def log_snr(self) -> np.ndarray:
+    """float64 [T + 1]: twice DPM-Solver's lambda; the negative of VDM's gamma."""
+    return np.log(self.snr)
+
+
+class Posterior(typing.NamedTuple):
+  """q(x_s | x_t, x_0) = N(c_x0 x_0 + c_xt x_t, variance I), one entry for each pair (s, t)."""
+
+  c_x0: np.ndarray
+  c_xt: np.ndarray
+  variance: np.ndarray
+
+
+def step_beta(schedule: NoiseSchedule, s: np.ndarray, t: np.ndarray) -> np.ndarray:
+  """The variance 1 - alpha_bar_t / alpha_bar_s of q(x_t | x_s), s < t; beta_t where s = t - 1. float64, shape of t."""
+  return 1.0 - schedule.alpha_bar[t] / schedule.alpha_bar[s]
+
+
+def posterior(schedule: NoiseSchedule, s: np.ndarray, t: np.ndarray) -> Posterior:
+  """The posterior of x_s given x_t and x_0 for integer arrays 0 <= s < t <= T (Ho et al. eqs. 6 and 7 at s = t - 1).
+
+  At s = 0 the variance is exactly 0 and the mean exactly x_0: the last step needs no mask.
+  """
+  beta = step_beta(schedule, s, t)
+  one_minus_t = 1.0 - schedule.alpha_bar[t]
+  one_minus_s = 1.0 - schedule.alpha_bar[s]
+  return Posterior(
+    c_x0=np.where(np.equal(s, 0), 1.0, schedule.sqrt_alpha_bar[s] * beta / one_minus_t),
+    c_xt=np.sqrt(1.0 - beta) * one_minus_s / one_minus_t,
+    variance=beta * one_minus_s / one_minus_t,
+  )
+
+
+def reverse_variance(schedule: NoiseSchedule, kind: str, s: np.ndarray, t: np.ndarray) -> np.ndarray:
+  """The variance of p(x_s | x_t), one of the two fixed choices of Ho et al. 2020, section 3.2. float64, shape of t.
+
+  Args:
+    schedule: the noise schedule.
+    kind: 'fixed_small', the posterior variance, or 'fixed_large', beta_t.
+    s: integers, 0 <= s < t.
+    t: integers, 1..T.
+
+  Returns:
+    The variance. At s = 0, where sampling adds no noise but the decoder's likelihood needs a width, both are the
+    posterior variance of the step before (t = 2), as in the authors' code (diffusion_utils_2.py: index 0 <- index 1).
+  """
+  first = posterior(schedule, np.asarray(min(1, schedule.num_timesteps - 1)), np.asarray(min(2, schedule.num_timesteps)))
+  table = {"fixed_small": posterior(schedule, s, t).variance, "fixed_large": step_beta(schedule, s, t)}
+  return np.where(np.equal(s, 0), first.variance, table[kind])
+
+
+def at(table: np.ndarray, t: jax.Array) -> jax.Array:
+  """Reads a float64 host table at timestep t on the device: the one place where a table is cast to float32."""
+  return jnp.asarray(table, jnp.float32)[t]
+
+
+def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+  """beta_t linear in t from beta_1 to beta_T (Ho et al. 2020, section 4). float64 [T]."""
+  return np.linspace(beta_start, beta_end, num_timesteps, dtype=np.float64)
+
+
+def sqrt_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+  """sqrt(beta_t) linear in t: "quad" of Ho et al.'s code, "linear" of Latent Diffusion's. float64 [T]."""
+  return np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), num_timesteps, dtype=np.float64) ** 2
+
+
+def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
+  """beta_t on a logistic curve over [-6, 6] between beta_start and beta_end (GeoDiff; diffusers "sigmoid"). float64 [T]."""
+  curve = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, num_timesteps, dtype=np.float64)))
+  return beta_start + (beta_end - beta_start) * curve
+
+
+def cosine_betas(num_timesteps: int) -> np.ndarray:
+  """alpha_bar_t = f(t) / f(0), f(t) = cos^2((t/T + 0.008) / 1.008 pi/2), beta_t <= 0.999. float64 [T].
+
+  Nichol and Dhariwal 2021, eq. 17.
+  """
+  u = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+  f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
+  return np.minimum(1.0 - f[1:] / f[:-1], 0.999)
+
+
+def make_schedule(name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+  """The schedule of that name; the one place where names become schedules.
+
+  Args:
+    name: 'linear', 'quadratic' or 'scaled_linear' (one formula, two names), 'sigmoid', 'cosine'.
+    num_timesteps: T >= 1.
+    beta_start: beta_1; not used by 'cosine'.
+    beta_end: beta_T; not used by 'cosine'.
+
+  Raises:
+    ValueError: for an unknown name or betas outside (0, 1).
+  """
+  match name:
+    case "linear":
+      betas = linear_betas(num_timesteps, beta_start, beta_end)
+    case "quadratic" | "scaled_linear":
+      betas = sqrt_linear_betas(num_timesteps, beta_start, beta_end)
+    case "sigmoid":
+      betas = sigmoid_betas(num_timesteps, beta_start, beta_end)
+    case "cosine":
+      betas = cosine_betas(num_timesteps)
+    case _:
+      raise ValueError(f"unknown beta schedule {name!r}")
+  return NoiseSchedule(betas=np.concatenate([[0.0], betas]))

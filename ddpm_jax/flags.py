@@ -1,0 +1,67 @@
+"""One absl flag for each knob of `Config`, and back: the only module beside `main.py` that knows absl.flags."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config, UserError
+
+MODES = ("train", "sample")
+
+
+class _IntsParser(flags.ArgumentParser):
+  """Parses '1,2,2,2' into a tuple of ints; the empty text is the empty tuple."""
+
+  syntactic_help = "a comma separated list of integers"
+
+  def parse(self, argument: str | tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(argument, tuple):
+      return argument
+    try:
+      return tuple(int(part) for part in argument.split(",")) if argument else ()
+    except ValueError:
+      raise ValueError("expected integers separated by commas, such as 1,2,2,2") from None
+
+
+class _IntsSerializer(flags.ArgumentSerializer):
+
+  def serialize(self, value: tuple[int, ...]) -> str:
+    return config_lib.flag_text(value)
+
+
+def define(registry: flags.FlagValues = flags.FLAGS) -> None:
+  """Registers --workdir, --mode and a flag for every knob. Call once for each registry."""
+  flags.DEFINE_string("workdir", None, "Folder of this run: config, checkpoints, metrics, samples. Created if absent; "
+                      "the same command goes on where it stopped.", flag_values=registry, required=False)
+  flags.DEFINE_enum("mode", "train", MODES, "train: train, or go on training. sample: draw images from a workdir.",
+                    flag_values=registry)
+  for _, field, default in config_lib.knobs(Config()):
+    text = field.metadata["help"]
+    if field.metadata["choices"]:
+      flags.DEFINE_enum(field.name, default, field.metadata["choices"], text, flag_values=registry)
+    elif isinstance(default, bool):
+      flags.DEFINE_boolean(field.name, default, text, flag_values=registry)
+    elif isinstance(default, int):
+      flags.DEFINE_integer(field.name, default, text, flag_values=registry)
+    elif isinstance(default, float):
+      flags.DEFINE_float(field.name, default, text, flag_values=registry)
+    elif isinstance(default, tuple):
+      flags.DEFINE(_IntsParser(), field.name, default, text, registry, _IntsSerializer())
+    else:
+      flags.DEFINE_string(field.name, default, text, flag_values=registry)
+
+
+def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+  """The knobs that the command line or a flagfile names, with their values."""
+  return {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
+
+
+def workdir(registry: flags.FlagValues = flags.FLAGS) -> pathlib.Path:
+  """The absolute path of --workdir. Raises UserError if it is missing."""
+  if not registry["workdir"].value:
+    raise UserError("workdir: missing; name a folder for this run, such as --workdir=runs/digits")
+  return pathlib.Path(registry["workdir"].value).expanduser().absolute()

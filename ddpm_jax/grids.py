@@ -1,0 +1,53 @@
+"""Sample grids as pictures."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+_MARGIN = 2  # pixels between tiles
+_TILE = 48  # small images are enlarged, by a whole factor, to at least about this many pixels
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+  """Tiles images row by row.
+
+  Args:
+    images: uint8 [N, H, W, C], C 1 or 3.
+    columns: of the grid; by default about as many as rows.
+
+  Returns:
+    uint8 [height, width, 3] with a thin white margin; small images are enlarged by a whole factor.
+  """
+  number, height, width, channels = images.shape
+  columns = columns or math.ceil(math.sqrt(number))
+  rows = math.ceil(number / columns)
+  scale = max(1, _TILE // height)
+  images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
+  if channels == 1:
+    images = np.repeat(images, 3, axis=3)
+  tall, wide = height * scale + _MARGIN, width * scale + _MARGIN
+  grid = np.full((rows * tall + _MARGIN, columns * wide + _MARGIN, 3), 255, np.uint8)
+  for i, image in enumerate(images):
+    top, left = _MARGIN + i // columns * tall, _MARGIN + i % columns * wide
+    grid[top : top + height * scale, left : left + width * scale] = image
+  return grid
+
+
+def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
+  """Sets pictures uint8 [height, width, 3] of one size side by side, each under its caption."""
+  strip, gap = 18, 12
+  tall, wide, _ = next(iter(panels.values())).shape
+  page = Image.new("RGB", (len(panels) * (wide + gap) - gap, tall + strip), "white")
+  pen = ImageDraw.Draw(page)
+  for i, (caption, picture) in enumerate(panels.items()):
+    page.paste(Image.fromarray(picture), (i * (wide + gap), strip))
+    pen.text((i * (wide + gap) + 4, 3), caption, fill="black")
+  return np.asarray(page)
+
+
+def save_png(path, picture: np.ndarray) -> None:
+  """Writes uint8 [height, width, 3]."""
+  Image.fromarray(picture).save(path)

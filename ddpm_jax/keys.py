@@ -1,0 +1,21 @@
+"""Random streams: independent roots for each use of randomness, all functions of one seed."""
+
+from __future__ import annotations
+
+import zlib
+
+import jax
+
+STREAMS = ("init", "train", "preview", "sample")
+
+
+def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:
+  """The root key of one of `STREAMS`, a function of the seed and the stream's name."""
+  if stream not in STREAMS:
+    raise ValueError(f"unknown random stream {stream!r}")
+  return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stream.encode()))
+
+
+def indexed_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+  """One key for each entry of index int32 [B]: keys [B], each a function of (key, its index) alone."""
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

@@ -1,0 +1,75 @@
+"""Trains a denoising diffusion model, or draws images from one.
+
+  python -m ddpm_jax.main --workdir=runs/digits
+  python -m ddpm_jax.main --workdir=runs/cifar10 --flagfile=experiments/cifar10.flags
+  python -m ddpm_jax.main --workdir=runs/cifar10 --mode=sample
+
+The same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import app
+from absl import flags as absl_flags
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import distributed, flags, workdir
+from ddpm_jax.config import Config, NonFiniteError, UserError
+
+
+def resolve_config(mode: str, given: dict, folder) -> Config:
+  """The run that a command means: for training its flags over the defaults, else its flags over the workdir's config.
+
+  Raises:
+    UserError: if a flag would change what the workdir was trained with.
+  """
+  if mode == "train":
+    return config_lib.override(Config(), given)
+  stored = workdir.load_config(folder)
+  config = config_lib.override(stored, given)
+  for name, old, new in config_lib.changed(stored, config, on_resume=True):
+    raise UserError(f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
+                    f"{config_lib.flag_text(new)!r}; leave --{name} out")
+  return config
+
+
+def main(argv: Sequence[str]) -> int:
+  """Runs the mode that the flags name. Returns the exit code."""
+  try:
+    if len(argv) > 1:
+      raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+    mode, folder = absl_flags.FLAGS.mode, flags.workdir()
+    config = resolve_config(mode, flags.given(), folder)
+    distributed.initialize(config.train.distributed)
+    match mode:
+      case "train":
+        from ddpm_jax.training import loop
+
+        loop.train(config, folder)
+      case "sample":
+        from ddpm_jax.sampling import run
+
+        run.sample(config, folder)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  except NonFiniteError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 3
+  return 0
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  try:
+    return absl_flags.FLAGS(argv)
+  except absl_flags.Error as error:
+    print(f"error: {' '.join(str(error).split())}; --help lists the flags", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  flags.define()
+  app.run(main, flags_parser=_parse_flags)

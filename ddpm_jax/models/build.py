@@ -1,0 +1,68 @@
+"""ModelConfig -> module: the one place where names become classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.config import ModelConfig, UserError
+from ddpm_jax.models.layers import num_norm_groups
+from ddpm_jax.models.unet import UNet
+
+Params = Any  # a nested dict of float32 arrays
+# (params, xt float32 [B, H, W, C], t int32 [B], B dropout keys or None) -> float32 [B, H, W, C]
+Network = Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
+  """The U-Net for images of that shape [H, W, C].
+
+  Raises:
+    UserError: if the levels do not divide the image size, or an attention resolution is never reached.
+  """
+  height, width, channels = image_shape
+  levels = len(config.channel_multipliers)
+  factor = 2 ** (levels - 1)
+  for size in (height, width):
+    if size % factor:
+      below, above = size // factor * factor, (size // factor + 1) * factor
+      nearest = f"{below} or {above}" if below else f"{above}"
+      raise UserError(
+        f"image_size: {size} is not divisible by {factor}, as the {levels} levels of channel_multipliers need; use "
+        f"--image_size={nearest}, or fewer levels")
+  resolutions = [height // 2**level for level in range(levels)]
+  for resolution in config.attention_resolutions:
+    if resolution not in resolutions:
+      raise UserError(
+        f"attention_resolutions: {resolution} is none of this U-Net's resolutions, {', '.join(map(str, resolutions))}; "
+        "use some of those, or --attention_resolutions= for attention in the middle only")
+  return UNet(
+    out_channels=channels,
+    channels=config.channels,
+    channel_multipliers=config.channel_multipliers,
+    num_res_blocks=config.num_res_blocks,
+    attention_resolutions=config.attention_resolutions,
+    num_groups=config.norm_groups or num_norm_groups(config.channels),
+    dropout=config.dropout,
+    dtype=jnp.dtype(config.dtype),
+    remat=config.remat == "blocks",
+  )
+
+
+def network_of(model: UNet) -> Network:
+  """The model as a pure function of its parameters."""
+  return lambda params, xt, t, dropout_keys: model.apply({"params": params}, xt, t, dropout_keys)
+
+
+def init_params(model: UNet, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
+  """Fresh float32 parameters, a nested dict."""
+  xt, t = jnp.zeros((1, *image_shape), jnp.float32), jnp.ones((1,), jnp.int32)
+  return model.init(key, xt, t)["params"]
+
+
+def num_params(params: Params) -> int:
+  """The number of scalars in a parameter tree (arrays or shapes)."""
+  return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,126 @@
+"""The parts of the U-Net of Ho et al. 2020 (appendix B), which follows PixelCNN++ and Wide ResNet."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+# Uniform Glorot, the initialisation of every layer in the authors' code that is not a last one.
+default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+zeros_init = nn.initializers.zeros_init()
+
+
+def num_norm_groups(channels: int) -> int:
+  """Groups of GroupNorm for a U-Net with `channels` base channels: 32, or fewer in narrow networks.
+
+  The largest divisor of `channels` that is at most 32 and leaves at least four channels in a group, as 128 channels in
+  32 groups have. With one channel in a group the norm would subtract the timestep embedding again, which is constant
+  over the image.
+  """
+  most = max(1, min(32, channels // 4))
+  return max(g for g in range(1, most + 1) if channels % g == 0)
+
+
+def timestep_embedding(positions: jax.Array, channels: int) -> jax.Array:
+  """Sinusoidal embedding [sin | cos] with frequencies 10000^(-i / (channels/2 - 1)) (Vaswani et al. 2017, as in tensor2tensor).
+
+  Args:
+    positions: [B], counted from 0.
+    channels: even.
+
+  Returns:
+    float32 [B, channels].
+  """
+  half = channels // 2
+  frequencies = jnp.exp(-math.log(10000.0) / max(half - 1, 1) * jnp.arange(half, dtype=jnp.float32))
+  angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Dropout(nn.Module):
+  """Dropout whose mask of example i depends on keys[i] and on the layer's place in the network, and on nothing else.
+
+  So a batch split over devices, processes or accumulation steps drops the same activations.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
+    """x [B, ...]; keys: B random keys, or None to let everything pass."""
+    if keys is None or self.rate == 0.0:
+      return x
+    layer = zlib.crc32("/".join(self.path).encode())
+    keep = 1.0 - self.rate
+    mask = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, layer), keep, x.shape[1:]))(keys)
+    return jnp.where(mask, x / keep, jnp.zeros_like(x))
+
+
+class ResBlock(nn.Module):
+  """GroupNorm, swish, conv, + timestep embedding, GroupNorm, swish, dropout, conv (zero at first), + shortcut."""
+
+  features: int
+  num_groups: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+    """x [B, H, W, C], temb [B, E] after swish, dropout_keys [B] or None -> [B, H, W, features]."""
+    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm1")(x))
+    h = nn.Conv(self.features, (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv1")(h)
+    temb = nn.Dense(self.features, kernel_init=default_init, dtype=self.dtype, name="temb_proj")(temb)
+    h = h + temb[:, None, None, :]
+    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm2")(h))
+    h = Dropout(self.dropout, name="dropout")(h, dropout_keys)
+    h = nn.Conv(self.features, (3, 3), kernel_init=zeros_init, dtype=self.dtype, name="conv2")(h)
+    if x.shape[-1] != self.features:
+      x = nn.Dense(self.features, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
+    return x + h
+
+
+class SelfAttention(nn.Module):
+  """One-head self-attention over the H x W positions, with a residual; zero at first."""
+
+  num_groups: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x [B, H, W, C] -> [B, H, W, C]."""
+    batch, height, width, channels = x.shape
+    h = nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm")(x)
+    # One product for queries, keys and values. Its fan-out is three times theirs, so scale 2 makes its uniform range
+    # that of three separate C -> C layers: 2 / ((C + 3C) / 2) = 1 / ((C + C) / 2).
+    init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
+    qkv = nn.Dense(3 * channels, kernel_init=init, dtype=self.dtype, name="qkv")(h)
+    q, k, v = jnp.split(qkv.reshape(batch, height * width, 1, 3 * channels), 3, axis=-1)
+    h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels)
+    return x + nn.Dense(channels, kernel_init=zeros_init, dtype=self.dtype, name="proj")(h)
+
+
+class Downsample(nn.Module):
+  """Halves the resolution with a strided 3x3 convolution (TensorFlow's SAME padding: one row below and right)."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H/2, W/2, C]."""
+    return nn.Conv(x.shape[-1], (3, 3), strides=2, kernel_init=default_init, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+  """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, 2H, 2W, C]."""
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return nn.Conv(x.shape[-1], (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv")(x)

@@ -1,0 +1,102 @@
+"""The U-Net of Ho et al. 2020 (appendix B), read top to bottom."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.models.layers import (
+  Downsample,
+  ResBlock,
+  SelfAttention,
+  Upsample,
+  default_init,
+  timestep_embedding,
+  zeros_init,
+)
+
+
+class UNet(nn.Module):
+  """Predicts eps, x0 or v from (x_t, t).
+
+  Attributes:
+    out_channels: channels of the image.
+    channels: channels at the full resolution; even.
+    channel_multipliers: channels of each level as multiples of `channels`; each level halves the resolution.
+    num_res_blocks: residual blocks of each level on the way down, one more on the way up.
+    attention_resolutions: heights at which each residual block, down and up, is followed by attention.
+    num_groups: groups of GroupNorm; divides `channels`.
+    dropout: rate inside the residual blocks.
+    dtype: of the activations; parameters and the output are float32.
+    remat: recompute each residual block in the backward pass.
+  """
+
+  out_channels: int
+  channels: int = 128
+  channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+  num_res_blocks: int = 2
+  attention_resolutions: tuple[int, ...] = (16,)
+  num_groups: int = 32
+  dropout: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+    """Runs the network.
+
+    Args:
+      xt: float32 [B, H, W, C]; H and W divisible by 2^(levels - 1).
+      t: int32 [B], timesteps in 1..T.
+      dropout_keys: B random keys, or None for no dropout.
+
+    Returns:
+      float32 [B, H, W, out_channels]; zero at initialisation.
+    """
+    block_class = nn.remat(ResBlock) if self.remat else ResBlock
+
+    def block(h: jax.Array, features: int, name: str) -> jax.Array:
+      h = block_class(features, self.num_groups, self.dropout, self.dtype, name=name)(h, temb, dropout_keys)
+      return attention(h, f"{name}_attention") if h.shape[1] in self.attention_resolutions else h
+
+    def attention(h: jax.Array, name: str) -> jax.Array:
+      return SelfAttention(self.num_groups, self.dtype, name=name)(h)
+
+    # Timestep embedding. Published weights count timesteps from 0, so the network is given t - 1: here and only here.
+    temb = timestep_embedding(t - 1, self.channels).astype(self.dtype)
+    temb = nn.Dense(4 * self.channels, kernel_init=default_init, dtype=self.dtype, name="temb_dense1")(temb)
+    temb = nn.Dense(4 * self.channels, kernel_init=default_init, dtype=self.dtype, name="temb_dense2")(nn.swish(temb))
+    temb = nn.swish(temb)  # every block begins its use of the embedding with a swish; done once
+
+    # Down.
+    levels = len(self.channel_multipliers)
+    h = nn.Conv(self.channels, (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv_in")(xt.astype(self.dtype))
+    skips = [h]
+    for level, multiplier in enumerate(self.channel_multipliers):
+      for i in range(self.num_res_blocks):
+        h = block(h, self.channels * multiplier, f"down{level}_block{i}")
+        skips.append(h)
+      if level < levels - 1:
+        h = Downsample(self.dtype, name=f"down{level}_downsample")(h)
+        skips.append(h)
+
+    # Middle: attention at every resolution.
+    features = h.shape[-1]
+    h = block_class(features, self.num_groups, self.dropout, self.dtype, name="mid_block0")(h, temb, dropout_keys)
+    h = attention(h, "mid_attention")
+    h = block_class(features, self.num_groups, self.dropout, self.dtype, name="mid_block1")(h, temb, dropout_keys)
+
+    # Up.
+    for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
+      for i in range(self.num_res_blocks + 1):
+        h = jnp.concatenate([h, skips.pop()], axis=-1)
+        h = block(h, self.channels * multiplier, f"up{level}_block{i}")
+      if level > 0:
+        h = Upsample(self.dtype, name=f"up{level}_upsample")(h)
+    assert not skips
+
+    # End.
+    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm_out")(h))
+    h = nn.Conv(self.out_channels, (3, 3), kernel_init=zeros_init, dtype=self.dtype, name="conv_out")(h)
+    return h.astype(jnp.float32)

@@ -1,0 +1,46 @@
+"""What a person sees while something runs: a bar with the time left on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Mapping
+
+import tqdm
+
+
+class Progress:
+  """Progress of a counted task, on stderr if that is a terminal, as lines on stdout if not."""
+
+  def __init__(self, what: str, *, total: int, done: int = 0, quiet: bool = False):
+    """Args: a word for the unit, such as 'step'; how many in all; how many already; print nothing at all."""
+    self._what, self._total, self._quiet = what, total, quiet
+    self._bar = None
+    if not quiet and sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=total, initial=done, unit=what, dynamic_ncols=True, smoothing=0.05)
+
+  def advance(self, by: int = 1) -> None:
+    """Moves the bar."""
+    if self._bar is not None:
+      self._bar.update(by)
+
+  def report(self, done: int, facts: Mapping[str, float], rate: float) -> None:
+    """Shows facts at a point of interest. rate: units a second, for the time left."""
+    text = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
+    if self._bar is not None:
+      self._bar.set_postfix_str(text)
+    elif not self._quiet:
+      left = datetime.timedelta(seconds=round((self._total - done) / rate)) if rate > 0 else "?"
+      print(f"{self._what} {done}/{self._total}  {text}  {rate:.3g} {self._what}s/s  {left} left", flush=True)
+
+  def say(self, text: str) -> None:
+    """Prints a line without breaking the bar."""
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    elif not self._quiet:
+      print(text, flush=True)
+
+  def close(self) -> None:
+    """Leaves the terminal on a fresh line."""
+    if self._bar is not None:
+      self._bar.close()

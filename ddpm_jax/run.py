@@ -1,0 +1,50 @@
+"""What training and sampling have in common: the parts of a run, built from its Config."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from ddpm_jax.config import Config
+from ddpm_jax.diffusion.schedules import NoiseSchedule, make_schedule
+from ddpm_jax.keys import stream_key
+from ddpm_jax.models.build import Network, build_model, init_params, network_of
+from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.state import TrainState, create_state
+
+
+class Run(NamedTuple):
+  """The parts of a run that never change while it runs."""
+
+  config: Config
+  image_shape: tuple[int, int, int]  # H, W, C
+  schedule: NoiseSchedule
+  network: Network
+  parallel: Parallel
+  abstract_state: TrainState  # ShapeDtypeStructs with shardings
+
+  def initial_state(self) -> TrainState:
+    """The state before the first update, placed."""
+    init = functools.partial(_initial_state, self.config, self.image_shape)
+    return jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))()
+
+
+def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Parallel) -> Run:
+  """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together."""
+  model = build_model(config.model, image_shape)
+  d = config.diffusion
+  schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
+  shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape))
+  abstract_state = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes, parallel.state_shardings(shapes))
+  return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
+
+
+def _initial_state(config: Config, image_shape: tuple[int, int, int]) -> TrainState:
+  model = build_model(config.model, image_shape)
+  params = init_params(model, stream_key(config.train.seed, "init"), image_shape)
+  return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))

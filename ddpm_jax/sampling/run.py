@@ -1,0 +1,86 @@
+"""The run `sample`: draws images from a workdir's newest checkpoint and nothing else."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import grids
+from ddpm_jax.config import Config, UserError
+from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.progress import Progress
+from ddpm_jax.run import build_run
+from ddpm_jax.sampling.draw import make_draw
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.parallel import Parallel
+
+_GRID_IMAGES = 256  # more than that is no picture any more
+
+
+def sample(config: Config, workdir: pathlib.Path) -> None:
+  """Writes `samples/samples.npz` (`images` uint8 [N, H, W, C], `settings` JSON) and `samples/samples.png`.
+
+  Earlier draws are kept as samples.1.npz, samples.2.npz and so on.
+
+  Raises:
+    UserError: if the workdir holds no checkpoint.
+  """
+  options, diffusion = config.sample, config.diffusion
+  if not (workdir / "checkpoints").is_dir():
+    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
+  checkpoints = Checkpoints(workdir / "checkpoints")
+  step = checkpoints.latest_step()
+  if step is None:
+    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
+  parallel = Parallel(config.train.parallel)
+  run = build_run(config, tuple(checkpoints.meta(step)["image_shape"]), parallel)
+  state = checkpoints.restore(run.abstract_state, step)
+  checkpoints.close()
+
+  schedule = run.schedule
+  table = make_sampler(schedule, options.sampler, num_steps=options.sampling_steps, eta=options.eta,
+                       variance=diffusion.variance)
+  draw = make_draw(run.network, schedule, table, prediction=diffusion.prediction, image_shape=run.image_shape,
+                   parallel=parallel, seed=options.sample_seed, stream="sample")
+  params = state.ema_params if options.sample_weights == "ema" else state.params
+  is_first = jax.process_index() == 0
+  progress = Progress("image", total=options.num_samples, quiet=not is_first)
+  progress.say(f"drawing {options.num_samples} images {run.image_shape[0]}x{run.image_shape[1]}x{run.image_shape[2]} "
+               f"with the {options.sample_weights} weights after update {step}: {options.sampler}, {len(table.t)} "
+               "network evaluations each")
+  drawn, began = [], time.perf_counter()
+  size = min(options.sample_batch_size, options.num_samples)
+  for first in range(0, options.num_samples, size):
+    index = np.arange(first, first + size)  # a full batch each time: one compilation
+    drawn.append(draw(params, index)[: options.num_samples - first])
+    done = sum(map(len, drawn))
+    progress.advance(len(drawn[-1]))
+    progress.report(done, {}, done / (time.perf_counter() - began))
+  progress.close()
+  if not is_first:
+    return
+  images = np.concatenate(drawn)
+  settings = {name: value for section, field, value in config_lib.knobs(config) if section == "sample"
+              for name in [field.name]} | {"checkpoint": step, "variance": diffusion.variance}
+  folder = workdir / "samples"
+  folder.mkdir(exist_ok=True)
+  _set_aside(folder)
+  np.savez_compressed(folder / "samples.npz", images=images, settings=json.dumps(settings))
+  grids.save_png(folder / "samples.png", grids.image_grid(images[:_GRID_IMAGES]))
+  shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
+  print(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
+
+
+def _set_aside(folder: pathlib.Path) -> None:
+  """Renames an earlier draw: nothing that exists is overwritten."""
+  number = 1
+  while any((folder / f"samples.{number}{suffix}").exists() for suffix in (".npz", ".png")):
+    number += 1
+  for suffix in (".npz", ".png"):
+    if (folder / f"samples{suffix}").exists():
+      (folder / f"samples{suffix}").rename(folder / f"samples.{number}{suffix}")

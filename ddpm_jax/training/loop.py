@@ -1,0 +1,216 @@
+"""The run `train`. The order of operations of training is written here, once.
+
+Checkpoint N holds the state after N updates; the line N of the metrics describes update N; nothing is trained after the
+last checkpoint. Between two points where something is written, the host never waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ddpm_jax import grids, workdir as workdir_lib
+from ddpm_jax.config import Config, NonFiniteError
+from ddpm_jax.data.pipeline import batches
+from ddpm_jax.data.sources import Source, open_source
+from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.models.build import num_params
+from ddpm_jax.progress import Progress
+from ddpm_jax.run import Run, build_run
+from ddpm_jax.sampling.draw import Draw, make_draw
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.step import Metrics, make_loss, train_step
+from ddpm_jax.training.stop import StopRequest
+from ddpm_jax.writers import MetricsWriter
+
+
+def train(config: Config, workdir: pathlib.Path) -> None:
+  """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
+
+  Raises:
+    UserError: before anything is compiled or written, if the command does not fit the data, the devices or the workdir.
+    NonFiniteError: if the loss is not finite at a point where it is read.
+  """
+  parallel = Parallel(config.train.parallel)
+  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  workdir_lib.check(workdir, config)
+  source = open_source(config.data)
+  run = build_run(config, source.image_shape, parallel)
+  if jax.process_index() == 0:
+    workdir_lib.create(workdir, config)
+    (workdir / "samples").mkdir(exist_ok=True)
+  multihost_utils.sync_global_devices("workdir created")
+
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+  try:
+    _train(run, source, workdir, checkpoints)
+  finally:
+    checkpoints.close()
+
+
+def _train(run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpoints) -> None:
+  config, parallel, options = run.config, run.parallel, run.config.train
+  is_first = jax.process_index() == 0
+  start = checkpoints.latest_step() or 0
+  progress = Progress("step", total=options.num_steps, done=start, quiet=not is_first)
+  progress.say(_headline(run, source, workdir, start))
+  if start >= options.num_steps:
+    progress.close()
+    return
+  state = checkpoints.restore(run.abstract_state, start) if start else run.initial_state()
+
+  step_fn = parallel.compile(make_train_step(run), run.abstract_state)
+  preview = make_preview(run)
+  writer = MetricsWriter(workdir, resume_step=start) if is_first else None
+  meta = {"image_shape": list(run.image_shape)}
+  host_batches = batches(
+    source, batch_size=config.data.batch_size, seed=options.seed, start_step=start,
+    process_index=jax.process_index(), process_count=jax.process_count(), threads=config.data.data_threads)
+  clock = _Clock()
+  unread: tuple[int, Metrics] | None = None  # metrics are read one update late, so that the device never waits
+
+  def read_metrics(unread: tuple[int, Metrics]) -> None:
+    step, metrics = unread[0], {name: float(to_host(value)) for name, value in unread[1].items()}
+    if not all(math.isfinite(value) for value in metrics.values()):
+      raise NonFiniteError(f"update {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the newest "
+                           f"checkpoint is {checkpoints.latest_step() or 'none'}; try a lower --learning_rate")
+    rate = clock.rate(step)
+    if rate:
+      metrics |= {"steps_per_second": rate, "images_per_second": rate * config.data.batch_size}
+    if writer:
+      writer.write(step, metrics)
+    progress.report(step, {"loss": metrics["loss"], "grad norm": metrics["grad_norm"]}, rate)
+
+  with StopRequest() as stop:
+    for step in range(start + 1, options.num_steps + 1):
+      batch = parallel.put_batch(next(host_batches))
+      with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
+        state, metrics = step_fn(state, batch)
+      progress.advance()
+      if step == start + 1:
+        jax.block_until_ready(metrics)
+        progress.say(f"compiled and made update {step} in {clock.start(step):.1f} s")
+      if unread:
+        read_metrics(unread)
+        unread = None
+
+      stopping = step < options.num_steps and stop.due(step)
+      last = stopping or step == options.num_steps
+      save_now = last or step % options.checkpoint_every == 0
+      preview_now = options.sample_every and (step % options.sample_every == 0 or step == options.num_steps)
+      if step % options.log_every == 0 or last:
+        unread = (step, metrics)
+      if not (save_now or preview_now):
+        continue
+
+      # Something is written at this step: wait for the device, then write in this order.
+      jax.block_until_ready(state)
+      if unread:
+        read_metrics(unread)
+        unread = None
+      with clock.paused():
+        if save_now:
+          checkpoints.save(parallel.globalize(state), step, meta)
+        if preview_now and not stopping:
+          picture = preview(parallel.globalize(state))
+          if writer:
+            grids.save_png(workdir / "samples" / f"step_{step:08d}.png", picture)
+            writer.write_image(step, "samples", picture)
+      if stopping:
+        break
+  checkpoints.wait()
+  if writer:
+    writer.close()
+  progress.close()
+  if is_first:
+    print(_farewell(workdir, step, options.num_steps), flush=True)
+
+
+def make_train_step(run: Run) -> functools.partial:
+  """`step.train_step` with everything bound but (state, batch) and axis_name."""
+  config = run.config
+  return functools.partial(
+    train_step,
+    seed=config.train.seed,
+    loss_fn=make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip),
+    optimizer=make_optimizer(config.optimizer, config.train.num_steps),
+    learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps),
+    ema_decay=config.optimizer.ema_decay,
+    grad_accum_steps=config.train.grad_accum_steps,
+  )
+
+
+def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
+  """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise."""
+  options, schedule = run.config.train, run.schedule
+  draw: Draw = make_draw(
+    run.network, schedule, make_sampler(schedule, "ddim", num_steps=options.preview_steps),
+    prediction=run.config.diffusion.prediction, image_shape=run.image_shape, parallel=run.parallel, seed=options.seed,
+    stream="preview")
+  index = np.arange(options.preview_images)
+
+  def preview(state: TrainState) -> np.ndarray:
+    weights = {"EMA weights": state.ema_params, "raw weights": state.params}
+    return grids.captioned({name: grids.image_grid(draw(params, index)) for name, params in weights.items()})
+
+  return preview
+
+
+class _Clock:
+  """Updates a second between two points, without the time in which the loop was writing or drawing."""
+
+  def __init__(self):
+    self._time, self._step, self._pause = time.perf_counter(), 0, 0.0
+
+  def start(self, step: int) -> float:
+    """Begins to count at `step`. Returns the seconds since the clock was made."""
+    before, self._time, self._step = self._time, time.perf_counter(), step
+    return self._time - before
+
+  def rate(self, step: int) -> float:
+    """Updates a second since the last call; 0 if there was none."""
+    now = time.perf_counter()
+    rate = (step - self._step) / (now - self._time - self._pause)
+    self._time, self._step, self._pause = now, step, 0.0
+    return rate
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out the time spent inside."""
+    began = time.perf_counter()
+    yield
+    self._pause += time.perf_counter() - began
+
+
+def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int) -> str:
+  height, width, channels = run.image_shape
+  devices, total = jax.devices(), run.config.train.num_steps
+  what = (f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, "
+          f"U-Net of {num_params(run.abstract_state.params):,} parameters, "
+          f"{len(devices)} x {devices[0].device_kind} ({run.parallel.mode}), {jax.process_count()} process(es)\n")
+  if start >= total:
+    return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
+  if start:
+    return what + f"resuming {workdir} after update {start} of {total}"
+  return what + f"training {total} updates in {workdir}; compiling"
+
+
+def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
+  end = f"done: {step} updates" if step == total else f"stopped on request after update {step} of {total}, saved"
+  again = "draw images with" if step == total else "go on with the same command; draw images with"
+  return f"""{end}
+  checkpoint   {workdir / "checkpoints" / str(step)}
+  samples      {workdir / "samples"}
+  metrics      {workdir / "metrics.jsonl"}, and tensorboard --logdir={workdir}
+  {again}   python -m ddpm_jax.main --mode=sample --workdir={workdir}"""

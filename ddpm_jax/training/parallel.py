@@ -1,0 +1,98 @@
+"""How a step runs on many devices, of one process or of several: the only module that knows devices.
+
+Between steps the state is a tree of global arrays over a one-dimensional mesh ("data"): replicated for pmap, sharded for
+fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ddpm_jax.config import UserError
+
+AXIS = "data"
+Tree = Any
+
+
+class Parallel:
+  """A mesh over all devices of all processes, and the placements that follow from `--parallel`."""
+
+  def __init__(self, mode: str):
+    """mode: 'pmap' or 'fsdp'."""
+    self.mode = mode
+    self.num_devices = jax.device_count()
+    self.mesh = jax.make_mesh((self.num_devices,), (AXIS,), axis_types=(AxisType.Auto,))
+    self.replicated = NamedSharding(self.mesh, PartitionSpec())
+    self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
+
+  def check_batch(self, batch_size: int, grad_accum_steps: int = 1) -> None:
+    """Raises UserError if the devices do not divide the global batch, or a part of it."""
+    rows = self.num_devices * grad_accum_steps
+    if batch_size % rows:
+      below, above = batch_size // rows * rows, (batch_size // rows + 1) * rows
+      parts = f" times grad_accum_steps={grad_accum_steps}" if grad_accum_steps > 1 else ""
+      raise UserError(
+        f"batch_size: {batch_size} cannot be divided among {self.num_devices} devices{parts}; use "
+        f"--batch_size={f'{below} or {above}' if below else above}"
+      )
+
+  def state_shardings(self, abstract_state: Tree) -> Tree:
+    """The placement of each leaf of the state: everywhere for pmap; for fsdp, cut along its longest divisible axis."""
+    return jax.tree.map(self._leaf_sharding, abstract_state)
+
+  def _leaf_sharding(self, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    if self.mode == "fsdp":
+      for axis in sorted(range(len(leaf.shape)), key=lambda axis: -leaf.shape[axis]):
+        if leaf.shape[axis] % self.num_devices == 0:
+          return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, AXIS))
+    return self.replicated
+
+  def compile(self, train_step: Callable, abstract_state: Tree) -> Callable:
+    """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state."""
+    match self.mode:
+      case "pmap":
+        # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
+        # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
+        mapped = lambda state, batch: train_step(state, batch, axis_name=AXIS)  # noqa: E731
+        return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0)
+      case "fsdp":
+        shardings = self.state_shardings(abstract_state)
+        return jax.jit(
+          lambda state, batch: train_step(state, batch, axis_name=None),
+          in_shardings=(shardings, self.split),
+          out_shardings=(shardings, self.replicated),
+          donate_argnums=0,
+        )
+      case _:
+        raise ValueError(f"unknown parallelism {self.mode!r}")
+
+  def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows of the global batch [B / processes, ...] -> device arrays, as the compiled step takes them."""
+
+    def put(rows: np.ndarray) -> jax.Array:
+      if self.mode == "pmap":  # pmap wants a leading axis of devices
+        rows = rows.reshape(jax.local_device_count(), -1, *rows.shape[1:])
+      return jax.make_array_from_process_local_data(self.split, rows)
+
+    return jax.tree.map(put, batch)
+
+  def globalize(self, state: Tree) -> Tree:
+    """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
+    if self.mode != "pmap" or jax.process_count() == 1:
+      return state
+
+    def join(leaf: jax.Array) -> jax.Array:
+      copies = [shard.data for shard in leaf.addressable_shards]
+      return jax.make_array_from_single_device_arrays(leaf.shape, self.replicated, copies)
+
+    return jax.tree.map(join, state)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+  """A replicated array as NumPy, on every process. Waits for it to be computed."""
+  return jax.device_get(array.addressable_shards[0].data)

@@ -1,0 +1,18 @@
+"""Eight simulated devices, strict arithmetic and a shared compilation cache, before JAX starts."""
+
+import os
+import pathlib
+
+CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # children of the tests inherit it
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
+
+import jax
+
+# Mixing ranks by accident is how a [B] and a [B, 1] become a [B, B]: an error in the tests.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+assert jax.device_count() == 8
