@@ -46,7 +46,7 @@ class DataConfig:
                           "checksums and downloads nothing that is there.", may_change=True)
   image_size: int = _knob(0, "Resize the short side to this many pixels and crop the centre (0: images as they are).",
                           minimum=0)
-  batch_size: int = _knob(128, "Images in one update, over all devices and processes.", minimum=1)
+  batch_size: int = _knob(64, "Images in one update, over all devices and processes.", minimum=1)
   random_flip: bool = _knob(False, "Mirror each image left-right with probability 1/2.")
   cache_gib: float = _knob(4.0, "Data sets whose uint8 images take at most this many GiB are decoded once and kept in "
                            "memory; larger ones are read from disk.", minimum=0, may_change=True)
@@ -80,14 +80,14 @@ class ModelConfig:
   """The U-Net."""
 
   channels: int = _knob(32, "Channels at the full resolution.", minimum=2)
-  channel_multipliers: tuple[int, ...] = _knob((1, 2, 2), "Channels of each level as multiples of --channels; each "
+  channel_multipliers: tuple[int, ...] = _knob((1, 2), "Channels of each level as multiples of --channels; each "
                                                "level after the first halves the resolution.", minimum=1)
-  num_res_blocks: int = _knob(2, "Residual blocks of each level on the way down; one more on the way up.", minimum=1)
+  num_res_blocks: int = _knob(1, "Residual blocks of each level on the way down; one more on the way up.", minimum=1)
   attention_resolutions: tuple[int, ...] = _knob((4,), "Heights, in pixels, of the levels whose residual blocks are "
                                                  "followed by self-attention (empty: only the middle).", minimum=1)
   norm_groups: int = _knob(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                            "channels).", minimum=0)
-  dropout: float = _knob(0.1, "Dropout rate inside the residual blocks.", minimum=0, below=1)
+  dropout: float = _knob(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
   dtype: str = _knob("float32", "Type of the activations; parameters, loss and optimiser are float32 always.",
                      choices=("float32", "bfloat16"))
   remat: str = _knob("none", "'blocks' recomputes each residual block in the backward pass: less memory, a third more "
@@ -98,7 +98,7 @@ class ModelConfig:
 class OptimizerConfig:
   """Adam (beta1 0.9, beta2 0.999, epsilon 1e-8, as in the paper) and the moving average of the weights."""
 
-  learning_rate: float = _knob(1e-3, "Learning rate after the warm-up.", above=0)
+  learning_rate: float = _knob(2e-3, "Learning rate after the warm-up.", above=0)
   lr_schedule: str = _knob("cosine", "After the warm-up: constant as in the paper, or a cosine down to zero at "
                            "--num_steps.", choices=("constant", "cosine"))
   warmup_steps: int = _knob(100, "Updates over which the learning rate rises linearly from zero.", minimum=0)
@@ -113,14 +113,14 @@ class TrainConfig:
 
   seed: int = _knob(0, "Seed of everything random in training: initial weights, data order, timesteps, noise, flips, "
                     "dropout.", minimum=0, below=2**32)
-  num_steps: int = _knob(4000, "Updates in all.", minimum=1, may_change=True)
+  num_steps: int = _knob(2000, "Updates in all.", minimum=1, may_change=True)
   parallel: str = _knob("pmap", "How a step runs on several devices: 'pmap' replicates the state, 'fsdp' shards "
                         "parameters, optimiser state and EMA.", choices=("pmap", "fsdp"), may_change=True)
   grad_accum_steps: int = _knob(1, "Split each batch into this many parts, one after the other: less memory, the same "
                                 "update.", minimum=1, may_change=True)
-  log_every: int = _knob(50, "Updates between two lines of metrics.", minimum=1, may_change=True)
-  checkpoint_every: int = _knob(1000, "Updates between two checkpoints.", minimum=1, may_change=True)
-  sample_every: int = _knob(1000, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
+  log_every: int = _knob(100, "Updates between two lines of metrics.", minimum=1, may_change=True)
+  checkpoint_every: int = _knob(500, "Updates between two checkpoints.", minimum=1, may_change=True)
+  sample_every: int = _knob(500, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
   keep_checkpoints: int = _knob(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
   preview_images: int = _knob(32, "Images in a sample grid during training, drawn with the EMA weights and with the "
                               "raw ones.", minimum=1, may_change=True)

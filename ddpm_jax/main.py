@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from absl import app
 from absl import flags as absl_flags
+from absl import logging
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import distributed, flags, workdir
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
   try:
     if len(argv) > 1:
       raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+    if not absl_flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # absl's default shows every line that Orbax and JAX log
     mode, folder = absl_flags.FLAGS.mode, flags.workdir()
     config = resolve_config(mode, flags.given(), folder)
     distributed.initialize(config.train.distributed)

@@ -162,7 +162,7 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
 
   def preview(state: TrainState) -> np.ndarray:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    return grids.captioned({name: grids.image_grid(draw(params, index)) for name, params in weights.items()})
+    return grids.captioned({name: grids.image_grid(draw(params, index), columns=8) for name, params in weights.items()})
 
   return preview
 

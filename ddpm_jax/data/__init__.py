@@ -1,0 +1,1 @@
+"""Host side: images by index, in a seeded order, as uint8 batches."""

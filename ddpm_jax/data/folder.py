@@ -1,0 +1,68 @@
+"""A folder of image files, `--dataset=folder:PATH`."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import pathlib
+
+from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.data import images
+from ddpm_jax.data.encoded import EncodedImages, decoded_size
+
+PREFIX = "folder:"
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+
+def open_folder(data: DataConfig) -> EncodedImages:
+  """The images below a folder, in the order of their relative paths, the same on every machine.
+
+  Reads the header of every file: the images are grey if all are, and have a size if all have the same.
+
+  Raises:
+    UserError: no such folder, no image in it, a file that is not an image, a split that a folder does not have, or
+      images of different sizes, or not square, where `data.image_size` is 0.
+  """
+  path = data.dataset.removeprefix(PREFIX)
+  root = pathlib.Path(path).expanduser()
+  if not path or not root.is_dir():
+    raise UserError(f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images")
+  if data.split != "train":
+    raise UserError(
+      f"split: {data.split!r} is unknown, a folder has only 'train'; name the folder of that split in "
+      "--dataset=folder:PATH"
+    )
+  files = find_images(root)
+  if not files:
+    raise UserError(
+      f"dataset: {data.dataset!r} holds no {' '.join(sorted(_SUFFIXES))} file (hidden files, and links "
+      "that lead out of the folder, are left out); name a folder of images"
+    )
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    headers = list(pool.map(images.read_header, files))
+  sizes = {(height, width) for height, width, _ in headers}
+  size = decoded_size(data.dataset, sizes.pop() if len(sizes) == 1 else (None, None), data.image_size)
+  channels = 1 if all(grey for _, _, grey in headers) else 3
+  return EncodedImages(
+    name=data.dataset,
+    length=len(files),
+    shape=(*size, channels),
+    resize=data.image_size > 0,
+    fetch=lambda indices: [files[i] for i in indices],
+    label=lambda index: str(files[index]),
+  )
+
+
+def find_images(root: pathlib.Path) -> list[pathlib.Path]:
+  """Image files below `root`, sorted by relative path; no hidden ones, none that a link leads out of `root` for."""
+  inside = root.resolve()
+  found = []
+  for folder, subfolders, names in os.walk(root):
+    subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for name in names:
+      file = pathlib.Path(folder, name)
+      if name.startswith(".") or file.suffix.lower() not in _SUFFIXES or not file.is_file():
+        continue
+      if not file.is_symlink() or file.resolve().is_relative_to(inside):
+        found.append(file)
+  return sorted(found, key=lambda file: file.relative_to(root).as_posix())

@@ -1,0 +1,107 @@
+"""The order of the images, and the batches that a process reads: a function of (seed, step) and nothing else.
+
+Batch k is rows k*B .. (k+1)*B - 1 of an endless global shuffle, in which every epoch is a permutation of its own.
+Process p of n reads the p-th of n contiguous shares of each batch. So the position in the data is the step, and a run
+goes on where it stopped on any number of hosts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from ddpm_jax.config import UserError
+from ddpm_jax.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+
+def order(
+  length: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> grain.MapDataset:
+  """Which images are in which batch: `order(...)[k]` is int [B/n], this process's share of batch k.
+
+  Args:
+    length: number of images in the data set; may be smaller than a batch.
+    batch_size: B, over all processes.
+    seed: of the shuffle, in 0..2**32 - 1.
+    process_index: p, in 0..n-1.
+    process_count: n.
+
+  Raises:
+    UserError: the processes cannot share a batch evenly.
+  """
+  if batch_size % process_count:
+    raise UserError(
+      f"batch_size: {batch_size} cannot be shared evenly by {process_count} processes; use a multiple of "
+      f"{process_count}"
+    )
+  shares = grain.MapDataset.range(length).seed(seed).shuffle().repeat().batch(batch_size // process_count)
+  return shares[process_index::process_count]
+
+
+def batch_at(
+  source: Source, step: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+) -> Batch:
+  """Batch `step` (counted from 0), without its predecessors. For the arguments and the result see `batches`."""
+  batch = _dataset(source, batch_size, seed, process_index, process_count)[step]
+  assert batch is not None  # only a filtered dataset has gaps
+  return batch
+
+
+def batches(
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  threads: int = 2,
+) -> Iterator[Batch]:
+  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads.
+
+  The threads start with the first `next` and stop with the generator's `close()`.
+
+  Args:
+    source: the images.
+    batch_size: B, over all processes.
+    seed: of the shuffle, in 0..2**32 - 1.
+    start_step: number of batches that came before.
+    process_index: p, in 0..n-1.
+    process_count: n.
+    threads: how many read and decode; at most twice as many batches wait to be used.
+
+  Yields:
+    "image": uint8 [B/n, H, W, C], and "index": int32 [B/n], the position of each row in the global batch.
+
+  Raises:
+    UserError: the processes cannot share a batch evenly, or an image cannot be decoded.
+  """
+  dataset = _dataset(source, batch_size, seed, process_index, process_count)[start_step:]
+  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+  return _closing(dataset.to_iter_dataset(options))
+
+
+def _dataset(source: Source, batch_size: int, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
+  """The batches of one process by step."""
+  share = batch_size // process_count
+  index = process_index * share + np.arange(share, dtype=np.int32)
+
+  def read(indices: np.ndarray) -> Batch:
+    return {"image": source.read(indices), "index": index.copy()}
+
+  return order(
+    len(source), batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count
+  ).map(read)
+
+
+def _closing(dataset: grain.IterDataset) -> Iterator[Batch]:
+  """Iterates, and stops the threads when the consumer does."""
+  iterator = iter(dataset)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()

@@ -1,0 +1,124 @@
+"""Prepares one TFDS data set as ArrayRecord files: `python -m ddpm_jax.data.prepare --dataset=NAME`.
+
+The only module of the package in whose process TensorFlow may run. `sources.open_source` starts it where a data set is
+not prepared yet; from then on the files are read without TensorFlow. Exit code 2: one line on standard output says what
+is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Iterator
+
+import requests
+import tensorflow_datasets as tfds
+from absl import logging
+from tensorflow_datasets.core.download import download_manager, downloader, extractor, util
+
+from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.data import prepared
+
+_OFFLINE = (requests.RequestException, util.DownloadError)
+# A full disk, a package that a builder needs, files that are to be put into manual_dir by hand (TFDS says which, in an
+# AssertionError), a damaged archive.
+_FAILURES = (
+  OSError,
+  ImportError,
+  AssertionError,
+  ValueError,
+  RuntimeError,
+  extractor.ExtractError,
+  extractor.UnsafeArchiveError,
+)
+
+
+def prepare(data: DataConfig) -> None:
+  """Prepares `data.dataset` in `data.data_dir`; does nothing if that is done.
+
+  Several processes may call this at once: the first works, the others wait and find it done.
+
+  Raises:
+    UserError: the folder cannot be written, a file of `data.manual_dir` is not the original, or TFDS cannot download or
+      build the data set.
+  """
+  builder = prepared.make_builder(data)
+  manual_dir = os.path.abspath(os.path.expanduser(data.manual_dir)) if data.manual_dir else None
+  if manual_dir and not os.path.isdir(manual_dir):
+    raise UserError(f"manual_dir: {data.manual_dir!r} is not a folder; name the one with the original files")
+  with _only_one(builder):
+    if prepared.is_prepared(builder):
+      return
+    if builder.data_path.exists():  # TFDS would take it for prepared
+      raise UserError(f"data_dir: {builder.data_path} is not a complete data set; delete that folder")
+    try:
+      with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one line of an error
+        builder.download_and_prepare(
+          file_format="array_record",
+          download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False),
+        )
+    except download_manager.NonMatchingChecksumError as error:
+      path = re.search("downloaded to (.*), has wrong checksum", str(error))
+      raise UserError(
+        f"manual_dir: {path[1] if path else prepared.one_line(error)} is not the original file, its "
+        "checksum differs from TFDS's; replace it with the original"
+      ) from None
+    except _OFFLINE as error:
+      files = [info.filename for info in (builder.url_infos or {}).values() if info.filename]
+      hint = f" ({', '.join(files)})" if 0 < len(files) <= 8 else ""
+      raise UserError(
+        f"dataset: {data.dataset!r} cannot be downloaded ({prepared.one_line(error)}); where there is no "
+        f"network, name a folder with the original files{hint} in --manual_dir"
+      ) from None
+    except _FAILURES as error:
+      raise UserError(
+        f"dataset: {data.dataset!r} cannot be prepared: {type(error).__name__}: {prepared.one_line(error, 1000)}"
+      ) from None
+
+
+@contextlib.contextmanager
+def _only_one(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
+  """Holds a file lock in the data folder: one process at a time prepares a data set. Raises UserError."""
+  root = pathlib.Path(builder.data_dir_root)
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    lock = os.open(root / f".{builder.name}.lock", os.O_WRONLY | os.O_CREAT, 0o666)
+  except OSError as error:
+    raise UserError(
+      f"data_dir: {str(root)!r} cannot be written ({error.strerror}); name a folder that can with --data_dir"
+    ) from None
+  try:
+    fcntl.lockf(lock, fcntl.LOCK_EX)  # released with the descriptor, also if this process is killed
+    yield
+  finally:
+    os.close(lock)
+
+
+def main() -> int:
+  """Returns the exit code."""
+  parser = argparse.ArgumentParser(
+    prog="python -m ddpm_jax.data.prepare", description="Prepares one TFDS data set as ArrayRecord files."
+  )
+  parser.add_argument("--dataset", required=True, help="name of the data set, such as fashion_mnist")
+  parser.add_argument("--data_dir", default="", help="where to put it (default: TFDS's own)")
+  parser.add_argument("--manual_dir", default="", help="a folder that holds its original files already")
+  data = DataConfig(**vars(parser.parse_args()))
+  if not sys.stderr.isatty():
+    tfds.disable_progress_bar()
+    logging.set_verbosity(logging.ERROR)
+  downloader.MAX_RETRIES = 4  # a machine without a network is told so in seconds, not minutes
+  try:
+    prepare(data)
+  except UserError as error:
+    print(error)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

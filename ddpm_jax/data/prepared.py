@@ -1,0 +1,196 @@
+"""Data sets of TensorFlow Datasets, read from ArrayRecord files without TensorFlow."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.data import digits
+from ddpm_jax.data.encoded import EncodedImages, decoded_size
+from ddpm_jax.data.folder import PREFIX
+
+# Builders that come with ddpm_jax write PNG bytes and need no TensorFlow; TFDS's own encode arrays with it.
+_TENSORFLOW_FREE = (digits.Digits,)
+
+
+def open_prepared(data: DataConfig) -> EncodedImages:
+  """The images of a TFDS data set: those of its first image feature. Prepares the data set if need be.
+
+  Raises:
+    UserError: no such data set, configuration, version or split; no images in it; images of different sizes, or not
+      square, where `data.image_size` is 0; or the data set cannot be prepared.
+  """
+  builder = make_builder(data)
+  feature_name, (height, width, channels) = _image_feature(data, builder)
+  size = decoded_size(data.dataset, (height, width), data.image_size)  # before hours of preparing
+  if not is_prepared(builder):
+    _prepare(data, builder)
+    builder = make_builder(data)  # a builder reads the folder's splits and file format when it is made
+  records = _open_split(data, builder)
+
+  def fetch(indices: list[int]) -> list[bytes]:
+    return [example[feature_name] for example in records.__getitems__(indices)]
+
+  return EncodedImages(
+    name=data.dataset,
+    length=len(records),
+    shape=(*size, 1 if channels in (1, 2) else 3),
+    resize=data.image_size > 0,
+    fetch=fetch,
+    label=lambda index: f"image {index} of {data.dataset}, {data.split},",
+  )
+
+
+def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
+  """The TFDS builder of `data.dataset`. Touches no network. Raises UserError."""
+  name = data.dataset
+  base = re.split("[/:]", name)[0]
+  if "://" in data.data_dir:
+    raise UserError(
+      f"data_dir: {data.data_dir!r} is not a local path; copy the prepared data set to a local disk, or "
+      "mount the bucket"
+    )
+  if re.match(r"\w+:\D", name):  # NAME:1.2.3 is a version, SPACE:NAME needs TensorFlow and a network to be looked up
+    raise UserError(
+      f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "
+      f"images as files and use {PREFIX}PATH"
+    )
+  known = tfds.list_builders(with_community_datasets=False)
+  try:
+    if not re.match(r"\w+($|[/:])", name):
+      raise tfds.core.DatasetNotFoundError
+    return tfds.builder(name, data_dir=os.path.expanduser(data.data_dir) or None)
+  except tfds.core.DatasetNotFoundError:
+    near = difflib.get_close_matches(base.lower(), known, n=3)
+    if os.path.isdir(os.path.expanduser(name)):
+      near = [f"{PREFIX}{name}"]
+    hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
+    raise UserError(
+      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {PREFIX}PATH"
+    ) from None
+  except (ValueError, AssertionError, ImportError, TypeError, PermissionError) as error:
+    reason = one_line(error).split('}": ')[-1].split(" Here are")[0]  # without the arguments that TFDS repeats
+    all_configs = tfds.builder_cls(base).builder_configs if base in known else {}
+    configs = difflib.get_close_matches(name.partition("/")[2], all_configs, n=5, cutoff=0)
+    hint = f"one of its configurations, such as {', '.join(configs)}" if configs else "another version"
+    raise UserError(f"dataset: {name!r} cannot be opened ({reason}); use {hint}") from None
+
+
+def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
+  """Whether the data set lies in its folder. `builder.is_prepared` says the same, with a warning when it does not."""
+  return (builder.data_path / "dataset_info.json").exists()
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+  """The message of an error without line breaks, cut to `limit` characters."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= limit else text[:limit] + "..."
+
+
+def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
+  """Prepares the data set in a process of its own, so that TensorFlow never enters this one. Raises UserError."""
+  has_tensorflow = importlib.util.find_spec("tensorflow") is not None
+  if not has_tensorflow and not isinstance(builder, _TENSORFLOW_FREE):
+    raise UserError(
+      f"dataset: {data.dataset!r} is not prepared in {builder.data_path}, and preparing it needs "
+      "TensorFlow, once; run: pip install 'ddpm_jax[prepare]'"
+    )
+  here = pathlib.Path(__file__).resolve().parents[2]
+  environment = dict(os.environ)
+  environment.update(
+    PYTHONPATH=os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    CUDA_VISIBLE_DEVICES="-1",  # the GPU belongs to the training process
+    TF_CPP_MIN_LOG_LEVEL="3",
+    TF_ENABLE_ONEDNN_OPTS="0",
+  )
+  command = [
+    sys.executable,
+    "-m",
+    "ddpm_jax.data.prepare",
+    f"--dataset={data.dataset}",
+    f"--data_dir={data.data_dir}",
+    f"--manual_dir={data.manual_dir}",
+  ]
+  # On a terminal its progress bars are worth seeing; elsewhere what it writes is noise, unless it dies.
+  process = subprocess.run(
+    command,
+    env=environment,
+    text=True,
+    check=False,
+    stdout=subprocess.PIPE,
+    stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+  )
+  if process.returncode:
+    lines = (process.stdout or process.stderr or "").strip().splitlines()
+    raise UserError(
+      lines[-1]
+      if lines
+      else f"dataset: {data.dataset!r}: preparing it ended with exit code {process.returncode}; run "
+      f"python -m ddpm_jax.data.prepare --dataset={data.dataset} to see why"
+    )
+
+
+def _features(builder: tfds.core.DatasetBuilder) -> dict[str, Any]:
+  """The top-level features of an example, by name."""
+  features = builder.info.features
+  return dict(features.items()) if isinstance(features, tfds.features.FeaturesDict) else {}
+
+
+def _image_feature(
+  data: DataConfig, builder: tfds.core.DatasetBuilder
+) -> tuple[str, tuple[int | None, int | None, int | None]]:
+  """Name of the first image feature, and the shape (H, W, C) of its images. Raises UserError."""
+  features = _features(builder)
+  for name, feature in features.items():
+    if isinstance(feature, tfds.features.Image) and len(features[name].shape) == 3:  # four: an animated image
+      dtype = np.dtype(features[name].np_dtype)
+      if dtype.kind != "u":
+        raise UserError(
+          f"dataset: the images of {data.dataset!r} are {dtype}, not uint8 or uint16; save them as files "
+          f"and use {PREFIX}PATH"
+        )
+      return name, features[name].shape
+  raise UserError(
+    f"dataset: {data.dataset!r} has no image feature, only {', '.join(features)}; use a data set of images"
+  )
+
+
+def _open_split(data: DataConfig, builder: tfds.core.DatasetBuilder) -> Any:
+  """TFDS's random-access reader of one split, image features left encoded. Raises UserError."""
+  splits: Any = builder.info.splits
+  encoded = {
+    name: tfds.decode.SkipDecoding()
+    for name, feature in _features(builder).items()
+    if isinstance(feature, tfds.features.Image | tfds.features.Video)
+  }
+  try:
+    size = splits[data.split].num_examples
+  except (ValueError, KeyError, AssertionError) as error:
+    raise UserError(
+      f"split: {data.split!r} is not a split of {data.dataset} ({one_line(error)}); it has "
+      f"{', '.join(splits)}, and slices such as '{next(iter(splits), 'train')}[:90%]'"
+    ) from None
+  if not size:
+    raise UserError(
+      f"split: {data.split!r} of {data.dataset} is empty; choose another, such as "
+      f"{', '.join(name for name in splits if splits[name].num_examples) or '(all are empty)'}"
+    )
+  open_records: Any = builder.as_data_source  # TFDS's decorator hides its signature from type checkers
+  try:
+    return open_records(data.split, decoders=encoded, file_format="array_record")
+  except (NotImplementedError, ValueError):
+    stored: Any = builder.info.file_format
+    raise UserError(
+      f"data_dir: {builder.data_path} holds {data.dataset} in the format {stored.value}, which has no "
+      "random access; use another --data_dir, where it will be prepared as array_record"
+    ) from None

@@ -1,0 +1,206 @@
+"""The U-Net against the published parameter counts and a forward pass that is derived by hand."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.config import ModelConfig, UserError
+from ddpm_jax.models import layers
+from ddpm_jax.models.build import build_model, init_params, network_of, num_params
+
+TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
+PAPER = dict(channels=128, num_res_blocks=2, attention_resolutions=(16,))
+
+
+def shapes_of(config, image_shape):
+  model = build_model(config, image_shape)
+  return jax.eval_shape(lambda key: init_params(model, key, image_shape), jax.random.key(0))
+
+
+def randomize(params, seed=0):
+  """Every parameter random, so that no zero-initialised layer hides what lies behind it."""
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(seed), len(leaves))
+  return jax.tree.unflatten(tree, [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+  model = build_model(TINY, (8, 8, 1))
+  params = jax.jit(lambda key: init_params(model, key, (8, 8, 1)))(jax.random.key(0))
+  return jax.jit(network_of(model)), params
+
+
+@pytest.mark.parametrize(("multipliers", "image_shape", "expected"), [
+  ((1, 2, 2, 2), (32, 32, 3), 35_746_307),  # CIFAR-10; 35,218,947 would be without attention on the way up
+  ((1, 1, 2, 2, 4, 4), (256, 256, 3), 113_673_219),  # CelebA-HQ and LSUN
+])
+def test_published_parameter_counts(multipliers, image_shape, expected):
+  assert num_params(shapes_of(ModelConfig(channel_multipliers=multipliers, **PAPER), image_shape)) == expected
+
+
+def test_where_attention_is():
+  params = shapes_of(ModelConfig(channel_multipliers=(1, 2, 2, 2), **PAPER), (32, 32, 3))
+  found = sorted(name for name in params if name.endswith("_attention"))
+  assert found == sorted([*(f"down1_block{i}_attention" for i in range(2)), "mid_attention",
+                          *(f"up1_block{i}_attention" for i in range(3))])
+
+
+def test_output_is_zero_at_first_so_the_first_loss_is_one(tiny):
+  network, params = tiny
+  xt = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+  output = network(params, xt, jnp.asarray([1, 2, 500, 1000]), None)
+  chex.assert_shape(output, (4, 8, 8, 1))
+  assert output.dtype == jnp.float32
+  assert (output == 0).all()
+
+
+def test_residual_branches_begin_as_identities(tiny):
+  _, params = tiny
+  for name, block in params.items():
+    if "block" in name and "conv2" in block:
+      assert (block["conv2"]["kernel"] == 0).all()
+      # Uniform Glorot: variance 2 / (fan_in + fan_out).
+      kernel = block["conv1"]["kernel"]
+      assert abs(kernel.var() / (2 / (9 * (kernel.shape[2] + kernel.shape[3]))) - 1) < 0.2
+    if name.endswith("attention"):
+      assert (block["proj"]["kernel"] == 0).all()
+      channels = block["proj"]["kernel"].shape[0]
+      # Queries, keys and values each begin as a uniform Glorot layer of C -> C.
+      assert abs(np.abs(block["qkv"]["kernel"]).max() / np.sqrt(3 / channels) - 1) < 0.05
+
+
+def test_each_example_is_alone(tiny):
+  network, params = tiny
+  params = randomize(params)
+  xt, t = jax.random.normal(jax.random.key(1), (4, 8, 8, 1)), jnp.asarray([1, 10, 100, 1000])
+  together = network(params, xt, t, None)
+  order = jnp.asarray([2, 0, 3, 1])
+  chex.assert_trees_all_close(network(params, xt[order], t[order], None), together[order], rtol=1e-4, atol=1e-4)
+  assert np.abs(network(params, xt, t[order], None) - together).max() > 0.01  # and t matters
+
+
+def test_dropout_masks_follow_the_example_not_the_batch(tiny):
+  network, params = tiny
+  params = randomize(params)
+  xt = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 8, 8, 1)), (4, 8, 8, 1))
+  t, keys = jnp.full(4, 7), jax.random.split(jax.random.key(2), 4)
+  together = network(params, xt, t, keys)
+  reverse = network(params, xt, t, keys[::-1])[::-1]
+  chex.assert_trees_all_close(reverse, together, rtol=1e-4, atol=1e-4)
+  assert len(np.unique(np.round(together[:, 0, 0, 0], 4))) == 4  # four examples, four masks
+  same = network(params, xt, t, keys[jnp.asarray([0, 0, 0, 0])])
+  chex.assert_trees_all_close(same[0], same[3], rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_rate_and_scale():
+  x = jnp.ones((64, 8, 8, 4))
+  y = layers.Dropout(0.25).apply({}, x, jax.random.split(jax.random.key(0), 64))
+  kept = y > 0
+  assert abs(kept.mean() - 0.75) < 0.02
+  np.testing.assert_allclose(y[kept], 1 / 0.75, rtol=1e-6)
+  assert len({tuple(row.ravel().tolist()) for row in np.asarray(kept)}) == 64
+  chex.assert_trees_all_equal(layers.Dropout(0.25).apply({}, x, None), x)
+
+
+def test_layers_of_one_example_have_different_masks():
+  class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x, keys):
+      return layers.Dropout(0.5, name="a")(x, keys), layers.Dropout(0.5, name="b")(x, keys)
+
+  a, b = Two().apply({}, jnp.ones((1, 100)), jax.random.split(jax.random.key(0), 1))
+  assert 20 < (a != b).sum() < 80
+
+
+def test_timestep_embedding_by_hand():
+  # Four channels: frequencies 1 and 10000^(-1) (the exponent runs over 0..half-1, divided by half-1); [sin | cos].
+  got = layers.timestep_embedding(jnp.asarray([0, 3]), 4)
+  expected = [[0, 0, 1, 1], [np.sin(3), np.sin(3e-4), np.cos(3), np.cos(3e-4)]]
+  np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_the_network_is_given_t_minus_1(tiny, monkeypatch):
+  seen = []
+  monkeypatch.setattr("ddpm_jax.models.unet.timestep_embedding",
+                      lambda positions, channels: seen.append(positions) or jnp.zeros((len(positions), channels)))
+  model = build_model(TINY, (8, 8, 1))
+  model.apply({"params": tiny[1]}, jnp.zeros((2, 8, 8, 1)), jnp.asarray([1, 1000]))
+  np.testing.assert_array_equal(seen[0], [0, 999])
+
+
+def test_up_and_down():
+  x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  params = {"conv": {"kernel": jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0), "bias": jnp.zeros(1)}}
+  up = layers.Upsample(jnp.float32).apply({"params": params}, x)[0, :, :, 0]
+  np.testing.assert_array_equal(up, np.kron(np.arange(16.0).reshape(4, 4), np.ones((2, 2))))
+  # TensorFlow's SAME padding of an even size with stride 2: nothing above, one row below.
+  down = layers.Downsample(jnp.float32).apply({"params": params}, x)[0, :, :, 0]
+  np.testing.assert_array_equal(down, [[5, 7], [13, 15]])
+
+
+def test_attention_by_hand():
+  """Two positions, two channels: softmax(q k / sqrt(C)) v after the norm, plus the input."""
+  x = np.array([[[[1.0, 2.0]], [[3.0, -1.0]]]], np.float32)  # [1, 2, 1, 2]
+  params = jax.tree.map(np.asarray, randomize(
+    jax.eval_shape(layers.SelfAttention(1, jnp.float32).init, jax.random.key(0), x)["params"]))
+  got = layers.SelfAttention(1, jnp.float32).apply({"params": params}, x)
+  h = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * params["norm"]["scale"] + params["norm"]["bias"]
+  q, k, v = np.split(np.asarray(h[0, :, 0] @ params["qkv"]["kernel"] + params["qkv"]["bias"]), 3, axis=-1)
+  scores = np.exp(q @ k.T / np.sqrt(2))
+  out = (scores / scores.sum(-1, keepdims=True)) @ v @ params["proj"]["kernel"] + params["proj"]["bias"]
+  np.testing.assert_allclose(got[0, :, 0], x[0, :, 0] + out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(128, 32), (192, 32), (256, 32), (64, 16), (32, 8), (48, 12),
+                                                    (8, 2), (6, 1), (2, 1), (100, 25)])
+def test_norm_groups(channels, expected):
+  assert layers.num_norm_groups(channels) == expected
+
+
+def test_bfloat16_keeps_float32_parameters_and_output(tiny):
+  _, params = tiny
+  params = randomize(params)
+  xt, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.asarray([5, 900])
+  model = build_model(ModelConfig(**{**vars(TINY), "dtype": "bfloat16"}), (8, 8, 1))
+  wide, narrow = tiny[0](params, xt, t, None), jax.jit(network_of(model))(params, xt, t, None)
+  assert narrow.dtype == jnp.float32
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(TINY, (8, 8, 1))))
+  assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
+
+
+def test_remat_changes_nothing(tiny):
+  network, params = tiny
+  params = randomize(params)
+  remat = network_of(build_model(ModelConfig(**{**vars(TINY), "remat": "blocks"}), (8, 8, 1)))
+  keys = jax.random.split(jax.random.key(3), 2)
+  xt, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.asarray([5, 900])
+  gradient = lambda f: jax.jit(jax.grad(lambda p: jnp.sum(f(p, xt, t, keys) ** 2)))(params)  # noqa: E731
+  chex.assert_trees_all_close(gradient(network), gradient(remat), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "multipliers", "message"), [
+  (28, (1, 2, 2, 2), "image_size: 28 is not divisible by 8.*--image_size=24 or 32"),
+  (3, (1, 2, 2), "image_size: 3 is not divisible by 4.*--image_size=4"),
+])
+def test_sizes_that_the_levels_do_not_divide(size, multipliers, message):
+  config = ModelConfig(channels=8, channel_multipliers=multipliers, attention_resolutions=())
+  with pytest.raises(UserError, match=message):
+    build_model(config, (size, size, 1))
+
+
+def test_attention_resolutions_that_never_come_up():
+  with pytest.raises(UserError, match="attention_resolutions: 16 is none of .* 8, 4"):
+    build_model(ModelConfig(channels=8, channel_multipliers=(1, 2), attention_resolutions=(4, 16)), (8, 8, 1))
+
+
+@pytest.mark.parametrize("image_shape", [(4, 4, 1), (12, 12, 3), (8, 16, 3)])
+def test_any_size_that_the_levels_divide(image_shape):
+  config = ModelConfig(channels=4, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=())
+  model = build_model(config, image_shape)
+  output = jax.eval_shape(lambda key: model.init_with_output(key, jnp.zeros((2, *image_shape)), jnp.ones(2))[0],
+                          jax.random.key(0))
+  assert output.shape == (2, *image_shape)
