@@ -180,6 +180,9 @@ def values(config: Config) -> dict[str, Any]:
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
   """A copy of `config` with the named knobs changed. Raises UserError for a value out of range."""
+  unknown = changes.keys() - values(config).keys()
+  if unknown:
+    raise TypeError(f"no such knob: {', '.join(sorted(unknown))}")
   sections = {}
   for section in dataclasses.fields(Config):
     part = getattr(config, section.name)
@@ -215,9 +218,10 @@ def from_json(text: str) -> Config:
   """The inverse of `to_json`. A knob younger than the file takes its default; an unknown one is a UserError."""
   try:
     tree = json.loads(text)
-    assert isinstance(tree, dict)
-  except (json.JSONDecodeError, AssertionError) as error:
-    raise UserError(f"config.json is not a JSON object ({error}); restore it, or use another --workdir") from None
+  except json.JSONDecodeError as error:
+    raise UserError(f"config.json is not JSON ({error}); restore it, or use another --workdir") from None
+  if not isinstance(tree, dict) or not all(isinstance(part, dict) for part in tree.values()):
+    raise UserError("config.json is not a JSON object of sections; restore it, or use another --workdir")
   known = {(section, field.name) for section, field, _ in knobs(Config())}
   flat = {}
   for section, part in tree.items():
@@ -251,7 +255,11 @@ def to_flagfile(config: Config) -> str:
 
 def _check_range(field: dataclasses.Field, value: Any) -> None:
   """Raises UserError if `value` is not one of the field's choices or outside its range."""
-  rules = field.metadata
+  rules, kind = field.metadata, type(field.default)
+  if kind is float and type(value) is int:
+    kind = int
+  if type(value) is not kind or (kind is tuple and any(type(number) is not int for number in value)):
+    raise UserError(f"{field.name}: {value!r} is not of its type, {kind.__name__}; write it like {field.default!r}")
   if rules["choices"] and value not in rules["choices"]:
     raise UserError(f"{field.name}: {value!r} is unknown; use one of {', '.join(rules['choices'])}")
   for number in value if isinstance(value, tuple) else (value,):

@@ -75,4 +75,5 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
   flags.define()
+  absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
   app.run(main, flags_parser=_parse_flags)

@@ -8,6 +8,8 @@ import pathlib
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, UserError
 
+_TEMPORARY = (".config.json.tmp", ".flags.txt.tmp")  # what a kill inside `create` may leave behind
+
 
 def load_config(workdir: pathlib.Path) -> Config:
   """The configuration of an existing run. Raises UserError if there is none."""
@@ -24,6 +26,13 @@ def check(workdir: pathlib.Path, config: Config) -> bool:
   Raises:
     UserError: if it holds another configuration, something else, or cannot be written.
   """
+  try:
+    return _check(workdir, config)
+  except OSError as error:
+    raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def _check(workdir: pathlib.Path, config: Config) -> bool:
   if (workdir / "config.json").is_file():
     differences = config_lib.changed(load_config(workdir), config, on_resume=True)
     if differences:
@@ -36,7 +45,7 @@ def check(workdir: pathlib.Path, config: Config) -> bool:
     return True
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"workdir: {workdir} is a file; name a folder")
-  if workdir.is_dir() and any(workdir.iterdir()):
+  if workdir.is_dir() and any(path.name not in _TEMPORARY for path in workdir.iterdir()):
     raise UserError(f"workdir: {workdir} is not empty and holds no run of ddpm_jax; use another --workdir")
   _check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
   return False
@@ -46,7 +55,7 @@ def create(workdir: pathlib.Path, config: Config) -> None:
   """Writes the configuration of a run, as `config.json` and as the flagfile `flags.txt`; its files may be renewed."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    for name, text in (("flags.txt", config_lib.to_flagfile(config)), ("config.json", config_lib.to_json(config))):
+    for name, text in (("config.json", config_lib.to_json(config)), ("flags.txt", config_lib.to_flagfile(config))):
       temporary = workdir / f".{name}.tmp"
       temporary.write_text(text, encoding="utf-8")
       os.replace(temporary, workdir / name)

@@ -18,9 +18,7 @@ class Checkpoints:
 
   def __init__(self, directory: pathlib.Path, *, keep: int | None = None):
     """Opens the folder: to write, keeping the newest `keep` checkpoints, or only to read if `keep` is None."""
-    options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=keep is not None, read_only=keep is None, enable_async_checkpointing=True
-    )
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, enable_async_checkpointing=True)
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
     self._directory = directory
@@ -66,7 +64,7 @@ class Checkpoints:
     """Compares names, shapes and types before anything is read: Orbax would cast another type in silence."""
     where = f"checkpoint {step} in {self._directory}"
     stored = _named_leaves(self._manager.item_metadata(step)["state"].tree)
-    wanted = _named_leaves(ocp.tree.serialize_tree(abstract_state))
+    wanted = _named_leaves(abstract_state)
     for name in sorted(stored.keys() ^ wanted.keys()):
       raise UserError(f"{where} is of another network: only {'this run' if name in wanted else 'it'} has {name}")
     for name, leaf in wanted.items():

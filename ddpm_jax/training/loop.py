@@ -1,11 +1,12 @@
 """The run `train`. The order of operations of training is written here, once.
 
 Checkpoint N holds the state after N updates; the line N of the metrics describes update N; nothing is trained after the
-last checkpoint. Between two points where something is written, the host never waits for the device.
+last checkpoint. Between two points where something is written, the device never waits for the host.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import math
@@ -33,6 +34,8 @@ from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics, make_loss, train_step
 from ddpm_jax.training.stop import StopRequest
 from ddpm_jax.writers import MetricsWriter
+
+_RUN_AHEAD = 2  # updates that may wait on the device while the host prepares the next batch
 
 
 def train(config: Config, workdir: pathlib.Path) -> None:
@@ -78,6 +81,7 @@ def _train(run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpo
     source, batch_size=config.data.batch_size, seed=options.seed, start_step=start,
     process_index=jax.process_index(), process_count=jax.process_count(), threads=config.data.data_threads)
   clock = _Clock()
+  in_flight: collections.deque[Metrics] = collections.deque()
   unread: tuple[int, Metrics] | None = None  # metrics are read one update late, so that the device never waits
 
   def read_metrics(unread: tuple[int, Metrics]) -> None:
@@ -98,6 +102,10 @@ def _train(run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpo
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
         state, metrics = step_fn(state, batch)
       progress.advance()
+      # The device is never left without a next update, and a request to stop finds at most _RUN_AHEAD under way.
+      in_flight.append(metrics)
+      if len(in_flight) > _RUN_AHEAD:
+        jax.block_until_ready(in_flight.popleft())
       if step == start + 1:
         jax.block_until_ready(metrics)
         progress.say(f"compiled and made update {step} in {clock.start(step):.1f} s")

@@ -141,7 +141,7 @@ def train_step(
   )
   metrics = {
     "loss": loss,
-    "grad_norm": optax.global_norm(gradients),
+    "grad_norm": optax.tree.norm(gradients),
     "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
     "ema_decay": decay,
   }

@@ -1,0 +1,143 @@
+"""Value ranges, flips and decoding, against arithmetic done by hand."""
+
+import io
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax.config import UserError
+from ddpm_jax.data import images
+
+ALL_VALUES = np.arange(256, dtype=np.uint8)
+
+
+def encoded(image, kind="PNG", **options):
+  stream = io.BytesIO()
+  image.save(stream, kind, **options)
+  return stream.getvalue()
+
+
+def test_range_is_minus_one_to_one():
+  floats = images.to_float(ALL_VALUES)
+  assert floats.dtype == jnp.float32
+  np.testing.assert_allclose(floats, np.linspace(-1, 1, 256), atol=1e-7)
+  assert floats[0] == -1
+  assert floats[255] == 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_all_256_values_survive_the_round_trip(compiled):
+  def there_and_back(x):
+    return images.to_uint8(images.to_float(x))
+
+  result = (jax.jit(there_and_back) if compiled else there_and_back)(jnp.asarray(ALL_VALUES))
+  assert result.dtype == jnp.uint8
+  np.testing.assert_array_equal(result, ALL_VALUES)
+
+
+def test_to_uint8_clips_and_rounds_to_the_nearest():
+  values = jnp.array([-7.0, -1.001, 1.001, 7.0, 100.4 / 127.5 - 1, 100.6 / 127.5 - 1])
+  np.testing.assert_array_equal(images.to_uint8(values), [0, 0, 255, 255, 100, 101])
+
+
+def test_flip_mirrors_half_of_the_images_each_by_its_own_key():
+  image = jnp.arange(2 * 3 * 2, dtype=jnp.uint8).reshape(2, 3, 2)
+  keys = jax.random.split(jax.random.key(0), 2000)
+  flipped = jax.vmap(images.random_flip, (0, None))(keys, image)
+  assert flipped.dtype == jnp.uint8
+  mirrored = np.array(image)[:, ::-1]
+  is_mirrored = (np.array(flipped) == mirrored).all((1, 2, 3))
+  is_same = (np.array(flipped) == np.array(image)).all((1, 2, 3))
+  np.testing.assert_array_equal(is_mirrored, ~is_same)
+  assert abs(is_mirrored.mean() - 0.5) < 5 * 0.5 / 2000**0.5
+  chex.assert_trees_all_equal(jax.vmap(images.random_flip, (0, None))(keys[7:9], image), flipped[7:9])
+
+
+def test_resizing_does_not_alias():
+  checkers = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
+  small = np.asarray(images.resize_and_crop(checkers, 8))
+  assert np.abs(small.astype(int) - 127).max() <= 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_crop_keeps_the_centre(turned):
+  thirds = np.repeat(np.array([10, 100, 200], np.uint8), 12)[None].repeat(12, 0)
+  square = np.asarray(images.resize_and_crop(Image.fromarray(thirds.T if turned else thirds), 6)).astype(int)
+  square = square.T if turned else square
+  assert square.shape == (6, 6)
+  np.testing.assert_array_equal(square[:, 2:4], np.full((6, 2), 100))
+  assert np.abs(square - 100).max() < 10  # at the borders the kernel sees a little of the neighbours
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+  noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+  np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(noise)), 3, "x", size=8), noise)
+
+
+@pytest.mark.parametrize("kind", ["RGB", "L"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_are_those_asked_for(kind, channels):
+  image = Image.new(kind, (5, 4), "white")
+  np.testing.assert_array_equal(images.decode(encoded(image), channels, "x"), np.full((4, 5, channels), 255))
+
+
+def test_16_bit_grey_is_scaled_not_clipped():
+  deep = Image.fromarray((ALL_VALUES.astype(np.uint16) * 257).reshape(16, 16))
+  assert deep.mode == "I;16"
+  np.testing.assert_array_equal(images.decode(encoded(deep), 1, "x")[..., 0], ALL_VALUES.reshape(16, 16))
+  np.testing.assert_array_equal(images.decode(encoded(deep), 3, "x")[..., 2], ALL_VALUES.reshape(16, 16))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_shows_white(mode):
+  colour = np.zeros((1, 3, len(mode)), np.uint8)
+  colour[0, :, -1] = [0, 51, 255]
+  decoded = images.decode(encoded(Image.fromarray(colour, mode)), 3, "x")
+  np.testing.assert_array_equal(decoded[0, :, 0], [255, 204, 0])  # 255 (1 - alpha)
+
+
+def test_a_transparent_palette_colour_shows_white():
+  paletted = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+  paletted.putpalette([9, 9, 9, 50, 60, 70])
+  decoded = images.decode(encoded(paletted, transparency=0), 3, "x")
+  np.testing.assert_array_equal(decoded[0], [[255, 255, 255], [50, 60, 70]])
+
+
+@pytest.mark.parametrize(
+  ("orientation", "upright"),
+  [
+    (1, lambda a: a),
+    (2, lambda a: a[:, ::-1]),
+    (3, lambda a: a[::-1, ::-1]),
+    (6, lambda a: np.rot90(a, -1)),
+    (8, lambda a: np.rot90(a, 1)),
+  ],
+)
+def test_exif_orientation_is_applied(orientation, upright):
+  stored = np.arange(12, dtype=np.uint8).reshape(3, 4)
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  decoded = images.decode(encoded(Image.fromarray(stored), exif=exif), 1, "x")
+  np.testing.assert_array_equal(decoded[..., 0], upright(stored))
+
+
+@pytest.mark.parametrize("side", [11, 30])  # Pillow itself warns above the limit and refuses above twice the limit
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_decompression_bomb_is_refused_by_name(monkeypatch, side):
+  monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+  with pytest.raises(UserError, match=r"holiday.png is too large"):
+    images.decode(encoded(Image.new("L", (side, side))), 1, "holiday.png")
+  images.decode(encoded(Image.new("L", (10, 10))), 1, "holiday.png")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_truncated_image_is_refused_by_name(kind):
+  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+  whole = encoded(noise, kind)
+  for part in (whole[: len(whole) // 2], whole[:7], b""):
+    with pytest.raises(UserError, match=r"^dataset: holiday[^\n]*$"):
+      images.decode(part, 3, "holiday")

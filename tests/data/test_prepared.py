@@ -1,0 +1,265 @@
+"""TFDS data sets, read and prepared without TensorFlow."""
+
+import hashlib
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.download import checksums
+
+from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.data import prepare, sources
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+URL = "https://example.org/stripes.bin"
+ORIGINAL = bytes(range(60))
+
+
+def png(image):
+  stream = io.BytesIO()
+  Image.fromarray(image).save(stream, "PNG")
+  return stream.getvalue()
+
+
+class Stripes(tfds.core.GeneratorBasedBuilder):
+  """Image i is 6 x 10 pixels, transparent but for the middle, which has the grey level i. Made from a download."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  url_infos: ClassVar = {
+    URL: checksums.UrlInfo(size=len(ORIGINAL), checksum=hashlib.sha256(ORIGINAL).hexdigest(), filename="stripes.bin")
+  }
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "label": tfds.features.Scalar(np.int64),
+          "picture": tfds.features.Image(shape=(None, None, 4)),
+          "mask": tfds.features.Image(shape=(None, None, 1)),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    levels = dl_manager.download(URL).read_bytes()
+    return {"train": self._generate_examples(levels[:40]), "test": self._generate_examples(levels[40:])}
+
+  def _generate_examples(self, levels):
+    for level in levels:
+      picture = np.zeros((6, 10, 4), np.uint8)
+      picture[:, 3:7] = [level, level, level, 255]
+      yield level, {"label": level, "picture": png(picture), "mask": png(picture[..., 3])}
+
+
+class Words(tfds.core.GeneratorBasedBuilder):
+  """No image at all."""
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"word": tfds.features.Text()}))
+
+  def _split_generators(self, dl_manager):
+    raise AssertionError("not reached")
+
+  def _generate_examples(self):
+    raise AssertionError("not reached")
+
+
+def open_source(dataset, data_dir, **options):
+  return sources.open_source(DataConfig(dataset=dataset, data_dir=str(data_dir), **options))
+
+
+def refuse(dataset, data_dir, match, **options):
+  with pytest.raises(UserError, match=match) as caught:
+    open_source(dataset, data_dir, **options)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+  """Where another process, one in which importing TensorFlow fails, has prepared digits and read a batch."""
+  folder = tmp_path_factory.mktemp("data")
+  trap = tmp_path_factory.mktemp("trap")
+  (trap / "tensorflow").mkdir()
+  (trap / "tensorflow" / "__init__.py").write_text("raise SystemExit('TensorFlow was imported')")
+  code = """if True:
+    import sys
+    from ddpm_jax.config import DataConfig
+    from ddpm_jax.data import pipeline, sources
+    source = sources.open_source(DataConfig(data_dir=sys.argv[1]))
+    next(pipeline.batches(source, batch_size=8, seed=0, start_step=0))
+    assert "tensorflow" not in sys.modules
+    print(len(source))
+  """
+  path = os.pathsep.join([str(trap), str(ROOT)])
+  process = subprocess.run(
+    [sys.executable, "-c", code, str(folder)],
+    env={**os.environ, "PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (process.returncode, process.stdout.strip(), process.stderr) == (0, "1797", "")
+  return folder
+
+
+def test_digits_are_those_of_uci(digits_dir):
+  """Counts and the first line of optdigits.tes, as published with the data set."""
+  source = open_source("digits", digits_dir)
+  assert (source.name, source.image_shape, len(source)) == ("digits", (8, 8, 1), 1797)
+  labels = [
+    example["label"]
+    for example in tfds.builder("digits", data_dir=digits_dir).as_data_source(
+      "train", decoders={"image": tfds.decode.SkipDecoding()}
+    )
+  ]
+  np.testing.assert_array_equal(np.bincount(labels), [178, 182, 177, 183, 181, 182, 181, 179, 174, 180])
+  first = np.array(
+    [
+      [0, 0, 5, 13, 9, 1, 0, 0],
+      [0, 0, 13, 15, 10, 15, 5, 0],
+      [0, 3, 15, 2, 0, 11, 8, 0],
+      [0, 4, 12, 0, 0, 8, 8, 0],
+      [0, 5, 8, 0, 0, 9, 8, 0],
+      [0, 4, 11, 0, 1, 12, 7, 0],
+      [0, 2, 14, 5, 10, 12, 0, 0],
+      [0, 0, 6, 13, 10, 0, 0, 0],
+    ]
+  )
+  pixels = source.read(np.arange(1797))
+  assert pixels.dtype == np.uint8
+  (places,) = np.nonzero((np.abs(pixels[..., 0] - first * 255 / 16) <= 0.5).all((1, 2)))
+  assert len(places) == 1
+  assert labels[places[0]] == 0
+  levels = np.unique(pixels)
+  assert len(levels) == 17
+  assert levels[0] == 0
+  assert levels[-1] == 255
+
+
+def test_cache_equals_reading_on_demand(digits_dir):
+  indices = np.random.default_rng(0).integers(0, 1797, 200)
+  cached, on_demand = (open_source("digits", digits_dir, cache_gib=gib).read(indices) for gib in (1.0, 0.0))
+  np.testing.assert_array_equal(cached, on_demand)
+
+
+def test_slices_and_sums_of_splits(digits_dir):
+  assert len(open_source("digits", digits_dir, split="train[:90%]")) == 1617
+  assert len(open_source("digits", digits_dir, split="train[:10]+train[-5:]")) == 15
+
+
+def test_image_size(digits_dir):
+  source = open_source("digits", digits_dir, image_size=16)
+  assert source.image_shape == (16, 16, 1)
+  assert source.read(np.array([3])).shape == (1, 16, 16, 1)
+
+
+def test_unknown_and_empty_splits(digits_dir):
+  refuse("digits", digits_dir, "split: 'test' is not a split of digits .* it has train", split="test")
+  refuse("digits", digits_dir, r"split: 'train\[' is not a split", split="train[")
+  refuse("digits", digits_dir, r"split: 'train\[:0\]' of digits is empty", split="train[:0]")
+
+
+def test_several_processes_may_prepare_the_same_data_set(tmp_path):
+  command = [sys.executable, "-m", "ddpm_jax.data.prepare", "--dataset=digits", f"--data_dir={tmp_path}"]
+  processes = [
+    subprocess.Popen(
+      command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(3)
+  ]
+  assert [(process.communicate()[0], process.returncode) for process in processes] == [("", 0)] * 3
+  assert len(open_source("digits", tmp_path)) == 1797
+
+
+@pytest.fixture(scope="module")
+def stripes_dir(tmp_path_factory):
+  """Where the data set `stripes` is prepared, from a folder of original files and without a network."""
+  folder = tmp_path_factory.mktemp("data")
+  (folder / "original").mkdir()
+  (folder / "original" / "stripes.bin").write_bytes(ORIGINAL)
+  prepare.prepare(DataConfig(dataset="stripes", data_dir=str(folder), manual_dir=str(folder / "original")))
+  return folder
+
+
+def test_oblong_transparent_images_with_image_size(stripes_dir):
+  source = open_source("stripes", stripes_dir, image_size=6)
+  assert source.image_shape == (6, 6, 3)
+  assert len(source) == 40
+  pixels = source.read(np.arange(40))
+  np.testing.assert_array_equal(np.sort(pixels[:, 3, 3, 0]), np.arange(40))
+  expected = np.repeat(pixels[:, 3:4, 3:4], 6, axis=2)
+  expected[:, :, [0, 5]] = 255  # columns 2 and 7 of the image, where it is transparent
+  np.testing.assert_array_equal(pixels, np.repeat(expected, 6, axis=1))
+  on_demand = open_source("stripes", stripes_dir, image_size=6, cache_gib=0.0)
+  np.testing.assert_array_equal(on_demand.read(np.arange(40)), pixels)
+  assert len(open_source("stripes", stripes_dir, image_size=6, split="test")) == 20
+
+
+def test_oblong_images_without_image_size(stripes_dir):
+  refuse("stripes", stripes_dir, "image_size: 0, .* set --image_size")
+
+
+def test_a_file_that_is_not_the_original_is_refused(tmp_path):
+  (tmp_path / "stripes.bin").write_bytes(ORIGINAL[:-1] + b"x")
+  data = DataConfig(dataset="stripes", data_dir=str(tmp_path / "data"), manual_dir=str(tmp_path))
+  with pytest.raises(UserError, match=r"^manual_dir: [^\n]*stripes.bin is not the original file[^\n]*$"):
+    prepare.prepare(data)
+  (tmp_path / "stripes.bin").write_bytes(ORIGINAL)
+  prepare.prepare(data)
+  with pytest.raises(UserError, match="manual_dir: '/nowhere' is not a folder"):
+    prepare.prepare(DataConfig(dataset="stripes", data_dir=str(tmp_path), manual_dir="/nowhere"))
+
+
+def test_a_data_set_without_images_is_refused_before_it_is_prepared(tmp_path):
+  refuse("words", tmp_path, r"dataset: 'words' has no image feature, only word")
+
+
+def test_preparing_a_data_set_of_tfds_needs_tensorflow_and_says_how(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorflow", None)  # find_spec then finds none, installed or not
+  refuse("fashion_mnist", tmp_path, r"dataset: 'fashion_mnist' .*run: pip install 'ddpm_jax\[prepare\]'$")
+  refuse("lsun/bedroom", tmp_path, "image_size: 0, but the images of lsun/bedroom have different sizes")
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ("name", "match"),
+  [
+    ("fashion_mnits", "did you mean fashion_mnist"),
+    ("digit", "did you mean digits"),
+    ("qqqqqq", "'qqqqqq' is unknown; use digits, a name from the TFDS catalog, or folder:PATH"),
+    (str(ROOT), "did you mean folder:/"),
+    ("lsun/bedrom", "bedroom"),
+    ("cifar10:1.0.0", "3.0.2"),
+    ("huggingface:mnist", "community"),
+  ],
+)
+def test_unknown_names(tmp_path, name, match):
+  refuse(name, tmp_path, match)
+
+
+def test_data_dir_that_cannot_be_used(tmp_path):
+  (tmp_path / "file").write_text("")
+  refuse("digits", tmp_path / "file" / "data", "data_dir: .* cannot be written .* with --data_dir")
+  refuse("digits", "gs://bucket/data", "data_dir: 'gs://bucket/data' is not a local path")
+
+
+def test_a_format_without_random_access_is_refused(digits_dir, tmp_path):
+  copy = tmp_path / "digits" / "1.0.0"
+  copy.mkdir(parents=True)
+  for file in (digits_dir / "digits" / "1.0.0").glob("*.json"):
+    (copy / file.name).write_bytes(file.read_bytes())
+  info = json.loads((copy / "dataset_info.json").read_text())
+  info["fileFormat"] = "tfrecord"
+  (copy / "dataset_info.json").write_text(json.dumps(info))
+  refuse("digits", tmp_path, "data_dir: .* in the format tfrecord, which has no random access")

@@ -1,0 +1,174 @@
+"""Every experiment parses, says what it is and states all its numbers; the paper's have the numbers of the paper."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+from absl import flags as absl_flags
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags
+from ddpm_jax.config import Config
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "experiments").glob("*.flags"))
+NAMES = [path.stem for path in FILES]
+
+# Height of the images as the data set delivers them, where the flagfile does not resize them.
+NATIVE_SIZE = {"digits": 16, "fashion_mnist": 28, "cifar10": 32}
+
+# What makes an experiment what it is: every flagfile states these, so that a changed default changes no experiment.
+STATED = {
+  *("split", "image_size", "batch_size", "random_flip"),
+  *("num_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction", "loss", "loss_weighting", "variance"),
+  *("channels", "channel_multipliers", "num_res_blocks", "attention_resolutions", "norm_groups", "dropout", "dtype"),
+  *("learning_rate", "lr_schedule", "warmup_steps", "grad_clip", "ema_decay"),
+  *("seed", "num_steps", "sampler", "sampling_steps"),
+}
+
+# Ho et al. 2020, section 4 and appendix B; the clipping of gradients from the released code.
+PAPER = {
+  "num_timesteps": 1000,
+  "beta_schedule": "linear",
+  "beta_start": 0.0001,
+  "beta_end": 0.02,
+  "prediction": "eps",
+  "loss": "l2",
+  "loss_weighting": "constant",
+  "channels": 128,
+  "num_res_blocks": 2,
+  "attention_resolutions": (16,),
+  "norm_groups": 32,
+  "lr_schedule": "constant",
+  "warmup_steps": 5000,
+  "grad_clip": 1.0,
+  "ema_decay": 0.9999,
+  "dtype": "float32",
+  "sampler": "ddpm",
+  "sampling_steps": 0,
+}
+PAPER_32 = PAPER | {
+  "image_size": 0,
+  "channel_multipliers": (1, 2, 2, 2),
+  "dropout": 0.1,
+  "learning_rate": 2e-4,
+  "batch_size": 128,
+  "variance": "fixed_large",
+}
+PAPER_256 = PAPER | {
+  "image_size": 256,
+  "channel_multipliers": (1, 1, 2, 2, 4, 4),
+  "dropout": 0.0,
+  "learning_rate": 2e-5,
+  "batch_size": 64,
+  "variance": "fixed_small",
+}
+PAPERS = {
+  "cifar10": PAPER_32 | {"dataset": "cifar10", "random_flip": True, "num_steps": 800_000},
+  "celebahq256": PAPER_256 | {"dataset": "celeb_a_hq/256", "random_flip": True, "num_steps": 500_000},
+  "lsun_bedroom": PAPER_256 | {"dataset": "lsun/bedroom", "random_flip": False, "num_steps": 2_400_000},
+  "lsun_church": PAPER_256 | {"dataset": "lsun/church_outdoor", "random_flip": True, "num_steps": 1_200_000},
+  "lsun_cat": PAPER_256 | {"dataset": "lsun/cat", "random_flip": False, "num_steps": 1_800_000},
+}
+
+
+def parse(*arguments: str) -> dict:
+  """The knobs that the arguments name, by a registry of their own."""
+  registry = absl_flags.FlagValues()
+  flags.define(registry)
+  rest = registry(["ddpm_jax.main", *arguments])
+  assert rest == ["ddpm_jax.main"], f"not flags: {rest[1:]}"
+  return flags.given(registry)
+
+
+def load(name: str) -> Config:
+  return config_lib.override(Config(), parse(f"--flagfile={ROOT / 'experiments' / name}.flags"))
+
+
+def header(path: pathlib.Path) -> str:
+  """The comment at the top, without its marks."""
+  lines = []
+  for line in path.read_text().splitlines():
+    if not line.startswith("#"):
+      break
+    lines.append(line[2:])
+  return "\n".join(lines)
+
+
+def test_all_experiments_are_here():
+  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images64"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parses_and_fits_together(name):
+  config = load(name)
+  size = config.data.image_size or NATIVE_SIZE[name]
+  levels = len(config.model.channel_multipliers)
+  assert size % 2 ** (levels - 1) == 0
+  sizes = [size // 2**level for level in range(levels)]
+  assert set(config.model.attention_resolutions) <= set(sizes)
+  assert config.train.num_steps % config.train.checkpoint_every == 0
+  assert config.optimizer.warmup_steps < config.train.num_steps
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_states_every_number_once(path):
+  stated = re.findall(r"^--(\w+)=", path.read_text(), re.MULTILINE)
+  assert len(stated) == len(set(stated)), "a flag stands twice"
+  wanted = STATED | (set() if path.stem == "images64" else {"dataset"})
+  assert wanted <= set(stated)
+  assert set(stated) <= set(config_lib.values(Config()))
+
+
+@pytest.mark.parametrize("path", FILES, ids=NAMES)
+def test_header_says_what_it_takes_and_how_to_run_it(path):
+  text = header(path)
+  for item in ("Data: ", "Hardware and time: ", "Published result: "):
+    assert f"\n{item}" in text
+  (command,) = re.findall(r"^ *python -m ddpm_jax\.main (.*)$", text, re.MULTILINE)
+  arguments = command.split()
+  assert f"--flagfile=experiments/{path.name}" in arguments
+  assert f"--workdir=runs/{path.stem}" in arguments
+  # The command parses as it stands, from the root of the repository.
+  parse(*(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments))
+
+
+def test_digits_is_the_default():
+  assert config_lib.changed(load("digits"), Config()) == []
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_has_the_numbers_of_the_paper(name):
+  values = config_lib.values(load(name))
+  assert {knob: values[knob] for knob in PAPERS[name]} == PAPERS[name]
+
+
+def test_only_cifar10_samples_with_the_large_variance():
+  variances = {name: load(name).diffusion.variance for name in PAPERS}
+  assert [name for name, variance in variances.items() if variance == "fixed_large"] == ["cifar10"]
+
+
+def test_hours_in_the_headers_follow_from_steps_and_speed():
+  # The paper's speed on a TPU v3-8, in steps/s.
+  for name in PAPERS:
+    speed = 21 if name == "cifar10" else 2.2
+    hours = load(name).train.num_steps / speed / 3600
+    match = re.search(r"([\d.]+) hours\s+for ([\d,]+) steps", header(ROOT / "experiments" / f"{name}.flags"))
+    assert match
+    assert float(match[1]) == pytest.approx(hours, abs=0.5)
+    assert int(match[2].replace(",", "")) == load(name).train.num_steps
+
+
+def test_images64_leaves_the_folder_to_the_command():
+  given = parse(f"--flagfile={ROOT}/experiments/images64.flags", "--dataset=folder:pictures")
+  assert given["dataset"] == "folder:pictures"
+  assert given["random_flip"]
+
+
+def test_a_flag_that_is_no_knob_fails(tmp_path):
+  path = tmp_path / "wrong.flags"
+  path.write_text("# a comment\n--dataset=digits\n--batchsize=64\n")
+  with pytest.raises(absl_flags.UnrecognizedFlagError, match="batchsize"):
+    parse(f"--flagfile={path}")

@@ -1,0 +1,399 @@
+import ast
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+from absl import flags as absl_flags
+
+import ddpm_jax
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags
+from ddpm_jax.config import Config, UserError
+
+PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
+KNOBS = [(section, field) for section, field, _ in config_lib.knobs(Config())]
+NUMBERS = [f.name for _, f in KNOBS if isinstance(f.default, int | float) and not isinstance(f.default, bool)]
+FLOATS = [f.name for _, f in KNOBS if isinstance(f.default, float)]
+TUPLES = [f.name for _, f in KNOBS if isinstance(f.default, tuple)]
+CHOICES = [f.name for _, f in KNOBS if f.metadata["choices"]]
+
+# Every number is refused at 0 but these, where 0 means something.
+ZERO_MEANS = {
+  "image_size": "as they are",
+  "cache_gib": "no cache",
+  "norm_groups": "automatic",
+  "dropout": "none",
+  "warmup_steps": "none",
+  "grad_clip": "none",
+  "ema_decay": "no average",
+  "seed": "a seed",
+  "sample_seed": "a seed",
+  "sample_every": "never",
+  "sampling_steps": "all T",
+  "eta": "deterministic",
+}
+
+# The defaults are tuned from time to time; the tests that need numbers bring their own.
+BASE = {
+  "batch_size": 128,
+  "cache_gib": 4.0,
+  "data_threads": 2,
+  "channels": 32,
+  "channel_multipliers": (1, 2, 2),
+  "num_res_blocks": 2,
+  "attention_resolutions": (4,),
+  "norm_groups": 0,
+  "dropout": 0.1,
+  "learning_rate": 1e-3,
+  "lr_schedule": "cosine",
+  "warmup_steps": 100,
+  "grad_clip": 1.0,
+  "ema_decay": 0.995,
+  "num_steps": 4000,
+  "grad_accum_steps": 1,
+  "log_every": 50,
+  "checkpoint_every": 1000,
+  "sample_every": 1000,
+  "keep_checkpoints": 3,
+  "preview_images": 32,
+  "preview_steps": 50,
+  "num_samples": 64,
+  "sample_batch_size": 64,
+}
+
+# A run in which no knob is as in BASE or as it is by default.
+OTHER = {
+  "dataset": "folder:/data/a b#c,d=e",
+  "split": "train[:90%]",
+  "data_dir": "/data/tfds",
+  "manual_dir": "/data/manual",
+  "image_size": 32,
+  "batch_size": 64,
+  "random_flip": True,
+  "cache_gib": 0.1,
+  "data_threads": 3,
+  "num_timesteps": 500,
+  "beta_schedule": "sigmoid",
+  "beta_start": 1 / 3000,
+  "beta_end": 0.1 + 0.2,
+  "prediction": "v",
+  "loss": "huber",
+  "loss_weighting": "min_snr",
+  "variance": "fixed_small",
+  "channels": 128,
+  "channel_multipliers": (1, 1, 2, 2, 4, 4),
+  "num_res_blocks": 3,
+  "attention_resolutions": (),
+  "norm_groups": 32,
+  "dropout": 0.0,
+  "dtype": "bfloat16",
+  "remat": "blocks",
+  "learning_rate": 2e-5,
+  "lr_schedule": "constant",
+  "warmup_steps": 5000,
+  "grad_clip": 0.125,
+  "ema_decay": 0.9999,
+  "seed": 2**32 - 1,
+  "num_steps": 800_000,
+  "parallel": "fsdp",
+  "grad_accum_steps": 4,
+  "log_every": 7,
+  "checkpoint_every": 70,
+  "sample_every": 0,
+  "keep_checkpoints": 1,
+  "preview_images": 9,
+  "preview_steps": 10,
+  "distributed": "off",
+  "num_samples": 50_000,
+  "sampler": "ddim",
+  "sampling_steps": 100,
+  "eta": 0.5,
+  "sample_batch_size": 500,
+  "sample_seed": 3,
+  "sample_weights": "raw",
+}
+
+
+def make(**changes) -> Config:
+  return config_lib.override(Config(), BASE | changes)
+
+
+def refusal(**changes) -> str:
+  with pytest.raises(UserError) as caught:
+    make(**changes)
+  text = str(caught.value)
+  assert "\n" not in text
+  return text
+
+
+def test_default_is_the_digits_run():
+  config = Config()
+  assert (config.data.dataset, config.train.parallel) == ("digits", "pmap")
+  assert config == config_lib.override(config, {})
+
+
+def test_names_are_unique_over_the_tree():
+  names = [field.name for _, field in KNOBS]
+  assert len(names) == len(set(names))
+  assert len(names) == sum(len(part) for part in dataclasses.asdict(Config()).values())
+  assert not {"workdir", "mode"} & set(names)
+
+
+@pytest.mark.parametrize(("section", "field"), KNOBS, ids=[f.name for _, f in KNOBS])
+def test_every_knob_has_help(section, field):
+  text = field.metadata["help"]
+  assert len(text) > 5
+  assert text.strip() == text
+  assert text.endswith(".")
+  assert "  " not in text, "a string joined with a space too many"
+
+
+def test_the_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Config().data.batch_size = 1
+
+
+# Ranges.
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_negative_is_refused(name):
+  assert re.fullmatch(rf"{name}: -1 must be (at least|greater than) \d+", refusal(**{name: -1}))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_zero_is_refused_where_it_means_nothing(name):
+  if name in ZERO_MEANS:
+    make(**{name: 0})
+  else:
+    assert re.fullmatch(rf"{name}: 0 must be (at least [12]|greater than 0)", refusal(**{name: 0}))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_is_refused(name, value):
+  assert refusal(**{name: value}) == f"{name}: {value} is not a finite number"
+
+
+@pytest.mark.parametrize("name", TUPLES)
+@pytest.mark.parametrize("value", [(0,), (1, -2)])
+def test_each_number_of_a_list_is_checked(name, value):
+  assert refusal(**{name: value}) == f"{name}: {value[-1]} must be at least 1"
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_choice_is_refused_with_all_that_are_known(name):
+  text = refusal(**{name: "nonsense"})
+  assert text.startswith(f"{name}: 'nonsense' is unknown; use one of ")
+  for _, field in KNOBS:
+    if field.name == name:
+      for choice in field.metadata["choices"]:
+        assert choice in text
+      assert field.default in field.metadata["choices"]
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "remedy"),
+  [
+    ("beta_start", 1.0, "less than 1"),
+    ("beta_end", 1.5, "less than 1"),
+    ("dropout", 1.0, "less than 1"),
+    ("ema_decay", 1.0, "less than 1"),
+    ("channels", 1, "at least 2"),
+    ("eta", 1.01, "at most 1"),
+    ("seed", 2**32, "less than 4.29497e+09"),
+    ("sample_seed", 2**32, "less than 4.29497e+09"),
+  ],
+)
+def test_upper_and_odd_limits(name, value, remedy):
+  assert refusal(**{name: value}) == f"{name}: {value} must be {remedy}"
+
+
+# Knobs that contradict each other: field, value, the other field or what to do.
+
+
+@pytest.mark.parametrize(
+  ("changes", "parts"),
+  [
+    ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
+    ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
+    ({"beta_schedule": "cosine", "beta_end": 0.03}, ("beta_end", "0.03", "beta_schedule=cosine", "leave it out")),
+    ({"sampling_steps": 1001}, ("sampling_steps", "1001", "num_timesteps=1000")),
+    ({"num_timesteps": 49}, ("preview_steps", "50", "num_timesteps=49")),
+    ({"eta": 0.5}, ("eta", "0.5", "sampler=ddpm", "--sampler=ddim")),
+    ({"channel_multipliers": ()}, ("channel_multipliers", "empty", "1,2,2,2")),
+    ({"channels": 33}, ("channels", "33", "even")),
+    ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
+    ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
+    ({"warmup_steps": 4000}, ("warmup_steps", "4000", "num_steps=4000", "cosine")),
+  ],
+  ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_contradictions_are_refused(changes, parts):
+  text = refusal(**changes)
+  assert text.startswith(f"{parts[0]}: ")
+  for part in parts:
+    assert part in text
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"beta_schedule": "cosine"},
+    {"beta_start": 0.02},
+    {"sampling_steps": 1000},
+    {"num_timesteps": 50},
+    {"eta": 1.0, "sampler": "ddim"},
+    {"norm_groups": 16},
+    {"grad_accum_steps": 128},
+    {"warmup_steps": 3999},
+    {"warmup_steps": 5000, "lr_schedule": "constant"},
+    {"attention_resolutions": ()},
+    {"seed": 2**32 - 1},
+  ],
+  ids=str,
+)
+def test_the_edge_of_each_rule_is_allowed(changes):
+  assert changes.items() <= config_lib.values(make(**changes)).items()
+
+
+# JSON and flagfiles.
+
+
+def test_the_other_run_differs_everywhere():
+  assert set(OTHER) == {field.name for _, field in KNOBS}
+  assert len(config_lib.changed(make(), make(**OTHER))) == len(OTHER)
+
+
+@pytest.mark.parametrize("config", [Config(), make(**OTHER)], ids=["default", "other"])
+def test_json_round_trip(config):
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+def test_json_is_plain_and_by_section():
+  tree = json.loads(config_lib.to_json(make()))
+  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample"]
+  assert tree["model"]["channel_multipliers"] == [1, 2, 2]
+  assert tree["optimizer"]["learning_rate"] == 0.001
+
+
+def test_unknown_key_is_refused():
+  tree = json.loads(config_lib.to_json(Config()))
+  tree["model"]["num_heads"] = 4
+  with pytest.raises(UserError, match=r"model\.num_heads.*does not know"):
+    config_lib.from_json(json.dumps(tree))
+
+
+def test_known_key_in_another_section_is_refused():
+  with pytest.raises(UserError, match=r"data\.dropout"):
+    config_lib.from_json('{"data": {"dropout": 0.2}}')
+
+
+def test_missing_key_takes_its_default():
+  assert config_lib.from_json('{"model": {"channels": 96}}') == config_lib.override(Config(), {"channels": 96})
+  assert config_lib.from_json("{}") == Config()
+
+
+def test_value_out_of_range_in_json_is_refused():
+  with pytest.raises(UserError, match="batch_size: 0 must be at least 1"):
+    config_lib.from_json('{"data": {"batch_size": 0}}')
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    '{"data": {"batch_si',
+    "[1, 2]",
+    "null",
+    '{"data": 3}',
+    '{"model": {"channels": "64"}}',
+    '{"model": {"channels": 64.5}}',
+    '{"model": {"channels": null}}',
+    '{"model": {"channels": true}}',
+    '{"model": {"channel_multipliers": 2}}',
+    '{"model": {"channel_multipliers": [1, "2"]}}',
+    '{"optimizer": {"learning_rate": NaN}}',
+    '{"data": {"random_flip": "no"}}',
+    '{"data": {"dataset": 1}}',
+  ],
+)
+def test_damaged_json_is_refused_in_one_line(text):
+  with pytest.raises(UserError) as caught:
+    config_lib.from_json(text)
+  assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [Config(), make(**OTHER)], ids=["default", "other"])
+def test_flagfile_text_parses_back_to_the_same_config(config, tmp_path):
+  path = tmp_path / "flags.txt"
+  path.write_text(config_lib.to_flagfile(config))
+  registry = absl_flags.FlagValues()
+  absl_flags.DEFINE_string("flagfile", "", "", flag_values=registry)
+  flags.define(registry)
+  registry(["main", f"--flagfile={path}"])
+  given = flags.given(registry)
+  assert set(given) == set(OTHER)
+  assert config_lib.override(Config(), given) == config
+
+
+def test_override_leaves_its_argument_alone():
+  before = Config()
+  assert config_lib.override(before, {"channels": 64, "seed": 5}).train.seed == 5
+  assert before == Config()
+
+
+def test_override_refuses_a_name_that_is_no_knob():
+  with pytest.raises((UserError, TypeError, ValueError, KeyError), match=r"chanels"):
+    config_lib.override(Config(), {"chanels": 64})
+
+
+# What a resumed run may change.
+
+MAY_CHANGE = {
+  *("data_dir", "manual_dir", "cache_gib", "data_threads", "variance", "remat"),
+  *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
+  *("preview_images", "preview_steps", "distributed"),
+  *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
+}
+
+
+def test_changed_names_both_values_in_order():
+  before, after = make(batch_size=64), make(batch_size=32, dropout=0.2)
+  assert config_lib.changed(before, after) == [("batch_size", 64, 32), ("dropout", 0.1, 0.2)]
+  assert config_lib.changed(before, before) == []
+
+
+def test_on_resume_only_what_is_trained_must_stay():
+  differences = config_lib.changed(make(lr_schedule="constant"), make(**OTHER), on_resume=True)
+  assert {name for name, _, _ in differences} == set(OTHER) - MAY_CHANGE - {"lr_schedule"}
+
+
+@pytest.mark.parametrize(("schedule", "refused"), [("constant", []), ("cosine", [("num_steps", 4000, 5000)])])
+def test_num_steps_is_fixed_where_the_learning_rate_depends_on_it(schedule, refused):
+  before, after = make(lr_schedule=schedule), make(lr_schedule=schedule, num_steps=5000)
+  assert config_lib.changed(before, after, on_resume=True) == refused
+
+
+# One knob, one reader.
+
+_OWNERS = {"config", "options", "d", "data", "diffusion", "model", "optimizer", "train", "sample"}
+
+
+def knob_reads(root: pathlib.Path) -> set[str]:
+  """Names that the code reads as an attribute of something that is called like a config or a section of it."""
+  found = set()
+  for path in root.rglob("*.py"):
+    if path.relative_to(root).as_posix() in ("config.py", "flags.py"):
+      continue
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in _OWNERS:
+        found.add(node.attr)
+  return found
+
+
+def test_every_knob_is_read_somewhere():
+  unread = {field.name for _, field in KNOBS} - knob_reads(PACKAGE)
+  assert not unread, f"knobs that do nothing (or are read from a variable that is none of {sorted(_OWNERS)}): {unread}"

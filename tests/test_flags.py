@@ -1,0 +1,136 @@
+import pathlib
+
+import pytest
+from absl import flags as absl_flags
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags
+from ddpm_jax.config import Config, UserError
+
+# People and scripts use these: they stay.
+NAMES = {
+  *("workdir", "mode", "seed"),
+  *("dataset", "data_dir", "manual_dir", "image_size", "batch_size", "random_flip"),
+  *("num_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction", "loss", "loss_weighting", "variance"),
+  *("channels", "channel_multipliers", "num_res_blocks", "attention_resolutions", "dropout", "dtype", "remat"),
+  *("learning_rate", "lr_schedule", "warmup_steps", "grad_clip", "ema_decay"),
+  *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
+  *("distributed", "num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size"),
+}
+
+
+@pytest.fixture
+def registry() -> absl_flags.FlagValues:
+  """The flags of this package alone, not yet parsed."""
+  values = absl_flags.FlagValues()
+  flags.define(values)
+  return values
+
+
+def parse(registry, *arguments) -> dict:
+  registry(["main", *arguments])
+  return flags.given(registry)
+
+
+def test_names_that_stay(registry):
+  assert set(registry) >= NAMES
+
+
+def test_one_flag_for_each_knob_with_its_default_and_help(registry):
+  knobs = {field.name: (default, field.metadata["help"]) for _, field, default in config_lib.knobs(Config())}
+  assert set(registry) == {"workdir", "mode"} | set(knobs)
+  for name, (default, text) in knobs.items():
+    assert registry[name].default == default
+    assert type(registry[name].default) is type(default)
+    assert text in registry[name].help
+
+
+def test_defaults_are_not_given(registry):
+  assert parse(registry) == {}
+  assert registry.mode == "train"
+
+
+def test_values_have_the_type_of_their_knob(registry):
+  given = parse(
+    registry,
+    *("--channels=64", "--dropout=0", "--random_flip", "--dataset=cifar10", "--channel_multipliers=1,2,4"),
+    *("--attention_resolutions=", "--loss=l1", "--learning_rate=2e-4"),
+  )
+  assert given == {
+    "channels": 64,
+    "dropout": 0.0,
+    "random_flip": True,
+    "dataset": "cifar10",
+    "channel_multipliers": (1, 2, 4),
+    "attention_resolutions": (),
+    "loss": "l1",
+    "learning_rate": 2e-4,
+  }
+  assert isinstance(given["dropout"], float)
+
+
+def test_a_flag_that_repeats_the_default_is_given(registry):
+  assert parse(registry, "--channels=32", "--norandom_flip") == {"channels": 32, "random_flip": False}
+
+
+def test_the_last_of_two_wins(registry):
+  assert parse(registry, "--channels=64", "--channels=48") == {"channels": 48}
+
+
+@pytest.mark.parametrize(
+  ("text", "value"), [("16", (16,)), ("1,2,2,2", (1, 2, 2, 2)), ("1, 2", (1, 2)), ("", ()), ("-1", (-1,))]
+)
+def test_tuples(registry, text, value):
+  assert parse(registry, f"--channel_multipliers={text}") == {"channel_multipliers": value}
+
+
+@pytest.mark.parametrize("text", ["1,x", "1.5", "1,,2", "1;2", "(1,2)", ","])
+def test_bad_tuples(registry, text):
+  with pytest.raises(absl_flags.IllegalFlagValueError, match=r"channel_multipliers=.*separated by commas.*1,2,2,2"):
+    parse(registry, f"--channel_multipliers={text}")
+
+
+@pytest.mark.parametrize(
+  "argument",
+  ["--channels=a", "--channels=1.5", "--batch_size=", "--dropout=none", "--random_flip=perhaps", "--mode=dance"],
+)
+def test_bad_values_name_the_flag(registry, argument):
+  name, value = argument.removeprefix("--").split("=")
+  with pytest.raises(absl_flags.IllegalFlagValueError, match=f"{name}={value}"):
+    parse(registry, argument)
+
+
+def test_enum_lists_what_is_known(registry):
+  with pytest.raises(absl_flags.IllegalFlagValueError, match=r"beta_schedule=square.*linear.*quadratic.*cosine"):
+    parse(registry, "--beta_schedule=square")
+
+
+def test_unknown_flag_suggests_the_near_one(registry):
+  with pytest.raises(absl_flags.UnrecognizedFlagError, match=r"chanels.*channels"):
+    parse(registry, "--chanels=64")
+
+
+def test_every_default_survives_its_own_text(registry):
+  given = parse(registry, *(f"--{n}={config_lib.flag_text(v)}" for n, v in config_lib.values(Config()).items()))
+  assert given == config_lib.values(Config())
+
+
+def test_flags_into_string_is_itself_a_command_line(registry):
+  registry(["main", "--channel_multipliers=1,2,4"])
+  assert "--channel_multipliers=1,2,4" in registry.flags_into_string().splitlines()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--workdir=",)])
+def test_missing_workdir(registry, arguments):
+  registry(["main", *arguments])
+  with pytest.raises(UserError, match=r"workdir: missing; .*--workdir="):
+    flags.workdir(registry)
+
+
+def test_workdir_is_absolute(registry, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path / "home"))
+  registry(["main", "--workdir=runs/a"])
+  assert flags.workdir(registry) == pathlib.Path(tmp_path, "runs", "a")
+  registry(["main", "--workdir=~/a"])
+  assert flags.workdir(registry) == pathlib.Path(tmp_path, "home", "a")

@@ -1,0 +1,78 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddpm_jax import grids
+
+
+def pictures(number: int, height: int, width: int, channels: int) -> np.ndarray:
+  return np.random.default_rng(0).integers(0, 256, (number, height, width, channels), np.uint8)
+
+
+def test_five_in_a_grid_of_three_by_two():
+  images = pictures(5, 50, 60, 3)
+  grid = grids.image_grid(images)
+  assert grid.shape == (2 + 2 * 52, 2 + 3 * 62, 3)
+  assert grid.dtype == np.uint8
+  corners = [(2, 2), (2, 64), (2, 126), (54, 2), (54, 64)]  # top, left
+  rest = np.ones(grid.shape[:2], bool)
+  for image, (top, left) in zip(images, corners, strict=True):
+    np.testing.assert_array_equal(grid[top : top + 50, left : left + 60], image)
+    rest[top : top + 50, left : left + 60] = False
+  assert (grid[rest] == 255).all()  # margins and the empty sixth tile
+
+
+def test_columns_can_be_named():
+  assert grids.image_grid(pictures(6, 50, 50, 3), columns=6).shape == (54, 2 + 6 * 52, 3)
+  assert grids.image_grid(pictures(6, 50, 50, 3), columns=1).shape == (2 + 6 * 52, 54, 3)
+
+
+@pytest.mark.parametrize(("size", "scale"), [(8, 6), (28, 1), (24, 2), (16, 3), (48, 1), (256, 1), (1, 48)])
+def test_small_images_are_enlarged_by_a_whole_factor(size, scale):
+  image = pictures(1, size, size, 3)
+  tile = grids.image_grid(image)[2:-2, 2:-2]
+  assert tile.shape == (size * scale, size * scale, 3)
+  for row, column in ((0, 0), (size - 1, 0), (size // 2, size - 1)):
+    block = tile[row * scale : (row + 1) * scale, column * scale : (column + 1) * scale]
+    assert (block == image[0, row, column]).all()
+
+
+def test_gray_becomes_three_equal_channels():
+  images = pictures(4, 50, 50, 1)
+  grid = grids.image_grid(images)
+  assert grid.shape == (106, 106, 3)
+  for channel in range(3):
+    np.testing.assert_array_equal(grid[54:104, 2:52, channel], images[2, :, :, 0])
+
+
+def test_images_are_left_alone():
+  images = pictures(3, 8, 8, 1)
+  before = images.copy()
+  grids.image_grid(images)[:] = 0
+  np.testing.assert_array_equal(images, before)
+
+
+def test_captions_stand_above_their_pictures():
+  left, right = pictures(2, 100, 150, 3)
+  page = grids.captioned({"EMA weights": left, "raw weights": right})
+  assert page.shape == (118, 312, 3)
+  assert page.dtype == np.uint8
+  np.testing.assert_array_equal(page[18:, :150], left)
+  np.testing.assert_array_equal(page[18:, 162:], right)
+  assert (page[:, 150:162] == 255).all()
+  for strip in (page[:18, :150], page[:18, 162:]):
+    assert strip.min() < 100, "no caption"
+    assert (strip[:, :3] == 255).all(), "the caption is cut off"
+  assert (page[:18, :150] != page[:18, 162:]).any(), "the captions differ"
+
+
+def test_one_caption_needs_no_gap():
+  assert grids.captioned({"samples": pictures(1, 60, 80, 3)[0]}).shape == (78, 80, 3)
+
+
+def test_png_keeps_every_pixel(tmp_path):
+  picture = pictures(1, 21, 34, 3)[0]
+  grids.save_png(tmp_path / "a.png", picture)
+  with Image.open(tmp_path / "a.png") as image:
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (34, 21))
+    np.testing.assert_array_equal(np.asarray(image), picture)

@@ -1,0 +1,193 @@
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+from absl import flags as absl_flags
+from absl.testing import flagsaver
+
+import ddpm_jax.sampling
+import ddpm_jax.training
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags, main, workdir
+from ddpm_jax.config import Config, NonFiniteError, UserError
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def runs(monkeypatch) -> types.SimpleNamespace:
+  """Takes the place of the two runs: what they were called with, and what they raise."""
+  record = types.SimpleNamespace(calls=[], error=None)
+
+  def run(mode):
+    def called(config, folder):
+      record.calls.append((mode, config, folder))
+      if record.error:
+        raise record.error
+
+    return called
+
+  monkeypatch.setattr(ddpm_jax.training, "loop", types.SimpleNamespace(train=run("train")), raising=False)
+  monkeypatch.setattr(ddpm_jax.sampling, "run", types.SimpleNamespace(sample=run("sample")), raising=False)
+  monkeypatch.setattr(main.distributed, "initialize", lambda mode: record.calls.append(("distributed", mode)))
+  return record
+
+
+@pytest.fixture
+def command():
+  """Runs `main` in this process as the command line would; returns the exit code."""
+  if "workdir" not in absl_flags.FLAGS:
+    flags.define()
+
+  def call(*arguments: object, rest: tuple[str, ...] = ()) -> int:
+    with flagsaver.flagsaver():
+      absl_flags.FLAGS.unparse_flags()
+      try:
+        left = main._parse_flags(["main", *map(str, arguments), *rest])
+      except SystemExit as stop:
+        return stop.code
+      return main.main(left)
+
+  return call
+
+
+def one_line(capsys) -> str:
+  out, err = capsys.readouterr()
+  assert out == ""
+  assert err.count("\n") == 1
+  assert err.startswith("error: ")
+  return err
+
+
+def test_train(runs, command, tmp_path):
+  assert command(f"--workdir={tmp_path}", "--channels=64") == 0
+  expected = config_lib.override(Config(), {"channels": 64})
+  assert runs.calls == [("distributed", "auto"), ("train", expected, tmp_path)]
+
+
+def test_processes_are_joined_before_the_run_and_as_asked(runs, command, tmp_path):
+  assert command(f"--workdir={tmp_path}", "--distributed=off") == 0
+  assert runs.calls[0] == ("distributed", "off")
+
+
+def test_sample_takes_the_stored_config(runs, command, tmp_path):
+  stored = config_lib.override(Config(), {"channels": 64, "sampler": "ddim"})
+  workdir.create(tmp_path, stored)
+  assert command(f"--workdir={tmp_path}", "--mode=sample", "--num_samples=7") == 0
+  assert runs.calls[-1] == ("sample", config_lib.override(stored, {"num_samples": 7}), tmp_path)
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a: b"), 2), (NonFiniteError("loss nan"), 3)])
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
+  if mode == "sample":
+    workdir.create(tmp_path, Config())
+  runs.error = error
+  assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
+  assert one_line(capsys) == f"error: {error}\n"
+
+
+def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
+  runs.error = RuntimeError("out of memory")  # Python itself makes this exit code 1
+  with pytest.raises(RuntimeError, match="out of memory"):
+    command(f"--workdir={tmp_path}")
+
+
+@pytest.mark.parametrize(
+  ("arguments", "parts"),
+  [
+    (["--chanels=64"], ["chanels", "channels"]),
+    (["--beta_schedule=square"], ["beta_schedule", "square", "cosine"]),
+    (["--sampler=euler"], ["sampler", "euler", "ddim"]),
+    (["--mode=dance"], ["mode", "dance", "sample"]),
+    (["--channels=many"], ["channels", "many"]),
+    (["--channel_multipliers=1,x"], ["channel_multipliers", "1,x", "commas"]),
+    (["--random_flip=perhaps"], ["random_flip", "perhaps"]),
+    (["--channels"], ["channels", "value"]),
+    (["--flagfile=nowhere.flags"], ["nowhere.flags"]),
+    (["--batch_size=0"], ["batch_size", "0", "at least 1"]),
+    (["--learning_rate=nan"], ["learning_rate", "nan", "finite"]),
+    (["--learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
+    (["--grad_accum_steps=3"], ["grad_accum_steps", "3", "batch_size="]),
+    (["--mode=sample"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+    (["channels=64"], ["channels=64", "--name=value"]),
+    (["--workdir="], ["workdir", "missing", "--workdir="]),
+  ],
+  ids=lambda value: value[0] if value[0].startswith("-") else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(runs, command, capsys, tmp_path, arguments, parts):
+  assert command(f"--workdir={tmp_path / 'run'}", *arguments) == 2
+  text = one_line(capsys)
+  for part in parts:
+    assert part in text
+  assert runs.calls == []
+  assert list(tmp_path.iterdir()) == []
+
+
+# What a command means.
+
+
+def test_train_is_flags_over_defaults_whatever_is_stored(tmp_path):
+  workdir.create(tmp_path, config_lib.override(Config(), {"channels": 64}))
+  assert main.resolve_config("train", {"dropout": 0.2}, tmp_path) == config_lib.override(Config(), {"dropout": 0.2})
+
+
+def test_sample_is_flags_over_the_stored_run(tmp_path):
+  stored = config_lib.override(Config(), {"channels": 64, "num_timesteps": 100})
+  workdir.create(tmp_path, stored)
+  given = {"sampler": "ddim", "eta": 0.5, "sampling_steps": 20, "variance": "fixed_small", "channels": 64}
+  assert main.resolve_config("sample", given, tmp_path) == config_lib.override(stored, given)
+
+
+def test_sample_refuses_to_change_what_was_trained(tmp_path):
+  workdir.create(tmp_path, config_lib.override(Config(), {"channel_multipliers": (1, 2)}))
+  with pytest.raises(UserError) as caught:
+    main.resolve_config("sample", {"channel_multipliers": (1, 4)}, tmp_path)
+  for part in ("channel_multipliers: ", "'1,2'", "'1,4'", "leave --channel_multipliers out"):
+    assert part in str(caught.value)
+
+
+def test_sample_checks_its_flags_against_the_stored_run(tmp_path):
+  workdir.create(tmp_path, config_lib.override(Config(), {"num_timesteps": 100}))
+  with pytest.raises(UserError, match=r"sampling_steps: 200 .*num_timesteps=100"):
+    main.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
+
+
+# The command itself.
+
+_LOADED = (
+  "import sys, ddpm_jax.main; "
+  "print([name for name in ('flax', 'orbax', 'optax', 'grain', 'tensorflow_datasets', 'tensorflow', 'tensorboardX') "
+  "if name in sys.modules])"
+)
+
+
+def test_the_command(tmp_path):
+  start = [sys.executable, "-m", "ddpm_jax.main"]
+  commands = {
+    "unknown flag": [*start, "--chanels=64"],
+    "bad value": [*start, f"--workdir={tmp_path / 'a'}", "--batch_size=0"],
+    # Found after the imports of a run, whose libraries like to talk.
+    "no folder": [*start, f"--workdir={tmp_path / 'b'}", f"--dataset=folder:{tmp_path / 'none'}"],
+    "help": [*start, "--help"],
+    "imports": [sys.executable, "-c", _LOADED],
+  }
+  environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+  environment.pop("JAX_PLATFORMS")
+  options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment, "cwd": tmp_path}
+  children = {name: subprocess.Popen(line, **options) for name, line in commands.items()}
+  ended = {name: (*child.communicate(timeout=120), child.returncode) for name, child in children.items()}
+
+  for name, word in (("unknown flag", "chanels"), ("bad value", "batch_size: 0"), ("no folder", "folder:")):
+    out, err, code = ended[name]
+    assert (out, code) == ("", 2), err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert word in err
+  assert ended["imports"] == ("[]\n", "", 0)
+  assert "--workdir" in ended["help"][0]
+  assert "--channel_multipliers" in ended["help"][0]
+  assert list(tmp_path.iterdir()) == []

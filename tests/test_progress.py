@@ -1,0 +1,60 @@
+import io
+import sys
+
+import pytest
+
+from ddpm_jax.progress import Progress
+
+
+class Terminal(io.StringIO):
+  def isatty(self) -> bool:
+    return True
+
+
+def test_plain_lines_off_a_terminal(capsys):
+  progress = Progress("step", total=110, done=10)
+  progress.say("training")
+  progress.advance()
+  progress.report(10, {"loss": 0.123456, "grad norm": 2.0}, 4.0)
+  progress.close()
+  out, err = capsys.readouterr()
+  assert out == "training\nstep 10/110  loss 0.1235  grad norm 2  4 steps/s  0:00:25 left\n"
+  assert err == ""
+
+
+@pytest.mark.parametrize(
+  ("done", "rate", "left"),
+  [(0, 1.0, "1:00:00"), (1800, 0.5, "1:00:00"), (3600, 3.0, "0:00:00"), (0, 0.01, "4 days, 4:00:00"), (0, 0.0, "?")],
+)
+def test_time_left(capsys, done, rate, left):
+  Progress("step", total=3600).report(done, {}, rate)
+  assert capsys.readouterr().out.endswith(f"steps/s  {left} left\n")
+
+
+def test_quiet_says_nothing(capsys, monkeypatch):
+  for stream in (sys.stderr, Terminal()):
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress("step", total=10, quiet=True)
+    progress.advance()
+    progress.say("hello")
+    progress.report(5, {"loss": 1.0}, 1.0)
+    progress.close()
+    assert capsys.readouterr() == ("", "")
+  assert stream.getvalue() == ""
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  progress = Progress("step", total=110, done=10)
+  progress.advance(50)
+  progress.say("training")
+  progress.report(60, {"loss": 0.123456}, 4.0)
+  progress.close()
+  drawn = terminal.getvalue()
+  assert "10/110" in drawn
+  assert "60/110" in drawn
+  assert "loss 0.1235" in drawn
+  assert "training\n" in drawn
+  assert drawn.endswith("\n")
+  assert capsys.readouterr().out == ""

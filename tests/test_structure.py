@@ -1,0 +1,162 @@
+"""The direction of the imports, and what the package never does, read from its source."""
+
+import ast
+import graphlib
+import pathlib
+import sys
+
+import pytest
+
+import ddpm_jax
+
+ROOT = pathlib.Path(ddpm_jax.__file__).parent
+FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+
+def module_name(file: str) -> str:
+  return ".".join(("ddpm_jax", *file.removesuffix(".py").removesuffix("__init__").rstrip("/").split("/"))).rstrip(".")
+
+
+MODULES = {module_name(file): file for file in FILES}
+
+
+def imports(node: ast.AST) -> set[str]:
+  """Dotted names that a piece of code imports; of `from a import b` it is a.b, whatever b is."""
+  found = set()
+  for part in ast.walk(node):
+    if isinstance(part, ast.Import):
+      found |= {alias.name for alias in part.names}
+    elif isinstance(part, ast.ImportFrom):
+      assert part.level == 0, "imports are absolute"
+      found |= {f"{part.module}.{alias.name}" for alias in part.names}
+  return found
+
+
+def top(name: str) -> str:
+  return name.split(".")[0]
+
+
+def ours(file: str) -> set[str]:
+  """The modules of this package that a file imports."""
+  found = {name for name in imports(TREES[file]) if top(name) == "ddpm_jax"}
+  return {name if name in MODULES else name.rpartition(".")[0] for name in found} - {"ddpm_jax"}
+
+
+def below(folder: str) -> list[str]:
+  return [file for file in FILES if file.startswith(folder + "/")]
+
+
+def importers(*names: str) -> set[str]:
+  """The files that import one of these, or something inside it."""
+  return {
+    file
+    for file, tree in TREES.items()
+    if any(found == name or found.startswith(name + ".") for found in imports(tree) for name in names)
+  }
+
+
+def test_there_is_something_to_look_at():
+  assert len(FILES) > 25
+  assert ours("models/build.py") == {"ddpm_jax.config", "ddpm_jax.models.layers", "ddpm_jax.models.unet"}
+
+
+@pytest.mark.parametrize("file", below("diffusion"))
+def test_the_mathematics_knows_only_arrays(file):
+  third_party = {top(name) for name in imports(TREES[file])} - set(sys.stdlib_module_names)
+  assert third_party <= {"numpy", "jax", "chex", "ddpm_jax"}
+  assert all(name.startswith("ddpm_jax.diffusion") for name in ours(file))
+
+
+@pytest.mark.parametrize("file", below("models"))
+def test_the_networks_know_only_arrays(file):
+  others = {name for name in ours(file) if not name.startswith("ddpm_jax.models")}
+  assert others <= ({"ddpm_jax.config"} if file == "models/build.py" else set())
+
+
+def test_config_is_standard_library_only():
+  assert {top(name) for name in imports(TREES["config.py"])} <= set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(
+  "file", ["distributed.py", "flags.py", "grids.py", "keys.py", "progress.py", "workdir.py", "writers.py"]
+)
+def test_services_know_at_most_the_config(file):
+  assert ours(file) <= {"ddpm_jax.config"}
+
+
+@pytest.mark.parametrize("file", below("data"))
+def test_the_data_know_no_model(file):
+  assert all(name == "ddpm_jax.config" or name.startswith("ddpm_jax.data") for name in ours(file))
+
+
+def test_nothing_imports_main_and_only_main_starts_a_run():
+  assert importers("ddpm_jax.main") == set()
+  assert importers("ddpm_jax.training.loop", "ddpm_jax.sampling.run") == {"main.py"}
+
+
+def test_one_module_for_each_library_behind_a_wall():
+  assert importers("absl.flags", "absl.app") <= {"main.py", "flags.py"}
+  assert importers("orbax") == {"training/checkpoint.py"}
+  assert importers("tensorboardX") == {"writers.py"}
+  assert importers("flax.linen") <= set(below("models"))
+  assert importers("grain", "tensorflow_datasets") <= set(below("data"))
+
+
+def test_what_nothing_imports():
+  names = ("tensorflow", "pickle", "cloudpickle", "dill", "torch", "experiments", "tests", "utils")
+  assert importers(*names) == set()
+
+
+def test_no_cycle_at_import_time():
+  graph = {}
+  for module, file in MODULES.items():
+    outside = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lazy = {id(part) for function in outside for part in ast.walk(function)}
+    found = set()
+    for part in ast.walk(TREES[file]):
+      if isinstance(part, ast.Import | ast.ImportFrom) and id(part) not in lazy:
+        found |= imports(part)
+    graph[module] = {name if name in MODULES else name.rpartition(".")[0] for name in found} & set(MODULES)
+  assert graph["ddpm_jax.training.loop"] >= {"ddpm_jax.writers", "ddpm_jax.data.sources"}
+  graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+
+
+def test_main_imports_a_run_only_when_it_starts():
+  at_the_top = [node for node in TREES["main.py"].body if isinstance(node, ast.Import | ast.ImportFrom)]
+  names = {name for node in at_the_top for name in imports(node)}
+  heavy = ("ddpm_jax.training", "ddpm_jax.sampling", "ddpm_jax.data", "ddpm_jax.models", "ddpm_jax.run")
+  assert not {name for name in names if name.startswith(heavy)}
+  assert {top(name) for name in names} - set(sys.stdlib_module_names) <= {"absl", "ddpm_jax"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_runs_text_or_unpickles(file):
+  for node in ast.walk(TREES[file]):
+    if isinstance(node, ast.Call):
+      assert not (isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__")), node.lineno
+      for keyword in node.keywords:
+        on = not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
+        assert not (keyword.arg in ("allow_pickle", "shell") and on), node.lineno
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_only_named_errors_are_caught(file):
+  for node in ast.walk(TREES[file]):
+    if isinstance(node, ast.ExceptHandler):
+      caught = {"everything"} if node.type is None else {part.id for part in ast.walk(node.type) if hasattr(part, "id")}
+      assert not caught & {"everything", "Exception", "BaseException"}, node.lineno
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_and_functions_are_short(file):
+  assert len(FILES[file].read_text(encoding="utf-8").splitlines()) <= 330
+  for node in ast.walk(TREES[file]):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      assert node.end_lineno - node.lineno + 1 <= 80, node.name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_module_says_what_it_is(file):
+  assert ast.get_docstring(TREES[file])
+  assert pathlib.PurePath(file).stem not in ("utils", "util", "helpers", "misc", "common")

@@ -1,0 +1,55 @@
+"""Learning rates, clipping and the moving average against formulas written out."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ddpm_jax.config import OptimizerConfig
+from ddpm_jax.training.optimizer import ema_decay_at, learning_rate_schedule, make_optimizer, update_ema
+
+
+def test_warm_up_then_constant_as_in_the_paper():
+  rate = learning_rate_schedule(OptimizerConfig(learning_rate=2e-4, lr_schedule="constant", warmup_steps=5000), 800_000)
+  np.testing.assert_allclose([rate(n) for n in (0, 1, 2500, 5000, 799_999)],
+                             [0, 2e-4 / 5000, 1e-4, 2e-4, 2e-4], rtol=1e-3)
+
+
+def test_cosine_after_the_warm_up():
+  rate = learning_rate_schedule(OptimizerConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100), 1100)
+  half = 1e-3 * (1 + np.cos(np.pi / 4)) / 2
+  np.testing.assert_allclose([rate(n) for n in (50, 100, 350, 600, 1100)], [5e-4, 1e-3, half, 5e-4, 0], atol=1e-9)
+
+
+def test_no_warm_up():
+  assert learning_rate_schedule(OptimizerConfig(learning_rate=0.5, lr_schedule="constant", warmup_steps=0), 9)(0) == 0.5
+
+
+def test_adam_by_hand():
+  """Two updates of Adam with beta 0.9 and 0.999 and epsilon 1e-8, without and with clipping to norm 1."""
+  for clip, scale in ((0.0, 1.0), (1.0, 0.2)):  # the gradient (3, 4) has norm 5
+    config = OptimizerConfig(learning_rate=0.1, lr_schedule="constant", warmup_steps=0, grad_clip=clip)
+    optimizer = make_optimizer(config, 10)
+    params = jnp.zeros(2)
+    state = optimizer.init(params)
+    m, v, expected = np.zeros(2), np.zeros(2), np.zeros(2)
+    for n, gradient in enumerate([np.array([3.0, 4.0]), np.array([-0.1, 0.2])], start=1):
+      updates, state = optimizer.update(jnp.asarray(gradient), state, params)
+      params = optax.apply_updates(params, updates)
+      g = gradient * (scale if n == 1 else 1.0)
+      m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+      expected = expected - 0.1 * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
+      np.testing.assert_allclose(params, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "expected"), [(1, 2 / 11), (5, 6 / 15), (81, 82 / 91), (10**6, 0.9999)])
+def test_ema_warm_up(n, expected):
+  np.testing.assert_allclose(ema_decay_at(0.9999, jnp.asarray(n)), expected, rtol=1e-6)
+
+
+def test_ema_does_not_stall():
+  """At decay 0.9999 in float32 the average follows a constant; in bfloat16 it would never move."""
+  ema = jnp.zeros(())
+  for _ in range(100):
+    ema = update_ema(ema, jnp.ones(()), jnp.float32(0.9999))
+  np.testing.assert_allclose(ema, 1 - 0.9999**100, rtol=1e-3)

@@ -1,0 +1,104 @@
+"""One device, eight with pmap and eight with fsdp are one computation."""
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax.config import UserError
+from ddpm_jax.training.loop import make_train_step
+from ddpm_jax.training.parallel import Parallel, to_host
+from tests.training.tiny import host, random_batch, tiny_config, tiny_run
+
+STEPS = 10
+
+
+def train(mode, **changes):
+  """Ten updates with dropout and flips: (final state, losses, gradient norms, run, step)."""
+  run = tiny_run(tiny_config(parallel=mode, **changes))
+  state, rows = run.initial_state(), []
+  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  for i in range(STEPS):
+    batch = run.parallel.put_batch(random_batch(seed=i))
+    with jax.transfer_guard("disallow"):
+      state, metrics = step(state, batch)
+    rows.append([float(to_host(metrics[name])) for name in ("loss", "grad_norm")])
+  return state, np.asarray(rows), run
+
+
+@pytest.fixture(scope="module")
+def one_device():
+  run = tiny_run(tiny_config())
+  device = jax.devices()[0]
+  state, step, rows = jax.device_put(host(run.initial_state()), device), jax.jit(make_train_step(run)), []
+  for i in range(STEPS):
+    state, metrics = step(state, jax.device_put(random_batch(seed=i), device))
+    rows.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+  assert state.step.devices() == {device}
+  return host(state), np.asarray(rows)
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("pmap", {}), ("fsdp", {}), ("pmap", {"grad_accum_steps": 2}),
+                                               ("fsdp", {"grad_accum_steps": 2})])
+def test_eight_devices_are_one(one_device, mode, changes):
+  state, rows, run = train(mode, **changes)
+  assert run.parallel.num_devices == 8
+  np.testing.assert_allclose(rows, one_device[1], rtol=2e-5)
+  # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.
+  for mine, theirs in zip(jax.tree.leaves(host(state.params)), jax.tree.leaves(one_device[0].params), strict=True):
+    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02
+    np.testing.assert_allclose(mine, theirs, atol=STEPS * 2e-3)
+  assert int(state.step) == STEPS
+
+
+def test_where_the_state_lies():
+  for mode, most in (("pmap", 1.0), ("fsdp", 0.25)):
+    run = tiny_run(tiny_config(parallel=mode))
+    state = run.initial_state()
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    one = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert one <= most * total
+    assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(state))
+
+
+def test_initial_state_does_not_depend_on_the_placement():
+  pmap, fsdp = (host(tiny_run(tiny_config(parallel=mode)).initial_state()) for mode in ("pmap", "fsdp"))
+  chex.assert_trees_all_equal(pmap, fsdp)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_one_compilation_also_after_a_resume(mode):
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None)
+  run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
+  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  state = run.initial_state()
+  batches = [run.parallel.put_batch(random_batch(24, seed=i)) for i in range(4)]
+  restored = jax.device_put(host(state), run.parallel.state_shardings(run.abstract_state))
+  jax.block_until_ready((state, batches, restored))
+  del compiled[:]
+  for batch in batches[:3]:
+    state, _ = step(state, batch)
+  assert len(compiled) == 1
+  step(restored, batches[3])
+  assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_the_state_is_donated(mode):
+  run = tiny_run(tiny_config(parallel=mode))
+  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  state = run.initial_state()
+  step(state, run.parallel.put_batch(random_batch()))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(("batch_size", "parts", "message"), [
+  (100, 1, "batch_size: 100 cannot be divided among 8 devices; use --batch_size=96 or 104"),
+  (4, 1, "batch_size: 4 .* use --batch_size=8"),
+  (24, 2, "batch_size: 24 cannot be divided among 8 devices times grad_accum_steps=2; use --batch_size=16 or 32"),
+])
+def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
+  with pytest.raises(UserError, match=message):
+    Parallel("pmap").check_batch(batch_size, parts)

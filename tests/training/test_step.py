@@ -1,0 +1,135 @@
+"""One update: what is drawn, what is minimised, and that it learns."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.config import DiffusionConfig
+from ddpm_jax.diffusion.schedules import at, make_schedule
+from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.loop import make_train_step
+from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
+
+LINEAR = make_schedule("linear", 1000)
+
+
+def draws(step, index, random_flip=False, seed=0):
+  keys = step_lib.example_keys(seed, jnp.asarray(step), jnp.asarray(index))
+  images = jnp.broadcast_to(jnp.arange(64, dtype=jnp.uint8).reshape(IMAGE_SHAPE), (len(index), *IMAGE_SHAPE))
+  one = functools.partial(step_lib.draw_example, num_timesteps=1000, random_flip=random_flip)
+  return host(jax.jit(jax.vmap(one))(keys, images)._replace(dropout_key=jnp.zeros(())))
+
+
+def test_draws_have_the_distributions_of_algorithm_1():
+  x0, t, eps, _ = draws(3, np.arange(5000), random_flip=True)
+  counts = np.histogram(t, bins=10, range=(0.5, 1000.5))[0]
+  assert t.min() >= 1 and t.max() <= 1000 and t.max() > 990 and t.min() < 10
+  assert ((counts - 500) ** 2 / 500).sum() < 33.7  # chi-square of 9 degrees of freedom, one in 10,000
+  assert abs(eps.mean()) < 5 / np.sqrt(eps.size) and abs(eps.std() - 1) < 5 / np.sqrt(2 * eps.size)
+  flipped = x0[:, 0, 0, 0] > x0[:, 0, -1, 0]
+  assert abs(flipped.mean() - 0.5) < 5 * 0.5 / np.sqrt(5000)
+  assert abs(np.corrcoef(t, flipped)[0, 1]) < 0.08 and abs(np.corrcoef(t, eps[:, 0, 0, 0])[0, 1]) < 0.08
+
+
+def test_every_timestep_is_drawn_from_1_to_t():
+  keys = step_lib.example_keys(0, jnp.asarray(0), jnp.arange(200))
+  image = jnp.zeros(IMAGE_SHAPE, jnp.uint8)
+  t = jax.vmap(lambda key: step_lib.draw_example(key, image, num_timesteps=3, random_flip=False).t)(keys)
+  assert set(np.asarray(t)) == {1, 2, 3}
+
+
+def test_draws_are_a_function_of_seed_step_and_index():
+  whole = draws(3, np.arange(8))
+  parts = [draws(3, np.arange(4)), draws(3, np.arange(4, 8))]
+  joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), parts[0][:3], parts[1][:3])
+  chex.assert_trees_all_equal(whole[:3], joined)
+  for other in (draws(4, np.arange(8)), draws(3, np.arange(8, 16)), draws(3, np.arange(8), seed=1)):
+    assert not np.isclose(other.eps, whole.eps).any(axis=(1, 2, 3)).all()
+    assert (other.t != whole.t).any()
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_a_perfect_network_has_no_loss(prediction):
+  """All images are one image, so x_t gives away eps; the loss is 0 to rounding for the network that says so."""
+  batch = random_batch() | {"image": np.full((16, *IMAGE_SHAPE), 200, np.uint8)}
+  x0 = 200 / 127.5 - 1
+
+  def network(_, xt, t, __):
+    a, b = (at(table, t)[:, None, None, None] for table in (LINEAR.sqrt_alpha_bar, LINEAR.sqrt_one_minus_alpha_bar))
+    eps = (xt - a * x0) / b
+    return {"eps": eps, "x0": jnp.full_like(xt, x0), "v": a * eps - b * x0}[prediction]
+
+  loss_fn = step_lib.make_loss(network, LINEAR, DiffusionConfig(prediction=prediction), random_flip=False)
+  keys = step_lib.example_keys(0, jnp.asarray(0), jnp.arange(16))
+  assert loss_fn({}, jax.tree.map(jnp.asarray, batch), keys) < 1e-6
+
+
+def test_the_loss_is_the_mean_over_the_batch_by_hand():
+  """A network that says 0 pays the mean of eps squared, example by example."""
+  batch = jax.tree.map(jnp.asarray, random_batch())
+  loss_fn = step_lib.make_loss(lambda p, xt, t, k: jnp.zeros_like(xt), LINEAR, DiffusionConfig(), random_flip=False)
+  keys = step_lib.example_keys(0, jnp.asarray(5), batch["index"])
+  eps = draws(5, np.arange(16)).eps
+  np.testing.assert_allclose(loss_fn({}, batch, keys), np.mean(eps**2), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def learning():
+  """200 updates on one batch of four images: (initial state, states and losses along the way, compiled step)."""
+  run = tiny_run(tiny_config(batch_size=16, dropout=0.0, random_flip=False, learning_rate=5e-3, ema_decay=0.9))
+  step = jax.jit(make_train_step(run))
+  initial = state = run.initial_state()
+  images = np.repeat(random_batch(4)["image"], 4, axis=0)
+  batch = jax.device_put(random_batch() | {"image": images}, run.parallel.replicated)
+  losses, second = [], None
+  for i in range(200):
+    state, metrics = step(state, batch)
+    losses.append(float(metrics["loss"]))
+    second = second or (state if i == 1 else None)
+  return run, initial, second, state, losses, metrics
+
+
+def test_a_step_overfits_one_batch(learning):
+  *_, losses, _ = learning
+  assert 0.7 < losses[0] < 1.3  # the output is 0 at first, so the loss is the variance of eps
+  assert np.mean(losses[-20:]) < 0.35 * losses[0]
+
+
+def test_state_after_the_updates(learning):
+  run, initial, second, final, _, metrics = learning
+  assert int(initial.step) == 0 and int(final.step) == 200 and final.step.dtype == jnp.int32
+  chex.assert_trees_all_equal(host(initial.ema_params), host(initial.params))
+  chex.assert_trees_all_equal_shapes_and_dtypes(initial, final)
+  # The first update has learning rate 0 (warm-up), so after the second the average is params0 + (1 - d) (params2 -
+  # params0) with d = (1 + 2) / (10 + 2): made from the new parameters, not the old ones.
+  expected = jax.tree.map(lambda old, new: old + 0.75 * (new - old), host(initial.params), host(second.params))
+  chex.assert_trees_all_close(host(second.ema_params), expected, rtol=1e-5, atol=1e-6)
+  assert float(metrics["ema_decay"]) == np.float32(0.9)
+
+
+def test_metrics_are_those_of_this_update(learning):
+  run, initial, *_ = learning
+  batch = jax.device_put(random_batch(), run.parallel.replicated)
+  _, metrics = jax.jit(make_train_step(run))(initial, batch)
+  loss_fn = step_lib.make_loss(run.network, run.schedule, run.config.diffusion, random_flip=False)
+  keys = step_lib.example_keys(0, jnp.asarray(0), batch["index"])
+  loss, gradients = jax.jit(jax.value_and_grad(loss_fn))(initial.params, batch, keys)
+  norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(host(gradients))))
+  np.testing.assert_allclose([metrics["loss"], metrics["grad_norm"]], [loss, norm], rtol=1e-5)
+  assert float(metrics["learning_rate"]) == 0
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+  run = tiny_run(tiny_config())
+  params = jax.tree.map(lambda x: x + 0.05, run.initial_state().params)  # nothing zero-initialised hides dropout
+  loss_fn = step_lib.make_loss(run.network, run.schedule, run.config.diffusion, random_flip=True)
+  batch = jax.tree.map(jnp.asarray, random_batch())
+  keys = step_lib.example_keys(0, jnp.asarray(7), batch["index"])
+  whole, parts = (
+    jax.jit(lambda n: step_lib.mean_loss_and_gradients(loss_fn, params, batch, keys, n), static_argnums=0)(n)
+    for n in (1, 4))
+  chex.assert_trees_all_close(parts, whole, rtol=2e-3, atol=1e-5)

@@ -1,0 +1,33 @@
+"""The smallest run that has everything: two levels, attention, dropout, flips. Shared by the tests of training."""
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.run import Run, build_run
+from ddpm_jax.training.parallel import Parallel
+
+IMAGE_SHAPE = (8, 8, 1)
+
+
+def tiny_config(**changes) -> Config:
+  defaults = dict(
+    channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.3,
+    random_flip=True, batch_size=16, warmup_steps=2, lr_schedule="constant", num_timesteps=100, num_steps=8,
+    preview_images=4, preview_steps=2, log_every=1, checkpoint_every=4, sample_every=0)
+  return config_lib.override(Config(), defaults | changes)
+
+
+def tiny_run(config: Config) -> Run:
+  return build_run(config, IMAGE_SHAPE, Parallel(config.train.parallel))
+
+
+def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
+  images = np.random.default_rng(seed).integers(0, 256, (size, *IMAGE_SHAPE), dtype=np.uint8)
+  return {"image": images, "index": np.arange(size, dtype=np.int32)}
+
+
+def host(tree):
+  """A tree of arrays, placed anyhow, as NumPy."""
+  return jax.tree.map(np.asarray, tree)
