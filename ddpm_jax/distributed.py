@@ -26,7 +26,9 @@ def detect(environment: Mapping[str, str]) -> str:
   present = [name for name in _EXPLICIT if environment.get(name)]
   if present and len(present) < len(_EXPLICIT):
     missing = ", ".join(name for name in _EXPLICIT if name not in present)
-    raise UserError(f"distributed: {', '.join(present)} is set but {missing} is not; set all three, or --distributed=off")
+    raise UserError(
+      f"distributed: {', '.join(present)} is set but {missing} is not; set all three, or --distributed=off"
+    )
   if present:
     return "explicit"
   if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environment:
@@ -67,6 +69,8 @@ def initialize(mode: str) -> str:
     jax.distributed.initialize(**explicit)
   except (ValueError, RuntimeError) as error:
     reason = str(error).splitlines()[0]
-    raise UserError(f"distributed: found a {found} job but could not join it ({reason}); mend it, or train alone with "
-                    "--distributed=off") from error
+    raise UserError(
+      f"distributed: could not join the {found} job that was found ({reason}); mend it, or train alone with "
+      "--distributed=off"
+    ) from error
   return found

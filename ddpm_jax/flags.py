@@ -28,17 +28,23 @@ class _IntsParser(flags.ArgumentParser):
 
 
 class _IntsSerializer(flags.ArgumentSerializer):
-
   def serialize(self, value: tuple[int, ...]) -> str:
     return config_lib.flag_text(value)
 
 
 def define(registry: flags.FlagValues = flags.FLAGS) -> None:
   """Registers --workdir, --mode and a flag for every knob. Call once for each registry."""
-  flags.DEFINE_string("workdir", None, "Folder of this run: config, checkpoints, metrics, samples. Created if absent; "
-                      "the same command goes on where it stopped.", flag_values=registry, required=False)
-  flags.DEFINE_enum("mode", "train", MODES, "train: train, or go on training. sample: draw images from a workdir.",
-                    flag_values=registry)
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of this run: config, checkpoints, metrics, samples. Created if absent; "
+    "the same command goes on where it stopped.",
+    flag_values=registry,
+    required=False,
+  )
+  flags.DEFINE_enum(
+    "mode", "train", MODES, "train: train, or go on training. sample: draw images from a workdir.", flag_values=registry
+  )
   for _, field, default in config_lib.knobs(Config()):
     text = field.metadata["help"]
     if field.metadata["choices"]:

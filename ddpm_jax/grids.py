@@ -40,6 +40,7 @@ def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
   """Sets pictures uint8 [height, width, 3] of one size side by side, each under its caption."""
   strip, gap = 18, 12
   tall, wide, _ = next(iter(panels.values())).shape
+  wide = max(wide, 80)  # room for the caption
   page = Image.new("RGB", (len(panels) * (wide + gap) - gap, tall + strip), "white")
   pen = ImageDraw.Draw(page)
   for i, (caption, picture) in enumerate(panels.items()):

@@ -12,9 +12,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from absl import app
+from absl import app, logging
 from absl import flags as absl_flags
-from absl import logging
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import distributed, flags, workdir
@@ -32,8 +31,10 @@ def resolve_config(mode: str, given: dict, folder) -> Config:
   stored = workdir.load_config(folder)
   config = config_lib.override(stored, given)
   for name, old, new in config_lib.changed(stored, config, on_resume=True):
-    raise UserError(f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
-                    f"{config_lib.flag_text(new)!r}; leave --{name} out")
+    raise UserError(
+      f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
+      f"{config_lib.flag_text(new)!r}; leave --{name} out"
+    )
   return config
 
 

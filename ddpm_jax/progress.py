@@ -25,18 +25,21 @@ class Progress:
       self._bar.update(by)
 
   def report(self, done: int, facts: Mapping[str, float], rate: float) -> None:
-    """Shows facts at a point of interest. rate: units a second, for the time left."""
+    """Shows facts at a point of interest. rate: units a second, for the time left; 0 if unknown."""
     text = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     elif not self._quiet:
-      left = datetime.timedelta(seconds=round((self._total - done) / rate)) if rate > 0 else "?"
-      print(f"{self._what} {done}/{self._total}  {text}  {rate:.3g} {self._what}s/s  {left} left", flush=True)
+      speed = ""
+      if rate:
+        left = datetime.timedelta(seconds=round((self._total - done) / rate))
+        speed = f"  {rate:.3g} {self._what}s/s  {left} left"
+      print(f"{self._what} {done}/{self._total}  {text}{speed}", flush=True)
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
     if self._bar is not None:
-      self._bar.write(text, file=sys.stderr)
+      self._bar.write(text)
     elif not self._quiet:
       print(text, flush=True)
 

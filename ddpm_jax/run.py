@@ -40,7 +40,9 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
   shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape))
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes, parallel.state_shardings(shapes))
+    shapes,
+    parallel.state_shardings(shapes),
+  )
   return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
 
 

@@ -19,8 +19,9 @@ class MetricsWriter:
     path = workdir / "metrics.jsonl"
     _forget_after(path, resume_step)
     self._lines = path.open("a", encoding="utf-8")
-    self._tensorboard = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1,
-      filename_suffix=f".{resume_step:08d}")  # two files of one second would otherwise have one name
+    self._tensorboard = tensorboardX.SummaryWriter(
+      str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step:08d}"
+    )  # two files of one second would otherwise have one name
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
     """Writes one line for `step`; the line is on disk (in the kernel's hands) when this returns."""

@@ -106,7 +106,9 @@ def test_a_job_that_cannot_be_joined(joined, monkeypatch):
   monkeypatch.setattr(jax.distributed, "initialize", fail)
   for name, value in OPEN_MPI.items():
     monkeypatch.setenv(name, value)
-  with pytest.raises(UserError, match=r"distributed: found a openmpi job .*\(barrier timed out\).*--distributed=off$"):
+  with pytest.raises(
+    UserError, match=r"distributed: could not join the openmpi job .*\(barrier timed out\).*--distributed=off$"
+  ):
     distributed.initialize("auto")
 
 

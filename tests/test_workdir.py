@@ -41,7 +41,7 @@ def test_create_then_check_and_load(tmp_path):
 
 def test_what_create_writes(tmp_path):
   workdir.create(tmp_path, make(channels=64, random_flip=True))
-  assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flags.txt"}
+  assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flags.txt", "samples"}
   stored = json.loads((tmp_path / "config.json").read_text())
   assert (stored["model"]["channels"], stored["data"]["random_flip"]) == (64, True)
   lines = (tmp_path / "flags.txt").read_text().splitlines()
@@ -178,4 +178,4 @@ def test_a_kill_inside_create_does_not_spoil_the_folder(tmp_path, monkeypatch, n
   monkeypatch.undo()
   workdir.check(tmp_path, Config())
   workdir.create(tmp_path, Config())
-  assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flags.txt"}
+  assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flags.txt", "samples"}

@@ -62,8 +62,9 @@ def ddim_table(schedule: NoiseSchedule, grid: np.ndarray, eta: float) -> Sampler
   return SamplerTable(t.astype(np.int32), c_xt, schedule.sqrt_alpha_bar[s] - c_xt * schedule.sqrt_alpha_bar[t], sigma)
 
 
-def make_sampler(schedule: NoiseSchedule, name: str, *, num_steps: int = 0, eta: float = 0.0,
-                 variance: str = "fixed_large") -> SamplerTable:
+def make_sampler(
+  schedule: NoiseSchedule, name: str, *, num_steps: int = 0, eta: float = 0.0, variance: str = "fixed_large"
+) -> SamplerTable:
   """The table of the sampler of that name ('ddpm', 'ddim'); the one place where names become samplers.
 
   Args:
@@ -83,8 +84,9 @@ def make_sampler(schedule: NoiseSchedule, name: str, *, num_steps: int = 0, eta:
       raise ValueError(f"unknown sampler {name!r}")
 
 
-def x0_predictor(network: Callable[[jax.Array, jax.Array], jax.Array], schedule: NoiseSchedule, prediction: str, *,
-                 clip: bool = True) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def x0_predictor(
+  network: Callable[[jax.Array, jax.Array], jax.Array], schedule: NoiseSchedule, prediction: str, *, clip: bool = True
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Turns a network (x_t [B, ...], t [B]) -> output into (x_t, t) -> x0_hat [B, ...].
 
   With `clip`, x0_hat is clipped to the range of the data, [-1, 1], as Ho et al. do when they sample.
@@ -98,8 +100,9 @@ def x0_predictor(network: Callable[[jax.Array, jax.Array], jax.Array], schedule:
   return predict_x0
 
 
-def sample(table: SamplerTable, predict_x0: Callable[[jax.Array, jax.Array], jax.Array], keys: jax.Array,
-           shape: tuple[int, ...]) -> jax.Array:
+def sample(
+  table: SamplerTable, predict_x0: Callable[[jax.Array, jax.Array], jax.Array], keys: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
   """Draws one example for each key.
 
   Args:

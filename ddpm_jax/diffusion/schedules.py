@@ -104,7 +104,9 @@ def reverse_variance(schedule: NoiseSchedule, kind: str, s: np.ndarray, t: np.nd
     The variance. At s = 0, where sampling adds no noise but the decoder's likelihood needs a width, both are the
     posterior variance of the step before (t = 2), as in the authors' code (diffusion_utils_2.py: index 0 <- index 1).
   """
-  first = posterior(schedule, np.asarray(min(1, schedule.num_timesteps - 1)), np.asarray(min(2, schedule.num_timesteps)))
+  first = posterior(
+    schedule, np.asarray(min(1, schedule.num_timesteps - 1)), np.asarray(min(2, schedule.num_timesteps))
+  )
   table = {"fixed_small": posterior(schedule, s, t).variance, "fixed_large": step_beta(schedule, s, t)}
   return np.where(np.equal(s, 0), first.variance, table[kind])
 

@@ -32,13 +32,15 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
       nearest = f"{below} or {above}" if below else f"{above}"
       raise UserError(
         f"image_size: {size} is not divisible by {factor}, as the {levels} levels of channel_multipliers need; use "
-        f"--image_size={nearest}, or fewer levels")
+        f"--image_size={nearest}, or fewer levels"
+      )
   resolutions = [height // 2**level for level in range(levels)]
   for resolution in config.attention_resolutions:
     if resolution not in resolutions:
       raise UserError(
         f"attention_resolutions: {resolution} is none of this U-Net's resolutions, {', '.join(map(str, resolutions))}; "
-        "use some of those, or --attention_resolutions= for attention in the middle only")
+        "use some of those, or --attention_resolutions= for attention in the middle only"
+      )
   return UNet(
     out_channels=channels,
     channels=config.channels,

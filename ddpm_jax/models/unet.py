@@ -71,7 +71,9 @@ class UNet(nn.Module):
 
     # Down.
     levels = len(self.channel_multipliers)
-    h = nn.Conv(self.channels, (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv_in")(xt.astype(self.dtype))
+    h = nn.Conv(self.channels, (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv_in")(
+      xt.astype(self.dtype)
+    )
     skips = [h]
     for level, multiplier in enumerate(self.channel_multipliers):
       for i in range(self.num_res_blocks):

@@ -17,8 +17,17 @@ from ddpm_jax.training.parallel import Parallel, to_host
 Draw = Callable[[Params, np.ndarray], np.ndarray]
 
 
-def make_draw(network: Network, schedule: NoiseSchedule, table: SamplerTable, *, prediction: str,
-              image_shape: tuple[int, int, int], parallel: Parallel, seed: int, stream: str) -> Draw:
+def make_draw(
+  network: Network,
+  schedule: NoiseSchedule,
+  table: SamplerTable,
+  *,
+  prediction: str,
+  image_shape: tuple[int, int, int],
+  parallel: Parallel,
+  seed: int,
+  stream: str,
+) -> Draw:
   """Returns draw(params, index int [B]) -> uint8 [B, H, W, C]; image i is a function of (weights, seed, stream, i).
 
   One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding.

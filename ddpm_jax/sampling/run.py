@@ -43,16 +43,27 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   checkpoints.close()
 
   schedule = run.schedule
-  table = make_sampler(schedule, options.sampler, num_steps=options.sampling_steps, eta=options.eta,
-                       variance=diffusion.variance)
-  draw = make_draw(run.network, schedule, table, prediction=diffusion.prediction, image_shape=run.image_shape,
-                   parallel=parallel, seed=options.sample_seed, stream="sample")
+  table = make_sampler(
+    schedule, options.sampler, num_steps=options.sampling_steps, eta=options.eta, variance=diffusion.variance
+  )
+  draw = make_draw(
+    run.network,
+    schedule,
+    table,
+    prediction=diffusion.prediction,
+    image_shape=run.image_shape,
+    parallel=parallel,
+    seed=options.sample_seed,
+    stream="sample",
+  )
   params = state.ema_params if options.sample_weights == "ema" else state.params
   is_first = jax.process_index() == 0
   progress = Progress("image", total=options.num_samples, quiet=not is_first)
-  progress.say(f"drawing {options.num_samples} images {run.image_shape[0]}x{run.image_shape[1]}x{run.image_shape[2]} "
-               f"with the {options.sample_weights} weights after update {step}: {options.sampler}, {len(table.t)} "
-               "network evaluations each")
+  progress.say(
+    f"drawing {options.num_samples} images {run.image_shape[0]}x{run.image_shape[1]}x{run.image_shape[2]} "
+    f"with the {options.sample_weights} weights after update {step}: {options.sampler}, {len(table.t)} "
+    "network evaluations each"
+  )
   drawn, began = [], time.perf_counter()
   size = min(options.sample_batch_size, options.num_samples)
   for first in range(0, options.num_samples, size):
@@ -65,8 +76,9 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   if not is_first:
     return
   images = np.concatenate(drawn)
-  settings = {name: value for section, field, value in config_lib.knobs(config) if section == "sample"
-              for name in [field.name]} | {"checkpoint": step, "variance": diffusion.variance}
+  settings = {
+    name: value for section, field, value in config_lib.knobs(config) if section == "sample" for name in [field.name]
+  } | {"checkpoint": step, "variance": diffusion.variance}
   folder = workdir / "samples"
   folder.mkdir(exist_ok=True)
   _set_aside(folder)

@@ -85,4 +85,6 @@ class Checkpoints:
 
 
 def _named_leaves(tree: Any) -> dict[str, Any]:
-  return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+  }

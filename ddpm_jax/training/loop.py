@@ -9,31 +9,30 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-import math
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import grids, workdir as workdir_lib
-from ddpm_jax.config import Config, NonFiniteError
+from ddpm_jax import grids
+from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.models.build import num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run
-from ddpm_jax.sampling.draw import Draw, make_draw
+from ddpm_jax.sampling.draw import make_draw
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics, make_loss, train_step
 from ddpm_jax.training.stop import StopRequest
-from ddpm_jax.writers import MetricsWriter
 
 _RUN_AHEAD = 2  # updates that may wait on the device while the host prepares the next batch
 
@@ -50,53 +49,44 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   workdir_lib.check(workdir, config)
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
+  multihost_utils.sync_global_devices("every process has checked the workdir")
   if jax.process_index() == 0:
     workdir_lib.create(workdir, config)
-    (workdir / "samples").mkdir(exist_ok=True)
-  multihost_utils.sync_global_devices("workdir created")
+  multihost_utils.sync_global_devices("the workdir exists")
 
-  checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
-  try:
-    _train(run, source, workdir, checkpoints)
-  finally:
-    checkpoints.close()
+  with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
+    start, total = checkpoints.latest_step() or 0, config.train.num_steps
+    quiet = jax.process_index() != 0
+    with contextlib.closing(Progress("step", total=total, done=start, quiet=quiet)) as progress:
+      progress.say(_headline(run, source, workdir, start))
+      if start < total:
+        end = _train(run, source, workdir, checkpoints, start, progress)
+        progress.say(_farewell(workdir, end, total))
 
 
-def _train(run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpoints) -> None:
+def _train(
+  run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpoints, start: int, progress: Progress
+) -> int:
+  """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   config, parallel, options = run.config, run.parallel, run.config.train
-  is_first = jax.process_index() == 0
-  start = checkpoints.latest_step() or 0
-  progress = Progress("step", total=options.num_steps, done=start, quiet=not is_first)
-  progress.say(_headline(run, source, workdir, start))
-  if start >= options.num_steps:
-    progress.close()
-    return
   state = checkpoints.restore(run.abstract_state, start) if start else run.initial_state()
-
   step_fn = parallel.compile(make_train_step(run), run.abstract_state)
   preview = make_preview(run)
-  writer = MetricsWriter(workdir, resume_step=start) if is_first else None
   meta = {"image_shape": list(run.image_shape)}
   host_batches = batches(
-    source, batch_size=config.data.batch_size, seed=options.seed, start_step=start,
-    process_index=jax.process_index(), process_count=jax.process_count(), threads=config.data.data_threads)
-  clock = _Clock()
+    source,
+    batch_size=config.data.batch_size,
+    seed=options.seed,
+    start_step=start,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    threads=config.data.data_threads,
+  )
+  reports = Reports(workdir, progress, start_step=start, batch_size=config.data.batch_size)
   in_flight: collections.deque[Metrics] = collections.deque()
   unread: tuple[int, Metrics] | None = None  # metrics are read one update late, so that the device never waits
 
-  def read_metrics(unread: tuple[int, Metrics]) -> None:
-    step, metrics = unread[0], {name: float(to_host(value)) for name, value in unread[1].items()}
-    if not all(math.isfinite(value) for value in metrics.values()):
-      raise NonFiniteError(f"update {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; the newest "
-                           f"checkpoint is {checkpoints.latest_step() or 'none'}; try a lower --learning_rate")
-    rate = clock.rate(step)
-    if rate:
-      metrics |= {"steps_per_second": rate, "images_per_second": rate * config.data.batch_size}
-    if writer:
-      writer.write(step, metrics)
-    progress.report(step, {"loss": metrics["loss"], "grad norm": metrics["grad_norm"]}, rate)
-
-  with StopRequest() as stop:
+  with contextlib.closing(reports), contextlib.closing(host_batches), StopRequest() as stop:
     for step in range(start + 1, options.num_steps + 1):
       batch = parallel.put_batch(next(host_batches))
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
@@ -108,41 +98,35 @@ def _train(run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpo
         jax.block_until_ready(in_flight.popleft())
       if step == start + 1:
         jax.block_until_ready(metrics)
-        progress.say(f"compiled and made update {step} in {clock.start(step):.1f} s")
+        reports.compiled(step)
       if unread:
-        read_metrics(unread)
+        reports.metrics(*unread)
         unread = None
 
       stopping = step < options.num_steps and stop.due(step)
       last = stopping or step == options.num_steps
       save_now = last or step % options.checkpoint_every == 0
-      preview_now = options.sample_every and (step % options.sample_every == 0 or step == options.num_steps)
-      if step % options.log_every == 0 or last:
+      preview_now = options.sample_every and not stopping and (last or step % options.sample_every == 0)
+      if last or step % options.log_every == 0:
         unread = (step, metrics)
       if not (save_now or preview_now):
         continue
 
-      # Something is written at this step: wait for the device, then write in this order.
+      # Something is written at this step: read the metrics, then save, then draw. A state whose loss is not finite
+      # is never saved.
       jax.block_until_ready(state)
       if unread:
-        read_metrics(unread)
+        reports.metrics(*unread)
         unread = None
-      with clock.paused():
+      with reports.paused():
         if save_now:
           checkpoints.save(parallel.globalize(state), step, meta)
-        if preview_now and not stopping:
-          picture = preview(parallel.globalize(state))
-          if writer:
-            grids.save_png(workdir / "samples" / f"step_{step:08d}.png", picture)
-            writer.write_image(step, "samples", picture)
+        if preview_now:
+          reports.samples(step, preview(parallel.globalize(state)))
       if stopping:
         break
-  checkpoints.wait()
-  if writer:
-    writer.close()
-  progress.close()
-  if is_first:
-    print(_farewell(workdir, step, options.num_steps), flush=True)
+    checkpoints.wait()
+  return step
 
 
 def make_train_step(run: Run) -> functools.partial:
@@ -162,10 +146,16 @@ def make_train_step(run: Run) -> functools.partial:
 def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
   """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise."""
   options, schedule = run.config.train, run.schedule
-  draw: Draw = make_draw(
-    run.network, schedule, make_sampler(schedule, "ddim", num_steps=options.preview_steps),
-    prediction=run.config.diffusion.prediction, image_shape=run.image_shape, parallel=run.parallel, seed=options.seed,
-    stream="preview")
+  draw = make_draw(
+    run.network,
+    schedule,
+    make_sampler(schedule, "ddim", num_steps=options.preview_steps),
+    prediction=run.config.diffusion.prediction,
+    image_shape=run.image_shape,
+    parallel=run.parallel,
+    seed=options.seed,
+    stream="preview",
+  )
   index = np.arange(options.preview_images)
 
   def preview(state: TrainState) -> np.ndarray:
@@ -175,50 +165,27 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
   return preview
 
 
-class _Clock:
-  """Updates a second between two points, without the time in which the loop was writing or drawing."""
-
-  def __init__(self):
-    self._time, self._step, self._pause = time.perf_counter(), 0, 0.0
-
-  def start(self, step: int) -> float:
-    """Begins to count at `step`. Returns the seconds since the clock was made."""
-    before, self._time, self._step = self._time, time.perf_counter(), step
-    return self._time - before
-
-  def rate(self, step: int) -> float:
-    """Updates a second since the last call; 0 if there was none."""
-    now = time.perf_counter()
-    rate = (step - self._step) / (now - self._time - self._pause)
-    self._time, self._step, self._pause = now, step, 0.0
-    return rate
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves out the time spent inside."""
-    began = time.perf_counter()
-    yield
-    self._pause += time.perf_counter() - began
-
-
 def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int) -> str:
   height, width, channels = run.image_shape
   devices, total = jax.devices(), run.config.train.num_steps
-  what = (f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, "
-          f"U-Net of {num_params(run.abstract_state.params):,} parameters, "
-          f"{len(devices)} x {devices[0].device_kind} ({run.parallel.mode}), {jax.process_count()} process(es)\n")
+  what = (
+    f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
+    f"{num_params(run.abstract_state.params):,} parameters, {len(devices)} x {devices[0].device_kind} "
+    f"({run.parallel.mode}), processes: {jax.process_count()}\n"
+  )
   if start >= total:
     return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
   if start:
-    return what + f"resuming {workdir} after update {start} of {total}"
+    return what + f"resuming {workdir} after update {start} of {total}; compiling"
   return what + f"training {total} updates in {workdir}; compiling"
 
 
 def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
-  end = f"done: {step} updates" if step == total else f"stopped on request after update {step} of {total}, saved"
-  again = "draw images with" if step == total else "go on with the same command; draw images with"
+  done = step == total
+  end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
+  again = "" if done else "  to go on      the same command again\n"
   return f"""{end}
-  checkpoint   {workdir / "checkpoints" / str(step)}
-  samples      {workdir / "samples"}
-  metrics      {workdir / "metrics.jsonl"}, and tensorboard --logdir={workdir}
-  {again}   python -m ddpm_jax.main --mode=sample --workdir={workdir}"""
+  checkpoint    {workdir / "checkpoints" / str(step)}
+  samples       {workdir / "samples"}
+  metrics       {workdir / "metrics.jsonl"} and tensorboard --logdir={workdir}
+{again}  draw images   python -m ddpm_jax.main --mode=sample --workdir={workdir}"""

@@ -13,8 +13,9 @@ from ddpm_jax.diffusion.schedules import make_schedule
 LINEAR = make_schedule("linear", 1000)
 
 
-@pytest.mark.parametrize(("loss", "expected"), [("l2", (0.25 + 4 + 9) / 3), ("l1", (0.5 + 2 + 3) / 3),
-                                                ("huber", (0.125 + 1.5 + 2.5) / 3)])
+@pytest.mark.parametrize(
+  ("loss", "expected"), [("l2", (0.25 + 4 + 9) / 3), ("l1", (0.5 + 2 + 3) / 3), ("huber", (0.125 + 1.5 + 2.5) / 3)]
+)
 def test_distances(loss, expected):
   output, target = jnp.asarray([0.5, 2.0, -3.0]), jnp.zeros(3)
   np.testing.assert_allclose(distance(loss, output, target), expected, rtol=1e-6)

@@ -30,10 +30,17 @@ def draw(table, schedule, number=4000, seed=0):
   return np.asarray(jax.jit(lambda: samplers.sample(table, gaussian_x0(schedule), keys, (1,)))())
 
 
-@pytest.mark.parametrize(("name", "options"), [
-  ("ddpm", dict(variance="fixed_small")), ("ddpm", dict(variance="fixed_large")),
-  ("ddim", dict(eta=0.0)), ("ddim", dict(eta=0.5)), ("ddim", dict(eta=1.0)), ("ddim", dict(eta=0.0, num_steps=100)),
-])
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("ddpm", dict(variance="fixed_small")),
+    ("ddpm", dict(variance="fixed_large")),
+    ("ddim", dict(eta=0.0)),
+    ("ddim", dict(eta=0.5)),
+    ("ddim", dict(eta=1.0)),
+    ("ddim", dict(eta=0.0, num_steps=100)),
+  ],
+)
 def test_samples_of_gaussian_data_have_its_mean_and_deviation(name, options):
   images = draw(samplers.make_sampler(LINEAR, name, **options), LINEAR)
   # Four standard errors of 4,000 draws, and the discretisation error of the shorter chain (first order in its step).

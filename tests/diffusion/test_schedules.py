@@ -100,8 +100,16 @@ def test_a_step_over_several_timesteps_is_the_product_of_its_parts():
   np.testing.assert_allclose(schedules.step_beta(schedule, 100, 110), 1 - np.prod(alphas[101:111]))
 
 
-@pytest.mark.parametrize("betas", [np.array([0.0, 1.0]), np.array([0.1, 0.1]), np.array([0.0, -0.1]),
-                                   np.array([0.0, np.nan]), np.array([0.0, 0.1], np.float32)])
+@pytest.mark.parametrize(
+  "betas",
+  [
+    np.array([0.0, 1.0]),
+    np.array([0.1, 0.1]),
+    np.array([0.0, -0.1]),
+    np.array([0.0, np.nan]),
+    np.array([0.0, 0.1], np.float32),
+  ],
+)
 def test_impossible_betas(betas):
   with pytest.raises(ValueError, match="beta"):
     schedules.NoiseSchedule(betas)

@@ -17,7 +17,7 @@ FILES = sorted((ROOT / "experiments").glob("*.flags"))
 NAMES = [path.stem for path in FILES]
 
 # Height of the images as the data set delivers them, where the flagfile does not resize them.
-NATIVE_SIZE = {"digits": 16, "fashion_mnist": 28, "cifar10": 32}
+NATIVE_SIZE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32}
 
 # What makes an experiment what it is: every flagfile states these, so that a changed default changes no experiment.
 STATED = {

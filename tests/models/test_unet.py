@@ -34,10 +34,13 @@ def tiny():
   return jax.jit(network_of(model)), params
 
 
-@pytest.mark.parametrize(("multipliers", "image_shape", "expected"), [
-  ((1, 2, 2, 2), (32, 32, 3), 35_746_307),  # CIFAR-10; 35,218,947 would be without attention on the way up
-  ((1, 1, 2, 2, 4, 4), (256, 256, 3), 113_673_219),  # CelebA-HQ and LSUN
-])
+@pytest.mark.parametrize(
+  ("multipliers", "image_shape", "expected"),
+  [
+    ((1, 2, 2, 2), (32, 32, 3), 35_746_307),  # CIFAR-10; 35,218,947 would be without attention on the way up
+    ((1, 1, 2, 2, 4, 4), (256, 256, 3), 113_673_219),  # CelebA-HQ and LSUN
+  ],
+)
 def test_published_parameter_counts(multipliers, image_shape, expected):
   assert num_params(shapes_of(ModelConfig(channel_multipliers=multipliers, **PAPER), image_shape)) == expected
 
@@ -45,8 +48,9 @@ def test_published_parameter_counts(multipliers, image_shape, expected):
 def test_where_attention_is():
   params = shapes_of(ModelConfig(channel_multipliers=(1, 2, 2, 2), **PAPER), (32, 32, 3))
   found = sorted(name for name in params if name.endswith("_attention"))
-  assert found == sorted([*(f"down1_block{i}_attention" for i in range(2)), "mid_attention",
-                          *(f"up1_block{i}_attention" for i in range(3))])
+  assert found == sorted(
+    [*(f"down1_block{i}_attention" for i in range(2)), "mid_attention", *(f"up1_block{i}_attention" for i in range(3))]
+  )
 
 
 def test_output_is_zero_at_first_so_the_first_loss_is_one(tiny):
@@ -125,8 +129,10 @@ def test_timestep_embedding_by_hand():
 
 def test_the_network_is_given_t_minus_1(tiny, monkeypatch):
   seen = []
-  monkeypatch.setattr("ddpm_jax.models.unet.timestep_embedding",
-                      lambda positions, channels: seen.append(positions) or jnp.zeros((len(positions), channels)))
+  monkeypatch.setattr(
+    "ddpm_jax.models.unet.timestep_embedding",
+    lambda positions, channels: seen.append(positions) or jnp.zeros((len(positions), channels)),
+  )
   model = build_model(TINY, (8, 8, 1))
   model.apply({"params": tiny[1]}, jnp.zeros((2, 8, 8, 1)), jnp.asarray([1, 1000]))
   np.testing.assert_array_equal(seen[0], [0, 999])
@@ -145,8 +151,9 @@ def test_up_and_down():
 def test_attention_by_hand():
   """Two positions, two channels: softmax(q k / sqrt(C)) v after the norm, plus the input."""
   x = np.array([[[[1.0, 2.0]], [[3.0, -1.0]]]], np.float32)  # [1, 2, 1, 2]
-  params = jax.tree.map(np.asarray, randomize(
-    jax.eval_shape(layers.SelfAttention(1, jnp.float32).init, jax.random.key(0), x)["params"]))
+  params = jax.tree.map(
+    np.asarray, randomize(jax.eval_shape(layers.SelfAttention(1, jnp.float32).init, jax.random.key(0), x)["params"])
+  )
   got = layers.SelfAttention(1, jnp.float32).apply({"params": params}, x)
   h = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * params["norm"]["scale"] + params["norm"]["bias"]
   q, k, v = np.split(np.asarray(h[0, :, 0] @ params["qkv"]["kernel"] + params["qkv"]["bias"]), 3, axis=-1)
@@ -155,8 +162,10 @@ def test_attention_by_hand():
   np.testing.assert_allclose(got[0, :, 0], x[0, :, 0] + out, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("channels", "expected"), [(128, 32), (192, 32), (256, 32), (64, 16), (32, 8), (48, 12),
-                                                    (8, 2), (6, 1), (2, 1), (100, 25)])
+@pytest.mark.parametrize(
+  ("channels", "expected"),
+  [(128, 32), (192, 32), (256, 32), (64, 16), (32, 8), (48, 12), (8, 2), (6, 1), (2, 1), (100, 25)],
+)
 def test_norm_groups(channels, expected):
   assert layers.num_norm_groups(channels) == expected
 
@@ -182,10 +191,13 @@ def test_remat_changes_nothing(tiny):
   chex.assert_trees_all_close(gradient(network), gradient(remat), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("size", "multipliers", "message"), [
-  (28, (1, 2, 2, 2), "image_size: 28 is not divisible by 8.*--image_size=24 or 32"),
-  (3, (1, 2, 2), "image_size: 3 is not divisible by 4.*--image_size=4"),
-])
+@pytest.mark.parametrize(
+  ("size", "multipliers", "message"),
+  [
+    (28, (1, 2, 2, 2), "image_size: 28 is not divisible by 8.*--image_size=24 or 32"),
+    (3, (1, 2, 2), "image_size: 3 is not divisible by 4.*--image_size=4"),
+  ],
+)
 def test_sizes_that_the_levels_do_not_divide(size, multipliers, message):
   config = ModelConfig(channels=8, channel_multipliers=multipliers, attention_resolutions=())
   with pytest.raises(UserError, match=message):
@@ -201,6 +213,7 @@ def test_attention_resolutions_that_never_come_up():
 def test_any_size_that_the_levels_divide(image_shape):
   config = ModelConfig(channels=4, channel_multipliers=(1, 1, 1), num_res_blocks=1, attention_resolutions=())
   model = build_model(config, image_shape)
-  output = jax.eval_shape(lambda key: model.init_with_output(key, jnp.zeros((2, *image_shape)), jnp.ones(2))[0],
-                          jax.random.key(0))
+  output = jax.eval_shape(
+    lambda key: model.init_with_output(key, jnp.zeros((2, *image_shape)), jnp.ones(2))[0], jax.random.key(0)
+  )
   assert output.shape == (2, *image_shape)

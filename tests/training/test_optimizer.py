@@ -11,8 +11,9 @@ from ddpm_jax.training.optimizer import ema_decay_at, learning_rate_schedule, ma
 
 def test_warm_up_then_constant_as_in_the_paper():
   rate = learning_rate_schedule(OptimizerConfig(learning_rate=2e-4, lr_schedule="constant", warmup_steps=5000), 800_000)
-  np.testing.assert_allclose([rate(n) for n in (0, 1, 2500, 5000, 799_999)],
-                             [0, 2e-4 / 5000, 1e-4, 2e-4, 2e-4], rtol=1e-3)
+  np.testing.assert_allclose(
+    [rate(n) for n in (0, 1, 2500, 5000, 799_999)], [0, 2e-4 / 5000, 1e-4, 2e-4, 2e-4], rtol=1e-3
+  )
 
 
 def test_cosine_after_the_warm_up():

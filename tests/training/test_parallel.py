@@ -38,8 +38,10 @@ def one_device():
   return host(state), np.asarray(rows)
 
 
-@pytest.mark.parametrize(("mode", "changes"), [("pmap", {}), ("fsdp", {}), ("pmap", {"grad_accum_steps": 2}),
-                                               ("fsdp", {"grad_accum_steps": 2})])
+@pytest.mark.parametrize(
+  ("mode", "changes"),
+  [("pmap", {}), ("fsdp", {}), ("pmap", {"grad_accum_steps": 2}), ("fsdp", {"grad_accum_steps": 2})],
+)
 def test_eight_devices_are_one(one_device, mode, changes):
   state, rows, run = train(mode, **changes)
   assert run.parallel.num_devices == 8
@@ -70,7 +72,8 @@ def test_initial_state_does_not_depend_on_the_placement():
 def test_one_compilation_also_after_a_resume(mode):
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
-    lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None)
+    lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+  )
   run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   state = run.initial_state()
@@ -94,11 +97,14 @@ def test_the_state_is_donated(mode):
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize(("batch_size", "parts", "message"), [
-  (100, 1, "batch_size: 100 cannot be divided among 8 devices; use --batch_size=96 or 104"),
-  (4, 1, "batch_size: 4 .* use --batch_size=8"),
-  (24, 2, "batch_size: 24 cannot be divided among 8 devices times grad_accum_steps=2; use --batch_size=16 or 32"),
-])
+@pytest.mark.parametrize(
+  ("batch_size", "parts", "message"),
+  [
+    (100, 1, "batch_size: 100 cannot be divided among 8 devices; use --batch_size=96 or 104"),
+    (4, 1, "batch_size: 4 .* use --batch_size=8"),
+    (24, 2, "batch_size: 24 cannot be divided among 8 devices times grad_accum_steps=2; use --batch_size=16 or 32"),
+  ],
+)
 def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
   with pytest.raises(UserError, match=message):
     Parallel("pmap").check_batch(batch_size, parts)

@@ -131,5 +131,6 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
   keys = step_lib.example_keys(0, jnp.asarray(7), batch["index"])
   whole, parts = (
     jax.jit(lambda n: step_lib.mean_loss_and_gradients(loss_fn, params, batch, keys, n), static_argnums=0)(n)
-    for n in (1, 4))
+    for n in (1, 4)
+  )
   chex.assert_trees_all_close(parts, whole, rtol=2e-3, atol=1e-5)

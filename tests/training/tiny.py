@@ -13,9 +13,23 @@ IMAGE_SHAPE = (8, 8, 1)
 
 def tiny_config(**changes) -> Config:
   defaults = dict(
-    channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.3,
-    random_flip=True, batch_size=16, warmup_steps=2, lr_schedule="constant", num_timesteps=100, num_steps=8,
-    preview_images=4, preview_steps=2, log_every=1, checkpoint_every=4, sample_every=0)
+    channels=8,
+    channel_multipliers=(1, 2),
+    num_res_blocks=1,
+    attention_resolutions=(4,),
+    dropout=0.3,
+    random_flip=True,
+    batch_size=16,
+    warmup_steps=2,
+    lr_schedule="constant",
+    num_timesteps=100,
+    num_steps=8,
+    preview_images=4,
+    preview_steps=2,
+    log_every=1,
+    checkpoint_every=4,
+    sample_every=0,
+  )
   return config_lib.override(Config(), defaults | changes)
 
 
