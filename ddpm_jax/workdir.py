@@ -46,7 +46,7 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
       )
       raise UserError(
         f"{name}: {workdir} was trained with {config_lib.flag_text(old)!r}, this command says "
-        f"{config_lib.flag_text(new)!r}{others}; go on with --flagfile={workdir / 'flags.txt'}, or use another --workdir"
+        f"{config_lib.flag_text(new)!r}{others}; go on with --flagfile={workdir / 'flags.txt'} or use another --workdir"
       )
     _check_writable(workdir)
     return True

@@ -7,7 +7,7 @@ goes on where it stopped on any number of hosts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import grain
 import numpy as np
@@ -60,7 +60,7 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   threads: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
   """Yields batches start_step, start_step + 1, ... without end, read ahead by threads.
 
   The threads start with the first `next` and stop with the generator's `close()`.
@@ -98,7 +98,7 @@ def _dataset(source: Source, batch_size: int, seed: int, process_index: int, pro
   ).map(read)
 
 
-def _closing(dataset: grain.IterDataset) -> Iterator[Batch]:
+def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
   """Iterates, and stops the threads when the consumer does."""
   iterator = iter(dataset)
   try:

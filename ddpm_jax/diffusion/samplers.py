@@ -121,9 +121,10 @@ def sample(
 
   noisy = bool(table.sigma.any())
 
-  def step(xt: jax.Array, row: SamplerTable) -> tuple[jax.Array, None]:
-    xs = row.c_xt * xt + row.c_x0 * predict_x0(xt, jnp.full(keys.shape, row.t))
-    return (xs + row.sigma * noise(row.t) if noisy else xs), None
+  def step(xt: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+    t, c_xt, c_x0, sigma = row
+    xs = c_xt * xt + c_x0 * predict_x0(xt, jnp.full(keys.shape, t))
+    return (xs + sigma * noise(t) if noisy else xs), None
 
-  rows = SamplerTable(jnp.asarray(table.t), *(jnp.asarray(column, jnp.float32) for column in table[1:]))
-  return jax.lax.scan(step, noise(0), rows)[0]
+  coefficients = (jnp.asarray(column, jnp.float32) for column in (table.c_xt, table.c_x0, table.sigma))
+  return jax.lax.scan(step, noise(0), (jnp.asarray(table.t), *coefficients))[0]

@@ -127,7 +127,7 @@ def sqrt_linear_betas(num_timesteps: int, beta_start: float, beta_end: float) ->
 
 
 def sigmoid_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:
-  """beta_t on a logistic curve over [-6, 6] between beta_start and beta_end (GeoDiff; diffusers "sigmoid"). float64 [T]."""
+  """beta_t on a logistic curve over [-6, 6] from beta_start to beta_end (diffusers' "sigmoid"). float64 [T]."""
   curve = 1.0 / (1.0 + np.exp(-np.linspace(-6.0, 6.0, num_timesteps, dtype=np.float64)))
   return beta_start + (beta_end - beta_start) * curve
 

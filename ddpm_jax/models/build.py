@@ -56,7 +56,13 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
 
 def network_of(model: UNet) -> Network:
   """The model as a pure function of its parameters."""
-  return lambda params, xt, t, dropout_keys: model.apply({"params": params}, xt, t, dropout_keys)
+
+  def network(params: Params, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+    output = model.apply({"params": params}, xt, t, dropout_keys)
+    assert isinstance(output, jax.Array)  # and not a pair with mutated collections: the U-Net has none
+    return output
+
+  return network
 
 
 def init_params(model: UNet, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:

@@ -26,7 +26,7 @@ def num_norm_groups(channels: int) -> int:
 
 
 def timestep_embedding(positions: jax.Array, channels: int) -> jax.Array:
-  """Sinusoidal embedding [sin | cos] with frequencies 10000^(-i / (channels/2 - 1)) (Vaswani et al. 2017, as in tensor2tensor).
+  """Sinusoidal embedding [sin | cos] with frequencies 10000^(-i / (channels/2 - 1)), as in tensor2tensor.
 
   Args:
     positions: [B], counted from 0.

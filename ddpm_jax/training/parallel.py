@@ -1,7 +1,7 @@
 """How a step runs on many devices, of one process or of several: the only module that knows devices.
 
-Between steps the state is a tree of global arrays over a one-dimensional mesh ("data"): replicated for pmap, sharded for
-fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding.
+Between steps the state is a tree of global arrays over a one-dimensional mesh ("data"): replicated for pmap, sharded
+for fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Parallel:
         raise ValueError(f"unknown parallelism {self.mode!r}")
 
   def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of the global batch [B / processes, ...] -> device arrays, as the compiled step takes them."""
+    """This process's rows of the global batch [B / processes, ...] as the compiled step takes them."""
 
     def put(rows: np.ndarray) -> jax.Array:
       if self.mode == "pmap":  # pmap wants a leading axis of devices

@@ -205,7 +205,7 @@ def test_sizes_that_the_levels_do_not_divide(size, multipliers, message):
 
 
 def test_attention_resolutions_that_never_come_up():
-  with pytest.raises(UserError, match="attention_resolutions: 16 is none of .* 8, 4"):
+  with pytest.raises(UserError, match=r"attention_resolutions: 16 is none of .* 8, 4"):
     build_model(ModelConfig(channels=8, channel_multipliers=(1, 2), attention_resolutions=(4, 16)), (8, 8, 1))
 
 

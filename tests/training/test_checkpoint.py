@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
   for step in (3, 5, 9):
     checkpoints.save(noisy if step == 9 else state, step, META)
     checkpoints.wait()
-  with pytest.raises(RuntimeError, match="checkpoint 7 was not written: .* already holds 9"):
+  with pytest.raises(RuntimeError, match=r"checkpoint 7 was not written: .* already holds 9"):
     checkpoints.save(state, 7, META)  # Orbax says so only by returning False
   checkpoints.close()
   return directory, host(noisy)

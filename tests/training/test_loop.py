@@ -134,12 +134,12 @@ def test_a_finished_run_does_nothing(uninterrupted, capsys):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-  with pytest.raises(NonFiniteError, match="update [23]: loss .*; what was saved before is intact; try a lower"):
+  with pytest.raises(NonFiniteError, match=r"update [23]: loss .*; what was saved before is intact; try a lower"):
     train(tmp_path / "run", learning_rate=1e38, warmup_steps=0, grad_clip=0.0)
 
 
 def test_another_configuration_is_refused_before_anything_is_written(uninterrupted):
   before = (uninterrupted / "config.json").read_text()
-  with pytest.raises(UserError, match="channels: .* was trained with '8', this command says '16'"):
+  with pytest.raises(UserError, match=r"channels: .* was trained with '8', this command says '16'"):
     train(uninterrupted, channels=16, sample_every=6)
   assert (uninterrupted / "config.json").read_text() == before

@@ -100,7 +100,7 @@ def test_a_step_overfits_one_batch(learning):
 
 
 def test_state_after_the_updates(learning):
-  run, initial, second, final, _, metrics = learning
+  _, initial, second, final, _, metrics = learning
   assert int(initial.step) == 0 and int(final.step) == 200 and final.step.dtype == jnp.int32
   chex.assert_trees_all_equal(host(initial.ema_params), host(initial.params))
   chex.assert_trees_all_equal_shapes_and_dtypes(initial, final)
