@@ -145,8 +145,8 @@ class TrainConfig:
   preview_images: int = _knob(32, "Images in a sample grid during training, drawn with the EMA weights and with the "
                               "raw ones.", minimum=1, may_change=True)
   preview_steps: int = _knob(50, "DDIM steps for the sample grids during training.", minimum=1, may_change=True)
-  distributed: str = _knob("auto", "'auto' joins the other processes of a Cloud TPU, Slurm, Open MPI or Kubernetes job, "
-                           "or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe; "
+  distributed: str = _knob("auto", "'auto' joins the other processes of a Cloud TPU, Slurm, Open MPI or Kubernetes "
+                           "job, or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe; "
                            "'off' trains alone.", choices=("auto", "off"), may_change=True)
 
 

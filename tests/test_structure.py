@@ -150,7 +150,7 @@ def test_only_named_errors_are_caught(file):
 
 @pytest.mark.parametrize("file", FILES)
 def test_files_and_functions_are_short(file):
-  assert len(FILES[file].read_text(encoding="utf-8").splitlines()) <= 330
+  assert len(FILES[file].read_text(encoding="utf-8").splitlines()) <= 350
   for node in ast.walk(TREES[file]):
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       assert node.end_lineno - node.lineno + 1 <= 80, node.name

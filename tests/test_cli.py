@@ -1,0 +1,203 @@
+"""The command as a person runs it: one process and two, killed and resumed, then sampling."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = 24
+# Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
+FLAGS = [
+  *("--channels=8", "--channel_multipliers=1", "--attention_resolutions=", "--dropout=0.2", "--random_flip"),
+  *("--batch_size=16", "--lr_schedule=constant", "--warmup_steps=4", "--num_timesteps=50", "--log_every=2"),
+  *("--checkpoint_every=6", "--sample_every=12", "--preview_images=4", "--preview_steps=2", "--keep_checkpoints=9"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("cli")
+
+
+def start(folder, name, *flags, devices=2, **environment):
+  """Starts the command on a number of simulated devices; the digits are prepared once for all tests."""
+  command = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={folder / name}", *flags]
+  if not any(flag.startswith("--mode") for flag in flags):
+    command += [f"--data_dir={folder / 'tfds'}", *FLAGS]
+  if not any(flag.startswith(("--num_steps", "--mode")) for flag in flags):
+    command.append(f"--num_steps={STEPS}")
+  variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+  return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(process, code=0):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == code, err + out
+  return out, err
+
+
+def wait_for(condition, process):
+  deadline = time.monotonic() + 240
+  while not condition():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+
+
+def metrics(workdir):
+  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+  return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
+
+
+def losses(workdir):
+  return np.array([[row["loss"], row["grad_norm"]] for row in metrics(workdir)])
+
+
+def drawn(workdir):
+  """The samples, which stand for the EMA weights of the newest checkpoint."""
+  with np.load(workdir / "samples" / "samples.npz") as archive:
+    return archive["images"]
+
+
+def sample(folder, name, *flags, **options):
+  return finish(start(folder, name, "--mode=sample", *flags, **options))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+  out, err = finish(start(folder, "whole"))
+  assert f"done: {STEPS} updates" in out and str(folder / "whole" / "metrics.jsonl") in out
+  assert "1797 images 8x8x1 of digits" in out and "compiled" in out
+  assert err == ""
+  sample(folder, "whole", "--num_samples=5", "--sampling_steps=10")
+  return folder / "whole"
+
+
+def test_a_run_leaves_what_it_says(uninterrupted):
+  assert [row["step"] for row in metrics(uninterrupted)] == list(range(2, STEPS + 1, 2))
+  assert sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir()) == [6, 12, 18, 24]
+  assert sorted(path.name for path in (uninterrupted / "samples").iterdir()) == [
+    "samples.npz",
+    "samples.png",
+    "step_00000012.png",
+    "step_00000024.png",
+  ]
+  images = drawn(uninterrupted)
+  assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 1)
+  assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
+  with Image.open(uninterrupted / "samples" / "samples.png") as grid:
+    assert grid.size[0] > 100
+
+
+def test_terminated_killed_and_resumed_is_uninterrupted(folder, uninterrupted):
+  workdir = folder / "broken"
+  process = start(folder, "broken")
+  wait_for(lambda: (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_text(), process)
+  process.send_signal(signal.SIGTERM)
+  out, _ = finish(process)
+  assert "stopped on request after update" in out or "done" in out
+
+  process = start(folder, "broken")
+  wait_for(lambda: (workdir / "checkpoints" / "18").exists(), process)
+  process.kill()
+  process.communicate()
+  with (workdir / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 19, "lo')  # as a kill in the middle of a line would leave it
+
+  out, _ = finish(start(folder, "broken"))
+  assert "resuming" in out or "nothing to do" in out
+  assert metrics(workdir) == metrics(uninterrupted)
+  sample(folder, "broken", "--num_samples=5", "--sampling_steps=10")
+  np.testing.assert_array_equal(drawn(workdir), drawn(uninterrupted))
+
+  out, _ = finish(start(folder, "broken"))
+  assert "already holds all 24 updates: nothing to do" in out
+  assert len(metrics(workdir)) == STEPS // 2
+
+
+def test_samples_depend_on_their_index_alone(folder, uninterrupted):
+  before = drawn(uninterrupted)
+  sample(folder, "whole", "--num_samples=7", "--sampling_steps=10", "--sample_batch_size=3", devices=1)
+  assert np.abs(drawn(uninterrupted)[:5].astype(int) - before).max() <= 1  # rounding to uint8
+  sample(folder, "whole", "--num_samples=5", "--sampling_steps=10", "--sample_seed=1")
+  assert np.abs(drawn(uninterrupted).astype(int) - before).mean() > 5
+  # Nothing was overwritten.
+  with np.load(uninterrupted / "samples" / "samples.1.npz") as first:
+    np.testing.assert_array_equal(first["images"], before)
+    assert json.loads(str(first["settings"]))["checkpoint"] == STEPS
+  assert (uninterrupted / "samples" / "samples.2.npz").exists()
+
+
+def start_job(folder, name, *flags):
+  """Two processes of one device each, joined over loopback."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = probe.getsockname()[1]
+  job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+  return [start(folder, name, *flags, devices=1, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
+
+
+def test_two_processes_are_one(folder, uninterrupted):
+  """Half of the run with pmap, half with fsdp; then one process samples what two have trained."""
+  for flags in (["--parallel=pmap", "--num_steps=12"], ["--parallel=fsdp"]):
+    (out, _), (quiet, _) = (finish(process) for process in start_job(folder, "pair", *flags))
+    assert "processes: 2" in out
+    assert "step" not in quiet
+  assert [row["step"] for row in metrics(folder / "pair")] == [row["step"] for row in metrics(uninterrupted)]
+  np.testing.assert_allclose(losses(folder / "pair"), losses(uninterrupted), rtol=1e-4)
+  sample(folder, "pair", "--num_samples=5", "--sampling_steps=10")
+  with np.load(uninterrupted / "samples" / "samples.1.npz") as first:
+    assert np.abs(drawn(folder / "pair").astype(int) - first["images"]).mean() < 0.5
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
+  processes = start_job(folder, "stopped", "--num_steps=5000", "--sample_every=0")
+  lines = folder / "stopped" / "metrics.jsonl"
+  wait_for(lambda: lines.exists() and lines.read_text(), processes[0])
+  processes[1].send_signal(signal.SIGTERM)
+  for process in processes:
+    out, _ = finish(process)
+  checkpoints = sorted(int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir())
+  assert 0 < checkpoints[-1] < 5000
+  assert metrics(folder / "stopped")[-1]["step"] == checkpoints[-1]
+
+
+BAD = [
+  ("--nonsense=1", "nonsense"),
+  ("--dataset=cifar11", "dataset: 'cifar11'"),
+  ("--beta_schedule=lineal", "beta_schedule"),
+  ("--sampler=euler", "sampler"),
+  ("--batch_size=15", "batch_size: 15 cannot be divided among 2 devices; use --batch_size=14 or 16"),
+  ("--batch_size=0", "batch_size: 0 must be at least 1"),
+  ("--learning_rate=nan", "learning_rate: nan is not a finite number"),
+  ("--channel_multipliers=1,1,1,1,1", "image_size: 8 is not divisible by 16"),
+  ("--dataset=folder:/nowhere", "dataset"),
+]
+
+
+@pytest.mark.parametrize("cases", [BAD[:5], BAD[5:]], ids=["first", "second"])
+def test_bad_input_is_one_line_and_writes_nothing(folder, uninterrupted, cases):
+  processes = [start(folder, f"bad{case[0]}", case[0]) for case in cases]
+  processes = [(process, case[0], case[1]) for process, case in zip(processes, cases, strict=True)]
+  for process, flag, message in processes:
+    out, err = finish(process, code=2)
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
+    assert not (folder / f"bad{flag}").exists()
+
+
+def test_a_workdir_of_another_run_is_refused(folder, uninterrupted):
+  before = {path: path.read_bytes() for path in uninterrupted.glob("*.*")}
+  _, err = finish(start(folder, "whole", "--seed=1"), code=2)
+  assert err.count("\n") == 1 and "seed: " in err and "'0'" in err and "'1'" in err and "another --workdir" in err
+  _, err = finish(start(folder, "whole", "--mode=sample", "--num_timesteps=40"), code=2)
+  assert err.count("\n") == 1 and "num_timesteps: " in err and "'50'" in err and "'40'" in err
+  assert {path: path.read_bytes() for path in uninterrupted.glob("*.*")} == before
