@@ -34,7 +34,7 @@ class Progress:
       if rate:
         left = datetime.timedelta(seconds=round((self._total - done) / rate))
         speed = f"  {rate:.3g} {self._what}s/s  {left} left"
-      print(f"{self._what} {done}/{self._total}  {text}{speed}", flush=True)
+      print(f"{self._what} {done}/{self._total}{text and '  ' + text}{speed}", flush=True)
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""

@@ -30,11 +30,12 @@ def folder(tmp_path_factory):
 
 def start(folder, name, *flags, devices=2, **environment):
   """Starts the command on a number of simulated devices; the digits are prepared once for all tests."""
-  command = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={folder / name}", *flags]
+  command = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={folder / name}"]
   if not any(flag.startswith("--mode") for flag in flags):
     command += [f"--data_dir={folder / 'tfds'}", *FLAGS]
   if not any(flag.startswith(("--num_steps", "--mode")) for flag in flags):
     command.append(f"--num_steps={STEPS}")
+  command += flags
   variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
   return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -165,7 +166,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
   wait_for(lambda: lines.exists() and lines.read_text(), processes[0])
   processes[1].send_signal(signal.SIGTERM)
   for process in processes:
-    out, _ = finish(process)
+    finish(process)
   checkpoints = sorted(int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir())
   assert 0 < checkpoints[-1] < 5000
   assert metrics(folder / "stopped")[-1]["step"] == checkpoints[-1]
@@ -189,7 +190,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, uninterrupted, cases):
   processes = [start(folder, f"bad{case[0]}", case[0]) for case in cases]
   processes = [(process, case[0], case[1]) for process, case in zip(processes, cases, strict=True)]
   for process, flag, message in processes:
-    out, err = finish(process, code=2)
+    _, err = finish(process, code=2)
     assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not (folder / f"bad{flag}").exists()
 

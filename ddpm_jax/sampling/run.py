@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import time
@@ -33,14 +34,13 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   options, diffusion = config.sample, config.diffusion
   if not (workdir / "checkpoints").is_dir():
     raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
-  checkpoints = Checkpoints(workdir / "checkpoints")
-  step = checkpoints.latest_step()
-  if step is None:
-    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
   parallel = Parallel(config.train.parallel)
-  run = build_run(config, tuple(checkpoints.meta(step)["image_shape"]), parallel)
-  state = checkpoints.restore(run.abstract_state, step)
-  checkpoints.close()
+  with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+    step = checkpoints.latest_step()
+    if step is None:
+      raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
+    run = build_run(config, tuple(checkpoints.meta(step)["image_shape"]), parallel)
+    state = checkpoints.restore(run.abstract_state, step)
 
   schedule = run.schedule
   table = make_sampler(
@@ -76,9 +76,8 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   if not is_first:
     return
   images = np.concatenate(drawn)
-  settings = {
-    name: value for section, field, value in config_lib.knobs(config) if section == "sample" for name in [field.name]
-  } | {"checkpoint": step, "variance": diffusion.variance}
+  settings = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
+  settings |= {"checkpoint": step, "variance": diffusion.variance}
   folder = workdir / "samples"
   folder.mkdir(exist_ok=True)
   _set_aside(folder)

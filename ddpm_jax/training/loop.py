@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import grids
+from ddpm_jax import grids, plots
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import batches
@@ -61,6 +61,8 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       progress.say(_headline(run, source, workdir, start))
       if start < total:
         end = _train(run, source, workdir, checkpoints, start, progress)
+        if not quiet and (workdir / "metrics.jsonl").stat().st_size:
+          plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
         progress.say(_farewell(workdir, end, total))
 
 
@@ -107,14 +109,14 @@ def _train(
       last = stopping or step == options.num_steps
       save_now = last or step % options.checkpoint_every == 0
       preview_now = options.sample_every and not stopping and (last or step % options.sample_every == 0)
-      if last or step % options.log_every == 0:
+      if step == options.num_steps or step % options.log_every == 0:
         unread = (step, metrics)
       if not (save_now or preview_now):
         continue
 
-      # Something is written at this step: read the metrics, then save, then draw. A state whose loss is not finite
-      # is never saved.
-      jax.block_until_ready(state)
+      # Something is written at this step: read the metrics, then save, then draw. No state is saved whose loss was not
+      # finite.
+      reports.check(step, metrics)
       if unread:
         reports.metrics(*unread)
         unread = None
@@ -187,5 +189,5 @@ def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"} and tensorboard --logdir={workdir}
+  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and tensorboard --logdir={workdir}
 {again}  draw images   python -m ddpm_jax.main --mode=sample --workdir={workdir}"""

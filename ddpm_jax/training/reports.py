@@ -34,8 +34,8 @@ class Reports:
     """Says how long the first update took, which includes the compilation, and starts to measure the speed."""
     self._progress.say(f"compiled and made update {step} in {self._clock.start(step):.1f} s")
 
-  def metrics(self, step: int, metrics: Metrics) -> None:
-    """Writes the metrics of update `step`. Waits for the device to have made it.
+  def check(self, step: int, metrics: Metrics) -> dict[str, float]:
+    """Reads the metrics of update `step`, once the device has made it.
 
     Raises:
       NonFiniteError: if one of them is infinite or not a number.
@@ -46,6 +46,11 @@ class Reports:
         f"update {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; what was saved "
         "before is intact; try a lower --learning_rate in another --workdir"
       )
+    return values
+
+  def metrics(self, step: int, metrics: Metrics) -> None:
+    """Checks, writes and shows the metrics of update `step`. Raises NonFiniteError."""
+    values = self.check(step, metrics)
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}

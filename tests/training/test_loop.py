@@ -62,6 +62,7 @@ def test_what_a_run_leaves(uninterrupted):
     "flags.txt",
     "checkpoints",
     "metrics.jsonl",
+    "loss.png",
     "tensorboard",
     "samples",
   }
