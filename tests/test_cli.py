@@ -169,7 +169,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
     finish(process)
   checkpoints = sorted(int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir())
   assert 0 < checkpoints[-1] < 5000
-  assert metrics(folder / "stopped")[-1]["step"] == checkpoints[-1]
+  assert checkpoints[-1] - 2 < metrics(folder / "stopped")[-1]["step"] <= checkpoints[-1]
 
 
 BAD = [
