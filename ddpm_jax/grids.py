@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 _MARGIN = 2  # pixels between tiles
-_TILE = 48  # small images are enlarged, by a whole factor, to at least about this many pixels
+_TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
 
 
 def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:

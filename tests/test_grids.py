@@ -27,7 +27,7 @@ def test_columns_can_be_named():
   assert grids.image_grid(pictures(6, 50, 50, 3), columns=1).shape == (2 + 6 * 52, 54, 3)
 
 
-@pytest.mark.parametrize(("size", "scale"), [(8, 6), (28, 1), (24, 2), (16, 3), (48, 1), (256, 1), (1, 48)])
+@pytest.mark.parametrize(("size", "scale"), [(8, 8), (28, 2), (24, 2), (16, 4), (48, 1), (256, 1), (1, 64)])
 def test_small_images_are_enlarged_by_a_whole_factor(size, scale):
   image = pictures(1, size, size, 3)
   tile = grids.image_grid(image)[2:-2, 2:-2]
