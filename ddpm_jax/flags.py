@@ -68,6 +68,9 @@ def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
 
 def workdir(registry: flags.FlagValues = flags.FLAGS) -> pathlib.Path:
   """The absolute path of --workdir. Raises UserError if it is missing."""
-  if not registry["workdir"].value:
+  text = registry["workdir"].value
+  if not text:
     raise UserError("workdir: missing; name a folder for this run, such as --workdir=runs/digits")
-  return pathlib.Path(registry["workdir"].value).expanduser().absolute()
+  if "://" in text:
+    raise UserError(f"workdir: {text!r} is no path in a file system; mount the storage and name the folder")
+  return pathlib.Path(text).expanduser().absolute()

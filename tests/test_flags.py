@@ -127,6 +127,12 @@ def test_missing_workdir(registry, arguments):
     flags.workdir(registry)
 
 
+def test_a_workdir_in_a_bucket_is_refused_not_made_on_disk(registry):
+  registry(["main", "--workdir=gs://bucket/run"])
+  with pytest.raises(UserError, match="workdir: 'gs://bucket/run' is no path"):
+    flags.workdir(registry)
+
+
 def test_workdir_is_absolute(registry, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -79,7 +79,7 @@ def test_config_is_standard_library_only():
 
 
 @pytest.mark.parametrize(
-  "file", ["distributed.py", "flags.py", "grids.py", "keys.py", "progress.py", "workdir.py", "writers.py"]
+  "file", ["distributed.py", "flags.py", "grids.py", "keys.py", "plots.py", "progress.py", "workdir.py", "writers.py"]
 )
 def test_services_know_at_most_the_config(file):
   assert ours(file) <= {"ddpm_jax.config"}

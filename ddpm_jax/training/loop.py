@@ -176,7 +176,8 @@ def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int) -> st
     f"({run.parallel.mode}), processes: {jax.process_count()}\n"
   )
   if start >= total:
-    return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
+    longer = "; raise --num_steps to train longer" if run.config.optimizer.lr_schedule == "constant" else ""
+    return what + f"{workdir} already holds all {total} updates: nothing to do{longer}"
   if start:
     return what + f"resuming {workdir} after update {start} of {total}; compiling"
   return what + f"training {total} updates in {workdir}; compiling"

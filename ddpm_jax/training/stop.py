@@ -30,6 +30,8 @@ class StopRequest:
     if self._received is not None:
       os._exit(128 + number)
     self._received = number
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)  # pass Ctrl-C on to the preemption service
 
   def due(self, step: int) -> bool:
     """Whether to stop after `step` updates; the same answer on every process."""
