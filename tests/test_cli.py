@@ -160,16 +160,18 @@ def test_two_processes_are_one(folder, uninterrupted):
     assert np.abs(drawn(folder / "pair").astype(int) - first["images"]).mean() < 0.5
 
 
-def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder):
-  processes = start_job(folder, "stopped", "--num_steps=5000", "--sample_every=0")
-  lines = folder / "stopped" / "metrics.jsonl"
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, number):
+  workdir = folder / f"stopped{number}"
+  processes = start_job(folder, workdir.name, "--num_steps=5000", "--sample_every=0")
+  lines = workdir / "metrics.jsonl"
   wait_for(lambda: lines.exists() and lines.read_text(), processes[0])
-  processes[1].send_signal(signal.SIGTERM)
+  processes[1].send_signal(number)
   for process in processes:
     finish(process)
-  checkpoints = sorted(int(path.name) for path in (folder / "stopped" / "checkpoints").iterdir())
+  checkpoints = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
   assert 0 < checkpoints[-1] < 5000
-  assert checkpoints[-1] - 2 < metrics(folder / "stopped")[-1]["step"] <= checkpoints[-1]
+  assert checkpoints[-1] - 2 < metrics(workdir)[-1]["step"] <= checkpoints[-1]
 
 
 BAD = [
