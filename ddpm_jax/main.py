@@ -69,6 +69,8 @@ def main(argv: Sequence[str]) -> int:
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
     return absl_flags.FLAGS(argv)
+  except SystemExit:
+    sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
     print(f"error: {' '.join(str(error).split())}; --help lists the flags", file=sys.stderr)
     sys.exit(2)

@@ -31,7 +31,8 @@ OTHER_FLAGS = {
   *("flagfile", "help"),  # absl
   *("require-hashes",),  # pip
   *("universal", "generate-hashes", "no-emit-index-url", "no-annotate", "extra", "output-file", "upgrade"),  # uv
-  *("xla_force_host_platform_device_count",),  # XLA
+  *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops"),  # XLA
+  *("dist",),  # pytest-xdist
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
@@ -145,7 +146,8 @@ def test_no_path_of_one_machine(name):
 
 
 @pytest.mark.parametrize(
-  ("mark", "ends"), [("train-command", "-m ddpm_jax.main --workdir=runs/digits"), ("test-command", "-m pytest -n 2")]
+  ("mark", "ends"),
+  [("train-command", "-m ddpm_jax.main --workdir=runs/digits"), ("test-command", "-m pytest -n 2 --dist loadfile")],
 )
 def test_marked_commands(mark, ends):
   (command,) = fenced(marked(README, mark))

@@ -188,6 +188,7 @@ def test_the_command(tmp_path):
     assert err.count("\n") == 1
     assert word in err
   assert ended["imports"] == ("[]\n", "", 0)
+  assert ended["help"][1:] == ("", 0)
   assert "--workdir" in ended["help"][0]
   assert "--channel_multipliers" in ended["help"][0]
   assert list(tmp_path.iterdir()) == []
