@@ -90,8 +90,8 @@ class DiffusionConfig:
                               "'min_snr' (Hang et al. 2023, gamma 5) and 'truncated_snr' (Salimans and Ho 2022) weigh "
                               "the error of x0 by min(SNR, 5) and max(SNR, 1), whatever the prediction.",
                               choices=("constant", "min_snr", "truncated_snr"))
-  variance: str = _knob("fixed_large", "Variance of the ancestral sampler's steps: beta_t (fixed_large, the paper's "
-                        "CIFAR-10) or the posterior variance (fixed_small, its 256x256 models).",
+  variance: str = _knob("fixed_large", "Variance of the ancestral sampler's steps: beta_t (fixed_large, CIFAR-10 in "
+                        "the released code) or the posterior variance (fixed_small, its 256x256 models).",
                         choices=("fixed_small", "fixed_large"), may_change=True)
 
 
@@ -138,7 +138,7 @@ class TrainConfig:
                         "parameters, optimiser state and EMA.", choices=("pmap", "fsdp"), may_change=True)
   grad_accum_steps: int = _knob(1, "Split each batch into this many parts, one after the other: less memory, the same "
                                 "update.", minimum=1, may_change=True)
-  log_every: int = _knob(100, "Updates between two lines of metrics.", minimum=1, may_change=True)
+  log_every: int = _knob(25, "Updates between two lines of metrics.", minimum=1, may_change=True)
   checkpoint_every: int = _knob(500, "Updates between two checkpoints.", minimum=1, may_change=True)
   sample_every: int = _knob(500, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
   keep_checkpoints: int = _knob(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
@@ -313,6 +313,13 @@ def _check_together(config: Config) -> None:
         raise UserError(f"{name}: {getattr(diffusion, name)} has no effect with beta_schedule=cosine; leave it out")
   elif diffusion.beta_start > diffusion.beta_end:
     raise UserError(f"beta_start: {diffusion.beta_start} must not exceed beta_end={diffusion.beta_end}")
+  if diffusion.loss_weighting != "constant" and diffusion.loss != "l2":
+    raise UserError(f"loss_weighting: {diffusion.loss_weighting} is defined on squared errors; use --loss=l2")
+  if diffusion.loss_weighting == "truncated_snr" and diffusion.prediction == "eps":
+    raise UserError(
+      "loss_weighting: truncated_snr divides the error of eps by the SNR, which is next to 0 at large t; "
+      "use --prediction=v or x0"
+    )
   for name, steps in (("sampling_steps", sample.sampling_steps), ("preview_steps", config.train.preview_steps)):
     if steps > diffusion.num_timesteps:
       raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}")

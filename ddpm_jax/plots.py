@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
 
 
 def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
@@ -23,11 +24,13 @@ def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
   figure = Figure(figsize=(7, 3.5), layout="constrained")
   FigureCanvasAgg(figure)  # draws without a screen, whatever backend the environment names
   axes = figure.subplots()
-  axes.plot(steps, losses, linewidth=0.8, color="tab:blue", alpha=0.4, label="one update")
+  axes.plot(steps, losses, linewidth=0.8, color="tab:blue", alpha=0.4 if window > 1 else 1.0, label="one update")
   if window > 1:
     average = np.convolve(losses, np.ones(window) / window, mode="valid")
     axes.plot(steps[window - 1 :], average, linewidth=1.8, color="tab:blue", label=f"mean of {window} logged updates")
     axes.legend()
   axes.set(xlabel="updates", ylabel="loss", yscale="log")
+  for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+    ticks(StrMethodFormatter("{x:g}"))
   axes.grid(visible=True, which="both", alpha=0.3)
   figure.savefig(picture, dpi=120)

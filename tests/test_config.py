@@ -40,6 +40,7 @@ BASE = {
   "batch_size": 128,
   "cache_gib": 4.0,
   "data_threads": 2,
+  "loss": "huber",
   "channels": 32,
   "channel_multipliers": (1, 2, 2),
   "num_res_blocks": 2,
@@ -63,7 +64,7 @@ BASE = {
   "sample_batch_size": 64,
 }
 
-# A run in which no knob is as in BASE or as it is by default.
+# A run in which no knob is as in BASE.
 OTHER = {
   "dataset": "folder:/data/a b#c,d=e",
   "split": "train[:90%]",
@@ -79,7 +80,7 @@ OTHER = {
   "beta_start": 1 / 3000,
   "beta_end": 0.1 + 0.2,
   "prediction": "v",
-  "loss": "huber",
+  "loss": "l2",
   "loss_weighting": "min_snr",
   "variance": "fixed_small",
   "channels": 128,
@@ -220,6 +221,8 @@ def test_upper_and_odd_limits(name, value, remedy):
     ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
     ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
     ({"beta_schedule": "cosine", "beta_end": 0.03}, ("beta_end", "0.03", "beta_schedule=cosine", "leave it out")),
+    ({"loss_weighting": "min_snr", "loss": "l1"}, ("loss_weighting", "min_snr", "--loss=l2")),
+    ({"loss_weighting": "truncated_snr", "loss": "l2"}, ("loss_weighting", "truncated_snr", "--prediction=v")),
     ({"sampling_steps": 1001}, ("sampling_steps", "1001", "num_timesteps=1000")),
     ({"num_timesteps": 49}, ("preview_steps", "50", "num_timesteps=49")),
     ({"eta": 0.5}, ("eta", "0.5", "sampler=ddpm", "--sampler=ddim")),

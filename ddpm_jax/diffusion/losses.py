@@ -44,7 +44,8 @@ def loss_weights(weighting: str, prediction: str, schedule: NoiseSchedule) -> np
 
   Args:
     weighting: 'constant' (1 for every prediction: L_simple of Ho et al. for eps), 'min_snr' (min(SNR, 5) for x0; Hang
-      et al. 2023), 'truncated_snr' (max(SNR, 1) for x0; Salimans and Ho 2022, section 4).
+      et al. 2023), 'truncated_snr' (max(SNR, 1) for x0; Salimans and Ho 2022, section 4; for eps it is 1 / SNR at large
+      t, 24,777 at T of the linear schedule: meant for x0 and v).
     prediction: 'eps', 'x0' or 'v'.
     schedule: the noise schedule.
   """

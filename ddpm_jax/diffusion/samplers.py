@@ -29,6 +29,9 @@ class SamplerTable(typing.NamedTuple):
 def time_grid(num_timesteps: int, num_steps: int) -> np.ndarray:
   """num_steps + 1 whole timesteps, evenly spaced from T down to 0: int64 [num_steps + 1], strictly falling.
 
+  The grid that is called "trailing": the first evaluation is at T, the last at about T / num_steps. Song et al. go on
+  to t = 1 instead, and space CIFAR-10's steps quadratically; their FIDs are for those grids.
+
   Raises:
     ValueError: unless 1 <= num_steps <= num_timesteps.
   """
@@ -40,8 +43,9 @@ def time_grid(num_timesteps: int, num_steps: int) -> np.ndarray:
 def ancestral_table(schedule: NoiseSchedule, grid: np.ndarray, variance: str) -> SamplerTable:
   """Ancestral sampling, Algorithm 2 of Ho et al. 2020, on any falling grid of timesteps.
 
-  The mean is that of the posterior with x0_hat for x_0 (eq. 7), the variance `schedules.reverse_variance`; the last
-  step, to s = 0, adds no noise (Algorithm 2, line 3).
+  The mean is that of the posterior with x0_hat for x_0 (eq. 7), which is line 4's
+  (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t); the variance is `schedules.reverse_variance`; the
+  last step, to s = 0, adds no noise (line 3).
   """
   t, s = grid[:-1], grid[1:]
   q = posterior(schedule, s, t)

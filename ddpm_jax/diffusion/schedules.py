@@ -1,7 +1,7 @@
 """Noise schedules: float64 NumPy tables over t = 0..T, made once on the host.
 
-Near t = 0 the quantity 1 - alpha_bar is a small difference: computed in float32 it is off by 1.7e-4 at t = 1. So every
-table is computed in float64 and cast to float32 where it is read (`at`).
+Near t = 0 the quantity 1 - alpha_bar is a small difference: computed in float32 it is off by a relative 1.7e-4 at
+t = 1 of the linear schedule. So every table is computed in float64 and cast to float32 where it is read (`at`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ class NoiseSchedule:
 
 
 class Posterior(typing.NamedTuple):
-  """q(x_s | x_t, x_0) = N(c_x0 x_0 + c_xt x_t, variance I), one entry for each pair (s, t)."""
+  """q(x_s | x_t, x_0) = N(c_x0 x_0 + c_xt x_t, variance I), one entry for each pair (s, t).
+
+  With s = t - 1 (Ho et al. eq. 7): c_x0 = sqrt(alpha_bar_s) beta_t / (1 - alpha_bar_t),
+  c_xt = sqrt(alpha_t) (1 - alpha_bar_s) / (1 - alpha_bar_t), variance = beta_t (1 - alpha_bar_s) / (1 - alpha_bar_t).
+  """
 
   c_x0: np.ndarray
   c_xt: np.ndarray
@@ -102,7 +106,8 @@ def reverse_variance(schedule: NoiseSchedule, kind: str, s: np.ndarray, t: np.nd
 
   Returns:
     The variance. At s = 0, where sampling adds no noise but the decoder's likelihood needs a width, both are the
-    posterior variance of the step before (t = 2), as in the authors' code (diffusion_utils_2.py: index 0 <- index 1).
+    posterior variance of the step before (t = 2 of the full chain, T >= 2), as in the authors' code
+    (diffusion_utils_2.py: index 0 <- index 1).
   """
   first = posterior(
     schedule, np.asarray(min(1, schedule.num_timesteps - 1)), np.asarray(min(2, schedule.num_timesteps))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 # Uniform Glorot, the initialisation of every layer in the authors' code that is not a last one.
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-zeros_init = nn.initializers.zeros_init()
+zeros_init = nn.initializers.zeros_init()  # where the authors' code has a variance of 1e-10
 
 
 def num_norm_groups(channels: int) -> int:

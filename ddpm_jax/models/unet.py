@@ -28,7 +28,7 @@ class UNet(nn.Module):
     attention_resolutions: heights at which each residual block, down and up, is followed by attention.
     num_groups: groups of GroupNorm; divides `channels`.
     dropout: rate inside the residual blocks.
-    dtype: of the activations; parameters and the output are float32.
+    dtype: of the activations; parameters, the last norm and convolution, and the output are float32.
     remat: recompute each residual block in the backward pass.
   """
 
@@ -98,7 +98,6 @@ class UNet(nn.Module):
         h = Upsample(self.dtype, name=f"up{level}_upsample")(h)
     assert not skips
 
-    # End.
-    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm_out")(h))
-    h = nn.Conv(self.out_channels, (3, 3), kernel_init=zeros_init, dtype=self.dtype, name="conv_out")(h)
-    return h.astype(jnp.float32)
+    # End, in float32: where the samplers divide by sqrt(alpha_bar_t), a rounding to bfloat16 would be multiplied too.
+    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=jnp.float32, name="norm_out")(h))
+    return nn.Conv(self.out_channels, (3, 3), kernel_init=zeros_init, dtype=jnp.float32, name="conv_out")(h)

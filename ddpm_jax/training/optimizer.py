@@ -42,7 +42,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
 def ema_decay_at(decay: float, num_updates: jax.Array) -> jax.Array:
   """min(decay, (1 + n) / (10 + n)) after n >= 1 updates: a short memory first, so that early samples are usable.
 
-  The rule of TensorFlow's ExponentialMovingAverage(num_updates=n).
+  The rule of TensorFlow's ExponentialMovingAverage(num_updates=n). The authors' code uses the full decay from the
+  second update on; at 0.9999 the two agree after about 90,000 updates.
   """
   n = num_updates.astype(jnp.float32)
   return jnp.minimum(jnp.float32(decay), (1.0 + n) / (10.0 + n))

@@ -106,8 +106,45 @@ def test_clipping():
   xt, t = jnp.full((2, 1), 0.5), jnp.asarray([1, 1000])
   clipped = samplers.x0_predictor(network, LINEAR, "eps")(xt, t)
   np.testing.assert_allclose(clipped[:, 0], [0.5 / np.sqrt(0.9999), 1.0], rtol=1e-6)
+  np.testing.assert_allclose(samplers.x0_predictor(network, LINEAR, "eps")(-xt, t), -clipped)
   free = samplers.x0_predictor(network, LINEAR, "eps", clip=False)(xt, t)
   np.testing.assert_allclose(free[1, 0], 0.5 / np.sqrt(LINEAR.alpha_bar[1000]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_strided_ancestral_step_by_hand(variance):
+  t, s, xt, x0_hat = 600, 400, 0.9, -0.4
+  ab_t, ab_s = LINEAR.alpha_bar[t], LINEAR.alpha_bar[s]
+  beta = 1 - ab_t / ab_s
+  mean = np.sqrt(ab_s) * beta / (1 - ab_t) * x0_hat + np.sqrt(1 - beta) * (1 - ab_s) / (1 - ab_t) * xt
+  table = samplers.ancestral_table(LINEAR, np.array([t, s]), variance)
+  np.testing.assert_allclose(table.c_xt[0] * xt + table.c_x0[0] * x0_hat, mean)
+  expected = {"fixed_small": beta * (1 - ab_s) / (1 - ab_t), "fixed_large": beta}[variance]
+  np.testing.assert_allclose(table.sigma[0] ** 2, expected)
+
+
+def test_the_number_of_steps_reaches_the_table():
+  for name in ("ddpm", "ddim"):
+    assert samplers.make_sampler(LINEAR, name, num_steps=100).t.tolist() == list(range(1000, 0, -10))
+
+
+def test_prior_and_steps_have_noise_of_their_own():
+  """A table that only adds: the sample is the sum of the prior's draw (fold 0) and of those of its steps (fold t)."""
+  table = samplers.SamplerTable(np.array([1000, 500], np.int32), np.ones(2), np.zeros(2), np.ones(2))
+  keys = jax.random.split(jax.random.key(0), 3)
+  got = samplers.sample(table, gaussian_x0(LINEAR), keys, (2,))
+  for i in range(3):
+    parts = [jax.random.normal(jax.random.fold_in(keys[i], t), (2,)) for t in (0, 1000, 500)]
+    np.testing.assert_allclose(got[i], sum(parts), rtol=1e-5)
+
+
+def test_the_arithmetic_is_float32_also_for_a_bfloat16_network():
+  output = jnp.asarray([[0.3], [0.7]], jnp.bfloat16)
+  x0_hat = samplers.x0_predictor(lambda xt, t: output, LINEAR, "x0")(jnp.zeros((2, 1)), jnp.asarray([1, 2]))
+  assert x0_hat.dtype == jnp.float32
+  eps_x0 = samplers.x0_predictor(lambda xt, t: output, LINEAR, "eps")(jnp.full((2, 1), 0.4), jnp.asarray([5, 5]))
+  a, b = LINEAR.sqrt_alpha_bar[5], LINEAR.sqrt_one_minus_alpha_bar[5]
+  np.testing.assert_allclose(eps_x0, (0.4 - b * np.asarray(output, np.float64)) / a, rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 999, 1000])

@@ -28,7 +28,7 @@ STATED = {
   *("seed", "num_steps", "sampler", "sampling_steps"),
 }
 
-# Ho et al. 2020, section 4 and appendix B; the clipping of gradients from the released code.
+# Ho et al. 2020, section 4 and appendix B; warm-up, clipping, norm groups and variances from the released code.
 PAPER = {
   "num_timesteps": 1000,
   "beta_schedule": "linear",

@@ -1,4 +1,4 @@
-"""The U-Net against the published parameter counts and a forward pass that is derived by hand."""
+"""The U-Net against the published parameter counts and a second implementation in float64 NumPy."""
 
 import chex
 import flax.linen as nn
@@ -10,6 +10,7 @@ import pytest
 from ddpm_jax.config import ModelConfig, UserError
 from ddpm_jax.models import layers
 from ddpm_jax.models.build import build_model, init_params, network_of, num_params
+from tests.models import reference
 
 TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
 PAPER = dict(channels=128, num_res_blocks=2, attention_resolutions=(16,))
@@ -43,6 +44,39 @@ def tiny():
 )
 def test_published_parameter_counts(multipliers, image_shape, expected):
   assert num_params(shapes_of(ModelConfig(channel_multipliers=multipliers, **PAPER), image_shape)) == expected
+
+
+def test_forward_pass_is_that_of_the_reference():
+  """Three levels, two blocks, attention half-way, all parameters random, in colour."""
+  config = ModelConfig(channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=2, attention_resolutions=(4,))
+  model = build_model(config, (8, 8, 3))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: 0.25 * rng.standard_normal(leaf.shape), shapes_of(config, (8, 8, 3)))
+  xt, t = rng.standard_normal((2, 8, 8, 3)), np.array([3, 977])
+  expected = reference.unet(
+    params, xt, t, channels=8, multipliers=(1, 2, 2), num_res_blocks=2, attention_resolutions=(4,), groups=2
+  )
+  single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, xt))
+  got = jax.jit(network_of(model))(*single, jnp.asarray(t), None)
+  assert np.abs(expected).max() > 0.5
+  np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_dropout_is_before_the_last_convolution_of_a_block():
+  block = layers.ResBlock(8, 2, 0.5, jnp.float32)
+  x, temb = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.zeros((2, 4))
+  keys = jax.random.split(jax.random.key(1))
+  params = randomize(jax.eval_shape(block.init, jax.random.key(0), x, temb, None)["params"])
+  p = jax.tree.map(np.asarray, params)
+  h = reference.conv(reference.swish(reference.group_norm(np.asarray(x), p["norm1"], 2)), p["conv1"])
+  h = reference.swish(reference.group_norm(h + p["temb_proj"]["bias"], p["norm2"], 2))
+  _, found = block.apply({"params": params}, x, temb, keys, capture_intermediates=True)
+  dropped = np.asarray(found["intermediates"]["dropout"]["__call__"][0])
+  kept = dropped != 0
+  assert 0.3 < kept.mean() < 0.7
+  np.testing.assert_allclose(dropped[kept], 2 * h[kept], rtol=1e-3, atol=1e-4)
+  expected = np.asarray(x) + reference.conv(dropped, p["conv2"])
+  np.testing.assert_allclose(block.apply({"params": params}, x, temb, keys), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_where_attention_is():
@@ -179,6 +213,8 @@ def test_bfloat16_keeps_float32_parameters_and_output(tiny):
   assert narrow.dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(TINY, (8, 8, 1))))
   assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
+  # The last convolution is in float32: near t = T its rounding would be multiplied by 1 / sqrt(alpha_bar).
+  assert (narrow != narrow.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
 
 
 def test_remat_changes_nothing(tiny):

@@ -77,6 +77,80 @@ def test_the_loss_is_the_mean_over_the_batch_by_hand():
   np.testing.assert_allclose(loss_fn({}, batch, keys), np.mean(eps**2), rtol=1e-5)
 
 
+def recorded(random_flip):
+  """What `make_loss` gives the network for 64 images that are dark on the left and bright on the right."""
+  seen = []
+
+  def network(_, xt, t, dropout_keys):
+    seen.append((xt, t, jax.random.key_data(dropout_keys)))
+    return jnp.zeros_like(xt)
+
+  image = np.repeat(np.linspace(0, 255, 8).astype(np.uint8)[None, :, None], 8, axis=0)
+  batch = {"image": jnp.broadcast_to(image, (64, *IMAGE_SHAPE)), "index": jnp.arange(64)}
+  loss_fn = step_lib.make_loss(network, LINEAR, DiffusionConfig(), random_flip=random_flip)
+  keys = step_lib.example_keys(0, jnp.asarray(5), batch["index"])
+  loss_fn({}, batch, keys)
+  return host(seen[0]), image
+
+
+def test_what_the_network_is_given():
+  (xt, t, dropout_keys), image = recorded(random_flip=False)
+  _, expected_t, eps, _ = draws(5, np.arange(64))
+  np.testing.assert_array_equal(t, expected_t)
+  a, b = LINEAR.sqrt_alpha_bar[t], LINEAR.sqrt_one_minus_alpha_bar[t]
+  x0 = (xt - b[:, None, None, None] * eps) / a[:, None, None, None]
+  early = t < 300  # where x_t still tells x_0
+  np.testing.assert_allclose(x0[early], np.broadcast_to(image / 127.5 - 1, x0.shape)[early], atol=1e-3)
+  assert len(np.unique(dropout_keys, axis=0)) == 64  # dropout is on, and each example has its own
+
+
+def test_flips_reach_the_network():
+  (xt, t, _), _ = recorded(random_flip=True)
+  early = t < 300
+  brighter_left = (xt[..., :4, :].mean((1, 2, 3)) > xt[..., 4:, :].mean((1, 2, 3)))[early]
+  assert 0.2 < brighter_left.mean() < 0.8
+
+
+def test_no_two_draws_share_a_key(monkeypatch):
+  """Timestep, noise, flip and dropout of an example come from four keys, none of them the example's own."""
+  used = {}
+
+  def spy(module, name):
+    real = getattr(module, name)
+
+    def noting(key, *args, **kwargs):
+      used[name] = key
+      return real(key, *args, **kwargs)
+
+    monkeypatch.setattr(module, name, noting)
+
+  spy(jax.random, "randint")
+  spy(jax.random, "normal")
+  spy(step_lib.images, "random_flip")
+  key = step_lib.example_keys(0, jnp.asarray(1), jnp.asarray([2]))[0]
+  image = jnp.zeros(IMAGE_SHAPE, jnp.uint8)
+  draw = step_lib.draw_example(key, image, num_timesteps=10, random_flip=True)
+  keys = [*used.values(), draw.dropout_key, key]
+  assert set(used) == {"randint", "normal", "random_flip"}
+  assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == 5
+
+
+def test_the_weight_is_that_of_the_drawn_timestep():
+  """With T = 3 each timestep is drawn: a network that says 0 pays min(SNR, 5) / SNR times the mean of eps squared."""
+  schedule = make_schedule("linear", 3, beta_start=0.05, beta_end=0.9)
+  config = DiffusionConfig(num_timesteps=3, loss_weighting="min_snr")
+  loss_fn = step_lib.make_loss(lambda p, xt, t, k: jnp.zeros_like(xt), schedule, config, random_flip=False)
+  batch = jax.tree.map(jnp.asarray, random_batch())
+  keys = step_lib.example_keys(0, jnp.asarray(5), batch["index"])
+  one = functools.partial(step_lib.draw_example, num_timesteps=3, random_flip=False)
+  _, t, eps, _ = jax.vmap(one)(keys, batch["image"])
+  assert set(np.asarray(t)) == {1, 2, 3}
+  alpha_bar = np.cumprod(1 - np.linspace(0.05, 0.9, 3))[np.asarray(t) - 1]
+  snr = alpha_bar / (1 - alpha_bar)
+  expected = np.mean(np.minimum(snr, 5) / snr * np.mean(np.asarray(eps) ** 2, axis=(1, 2, 3)))
+  np.testing.assert_allclose(loss_fn({}, batch, keys), expected, rtol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def learning():
   """200 updates on one batch of four images: (initial state, states and losses along the way, compiled step)."""
