@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.config import UserError
 
@@ -26,7 +26,8 @@ class Parallel:
     """mode: 'pmap' or 'fsdp'."""
     self.mode = mode
     self.num_devices = jax.device_count()
-    self.mesh = jax.make_mesh((self.num_devices,), (AXIS,), axis_types=(AxisType.Auto,))
+    # In the order of pmap. jax.make_mesh may choose another one on a TPU, and the state would move at every update.
+    self.mesh = Mesh(np.asarray(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
 
