@@ -312,34 +312,38 @@ def _check_together(config: Config) -> None:
       if getattr(diffusion, name) != getattr(defaults, name):
         raise UserError(f"{name}: {getattr(diffusion, name)} has no effect with beta_schedule=cosine; leave it out")
   elif diffusion.beta_start > diffusion.beta_end:
-    raise UserError(f"beta_start: {diffusion.beta_start} must not exceed beta_end={diffusion.beta_end}")
+    raise UserError(f"beta_start: {diffusion.beta_start} must not exceed beta_end={diffusion.beta_end}; lower it")
   if diffusion.loss_weighting != "constant" and diffusion.loss != "l2":
     raise UserError(f"loss_weighting: {diffusion.loss_weighting} is defined on squared errors; use --loss=l2")
   if diffusion.loss_weighting == "truncated_snr" and diffusion.prediction == "eps":
-    raise UserError(
-      "loss_weighting: truncated_snr divides the error of eps by the SNR, which is next to 0 at large t; "
-      "use --prediction=v or x0"
-    )
+    raise UserError("loss_weighting: truncated_snr explodes at large t for prediction=eps; use --prediction=v or x0")
   for name, steps in (("sampling_steps", sample.sampling_steps), ("preview_steps", config.train.preview_steps)):
     if steps > diffusion.num_timesteps:
-      raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}")
+      raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
   if sample.eta and sample.sampler != "ddim":
     raise UserError(f"eta: {sample.eta} has no effect with sampler={sample.sampler}; use --sampler=ddim, or --eta=0")
   if not config.model.channel_multipliers:
     raise UserError("channel_multipliers: empty; name one multiple for each level, such as 1,2,2,2")
   if config.model.channels % 2:
-    raise UserError(f"channels: {config.model.channels} must be even, for the sines and cosines of the timestep")
+    raise UserError(
+      f"channels: {config.model.channels} must be even, for the sines and cosines of the timestep; "
+      f"use --channels={config.model.channels + 1}"
+    )
   groups = config.model.norm_groups
   if groups and config.model.channels % groups:
     raise UserError(
       f"norm_groups: {groups} does not divide channels={config.model.channels}; use a divisor, or 0 to choose one"
     )
+  if groups and groups == config.model.channels:
+    raise UserError(
+      f"norm_groups: {groups} leaves one channel in a group, whose norm would remove the timestep; use --norm_groups=0"
+    )
   if config.data.batch_size % config.train.grad_accum_steps:
     raise UserError(
-      f"grad_accum_steps: {config.train.grad_accum_steps} does not divide batch_size={config.data.batch_size}"
+      f"grad_accum_steps: {config.train.grad_accum_steps} does not divide batch_size={config.data.batch_size}; use 1"
     )
   if config.optimizer.lr_schedule == "cosine" and config.optimizer.warmup_steps >= config.train.num_steps:
     raise UserError(
-      f"warmup_steps: {config.optimizer.warmup_steps} must be less than "
-      f"num_steps={config.train.num_steps} with lr_schedule=cosine"
+      f"warmup_steps: {config.optimizer.warmup_steps} must be less than num_steps={config.train.num_steps} with "
+      "lr_schedule=cosine; lower --warmup_steps or raise --num_steps"
     )

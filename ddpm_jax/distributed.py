@@ -26,9 +26,7 @@ def detect(environment: Mapping[str, str]) -> str:
   present = [name for name in _EXPLICIT if environment.get(name)]
   if present and len(present) < len(_EXPLICIT):
     missing = ", ".join(name for name in _EXPLICIT if name not in present)
-    raise UserError(
-      f"distributed: {', '.join(present)} is set but {missing} is not; set all three, or --distributed=off"
-    )
+    raise UserError(f"distributed: {', '.join(present)} set without {missing}; set all three, or --distributed=off")
   if present:
     return "explicit"
   if int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environment:

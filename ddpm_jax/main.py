@@ -30,6 +30,11 @@ def resolve_config(mode: str, given: dict, folder) -> Config:
     return config_lib.override(Config(), given)
   stored = workdir.load_config(folder)
   config = config_lib.override(stored, given)
+  if "variance" in given and config.sample.sampler != "ddpm":
+    raise UserError(
+      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
+      "--variance out, or use --sampler=ddpm"
+    )
   for name, old, new in config_lib.changed(stored, config, on_resume=True):
     raise UserError(
       f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
@@ -63,16 +68,23 @@ def main(argv: Sequence[str]) -> int:
   except NonFiniteError as error:
     print(f"error: {error}", file=sys.stderr)
     return 3
+  except KeyboardInterrupt:
+    print("interrupted before there was anything to save; the same command starts again", file=sys.stderr)
+    return 130
   return 0
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
+  # Flagfiles first, wherever they stand: a flag on the command line always wins.
+  files = [argument for argument in argv[1:] if argument.startswith("--flagfile=")]
+  others = [argument for argument in argv[1:] if not argument.startswith("--flagfile=")]
   try:
-    return absl_flags.FLAGS(argv)
+    return absl_flags.FLAGS([argv[0], *files, *others])
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
-    print(f"error: {' '.join(str(error).split())}; --help lists the flags", file=sys.stderr)
+    message = " ".join(str(error).split()).removeprefix("ERROR:: ")
+    print(f"error: {message}; --help lists the flags", file=sys.stderr)
     sys.exit(2)
 
 

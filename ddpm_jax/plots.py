@@ -24,7 +24,15 @@ def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
   figure = Figure(figsize=(7, 3.5), layout="constrained")
   FigureCanvasAgg(figure)  # draws without a screen, whatever backend the environment names
   axes = figure.subplots()
-  axes.plot(steps, losses, linewidth=0.8, color="tab:blue", alpha=0.4 if window > 1 else 1.0, label="one update")
+  axes.plot(
+    steps,
+    losses,
+    linewidth=0.8,
+    color="tab:blue",
+    alpha=0.4 if window > 1 else 1.0,
+    label="one update",
+    marker="o" if len(steps) < 4 else None,
+  )
   if window > 1:
     average = np.convolve(losses, np.ones(window) / window, mode="valid")
     axes.plot(steps[window - 1 :], average, linewidth=1.8, color="tab:blue", label=f"mean of {window} logged updates")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 from collections.abc import Mapping
 
@@ -16,13 +17,18 @@ class Progress:
     """Args: a word for the unit, such as 'step'; how many in all; how many already; print nothing at all."""
     self._what, self._total, self._quiet = what, total, quiet
     self._bar = None
-    if not quiet and sys.stderr.isatty():
+    if not quiet and sys.stderr.isatty() and _columns() > 0:
       self._bar = tqdm.tqdm(total=total, initial=done, unit=what, dynamic_ncols=True, smoothing=0.05)
 
   def advance(self, by: int = 1) -> None:
     """Moves the bar."""
     if self._bar is not None:
       self._bar.update(by)
+
+  def unpause(self) -> None:
+    """Leaves the time since the last `advance` out of the time left."""
+    if self._bar is not None:
+      self._bar.unpause()
 
   def report(self, done: int, facts: Mapping[str, float], rate: float) -> None:
     """Shows facts at a point of interest. rate: units a second, for the time left; 0 if unknown."""
@@ -47,3 +53,11 @@ class Progress:
     """Leaves the terminal on a fresh line."""
     if self._bar is not None:
       self._bar.close()
+
+
+def _columns() -> int:
+  """Width of the terminal; 0 for one that has no size, as under `docker exec -t`, where a bar cannot be drawn."""
+  try:
+    return os.get_terminal_size(sys.stderr.fileno()).columns
+  except (OSError, ValueError):
+    return 80

@@ -19,9 +19,13 @@ def load_config(workdir: pathlib.Path) -> Config:
       raise UserError(
         f"workdir: {workdir} holds no run (no config.json); train one with python -m ddpm_jax.main --workdir={workdir}"
       )
-    return config_lib.from_json(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"workdir: cannot read {path} ({error}); use another --workdir") from error
+  try:
+    return config_lib.from_json(text)
+  except UserError as error:
+    raise UserError(f"workdir: {path}: {error}") from None
 
 
 def check(workdir: pathlib.Path, config: Config) -> bool:
@@ -71,5 +75,7 @@ def create(workdir: pathlib.Path, config: Config) -> None:
 
 
 def _check_writable(folder: pathlib.Path) -> None:
-  if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+  if not folder.is_dir():
+    raise UserError(f"workdir: {folder} is a file, not a folder; use another --workdir")
+  if not os.access(folder, os.W_OK | os.X_OK):
     raise UserError(f"workdir: {folder} cannot be written; use another --workdir")

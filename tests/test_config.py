@@ -228,6 +228,7 @@ def test_upper_and_odd_limits(name, value, remedy):
     ({"eta": 0.5}, ("eta", "0.5", "sampler=ddpm", "--sampler=ddim")),
     ({"channel_multipliers": ()}, ("channel_multipliers", "empty", "1,2,2,2")),
     ({"channels": 33}, ("channels", "33", "even")),
+    ({"norm_groups": 32}, ("norm_groups", "32", "one channel in a group", "--norm_groups=0")),
     ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
     ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
     ({"warmup_steps": 4000}, ("warmup_steps", "4000", "num_steps=4000", "cosine")),

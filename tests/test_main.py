@@ -90,6 +90,21 @@ def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   assert one_line(capsys) == f"error: {error}\n"
 
 
+def test_an_interrupt_before_there_is_anything_to_save(runs, command, capsys, tmp_path):
+  runs.error = KeyboardInterrupt()
+  assert command(f"--workdir={tmp_path}") == 130
+  assert capsys.readouterr().err.startswith("interrupted before there was anything to save")
+
+
+def test_a_flag_wins_over_a_flagfile_wherever_it_stands(runs, command, tmp_path):
+  (tmp_path / "my.flags").write_text("--batch_size=32\n--num_steps=500\n")
+  arguments = ["--batch_size=16", f"--flagfile={tmp_path / 'my.flags'}", f"--workdir={tmp_path / 'run'}"]
+  for order in (arguments, arguments[::-1]):
+    assert command(*order) == 0
+    _, config, _ = runs.calls[-1]
+    assert (config.data.batch_size, config.train.num_steps) == (16, 500)
+
+
 def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
   runs.error = RuntimeError("out of memory")  # Python itself makes this exit code 1
   with pytest.raises(RuntimeError, match="out of memory"):
@@ -138,8 +153,17 @@ def test_train_is_flags_over_defaults_whatever_is_stored(tmp_path):
 def test_sample_is_flags_over_the_stored_run(tmp_path):
   stored = config_lib.override(Config(), {"channels": 64, "num_timesteps": 100})
   workdir.create(tmp_path, stored)
-  given = {"sampler": "ddim", "eta": 0.5, "sampling_steps": 20, "variance": "fixed_small", "channels": 64}
-  assert main.resolve_config("sample", given, tmp_path) == config_lib.override(stored, given)
+  for given in (
+    {"sampler": "ddim", "eta": 0.5, "sampling_steps": 20, "channels": 64},
+    {"sampler": "ddpm", "variance": "fixed_small", "num_samples": 3},
+  ):
+    assert main.resolve_config("sample", given, tmp_path) == config_lib.override(stored, given)
+
+
+def test_sample_refuses_what_would_have_no_effect(tmp_path):
+  workdir.create(tmp_path, Config())
+  with pytest.raises(UserError, match=r"variance: fixed_small has no effect with sampler=ddim; .*--sampler=ddpm"):
+    main.resolve_config("sample", {"sampler": "ddim", "variance": "fixed_small"}, tmp_path)
 
 
 def test_sample_refuses_to_change_what_was_trained(tmp_path):

@@ -36,6 +36,24 @@ def test_an_unknown_speed_is_not_shown(capsys):
   assert capsys.readouterr().out == "step 1/10  loss 0.5\n"
 
 
+def test_no_bar_on_a_terminal_without_size(capsys, monkeypatch):
+  monkeypatch.setattr(sys, "stderr", Terminal())
+  monkeypatch.setattr("ddpm_jax.progress._columns", lambda: 0)
+  Progress("step", total=10).report(1, {"loss": 0.5}, 3.0)
+  assert capsys.readouterr().out == "step 1/10  loss 0.5  3 steps/s  0:00:03 left\n"
+
+
+def test_a_pause_does_not_count_in_the_time_left(monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  progress = Progress("step", total=110, done=10)
+  before = progress._bar.start_t
+  progress._bar.last_print_t -= 40  # forty seconds in which nothing advanced
+  progress.unpause()
+  assert progress._bar.start_t >= before + 40
+  progress.close()
+
+
 def test_quiet_says_nothing(capsys, monkeypatch):
   for stream in (sys.stderr, Terminal()):
     monkeypatch.setattr(sys, "stderr", stream)

@@ -111,7 +111,7 @@ def test_a_file_is_no_folder(tmp_path):
 def test_a_path_below_a_file(tmp_path):
   (tmp_path / "a").write_text("mine")
   text = refusal(tmp_path / "a" / "b" / "c", Config())
-  assert text == f"workdir: {tmp_path / 'a'} cannot be written; use another --workdir"
+  assert text == f"workdir: {tmp_path / 'a'} is a file, not a folder; use another --workdir"
   with pytest.raises(UserError, match="cannot write"):
     workdir.create(tmp_path / "a" / "b", Config())
 

@@ -82,7 +82,7 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
     reason = one_line(error).split('}": ')[-1].split(" Here are")[0]  # without the arguments that TFDS repeats
     all_configs = tfds.builder_cls(base).builder_configs if base in known else {}
     configs = difflib.get_close_matches(name.partition("/")[2], all_configs, n=5, cutoff=0)
-    hint = f"one of its configurations, such as {', '.join(configs)}" if configs else "another version"
+    hint = f"one of its configurations, such as {', '.join(configs)}" if configs else "NAME[/CONFIG][:X.Y.Z]"
     raise UserError(f"dataset: {name!r} cannot be opened ({reason}); use {hint}") from None
 
 

@@ -62,7 +62,7 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   progress.say(
     f"drawing {options.num_samples} images {run.image_shape[0]}x{run.image_shape[1]}x{run.image_shape[2]} "
     f"with the {options.sample_weights} weights after update {step}: {options.sampler}, {len(table.t)} "
-    "network evaluations each"
+    f"network evaluations each, {min(options.sample_batch_size, options.num_samples)} images at once"
   )
   drawn, began = [], time.perf_counter()
   size = min(options.sample_batch_size, options.num_samples)

@@ -46,24 +46,29 @@ def train(config: Config, workdir: pathlib.Path) -> None:
   """
   parallel = Parallel(config.train.parallel)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  workdir_lib.check(workdir, config)
+  exists = workdir_lib.check(workdir, config)
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
   multihost_utils.sync_global_devices("every process has checked the workdir")
-  if jax.process_index() == 0:
+  is_first = jax.process_index() == 0
+  if is_first and not exists:
     workdir_lib.create(workdir, config)
   multihost_utils.sync_global_devices("the workdir exists")
 
   with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
     start, total = checkpoints.latest_step() or 0, config.train.num_steps
-    quiet = jax.process_index() != 0
-    with contextlib.closing(Progress("step", total=total, done=start, quiet=quiet)) as progress:
-      progress.say(_headline(run, source, workdir, start))
-      if start < total:
-        end = _train(run, source, workdir, checkpoints, start, progress)
-        if not quiet and (workdir / "metrics.jsonl").stat().st_size:
-          plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
-        progress.say(_farewell(workdir, end, total))
+    if is_first:
+      print(_headline(run, source, workdir, start), flush=True)
+    if start >= total:
+      return
+    if is_first:
+      workdir_lib.create(workdir, config)  # what may change may have changed
+    with contextlib.closing(Progress("step", total=total, done=start, quiet=not is_first)) as progress:
+      end = _train(run, source, workdir, checkpoints, start, progress)
+    if is_first:
+      if (workdir / "metrics.jsonl").stat().st_size:
+        plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+      print(_farewell(workdir, end, total), flush=True)
 
 
 def _train(
@@ -71,7 +76,6 @@ def _train(
 ) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   config, parallel, options = run.config, run.parallel, run.config.train
-  state = checkpoints.restore(run.abstract_state, start) if start else run.initial_state()
   step_fn = parallel.compile(make_train_step(run), run.abstract_state)
   preview = make_preview(run)
   meta = {"image_shape": list(run.image_shape)}
@@ -89,6 +93,7 @@ def _train(
   unread: tuple[int, Metrics] | None = None  # metrics are read one update late, so that the device never waits
 
   with contextlib.closing(reports), contextlib.closing(host_batches), StopRequest() as stop:
+    state = checkpoints.restore(run.abstract_state, start) if start else run.initial_state()
     for step in range(start + 1, options.num_steps + 1):
       batch = parallel.put_batch(next(host_batches))
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
@@ -162,7 +167,9 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
 
   def preview(state: TrainState) -> np.ndarray:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    return grids.captioned({name: grids.image_grid(draw(params, index), columns=8) for name, params in weights.items()})
+    return grids.captioned(
+      {name: grids.image_grid(draw(params, index), columns=min(8, len(index))) for name, params in weights.items()}
+    )
 
   return preview
 

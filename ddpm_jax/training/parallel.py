@@ -25,7 +25,11 @@ class Parallel:
   def __init__(self, mode: str):
     """mode: 'pmap' or 'fsdp'."""
     self.mode = mode
-    self.num_devices = jax.device_count()
+    try:
+      self.num_devices = jax.device_count()
+    except RuntimeError as error:
+      reason = str(error).splitlines()[0]
+      raise UserError(f"JAX finds no device ({reason}); mend JAX_PLATFORMS or the installation of JAX") from error
     # In the order of pmap. jax.make_mesh may choose another one on a TPU, and the state would move at every update.
     self.mesh = Mesh(np.asarray(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(self.mesh, PartitionSpec())

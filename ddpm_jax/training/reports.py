@@ -33,6 +33,7 @@ class Reports:
   def compiled(self, step: int) -> None:
     """Says how long the first update took, which includes the compilation, and starts to measure the speed."""
     self._progress.say(f"compiled and made update {step} in {self._clock.start(step):.1f} s")
+    self._progress.unpause()
 
   def check(self, step: int, metrics: Metrics) -> dict[str, float]:
     """Reads the metrics of update `step`, once the device has made it.
@@ -64,9 +65,12 @@ class Reports:
       grids.save_png(self._samples / f"step_{step:08d}.png", picture)
       self._writer.write_image(step, "samples", picture)
 
-  def paused(self) -> contextlib.AbstractContextManager[None]:
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
     """Leaves the time spent inside out of the measured speed."""
-    return self._clock.paused()
+    with self._clock.paused():
+      yield
+    self._progress.unpause()
 
   def close(self) -> None:
     """Closes the files."""

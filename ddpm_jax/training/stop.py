@@ -30,6 +30,7 @@ class StopRequest:
     if self._received is not None:
       os._exit(128 + number)
     self._received = number
+    os.write(2, b"\nstopping after this update; a second signal ends at once, without a checkpoint\n")
     if jax.process_count() > 1:
       os.kill(os.getpid(), signal.SIGTERM)  # pass Ctrl-C on to the preemption service
 

@@ -128,7 +128,9 @@ def test_updates_lost_to_a_crash_are_made_and_logged_again(uninterrupted, tmp_pa
 
 def test_a_finished_run_does_nothing(uninterrupted, capsys):
   before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
-  train(uninterrupted, sample_every=6)
+  config = (uninterrupted / "config.json").read_text()
+  train(uninterrupted, sample_every=6, num_samples=9)
+  assert (uninterrupted / "config.json").read_text() == config
   assert "already holds all 8 updates: nothing to do" in capsys.readouterr().out
   assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
   assert len(metrics(uninterrupted)) == 8
