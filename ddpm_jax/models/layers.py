@@ -8,6 +8,7 @@ import zlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Uniform Glorot, the initialisation of every layer in the authors' code that is not a last one.
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -66,7 +67,7 @@ class ResBlock(nn.Module):
   features: int
   num_groups: int
   dropout: float
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
@@ -87,7 +88,7 @@ class SelfAttention(nn.Module):
   """One-head self-attention over the H x W positions, with a residual; zero at first."""
 
   num_groups: int
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -106,7 +107,7 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Module):
   """Halves the resolution with a strided 3x3 convolution (TensorFlow's SAME padding: one row below and right)."""
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -117,7 +118,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
   """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
 
-  dtype: jnp.dtype
+  dtype: DTypeLike
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:

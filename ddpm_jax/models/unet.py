@@ -5,6 +5,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ddpm_jax.models.layers import (
   Downsample,
@@ -39,7 +40,7 @@ class UNet(nn.Module):
   attention_resolutions: tuple[int, ...] = (16,)
   num_groups: int = 32
   dropout: float = 0.0
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   remat: bool = False
 
   @nn.compact
