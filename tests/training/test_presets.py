@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from ddpm_jax.models.build import num_params
 from ddpm_jax.run import build_run
 from ddpm_jax.training.loop import make_train_step
 from ddpm_jax.training.parallel import Parallel
+from tests.training.tiny import random_batch, tiny_config, tiny_run
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 PAPER_32, PAPER_256 = 35_746_307, 113_673_219
@@ -60,3 +62,14 @@ def test_the_cifar10_step(dtype):
   same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, run.abstract_state)
   assert all(jax.tree.leaves(same))
   assert {leaf.dtype for leaf in jax.tree.leaves((state, metrics))} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+@pytest.mark.parametrize(("dtype", "others"), [("float32", 0), ("bfloat16", 3)])
+def test_convolutions_run_in_the_type_that_was_asked_for(dtype, others):
+  """All but the last one (forward, and its two gradients), which is in float32 always."""
+  run = tiny_run(tiny_config(dtype=dtype))
+  batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch())
+  text = jax.jit(make_train_step(run)).lower(run.abstract_state, batch).as_text()
+  types = re.findall(r"stablehlo\.convolution.*-> tensor<[^>]*x(\w+)>", text)
+  assert len(types) > 30
+  assert sum(found != {"float32": "f32", "bfloat16": "bf16"}[dtype] for found in types) == others
