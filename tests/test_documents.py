@@ -30,7 +30,7 @@ KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 OTHER_FLAGS = {
   *("flagfile", "help"),  # absl
   *("require-hashes",),  # pip
-  *("universal", "generate-hashes", "no-emit-index-url", "no-annotate", "extra", "output-file", "upgrade"),  # uv
+  *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops"),  # XLA
   *("dist",),  # pytest-xdist
 }

@@ -65,13 +65,12 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
       f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "
       f"images as files and use {PREFIX}PATH"
     )
-  known = tfds.list_builders(with_community_datasets=False)
   try:
     if not re.match(r"\w+($|[/:])", name):
       raise tfds.core.DatasetNotFoundError
     return tfds.builder(name, data_dir=os.path.expanduser(data.data_dir) or None)
   except tfds.core.DatasetNotFoundError:
-    near = difflib.get_close_matches(base.lower(), known, n=3)
+    near = difflib.get_close_matches(base.lower(), tfds.list_builders(with_community_datasets=False), n=3)
     if os.path.isdir(os.path.expanduser(name)):
       near = [f"{PREFIX}{name}"]
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
@@ -80,7 +79,8 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
     ) from None
   except (ValueError, AssertionError, ImportError, TypeError, PermissionError) as error:
     reason = one_line(error).split('}": ')[-1].split(" Here are")[0]  # without the arguments that TFDS repeats
-    all_configs = tfds.builder_cls(base).builder_configs if base in known else {}
+    known = base in tfds.list_builders(with_community_datasets=False)
+    all_configs = tfds.builder_cls(base).builder_configs if known else {}
     configs = difflib.get_close_matches(name.partition("/")[2], all_configs, n=5, cutoff=0)
     hint = f"one of its configurations, such as {', '.join(configs)}" if configs else "NAME[/CONFIG][:X.Y.Z]"
     raise UserError(f"dataset: {name!r} cannot be opened ({reason}); use {hint}") from None

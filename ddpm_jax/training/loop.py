@@ -61,7 +61,7 @@ def train(config: Config, workdir: pathlib.Path) -> None:
       print(_headline(run, source, workdir, start), flush=True)
     if start >= total:
       return
-    if is_first:
+    if is_first and exists:
       workdir_lib.create(workdir, config)  # what may change may have changed
     with contextlib.closing(Progress("step", total=total, done=start, quiet=not is_first)) as progress:
       end = _train(run, source, workdir, checkpoints, start, progress)
@@ -121,10 +121,11 @@ def _train(
 
       # Something is written at this step: read the metrics, then save, then draw. No state is saved whose loss was not
       # finite.
-      reports.check(step, metrics)
       if unread:
         reports.metrics(*unread)
         unread = None
+      else:
+        reports.check(step, metrics)
       with reports.paused():
         if save_now:
           checkpoints.save(parallel.globalize(state), step, meta)
