@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 

@@ -8,7 +8,8 @@ from typing import Any
 from absl import flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
 
 MODES = ("train", "sample")
 

@@ -17,7 +17,8 @@ from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import distributed, flags, workdir
-from ddpm_jax.config import Config, NonFiniteError, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import NonFiniteError, UserError
 
 
 def resolve_config(mode: str, given: dict, folder) -> Config:

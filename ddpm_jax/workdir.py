@@ -6,7 +6,8 @@ import os
 import pathlib
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
 
 _UNFINISHED = (".config.json.tmp", ".flags.txt.tmp", "samples")  # what a kill inside `create` may leave behind
 

@@ -10,7 +10,8 @@ from absl import flags as absl_flags
 import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
-from ddpm_jax.config import Config, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
 
 PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
 KNOBS = [(section, field) for section, field, _ in config_lib.knobs(Config())]
@@ -31,6 +32,8 @@ ZERO_MEANS = {
   "seed": "a seed",
   "sample_seed": "a seed",
   "sample_every": "never",
+  "max_unsaved_steps": "twice checkpoint_every",
+  "step_timeout": "never",
   "sampling_steps": "all T",
   "eta": "deterministic",
 }
@@ -75,6 +78,8 @@ OTHER = {
   "random_flip": True,
   "cache_gib": 0.1,
   "data_threads": 3,
+  "on_bad_record": "skip",
+  "allow_data_change": True,
   "num_timesteps": 500,
   "beta_schedule": "sigmoid",
   "beta_start": 1 / 3000,
@@ -104,6 +109,12 @@ OTHER = {
   "checkpoint_every": 70,
   "sample_every": 0,
   "keep_checkpoints": 1,
+  "max_unsaved_steps": 900,
+  "on_corrupt": "fail",
+  "on_nonfinite": "skip",
+  "max_nonfinite": 3,
+  "step_timeout": 60,
+  "heartbeat_timeout": 10,
   "preview_images": 9,
   "preview_steps": 10,
   "distributed": "off",
@@ -169,7 +180,7 @@ def test_zero_is_refused_where_it_means_nothing(name):
   if name in ZERO_MEANS:
     make(**{name: 0})
   else:
-    assert re.fullmatch(rf"{name}: 0 must be (at least [12]|greater than 0)", refusal(**{name: 0}))
+    assert re.fullmatch(rf"{name}: 0 must be (at least [125]|greater than 0)", refusal(**{name: 0}))
 
 
 @pytest.mark.parametrize("name", FLOATS)
@@ -230,6 +241,7 @@ def test_upper_and_odd_limits(name, value, remedy):
     ({"channels": 33}, ("channels", "33", "even")),
     ({"norm_groups": 32}, ("norm_groups", "32", "one channel in a group", "--norm_groups=0")),
     ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
+    ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
     ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
     ({"warmup_steps": 4000}, ("warmup_steps", "4000", "num_steps=4000", "cosine")),
   ],
@@ -359,7 +371,8 @@ def test_override_refuses_a_name_that_is_no_knob():
 MAY_CHANGE = {
   *("data_dir", "manual_dir", "cache_gib", "data_threads", "variance", "remat"),
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
-  *("preview_images", "preview_steps", "distributed"),
+  *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
+  *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
 }
 

@@ -5,7 +5,7 @@ import jax
 import pytest
 
 from ddpm_jax import distributed
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 SLURM_STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}

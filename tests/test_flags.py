@@ -5,7 +5,8 @@ from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
-from ddpm_jax.config import Config, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
 
 # People and scripts use these: they stay.
 NAMES = {

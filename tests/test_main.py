@@ -12,7 +12,8 @@ import ddpm_jax.sampling
 import ddpm_jax.training
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags, main, workdir
-from ddpm_jax.config import Config, NonFiniteError, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import NonFiniteError, UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 

@@ -58,7 +58,12 @@ def importers(*names: str) -> set[str]:
 
 def test_there_is_something_to_look_at():
   assert len(FILES) > 25
-  assert ours("models/build.py") == {"ddpm_jax.config", "ddpm_jax.models.layers", "ddpm_jax.models.unet"}
+  assert ours("models/build.py") == {
+    "ddpm_jax.config",
+    "ddpm_jax.errors",
+    "ddpm_jax.models.layers",
+    "ddpm_jax.models.unet",
+  }
 
 
 @pytest.mark.parametrize("file", below("diffusion"))
@@ -71,23 +76,25 @@ def test_the_mathematics_knows_only_arrays(file):
 @pytest.mark.parametrize("file", below("models"))
 def test_the_networks_know_only_arrays(file):
   others = {name for name in ours(file) if not name.startswith("ddpm_jax.models")}
-  assert others <= ({"ddpm_jax.config"} if file == "models/build.py" else set())
+  assert others <= ({"ddpm_jax.config", "ddpm_jax.errors"} if file == "models/build.py" else set())
 
 
 def test_config_is_standard_library_only():
-  assert {top(name) for name in imports(TREES["config.py"])} <= set(sys.stdlib_module_names)
+  for file in ("config.py", "knob.py", "errors.py"):
+    assert {top(name) for name in imports(TREES[file]) if top(name) != "ddpm_jax"} <= set(sys.stdlib_module_names)
+  assert ours("config.py") == {"ddpm_jax.knob", "ddpm_jax.errors"}
 
 
 @pytest.mark.parametrize(
   "file", ["distributed.py", "flags.py", "grids.py", "keys.py", "plots.py", "progress.py", "workdir.py", "writers.py"]
 )
 def test_services_know_at_most_the_config(file):
-  assert ours(file) <= {"ddpm_jax.config"}
+  assert ours(file) <= {"ddpm_jax.config", "ddpm_jax.errors"}
 
 
 @pytest.mark.parametrize("file", below("data"))
 def test_the_data_know_no_model(file):
-  assert all(name == "ddpm_jax.config" or name.startswith("ddpm_jax.data") for name in ours(file))
+  assert all(name in ("ddpm_jax.config", "ddpm_jax.errors") or name.startswith("ddpm_jax.data") for name in ours(file))
 
 
 def test_nothing_imports_main_and_only_main_starts_a_run():

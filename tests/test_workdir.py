@@ -6,7 +6,8 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir
-from ddpm_jax.config import Config, UserError
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
 
 
 def make(**changes) -> Config:

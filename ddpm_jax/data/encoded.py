@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tqdm
 
-from ddpm_jax.config import UserError
 from ddpm_jax.data import images
+from ddpm_jax.errors import UserError
 
 _CHUNK = 256  # images a task: large enough for one batched read of a record file, small enough to share out
 

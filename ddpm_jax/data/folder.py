@@ -6,9 +6,10 @@ import concurrent.futures
 import os
 import pathlib
 
-from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import images
 from ddpm_jax.data.encoded import EncodedImages, decoded_size
+from ddpm_jax.errors import UserError
 
 PREFIX = "folder:"
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 
 # What Pillow raises for a file that is cut short or damaged: its plugins do not agree on one type.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)

@@ -12,8 +12,8 @@ from collections.abc import Generator
 import grain
 import numpy as np
 
-from ddpm_jax.config import UserError
 from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 

@@ -21,8 +21,9 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.download import download_manager, downloader, extractor, util
 
-from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
+from ddpm_jax.errors import UserError
 
 _OFFLINE = (requests.RequestException, util.DownloadError)
 # A full disk, a package that a builder needs, files that are to be put into manual_dir by hand (TFDS says which, in an

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import digits
 from ddpm_jax.data.encoded import EncodedImages, decoded_size
 from ddpm_jax.data.folder import PREFIX
+from ddpm_jax.errors import UserError
 
 # Builders that come with ddpm_jax write PNG bytes and need no TensorFlow; TFDS's own encode arrays with it.
 _TENSORFLOW_FREE = (digits.Digits,)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.config import ModelConfig, UserError
+from ddpm_jax.config import ModelConfig
+from ddpm_jax.errors import UserError
 from ddpm_jax.models.layers import num_norm_groups
 from ddpm_jax.models.unet import UNet
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import grids
-from ddpm_jax.config import Config, UserError
+from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.errors import UserError
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import build_run
 from ddpm_jax.sampling.draw import make_draw

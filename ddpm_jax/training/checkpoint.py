@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 from ddpm_jax.training.state import TrainState
 
 

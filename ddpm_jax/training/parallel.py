@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 
 AXIS = "data"
 Tree = Any

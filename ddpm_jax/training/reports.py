@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import grids
-from ddpm_jax.config import NonFiniteError
+from ddpm_jax.errors import NonFiniteError
 from ddpm_jax.progress import Progress
 from ddpm_jax.training.parallel import to_host
 from ddpm_jax.training.step import Metrics

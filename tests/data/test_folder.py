@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
+from ddpm_jax.errors import UserError
 
 
 def write(path, image, **options):

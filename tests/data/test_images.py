@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import UserError
 from ddpm_jax.data import images
+from ddpm_jax.errors import UserError
 
 ALL_VALUES = np.arange(256, dtype=np.uint8)
 

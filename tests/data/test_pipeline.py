@@ -8,9 +8,9 @@ import chex
 import numpy as np
 import pytest
 
-from ddpm_jax.config import UserError
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
 
 N, B = 50, 16  # an epoch is no whole number of batches
 

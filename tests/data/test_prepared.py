@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core.download import checksums
 
-from ddpm_jax.config import DataConfig, UserError
+from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepare, sources
+from ddpm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 URL = "https://example.org/stripes.bin"

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.config import ModelConfig, UserError
+from ddpm_jax.config import ModelConfig
+from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
 from ddpm_jax.models.build import build_model, init_params, network_of, num_params
 from tests.models import reference

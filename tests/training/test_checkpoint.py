@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 from ddpm_jax.training.checkpoint import Checkpoints
 from tests.training.tiny import host, tiny_config, tiny_run
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax.config import NonFiniteError, UserError
 from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import NonFiniteError, UserError
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import Checkpoints
 from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax.config import UserError
+from ddpm_jax.errors import UserError
 from ddpm_jax.training.loop import make_train_step
 from ddpm_jax.training.parallel import Parallel, to_host
 from tests.training.tiny import host, random_batch, tiny_config, tiny_run

@@ -1,0 +1,65 @@
+"""A knob: a dataclass field that carries its help text, its range, and whether a resumed run may change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from typing import Any
+
+from ddpm_jax.errors import UserError
+
+
+def knob(
+  default: Any,
+  help: str,
+  *,
+  choices: tuple[str, ...] = (),
+  minimum: float | None = None,
+  above: float | None = None,
+  maximum: float | None = None,
+  below: float | None = None,
+  may_change: bool = False,
+) -> Any:
+  """A dataclass field that carries its help text, its range and whether a resumed run may change it."""
+  return dataclasses.field(
+    default=default,
+    metadata={
+      "help": help,
+      "choices": choices,
+      "minimum": minimum,
+      "above": above,
+      "maximum": maximum,
+      "below": below,
+      "may_change": may_change,
+    },
+  )
+
+
+_LIMITS = (
+  ("minimum", operator.ge, "must be at least"),
+  ("above", operator.gt, "must be greater than"),
+  ("maximum", operator.le, "must be at most"),
+  ("below", operator.lt, "must be less than"),
+)
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+  """Raises UserError if `value` is not one of the field's choices or outside its range."""
+  rules, kind = field.metadata, type(field.default)
+  if kind is float and type(value) is int:
+    kind = int
+  numbers = value if isinstance(value, tuple) else (value,)
+  if type(value) is not kind or (kind is tuple and any(type(number) is not int for number in numbers)):
+    raise UserError(f"{field.name}: {value!r} is not of its type, {kind.__name__}; write it like {field.default!r}")
+  if rules["choices"] and value not in rules["choices"]:
+    raise UserError(f"{field.name}: {value!r} is unknown; use one of {', '.join(rules['choices'])}")
+  for number in numbers:
+    if isinstance(number, str | bool):
+      continue
+    if not math.isfinite(number):
+      raise UserError(f"{field.name}: {number} is not a finite number")
+    for name, inside, sentence in _LIMITS:
+      limit = rules[name]
+      if limit is not None and not inside(number, limit):
+        raise UserError(f"{field.name}: {number} {sentence} {int(limit) if limit == int(limit) else limit}")
