@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from ddpm_jax.storage import write_whole
 
 _MARGIN = 2  # pixels between tiles
 _TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
@@ -49,6 +53,8 @@ def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
   return np.asarray(page)
 
 
-def save_png(path, picture: np.ndarray) -> None:
-  """Writes uint8 [height, width, 3]."""
-  Image.fromarray(picture).save(path)
+def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
+  """Writes uint8 [height, width, 3], whole or not at all. Raises OSError."""
+  png = io.BytesIO()
+  Image.fromarray(picture).save(png, format="PNG")
+  write_whole(path, png.getvalue())

@@ -9,16 +9,24 @@ The same command goes on where it stopped.
 
 from __future__ import annotations
 
+import functools
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from absl import app, logging
+from absl import app
 from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import distributed, flags, workdir
+from ddpm_jax import flags, terminal, workdir
 from ddpm_jax.config import Config
-from ddpm_jax.errors import NonFiniteError, UserError
+from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.stop import Stopped, StopRequest
+
+if TYPE_CHECKING:
+  from ddpm_jax.distributed import Job
 
 
 def resolve_config(mode: str, given: dict, folder) -> Config:
@@ -46,33 +54,61 @@ def resolve_config(mode: str, given: dict, folder) -> Config:
 
 def main(argv: Sequence[str]) -> int:
   """Runs the mode that the flags name. Returns the exit code."""
-  try:
-    if len(argv) > 1:
-      raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
-    if not absl_flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # absl's default shows every line that Orbax and JAX log
-    mode, folder = absl_flags.FLAGS.mode, flags.workdir()
-    config = resolve_config(mode, flags.given(), folder)
-    distributed.initialize(config.train.distributed)
-    match mode:
-      case "train":
-        from ddpm_jax.training import loop
+  mode = absl_flags.FLAGS.mode
+  # Before training has something to save, nothing is lost by a stop: the same command does the same again.
+  with StopRequest(exit_code=0 if mode == "train" else None) as stop:
+    try:
+      if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
+      if not absl_flags.FLAGS["verbosity"].present:
+        terminal.quiet()
+      folder = flags.workdir()
+      config = resolve_config(mode, flags.given(), folder)
+      from ddpm_jax import distributed  # with JAX: after what can be said without it
 
-        loop.train(config, folder)
-      case "sample":
-        from ddpm_jax.sampling import run
+      job = distributed.initialize(config.train.distributed, config.train.heartbeat_timeout)
+    except (Stopped, UserError, RunError) as error:
+      return _exit_code(error, stop)
+    stop.again()
+    sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
+    try:
+      _run(mode, config, folder, stop, job)
+      code = 0
+    except (Stopped, UserError, RunError, NonFiniteError) as error:
+      code = _exit_code(error, stop)
+    job.leave(code)
+  return code
 
-        run.sample(config, folder)
-  except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  except NonFiniteError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 3
-  except KeyboardInterrupt:
-    print("interrupted before there was anything to save; the same command starts again", file=sys.stderr)
-    return 130
-  return 0
+
+def _run(mode: str, config: Config, folder: pathlib.Path, stop: StopRequest, job: Job) -> None:
+  match mode:
+    case "train":
+      from ddpm_jax.training import loop
+
+      if job.processes > 1:
+        stop.defer()  # the others wait for this one: all stop together, after an update
+      loop.train(config, folder, stop, job.text)
+    case "sample":
+      from ddpm_jax.sampling import run
+
+      run.sample(config, folder)
+
+
+def _exit_code(error: BaseException, stop: StopRequest) -> int:
+  """Tells what ended the run on purpose, in one line. Returns the exit code."""
+  if isinstance(error, Stopped):  # has been told
+    return stop.exit_code(error.number)
+  sys.stderr.flush()
+  sys.stderr.buffer.write(f"error: {error}\n".encode(errors="backslashreplace"))  # a path may be no text
+  sys.stderr.flush()
+  return {UserError: 2, RunError: 1, NonFiniteError: 3}[type(error)]
+
+
+def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseException, trace: TracebackType) -> None:
+  """What Python does last with an error that nobody expected: it may be the end of another process."""
+  job.wait_for_verdict(error)
+  usual(kind, error, trace)
+  job.leave(1)
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -10,16 +12,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from ddpm_jax.storage import write_whole
+
 
 def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
   """Draws the losses of a `metrics.jsonl` over the updates, and their moving average, into a PNG file.
 
   The loss of one update is noisy, above all because some timesteps are much harder than others: the average over about
-  a twentieth of the run shows where it is going.
+  a twentieth of the run shows where it is going. The picture is whole, or as it was before.
+
+  Raises:
+    OSError: if `metrics` cannot be read or the picture not written.
   """
-  rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-  steps = np.array([row["step"] for row in rows])
-  losses = np.array([row["loss"] for row in rows])
+  rows = [
+    json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
+  ]
+  # An update that was skipped has no finite loss, and JSON no name for such a number.
+  points = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
+  steps, losses = np.array(points).reshape(-1, 2).T
   window = max(1, len(losses) // 20)
   figure = Figure(figsize=(7, 3.5), layout="constrained")
   FigureCanvasAgg(figure)  # draws without a screen, whatever backend the environment names
@@ -41,4 +51,6 @@ def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
   for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
     ticks(StrMethodFormatter("{x:g}"))
   axes.grid(visible=True, which="both", alpha=0.3)
-  figure.savefig(picture, dpi=120)
+  png = io.BytesIO()
+  figure.savefig(png, format="png", dpi=120)
+  write_whole(picture, png.getvalue())

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import lock
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.storage import write_whole
 
-_UNFINISHED = (".config.json.tmp", ".flags.txt.tmp", "samples")  # what a kill inside `create` may leave behind
+# What a kill between the lock and the end of `create` may leave behind.
+_UNFINISHED = (lock.NAME, ".config.json.tmp", ".flags.txt.tmp", "samples")
+# Backslashes, and patterns of shells: Orbax writes elsewhere, or cannot read what it wrote, without an error.
+_NOT_IN_PATHS = "\\*?["
 
 
 def load_config(workdir: pathlib.Path) -> Config:
-  """The configuration of an existing run. Raises UserError if there is none."""
+  """The configuration of an existing run. Raises UserError if there is none, or if it has a link that leads outside."""
+  _check_name(workdir)
   path = workdir / "config.json"
   try:
+    if os.path.lexists(path):
+      _check_links(workdir)
     if not path.is_file():
       raise UserError(
         f"workdir: {workdir} holds no run (no config.json); train one with python -m ddpm_jax.main --workdir={workdir}"
@@ -32,9 +41,12 @@ def load_config(workdir: pathlib.Path) -> Config:
 def check(workdir: pathlib.Path, config: Config) -> bool:
   """Whether `workdir` already holds this run. Writes nothing.
 
+  Another process may be about to change the answer: ask again under the `Lock`.
+
   Raises:
-    UserError: if it holds another configuration, something else, or cannot be written.
+    UserError: if it holds another configuration, something else or a link that leads outside, or cannot be written.
   """
+  _check_name(workdir)
   try:
     return _check(workdir, config)
   except OSError as error:
@@ -53,12 +65,16 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
         f"{name}: {workdir} was trained with {config_lib.flag_text(old)!r}, this command says "
         f"{config_lib.flag_text(new)!r}{others}; go on with --flagfile={workdir / 'flags.txt'} or use another --workdir"
       )
-    _check_writable(workdir)
+    for name in ("", "checkpoints", "samples", "tensorboard"):
+      if not name or (workdir / name).exists():
+        _check_writable(workdir / name)
     return True
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"workdir: {workdir} is a file; name a folder")
   if workdir.is_dir() and any(path.name not in _UNFINISHED for path in workdir.iterdir()):
     raise UserError(f"workdir: {workdir} is not empty and holds no run of ddpm_jax; use another --workdir")
+  if workdir.is_dir():
+    _check_links(workdir)
   _check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
   return False
 
@@ -68,11 +84,78 @@ def create(workdir: pathlib.Path, config: Config) -> None:
   try:
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     for name, text in (("config.json", config_lib.to_json(config)), ("flags.txt", config_lib.to_flagfile(config))):
-      temporary = workdir / f".{name}.tmp"
-      temporary.write_text(text, encoding="utf-8")
-      os.replace(temporary, workdir / name)
+      write_whole(workdir / name, text.encode())
   except OSError as error:
     raise UserError(f"workdir: cannot write {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: int | None = None) -> None:
+  """Whether the checkpoints will find room beside what `workdir` holds.
+
+  Args:
+    workdir: may not exist yet.
+    checkpoint_bytes: of one checkpoint.
+    keep: that many are kept; the oldest is deleted once one more is written.
+    saves: how many this command will write, if that is known.
+
+  Raises:
+    UserError: if there is too little.
+  """
+  try:
+    folder = workdir / "checkpoints"
+    held = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
+    disk = shutil.disk_usage(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
+  except OSError as error:
+    raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+  number = max(1, keep + 1 - held)
+  if saves is not None:
+    number = min(number, saves)
+  if disk.total and disk.free < number * checkpoint_bytes:
+    raise UserError(
+      f"workdir: {workdir} has {_size(disk.free)} of free space, but {number} more checkpoints of "
+      f"{_size(checkpoint_bytes)} are to be written before an old one is deleted, {_size(number * checkpoint_bytes)}; "
+      f"make room, lower --keep_checkpoints={keep}, or use a --workdir on another disk"
+    )
+
+
+def _size(number: int) -> str:
+  return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _check_name(workdir: pathlib.Path) -> None:
+  """Refuses paths that something in this package could not write to, or not print."""
+  text = str(workdir)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"workdir: the name {text!a} is not UTF-8; use another --workdir") from None
+  for letter in text:
+    if letter in _NOT_IN_PATHS or ord(letter) < 32 or ord(letter) == 127:
+      raise UserError(
+        f"workdir: the name {text!a} has the character {letter!a}, with which checkpoints "
+        "cannot be written safely; use another --workdir"
+      )
+  if any(part.endswith(":") for part in workdir.parts):
+    raise UserError(f"workdir: {workdir} reads like an address; name a folder that does not end in a colon")
+
+
+def _check_links(workdir: pathlib.Path) -> None:
+  """Raises UserError for a symbolic link, at any depth, through which something outside could be overwritten."""
+  root = os.path.realpath(workdir)
+  folders = [root]
+  while folders:
+    try:
+      with os.scandir(folders.pop()) as entries:
+        for entry in entries:
+          if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+          elif entry.is_symlink() and os.path.commonpath([root, target := os.path.realpath(entry.path)]) != root:
+            link = workdir / os.path.relpath(entry.path, root)
+            raise UserError(
+              f"workdir: {link} is a link that leads outside, to {target}; remove it, or use another --workdir"
+            )
+    except FileNotFoundError:
+      continue  # an old checkpoint that a trainer deletes meanwhile
 
 
 def _check_writable(folder: pathlib.Path) -> None:

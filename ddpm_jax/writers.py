@@ -1,56 +1,137 @@
-"""Metrics on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard files, written without TensorFlow."""
+"""Metrics on disk: `metrics.jsonl`, one JSON object a line, and TensorBoard files, written without TensorFlow.
+
+tensorboardX gives the format alone. Its SummaryWriter writes from a thread that dies on a full disk, after which the
+caller waits for it for ever.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import pathlib
-from collections.abc import Mapping
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
 
 import numpy as np
-import tensorboardX
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
+
+from ddpm_jax.errors import RunError
+from ddpm_jax.storage import Records, write_whole
 
 
 class MetricsWriter:
-  """Appends to a workdir's metrics; each step at most once, also after a crash and a resume."""
+  """Appends to a workdir's metrics; each step at most once, also after a crash and a resume, or on a full disk."""
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0):
-    """Opens the files, forgetting what was written after `resume_step`: those updates are about to be made again."""
+    """Opens the files, forgetting what was written after `resume_step`: those updates are about to be made again.
+
+    Raises:
+      RunError: if they cannot be written; `metrics.jsonl` is then as it was.
+    """
+    self._last = resume_step
     path = workdir / "metrics.jsonl"
-    _forget_after(path, resume_step)
-    self._lines = path.open("a", encoding="utf-8")
-    self._tensorboard = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step:08d}"
-    )  # two files of one second would otherwise have one name
+    try:
+      _forget_after(path, resume_step)
+      with contextlib.ExitStack() as opened:
+        self._lines = opened.enter_context(contextlib.closing(Records(path)))
+        self._events = opened.enter_context(contextlib.closing(_event_file(workdir / "tensorboard", resume_step)))
+        opened.pop_all()
+    except OSError as error:
+      raise RunError(
+        f"workdir: cannot write {error.filename or workdir} ({error.strerror}); make room or mend the disk, and give "
+        "the same command again"
+      ) from error
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes one line for `step`; the line is on disk (in the kernel's hands) when this returns."""
-    self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
-    self._lines.flush()
-    for name, value in metrics.items():
-      self._tensorboard.add_scalar(name, value, step)
+    """Writes one line for `step`; the line is on disk (in the kernel's hands) when this returns.
+
+    A step that was given before is not written again. JSON has no NaN and no infinity: they become null.
+
+    Raises:
+      OSError: if not everything could be written. What is left waits in memory for the next `write` or `flush`.
+    """
+    if step > self._last:
+      self._last = step
+      facts = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+      self._lines.add(json.dumps({"step": step, **facts}, allow_nan=False).encode() + b"\n")
+      values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+      self._events.add(_record(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
+    _each(self._lines.write, self._events.write)
 
   def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Adds a picture uint8 [height, width, 3] to TensorBoard."""
-    self._tensorboard.add_image(name, picture, step, dataformats="HWC")
+    """Adds a picture uint8 [height, width, 3] to TensorBoard. Raises OSError if it cannot, and forgets it."""
+    image = summary.image(name, picture, dataformats="HWC")
+    self._events.write_or_drop(_record(Event(wall_time=time.time(), step=step, summary=image)))
+
+  def flush(self) -> None:
+    """Returns once everything is where a loss of power cannot take it. Raises OSError, and keeps what is left."""
+    _each(self._lines.sync, self._events.sync)
 
   def close(self) -> None:
-    """Flushes and closes both."""
+    """Closes both files. What could not be written by now is lost: `flush` before this to know."""
     self._lines.close()
-    self._tensorboard.close()
+    self._events.close()
+
+
+def _each(*actions: Callable[[], None]) -> None:
+  """Does them all, whichever fails. Raises the first OSError."""
+  errors = []
+  for action in actions:
+    try:
+      action()
+    except OSError as error:
+      errors.append(error)
+  if errors:
+    raise errors[0]
 
 
 def _forget_after(path: pathlib.Path, step: int) -> None:
   """Drops the lines after `step`, and a last line that a kill cut short."""
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-    try:
-      if json.loads(line)["step"] <= step and line.endswith("\n"):
-        kept.append(line)
-    except json.JSONDecodeError:
-      continue  # only a line that was cut short fails to parse
-  temporary = path.with_suffix(".jsonl.tmp")
-  temporary.write_text("".join(kept), encoding="utf-8")
-  os.replace(temporary, path)
+  before = path.read_bytes()
+  kept = b"".join(line for line in before.splitlines(keepends=True) if line.endswith(b"\n") and _step(line) <= step)
+  if kept != before:
+    write_whole(path, kept)
+
+
+def _step(line: bytes) -> float:
+  """The step of a line of `metrics.jsonl`, infinite for one that was cut short."""
+  try:
+    return json.loads(line)["step"]
+  except (ValueError, TypeError, KeyError):
+    return math.inf
+
+
+def _event_file(folder: pathlib.Path, resume_step: int) -> Records:
+  """A new event file. TensorBoard reads a folder's files in the order of their names."""
+  folder.mkdir(exist_ok=True)
+  stem = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{resume_step:08d}"
+  number = 0
+  while (folder / f"{stem}.{number:03d}").exists():
+    number += 1  # a restart within a second
+  events = Records(folder / f"{stem}.{number:03d}", os.O_EXCL)
+  events.add(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+  # TensorBoard hides what an earlier file has from this step on.
+  start = SessionLog(status=SessionLog.START)
+  events.add(_record(Event(wall_time=time.time(), step=resume_step + 1, session_log=start)))
+  try:
+    events.write()
+  except OSError:
+    events.close()
+    raise
+  return events
+
+
+def _record(event: Event) -> bytes:
+  """An event in the TFRecord format: length uint64, its checksum, the bytes, their checksum; little-endian."""
+  data = event.SerializeToString()
+  length = struct.pack("<Q", len(data))
+  return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))

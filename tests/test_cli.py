@@ -1,62 +1,18 @@
 """The command as a person runs it: one process and two, killed and resumed, then sampling."""
 
 import json
-import os
-import pathlib
 import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = pathlib.Path(__file__).parents[1]
-STEPS = 24
-# Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
-FLAGS = [
-  *("--channels=8", "--channel_multipliers=1", "--attention_resolutions=", "--dropout=0.2", "--random_flip"),
-  *("--batch_size=16", "--lr_schedule=constant", "--warmup_steps=4", "--num_timesteps=50", "--log_every=2"),
-  *("--checkpoint_every=6", "--sample_every=12", "--preview_images=4", "--preview_steps=2", "--keep_checkpoints=9"),
-]
+from tests.command import STEPS, checkpoints, digests, finish, metrics, start, start_job, wait_for
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("cli")
-
-
-def start(folder, name, *flags, devices=2, **environment):
-  """Starts the command on a number of simulated devices; the digits are prepared once for all tests."""
-  command = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={folder / name}"]
-  if not any(flag.startswith("--mode") for flag in flags):
-    command += [f"--data_dir={folder / 'tfds'}", *FLAGS]
-  if not any(flag.startswith(("--num_steps", "--mode")) for flag in flags):
-    command.append(f"--num_steps={STEPS}")
-  command += flags
-  variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
-  return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def finish(process, code=0):
-  out, err = process.communicate(timeout=300)
-  assert process.returncode == code, err + out
-  return out, err
-
-
-def wait_for(condition, process):
-  deadline = time.monotonic() + 240
-  while not condition():
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < deadline
-    time.sleep(0.01)
-
-
-def metrics(workdir):
-  rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
 
 
 def losses(workdir):
@@ -85,7 +41,7 @@ def uninterrupted(folder):
 
 def test_a_run_leaves_what_it_says(uninterrupted):
   assert [row["step"] for row in metrics(uninterrupted)] == list(range(2, STEPS + 1, 2))
-  assert sorted(int(path.name) for path in (uninterrupted / "checkpoints").iterdir()) == [6, 12, 18, 24]
+  assert checkpoints(uninterrupted) == [6, 12, 18, 24]
   assert sorted(path.name for path in (uninterrupted / "samples").iterdir()) == [
     "samples.npz",
     "samples.png",
@@ -117,6 +73,7 @@ def test_terminated_killed_and_resumed_is_uninterrupted(folder, uninterrupted):
   out, _ = finish(start(folder, "broken"))
   assert "resuming" in out or "nothing to do" in out
   assert metrics(workdir) == metrics(uninterrupted)
+  assert digests(workdir) == digests(uninterrupted)
   sample(folder, "broken", "--num_samples=5", "--sampling_steps=10")
   np.testing.assert_array_equal(drawn(workdir), drawn(uninterrupted))
 
@@ -136,15 +93,6 @@ def test_samples_depend_on_their_index_alone(folder, uninterrupted):
     np.testing.assert_array_equal(first["images"], before)
     assert json.loads(str(first["settings"]))["checkpoint"] == STEPS
   assert (uninterrupted / "samples" / "samples.2.npz").exists()
-
-
-def start_job(folder, name, *flags):
-  """Two processes of one device each, joined over loopback."""
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-  job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-  return [start(folder, name, *flags, devices=1, **job, JAX_PROCESS_ID=str(i)) for i in range(2)]
 
 
 def test_two_processes_are_one(folder, uninterrupted):
@@ -169,9 +117,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, number)
   processes[1].send_signal(number)
   for process in processes:
     finish(process)
-  checkpoints = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
-  assert 0 < checkpoints[-1] < 5000
-  assert checkpoints[-1] - 2 < metrics(workdir)[-1]["step"] <= checkpoints[-1]
+  newest = checkpoints(workdir)[-1]
+  assert 0 < newest < 5000
+  assert newest - 2 < metrics(workdir)[-1]["step"] <= newest
 
 
 BAD = [

@@ -1,5 +1,16 @@
+"""Which job is found, and two real processes on loopback of which one is lost."""
+
+import contextlib
 import importlib.util
+import os
 import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
 
 import jax
 import pytest
@@ -8,7 +19,10 @@ from ddpm_jax import distributed
 from ddpm_jax.errors import UserError
 
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
-SLURM_STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
+SLURM_STEP = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"} | {
+  "SLURM_STEP_NODELIST": "node[1-2]",
+  "SLURM_LOCALID": "0",
+}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}
 KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
 
@@ -23,6 +37,8 @@ def joined(monkeypatch) -> list[dict]:
   """What `jax.distributed.initialize` was called with."""
   calls = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+  state = types.SimpleNamespace(num_processes=1, process_id=0, coordinator_address="", client=None)
+  monkeypatch.setattr(distributed, "_jax_state", lambda: state)  # of one process, whatever was asked for
   monkeypatch.setattr(type(jax.config), "update", lambda self, name, value: None)
   for name in (*EXPLICIT, *SLURM_STEP, *OPEN_MPI, *KUBERNETES):
     monkeypatch.delenv(name, raising=False)
@@ -66,6 +82,18 @@ def test_part_of_the_three_variables_is_an_error(present):
     assert name in text
 
 
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_LOCALID"])
+def test_part_of_a_slurm_step_is_an_error(name):
+  with pytest.raises(UserError, match=f"4 tasks, but {name} not set;.*--distributed=off"):
+    distributed.detect({key: value for key, value in SLURM_STEP.items() if key != name})
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_count_that_is_no_number_is_an_error(name):
+  with pytest.raises(UserError, match=f"{name} is '2x'"):
+    distributed.detect({name: "2x"})
+
+
 @pytest.mark.parametrize(("libtpu", "kind"), [(True, "tpu"), (False, "single")])
 def test_a_tpu_needs_its_device_and_its_library(monkeypatch, libtpu, kind):
   monkeypatch.setattr(pathlib.Path, "glob", lambda self, pattern: iter([self / "accel0"]))
@@ -76,27 +104,68 @@ def test_a_tpu_needs_its_device_and_its_library(monkeypatch, libtpu, kind):
 def test_off_joins_nothing(joined, monkeypatch):
   for name, value in EXPLICIT.items():
     monkeypatch.setenv(name, value)
-  assert distributed.initialize("off") == "off"
+  job = distributed.initialize("off")
+  assert (job.kind, job.processes, job.text) == ("off", 1, "1 process (--distributed=off)")
   assert joined == []
 
 
 def test_alone_joins_nothing(joined):
-  assert distributed.initialize("auto") == "single"
+  job = distributed.initialize("auto")
+  assert (job.kind, job.processes) == ("single", 1)
+  assert all(name in job.text for name in EXPLICIT)
   assert joined == []
+  job.wait_for_verdict(RuntimeError("Gloo: connection closed"))  # nobody to wait for
+  assert job.leave(0) is None and job.leave(3) is None
+
+
+LIMITS = {"initialization_timeout": 330, "heartbeat_timeout_seconds": 210}
 
 
 def test_explicit_job(joined, monkeypatch):
   for name, value in EXPLICIT.items():
     monkeypatch.setenv(name, value)
-  assert distributed.initialize("auto") == "explicit"
-  assert joined == [{"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3}]
+  job = distributed.initialize("auto")
+  assert job.kind == "explicit"
+  assert re.fullmatch(r"1 process, this is 0 \(explicit: JAX_.* are set\); --distributed=off trains alone", job.text)
+  assert joined == [{"coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3} | LIMITS]
 
 
 def test_what_jax_knows_is_left_to_jax(joined, monkeypatch):
   for name, value in SLURM_STEP.items():
     monkeypatch.setenv(name, value)
-  assert distributed.initialize("auto") == "slurm"
-  assert joined == [{}]
+  job = distributed.initialize("auto", heartbeat_timeout=10)
+  assert job.kind == "slurm" and "Slurm" in job.text
+  assert joined == [{"initialization_timeout": 330, "heartbeat_timeout_seconds": 30}]
+
+
+@pytest.mark.parametrize(
+  ("address", "variable", "bind"),
+  [
+    ("127.0.0.1:{}", None, "127.0.0.1:{}"),
+    ("localhost:{}", None, "localhost:{}"),
+    ("127.0.0.1:{}", "0.0.0.0:1", None),  # JAX reads the variable
+    ("host:{}", None, None),
+    ("10.0.0.1:{}", None, None),
+  ],
+)
+def test_a_job_on_one_machine_is_closed_to_others(joined, monkeypatch, address, variable, bind):
+  port = free_port()
+  for name, value in (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address.format(port), "JAX_PROCESS_ID": "0"}).items():
+    monkeypatch.setenv(name, value)
+  if variable:
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", variable)
+  distributed.initialize("auto")
+  assert joined[0].get("coordinator_bind_address") == (bind and bind.format(port))
+
+
+def test_a_busy_port(joined, monkeypatch):
+  with socket.create_server(("127.0.0.1", 0)) as server:
+    address = f"10.0.0.1:{server.getsockname()[1]}"
+    for name, value in (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": "0"}).items():
+      monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=rf"port {address.partition(':')[2]} of process 0 is not free.*=off$"):
+      distributed.initialize("auto")
+  assert joined == []
 
 
 def test_a_job_that_cannot_be_joined(joined, monkeypatch):
@@ -112,9 +181,141 @@ def test_a_job_that_cannot_be_joined(joined, monkeypatch):
     distributed.initialize("auto")
 
 
-def test_a_process_id_that_is_no_number(joined, monkeypatch):
-  for name, value in (EXPLICIT | {"JAX_PROCESS_ID": "three"}).items():
+@pytest.mark.parametrize(
+  ("wrong", "text"),
+  [
+    (EXPLICIT | {"JAX_PROCESS_ID": "three"}, "'three'"),
+    (EXPLICIT | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "'10.0.0.1', not HOST:PORT"),
+    (KUBERNETES, "package kubernetes"),
+  ],
+)
+def test_a_job_that_is_described_wrongly(joined, monkeypatch, wrong, text):
+  for name, value in wrong.items():
     monkeypatch.setenv(name, value)
-  with pytest.raises(UserError, match="'three'"):
+  with pytest.raises(UserError, match=text):
     distributed.initialize("auto")
   assert joined == []
+
+
+# Two real processes.
+
+HEARTBEAT = 5
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = """
+import os, sys, time
+from ddpm_jax import distributed
+job = distributed.initialize("auto", 5, join_timeout=int(sys.argv[2]))
+print(job.text, os.getpid(), flush=True)
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+mesh = jax.sharding.Mesh(np.asarray(jax.devices()), ("data",))
+total = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+ones = jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec("data")), np.ones(1, np.float32))
+for step in range(10**9):
+  try:
+    jax.block_until_ready(total(ones))
+  except (ValueError, RuntimeError) as error:
+    job.wait_for_verdict(error)
+    job.leave(77)
+  if step == 5:
+    print("running", flush=True)
+  time.sleep(0.02)
+  {then}
+"""
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+class Pair:
+  """Two processes that add up numbers until `then` or the test ends them."""
+
+  def __init__(self, then="pass", count=2, join_timeout=60):
+    job = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", SCRIPT.replace("{then}", then), "", str(join_timeout)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    self.children = [
+      subprocess.Popen(command, cwd=ROOT, env=os.environ | job | {"JAX_PROCESS_ID": str(i)}, **pipes)
+      for i in range(count)
+    ]
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    for child in self.children:
+      child.kill()
+      child.communicate()
+
+  def wait_until_running(self):
+    for child in self.children:
+      for line in child.stdout:
+        if line == "running\n":
+          break
+      else:
+        pytest.fail(child.stderr.read())
+    time.sleep(1.2)  # after the first signs of life
+
+  def ends(self, i):
+    """The exit code of a process, and what it said to standard error."""
+    _, err = self.children[i].communicate(timeout=60)
+    return self.children[i].returncode, err
+
+  def lost(self, i, what):
+    """The line about it."""
+    who = re.escape(f"(host {socket.gethostname()}, pid {self.children[i].pid})")
+    return re.compile(rf"^error: process {i} of 2 is lost {who}: {what}; every process ends", re.M)
+
+
+def test_a_lost_process():
+  # The cases at the same time, as they mostly wait. A stopped process keeps its connections: there the collective of
+  # the other one hangs, as on a GPU, where that of a killed one raises.
+  cases = [
+    (1, signal.SIGKILL, r"silent for \d+ s"),
+    (0, signal.SIGKILL, r"its port is closed"),
+    (1, signal.SIGSTOP, r"silent for \d+ s"),
+    (0, signal.SIGSTOP, r"silent for \d+ s"),
+  ]
+  with contextlib.ExitStack() as stack:
+    pairs = [stack.enter_context(Pair()) for _ in cases]
+    for pair in pairs:
+      pair.wait_until_running()
+    start = time.monotonic()
+    for pair, (victim, number, _) in zip(pairs, cases, strict=True):
+      pair.children[victim].send_signal(number)
+    for pair, (victim, _, what) in zip(pairs, cases, strict=True):
+      code, err = pair.ends(1 - victim)
+      assert code == 1, err
+      assert time.monotonic() - start < HEARTBEAT + 5
+      assert pair.lost(victim, what).search(err), err
+
+
+def test_ends_of_a_job():
+  with contextlib.ExitStack() as stack:
+    first, second, alike, clean = (
+      stack.enter_context(Pair(f"if step == 50: {then}"))
+      for then in (
+        "job.process or job.leave(3)",
+        "job.process and job.leave(3)",
+        "time.sleep(job.process); job.leave(3)",  # both, and one of them a little later
+        # Process 1 comes later than the heartbeat timeout, which is nobody's loss.
+        f"time.sleep({HEARTBEAT + 2} * job.process); job.leave(0); break",
+      )
+    )
+    for i, pair in enumerate((first, second)):
+      assert pair.ends(i) == (3, "")
+      code, err = pair.ends(1 - i)
+      assert code == 1, err
+      assert pair.lost(i, "ended with exit code 3").search(err), err
+    for pair, code in ((alike, 3), (clean, 0)):
+      assert [pair.ends(i) for i in range(2)] == [(code, "")] * 2
+
+
+def test_a_process_that_does_not_come():
+  with Pair(count=1, join_timeout=3) as pair:
+    code, err = pair.ends(0)
+    assert code == 2
+    assert err.startswith("error: distributed: not all processes of the explicit job have come within 3 s"), err

@@ -1,3 +1,6 @@
+import os
+import resource
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -76,3 +79,37 @@ def test_png_keeps_every_pixel(tmp_path):
   with Image.open(tmp_path / "a.png") as image:
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (34, 21))
     np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_a_full_disk_leaves_the_earlier_picture(tmp_path):
+  old, new = pictures(2, 21, 34, 3)
+  grids.save_png(tmp_path / "a.png", old)
+  before = (tmp_path / "a.png").read_bytes()
+  limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+  try:
+    for name in ("a.png", "b.png"):
+      with pytest.raises(OSError, match="File too large"):
+        grids.save_png(tmp_path / name, new)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+  assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+  assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
+  old, new = pictures(2, 21, 34, 3)
+  grids.save_png(tmp_path / "a.png", old)
+
+  def killed(*_):
+    raise KeyboardInterrupt
+
+  for name in ("fsync", "replace"):
+    with monkeypatch.context() as patch:
+      patch.setattr(os, name, killed)
+      with pytest.raises(KeyboardInterrupt):
+        grids.save_png(tmp_path / "a.png", new)
+    with Image.open(tmp_path / "a.png") as image:
+      np.testing.assert_array_equal(np.asarray(image), old)
+  grids.save_png(tmp_path / "a.png", new)
+  assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

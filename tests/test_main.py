@@ -1,5 +1,6 @@
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import types
@@ -11,9 +12,10 @@ from absl.testing import flagsaver
 import ddpm_jax.sampling
 import ddpm_jax.training
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, main, workdir
+from ddpm_jax import distributed, flags, main, workdir
 from ddpm_jax.config import Config
-from ddpm_jax.errors import NonFiniteError, UserError
+from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.stop import Stopped
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -24,7 +26,7 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   record = types.SimpleNamespace(calls=[], error=None)
 
   def run(mode):
-    def called(config, folder):
+    def called(config, folder, *_):
       record.calls.append((mode, config, folder))
       if record.error:
         raise record.error
@@ -33,7 +35,14 @@ def runs(monkeypatch) -> types.SimpleNamespace:
 
   monkeypatch.setattr(ddpm_jax.training, "loop", types.SimpleNamespace(train=run("train")), raising=False)
   monkeypatch.setattr(ddpm_jax.sampling, "run", types.SimpleNamespace(sample=run("sample")), raising=False)
-  monkeypatch.setattr(main.distributed, "initialize", lambda mode: record.calls.append(("distributed", mode)))
+  monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another
+  monkeypatch.setattr(main.terminal, "quiet", lambda: None)
+
+  def initialize(mode, heartbeat_timeout):
+    record.calls.append(("distributed", mode, heartbeat_timeout))
+    return distributed.Job(kind="single")
+
+  monkeypatch.setattr(distributed, "initialize", initialize)
   return record
 
 
@@ -66,12 +75,12 @@ def one_line(capsys) -> str:
 def test_train(runs, command, tmp_path):
   assert command(f"--workdir={tmp_path}", "--channels=64") == 0
   expected = config_lib.override(Config(), {"channels": 64})
-  assert runs.calls == [("distributed", "auto"), ("train", expected, tmp_path)]
+  assert runs.calls == [("distributed", "auto", 100), ("train", expected, tmp_path)]
 
 
 def test_processes_are_joined_before_the_run_and_as_asked(runs, command, tmp_path):
-  assert command(f"--workdir={tmp_path}", "--distributed=off") == 0
-  assert runs.calls[0] == ("distributed", "off")
+  assert command(f"--workdir={tmp_path}", "--distributed=off", "--heartbeat_timeout=100") == 0
+  assert runs.calls[0] == ("distributed", "off", 100)
 
 
 def test_sample_takes_the_stored_config(runs, command, tmp_path):
@@ -81,7 +90,9 @@ def test_sample_takes_the_stored_config(runs, command, tmp_path):
   assert runs.calls[-1] == ("sample", config_lib.override(stored, {"num_samples": 7}), tmp_path)
 
 
-@pytest.mark.parametrize(("error", "code"), [(UserError("a: b"), 2), (NonFiniteError("loss nan"), 3)])
+@pytest.mark.parametrize(
+  ("error", "code"), [(UserError("a: b"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)]
+)
 @pytest.mark.parametrize("mode", ["train", "sample"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   if mode == "sample":
@@ -91,10 +102,12 @@ def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   assert one_line(capsys) == f"error: {error}\n"
 
 
-def test_an_interrupt_before_there_is_anything_to_save(runs, command, capsys, tmp_path):
-  runs.error = KeyboardInterrupt()
-  assert command(f"--workdir={tmp_path}") == 130
-  assert capsys.readouterr().err.startswith("interrupted before there was anything to save")
+@pytest.mark.parametrize(("mode", "code"), [("train", 0), ("sample", 128 + signal.SIGTERM)])
+def test_a_signal_before_there_is_anything_to_save(runs, command, tmp_path, mode, code):
+  """Training can be repeated to the same end, so nothing is lost; who asks for samples and gets none is told."""
+  workdir.create(tmp_path, Config())
+  runs.error = Stopped(signal.SIGTERM)
+  assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
 
 
 def test_a_flag_wins_over_a_flagfile_wherever_it_stands(runs, command, tmp_path):

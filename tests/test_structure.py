@@ -85,11 +85,14 @@ def test_config_is_standard_library_only():
   assert ours("config.py") == {"ddpm_jax.knob", "ddpm_jax.errors"}
 
 
-@pytest.mark.parametrize(
-  "file", ["distributed.py", "flags.py", "grids.py", "keys.py", "plots.py", "progress.py", "workdir.py", "writers.py"]
-)
-def test_services_know_at_most_the_config(file):
-  assert ours(file) <= {"ddpm_jax.config", "ddpm_jax.errors"}
+SERVICES = ["distributed", "flags", "grids", "keys", "lock", "plots", "progress", "stop", "terminal", "watchdog"]
+FILING = ["storage", "workdir", "writers"]
+
+
+@pytest.mark.parametrize("name", [*SERVICES, *FILING])
+def test_services_know_at_most_the_config_and_how_files_are_written(name):
+  allowed = {"ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.storage"}
+  assert ours(f"{name}.py") <= allowed | ({"ddpm_jax.lock"} if name == "workdir" else set())
 
 
 @pytest.mark.parametrize("file", below("data"))

@@ -1,6 +1,8 @@
 import json
 import os
 import pathlib
+import shutil
+import types
 
 import pytest
 
@@ -162,6 +164,174 @@ def test_a_config_that_was_cut_short(tmp_path):
   text = (tmp_path / "config.json").read_text()
   (tmp_path / "config.json").write_text(text[: len(text) // 2])
   assert "config.json is not" in refusal(tmp_path, Config())
+
+
+@pytest.mark.parametrize("folder", ["checkpoints", "samples", "tensorboard"])
+def test_a_folder_inside_without_permission(tmp_path, monkeypatch, folder):
+  workdir.create(tmp_path, Config())
+  (tmp_path / folder).mkdir(exist_ok=True)
+  monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != tmp_path / folder or not mode & os.W_OK)
+  assert refusal(tmp_path, Config()) == f"workdir: {tmp_path / folder} cannot be written; use another --workdir"
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+  workdir.create(tmp_path, Config())
+  (tmp_path / "checkpoints").write_text("mine")
+  assert "checkpoints is a file" in refusal(tmp_path, Config())
+
+
+# Tried with Orbax 0.12: it fails in the middle of a run, writes elsewhere, or cannot read what it wrote.
+@pytest.mark.parametrize("name", ["a\udcff", "back\\slash", "[1]", "*", "?", "two\nlines", "gs:", "\x7f"])
+@pytest.mark.parametrize("below", ["", "run"])
+def test_names_that_cannot_be_written(tmp_path, name, below):
+  folder = tmp_path / name / below
+  text = refusal(folder, Config())
+  assert text.isprintable()
+  assert text.startswith("workdir: ")
+  assert text.endswith(("use another --workdir", "does not end in a colon"))
+  with pytest.raises(UserError, match=r"^workdir: .*(is not UTF-8|has the character|reads like)"):
+    workdir.load_config(folder)
+  assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["sp ace", "é", "a#b", "50%", "a:b", "~", "'"])
+def test_names_that_can_be_written(tmp_path, name):
+  assert not workdir.check(tmp_path / name, Config())
+  workdir.create(tmp_path / name, Config())
+  assert workdir.check(tmp_path / name, Config())
+
+
+LINKS = ["checkpoints", "checkpoints/5", "checkpoints/5/state/d/a", "samples", "metrics.jsonl", "config.json", "lock"]
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+@pytest.mark.parametrize("name", LINKS)
+def test_a_link_that_leads_outside(tmp_path, name, dangling):
+  folder, outside = tmp_path / "run", tmp_path / "outside"
+  workdir.create(folder, Config())
+  link = folder / name
+  if link.is_dir():
+    link.rmdir()
+  link.parent.mkdir(parents=True, exist_ok=True)
+  if not dangling and name == "config.json":
+    shutil.move(link, outside)
+  elif not dangling:
+    outside.mkdir()
+  link.unlink(missing_ok=True)
+  link.symlink_to("/".join([".."] * len(pathlib.PurePath(name).parts) + ["outside"]))
+  before = tree(tmp_path)
+  if name != "config.json" or not dangling:  # without a configuration the folder is refused for that
+    expected = f"workdir: {link} is a link that leads outside, to {outside}; remove it, or use another --workdir"
+    assert refusal(folder, Config()) == expected
+  with pytest.raises(UserError, match=f"{link} is a link"):
+    workdir.load_config(folder)
+  assert tree(tmp_path) == before
+
+
+def test_a_link_in_a_folder_that_holds_no_run_yet(tmp_path):
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "samples").symlink_to(tmp_path)
+  assert "leads outside" in refusal(tmp_path / "run", Config())
+
+
+def test_a_name_that_begins_alike_is_outside(tmp_path):
+  workdir.create(tmp_path / "run", Config())
+  (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "run2")
+  assert "leads outside" in refusal(tmp_path / "run", Config())
+
+
+def test_links_to_the_workdir_and_within_it_are_followed(tmp_path):
+  workdir.create(tmp_path / "disk" / "run", Config())
+  (tmp_path / "here").symlink_to("disk")
+  folder = tmp_path / "here" / "run"
+  (folder / "latest").symlink_to("checkpoints/5")
+  (folder / "first").symlink_to(tmp_path / "disk" / "run" / "samples")
+  (folder / "again").symlink_to(".")
+  assert workdir.check(folder, Config())
+  assert workdir.load_config(folder) == Config()
+
+
+MB = 10**6
+
+
+def space(monkeypatch, free: int, total: int = 10**12) -> list[pathlib.Path]:
+  asked = []
+
+  def disk_usage(path):
+    asked.append(path)
+    return types.SimpleNamespace(total=total, used=total - free, free=free)
+
+  monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+  return asked
+
+
+@pytest.mark.parametrize(
+  ("held", "keep", "saves", "number"),
+  [
+    (0, 3, None, 4),  # three, and one before the oldest is deleted
+    (1, 3, None, 3),
+    (3, 3, None, 1),
+    (9, 3, None, 1),  # --keep_checkpoints was lowered: the next is still written before the first is deleted
+    (0, 3, 2, 2),
+    (3, 3, 2, 1),
+    (0, 1, None, 2),
+    (2, 3, 0, 0),
+  ],
+)
+def test_space_for_checkpoints(tmp_path, monkeypatch, held, keep, saves, number):
+  for step in range(held):
+    (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+  if held:
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+  space(monkeypatch, free=number * 500 * MB)
+  workdir.check_space(tmp_path, 500 * MB, keep, saves)
+  if not number:
+    return
+  space(monkeypatch, free=number * 500 * MB - 1)
+  with pytest.raises(UserError) as caught:
+    workdir.check_space(tmp_path, 500 * MB, keep, saves)
+  text = str(caught.value)
+  assert text.startswith(f"workdir: {tmp_path} has ")
+  assert f"{number} more checkpoints of 500.0 MB" in text
+  assert f"--keep_checkpoints={keep}" in text
+  assert "\n" not in text
+
+
+def test_space_is_that_of_the_nearest_folder(tmp_path, monkeypatch):
+  asked = space(monkeypatch, free=1)
+  with pytest.raises(UserError, match=r"has 0\.0 MB .* of 3\.0 GB .*, 12\.0 GB;"):
+    workdir.check_space(tmp_path / "a" / "b", 3000 * MB, 3)
+  assert asked == [tmp_path]
+
+
+def test_a_file_system_that_does_not_count_is_not_judged(tmp_path, monkeypatch):
+  space(monkeypatch, free=0, total=0)
+  workdir.check_space(tmp_path, 3000 * MB, 3)
+
+
+def test_space_in_truth(tmp_path):
+  workdir.check_space(tmp_path, 1, 3)
+  with pytest.raises(UserError, match="has "):
+    workdir.check_space(tmp_path, 2**60, 3)
+
+
+def test_a_full_disk_leaves_the_configuration_as_it_was(tmp_path, monkeypatch):
+  workdir.create(tmp_path, Config())
+  before = tree(tmp_path)
+
+  def fsync(file):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  with pytest.raises(UserError, match=r"cannot write .*No space left"):
+    workdir.create(tmp_path, make())
+  assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", ["lock", ".config.json.tmp", ".flags.txt.tmp"])
+def test_what_a_kill_between_lock_and_create_leaves_is_no_obstacle(tmp_path, left):
+  (tmp_path / left).write_text("{")
+  assert not workdir.check(tmp_path, Config())
 
 
 @pytest.mark.parametrize("name", ["config.json", "flags.txt"])

@@ -7,15 +7,35 @@ import dataclasses
 import os
 import pathlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tqdm
 
 from ddpm_jax.data import images
+from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import UserError
 
 _CHUNK = 256  # images a task: large enough for one batched read of a record file, small enough to share out
+_MOST_IN_A_ROW = 100  # bad images; more are no accident, and a search for a good one would take ever longer
+
+
+class Rows(NamedTuple):
+  """Images by row, as a source gives them.
+
+  Attributes:
+    images: uint8 [N, H, W, C].
+    replaced: bool [N], whether the row holds a later image, as its own is bad.
+  """
+
+  images: np.ndarray
+  replaced: np.ndarray
+
+  def take(self, indices: np.ndarray) -> Rows:
+    """Copies of the rows at `indices` [M]."""
+    return Rows(self.images[indices], self.replaced[indices])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +47,10 @@ class EncodedImages:
     length: number of images.
     shape: (H, W, C) of the decoded images; C is 1 or 3.
     resize: whether to resize and crop them to that shape; else they must have it.
-    fetch: encoded images, or paths to them, for a list of indices. Called from several threads.
+    identity: what it is called wherever it lies, with its version and split if it has one.
+    listing: a digest of what is known of each image without reading it.
+    fetch: encoded images, or paths to them, for a list of indices; a BadRecord in the place of one whose record cannot
+      be read. Called from several threads.
     label: what to call image i in an error.
   """
 
@@ -35,7 +58,9 @@ class EncodedImages:
   length: int
   shape: tuple[int, int, int]
   resize: bool
-  fetch: Callable[[list[int]], Sequence[bytes | pathlib.Path]]
+  identity: str
+  listing: str
+  fetch: Callable[[list[int]], Sequence[bytes | pathlib.Path | BadRecord]]
   label: Callable[[int], str]
 
 
@@ -61,30 +86,45 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
   return height, width
 
 
-def decode(encoded: EncodedImages, indices: np.ndarray) -> np.ndarray:
-  """The images at `indices` [N] as uint8 [N, H, W, C]. Raises UserError if one is broken or has another shape."""
-  positions = [int(i) for i in indices]
-  height, width, channels = encoded.shape
-  batch = np.empty((len(positions), *encoded.shape), np.uint8)
-  for row, position, file in zip(batch, positions, encoded.fetch(positions), strict=True):
-    name = encoded.label(position)
-    image = images.decode(file, channels, name, height if encoded.resize else 0)
-    if image.shape != encoded.shape:
-      raise UserError(
-        f"image_size: 0, but {name} is {image.shape[0]} x {image.shape[1]} and not {height} x {width}; "
-        "set --image_size to resize and crop the images"
-      )
-    row[...] = image
-  return batch
+def on_demand(encoded: EncodedImages, *, skip: bool) -> Callable[[np.ndarray], Rows]:
+  """A function that reads and decodes the images at `indices` [N].
+
+  Args:
+    encoded: the data set.
+    skip: put the next image that is not bad in the place of a bad one; else raise.
+
+  Returns:
+    The function, which may be called from several threads. It raises UserError for a bad image, or with `skip` where it
+    meets more than 100 in a row.
+  """
+  skipped = _Skipped()
+
+  def read(indices: np.ndarray) -> Rows:
+    positions = [int(i) for i in indices]
+    rows = Rows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
+    for row, error in _decode(encoded, positions, rows.images).items():
+      if not skip:
+        raise error
+      skipped.tell(positions[row], error)
+      _replace(encoded, positions[row], rows.images[row : row + 1], skipped)
+      rows.replaced[row] = True
+    return rows
+
+  return read
 
 
-def decode_all(encoded: EncodedImages) -> np.ndarray:
-  """All images as uint8 [N, H, W, C], decoded on all cores (Pillow releases the GIL). Raises as `decode` does."""
-  everything = np.empty((encoded.length, *encoded.shape), np.uint8)
+def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
+  """All images, decoded on all cores (Pillow releases the GIL); what `on_demand` would give for them, and raise."""
+  rows = Rows(np.empty((encoded.length, *encoded.shape), np.uint8), np.zeros(encoded.length, bool))
+  skipped = _Skipped()
 
   def fill(start: int) -> int:
     stop = min(start + _CHUNK, encoded.length)
-    everything[start:stop] = decode(encoded, np.arange(start, stop))
+    for row, error in _decode(encoded, list(range(start, stop)), rows.images[start:stop]).items():
+      if not skip:
+        raise error
+      skipped.tell(start + row, error)
+      rows.replaced[start + row] = True
     return stop - start
 
   progress = tqdm.tqdm(
@@ -93,4 +133,71 @@ def decode_all(encoded: EncodedImages) -> np.ndarray:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
     for count in pool.map(fill, range(0, encoded.length, _CHUNK)):  # the first error cancels the tasks that wait
       progress.update(count)
-  return everything
+
+  bad, good = np.flatnonzero(rows.replaced), np.flatnonzero(~rows.replaced)
+  if not len(good):
+    raise _too_many(encoded, 0)
+  after = good[np.searchsorted(good, bad) % len(good)]
+  far = bad[(after - bad) % encoded.length > _MOST_IN_A_ROW]
+  if len(far):
+    raise _too_many(encoded, int(far[0]))
+  rows.images[bad] = rows.images[after]
+  return rows
+
+
+class _Skipped:
+  """Says on standard error which images are bad, one line each, and each once however many threads meet it."""
+
+  def __init__(self):
+    self._lock = threading.Lock()
+    self._told: set[int] = set()
+
+  def tell(self, index: int, error: BadRecord) -> None:
+    with self._lock:
+      if index not in self._told:
+        self._told.add(index)
+        tqdm.tqdm.write(f"skipped: {error.what}", file=sys.stderr)  # above a progress bar, if there is one
+
+
+def _decode(encoded: EncodedImages, positions: list[int], out: np.ndarray) -> dict[int, BadRecord]:
+  """Decodes the images at `positions` [N] into `out` [N, H, W, C]. Returns the errors of those that are bad, by row."""
+  errors = {}
+  for row, (position, file) in enumerate(zip(positions, encoded.fetch(positions), strict=True)):
+    try:
+      out[row] = _decode_one(encoded, position, file)
+    except BadRecord as error:
+      errors[row] = error
+  return errors
+
+
+def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Path | BadRecord) -> np.ndarray:
+  """One image uint8 [H, W, C]. Raises BadRecord."""
+  if isinstance(file, BadRecord):
+    raise file
+  height, width, channels = encoded.shape
+  name = encoded.label(position)
+  image = images.decode(file, channels, name, height if encoded.resize else 0)
+  if image.shape != encoded.shape:
+    raise BadRecord(
+      f"{name} has another size ({image.shape[0]} x {image.shape[1]} and not {height} x {width})",
+      "set --image_size to resize and crop the images",
+    )
+  return image
+
+
+def _replace(encoded: EncodedImages, position: int, out: np.ndarray, skipped: _Skipped) -> None:
+  """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C]. Raises UserError."""
+  for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
+    candidate = (position + distance) % encoded.length
+    errors = _decode(encoded, [candidate], out)
+    if not errors:
+      return
+    skipped.tell(candidate, errors[0])
+  raise _too_many(encoded, position)
+
+
+def _too_many(encoded: EncodedImages, position: int) -> UserError:
+  return UserError(
+    f"dataset: too many images of {encoded.name} are bad, {min(_MOST_IN_A_ROW + 1, encoded.length)} in a row from "
+    f"{encoded.label(position)} on; repair the data set, or use another"
+  )

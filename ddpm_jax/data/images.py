@@ -6,6 +6,7 @@ model (Ho et al. 2020, section 3.3).
 
 from __future__ import annotations
 
+import errno
 import io
 import pathlib
 import struct
@@ -13,14 +14,29 @@ import struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError
 
-# What Pillow raises for a file that is cut short or damaged: its plugins do not agree on one type.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+# What Pillow raises for a file that is cut short or damaged: its plugins do not agree on one type. An
+# AssertionError is of a palette image without its palette.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, AssertionError)
+# Nothing is wrong with a file when one of these is what keeps it from being opened.
+OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+
+
+class BadRecord(UserError):
+  """An image that cannot be used, and the only error that `--on_bad_record=skip` passes over.
+
+  Attributes:
+    what: which image, and in brackets why; the message of the error adds what to do.
+  """
+
+  def __init__(self, what: str, remedy: str):
+    super().__init__(f"dataset: {what}; {remedy}, or use --on_bad_record=skip")
+    self.what = what
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -56,13 +72,17 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
   return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
-def read_header(path: pathlib.Path) -> tuple[int, int, bool]:
+def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
   """Height and width in pixels, as stored, and whether the image is grey. Reads no pixels.
 
+  Args:
+    path: of the file.
+    name: what to call the image in an error.
+
   Raises:
-    UserError: the file is not an image, or has more pixels than Pillow accepts.
+    BadRecord: the file cannot be read, is not an image, or has more pixels than Pillow accepts.
   """
-  with _open(path, str(path)) as image:
+  with _open(path, name) as image:
     return image.height, image.width, image.mode in _GREY_MODES
 
 
@@ -78,35 +98,48 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) 
     size: resize and crop to this height and width in pixels (0: as it is).
 
   Raises:
-    UserError: the image is broken, or has more pixels than Pillow accepts (`PIL.Image.MAX_IMAGE_PIXELS`).
+    BadRecord: the image is broken, or has more pixels than Pillow accepts (`PIL.Image.MAX_IMAGE_PIXELS`); those of a
+      larger one are never decoded.
+    RunError: this process has no file handle or memory left to open it.
   """
   with _open(file, name) as image:
     try:
       ImageOps.exif_transpose(image, in_place=True)
       image = _to_8_bits(image, "L" if channels == 1 else "RGB")
     except _BROKEN as error:
-      raise UserError(f"dataset: {name} is broken ({error}); repair or remove it") from None
+      raise BadRecord(f"{name} is broken ({_reason(error)})", "repair or remove it") from None
   if size:
     image = resize_and_crop(image, size)
   return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
 
 
 def _open(file: bytes | pathlib.Path, name: str) -> Image.Image:
-  """Opens an image and reads its header. Raises UserError."""
+  """Opens an image and reads its header. Raises BadRecord, RunError."""
   try:
     image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
   except _BOMB as error:
-    raise UserError(f"dataset: {name} is too large ({error}); resize or remove it") from None
+    raise BadRecord(f"{name} is too large ({_reason(error)})", "resize or remove it") from None
   except _BROKEN as error:
-    raise UserError(f"dataset: {name} is not an image that Pillow can read ({error}); repair or remove it") from None
+    if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
+      raise RunError(f"dataset: {name} cannot be opened ({error.strerror}); raise that limit of the process") from None
+    if isinstance(error, OSError) and error.errno:  # of the system and not of Pillow: the file is gone, say
+      raise BadRecord(f"{name} cannot be read ({error.strerror})", "repair or remove it") from None
+    # Pillow's own words name an object in memory.
+    reason = "unknown format" if isinstance(error, UnidentifiedImageError) else _reason(error)
+    raise BadRecord(f"{name} is not an image that Pillow can read ({reason})", "repair or remove it") from None
   # Between one and two times the limit Pillow only warns. A warnings filter would be process-wide and not thread-safe.
   if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
     image.close()
-    raise UserError(
-      f"dataset: {name} is too large ({image.width} x {image.height} pixels, the limit is "
-      f"{Image.MAX_IMAGE_PIXELS}); resize or remove it"
+    raise BadRecord(
+      f"{name} is too large ({image.width} x {image.height} pixels, the limit is {Image.MAX_IMAGE_PIXELS})",
+      "resize or remove it",
     )
   return image
+
+
+def _reason(error: BaseException) -> str:
+  """The message of an error on one line."""
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 def _to_8_bits(image: Image.Image, mode: str) -> Image.Image:

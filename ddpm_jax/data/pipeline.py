@@ -75,10 +75,13 @@ def batches(
     threads: how many read and decode; at most twice as many batches wait to be used.
 
   Yields:
-    "image": uint8 [B/n, H, W, C], and "index": int32 [B/n], the position of each row in the global batch.
+    "image": uint8 [B/n, H, W, C]; "index": int32 [B/n], the position of each row in the global batch; "replaced": bool
+    [B/n], whether the row holds another image, as its own is bad (`on_bad_record=skip`).
 
   Raises:
     UserError: the processes cannot share a batch evenly, or an image cannot be decoded.
+
+  Whatever else `source.read` raises in a thread is raised here too, in place of the batch that it was reading.
   """
   dataset = _dataset(source, batch_size, seed, process_index, process_count)[start_step:]
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
@@ -91,7 +94,8 @@ def _dataset(source: Source, batch_size: int, seed: int, process_index: int, pro
   index = process_index * share + np.arange(share, dtype=np.int32)
 
   def read(indices: np.ndarray) -> Batch:
-    return {"image": source.read(indices), "index": index.copy()}
+    rows = source.read(indices)
+    return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced}
 
   return order(
     len(source), batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count
@@ -102,6 +106,7 @@ def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
   """Iterates, and stops the threads when the consumer does."""
   iterator = iter(dataset)
   try:
-    yield from iterator
+    while True:
+      yield next(iterator)  # not `yield from`: a StopIteration out of a reader would pass for the end of the data
   finally:
     iterator.close()

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import importlib.util
+import itertools
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf import json_format, message
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import digits
+from ddpm_jax.data import digits, fingerprint
 from ddpm_jax.data.encoded import EncodedImages, decoded_size
 from ddpm_jax.data.folder import PREFIX
-from ddpm_jax.errors import UserError
+from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
+from ddpm_jax.errors import RunError, UserError
 
 # Builders that come with ddpm_jax write PNG bytes and need no TensorFlow; TFDS's own encode arrays with it.
 _TENSORFLOW_FREE = (digits.Digits,)
+# Of a damaged record: the reader of ArrayRecord raises RuntimeError for whatever it finds, the rest is TFDS's parser.
+_DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, message.DecodeError)
 
 
 def open_prepared(data: DataConfig) -> EncodedImages:
@@ -38,18 +45,66 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     _prepare(data, builder)
     builder = make_builder(data)  # a builder reads the folder's splits and file format when it is made
   records = _open_split(data, builder)
-
-  def fetch(indices: list[int]) -> list[bytes]:
-    return [example[feature_name] for example in records.__getitems__(indices)]
-
+  splits: Any = builder.info.splits
+  shards = splits[data.split].file_instructions
+  label = _label(data, shards)
   return EncodedImages(
     name=data.dataset,
     length=len(records),
     shape=(*size, 1 if channels in (1, 2) else 3),
     resize=data.image_size > 0,
-    fetch=fetch,
-    label=lambda index: f"image {index} of {data.dataset}, {data.split},",
+    identity=f"{builder.info.full_name} {data.split}",
+    listing=fingerprint.digest(
+      [
+        builder.info.full_name,
+        data.split,
+        *(f"{shard.skip} {shard.take} {shard.examples_in_shard}" for shard in shards),
+      ]
+    ),
+    fetch=_fetch(records, feature_name, label, remedy=f"move {builder.data_path} away to prepare it again"),
+    label=label,
   )
+
+
+def _label(data: DataConfig, shards: Sequence[Any]) -> Callable[[int], str]:
+  """What to call image i: the shard and the place in it say which file is damaged. Shards are TFDS's instructions."""
+  ends = list(itertools.accumulate(shard.take for shard in shards))
+
+  def label(index: int) -> str:
+    number = bisect.bisect_right(ends, index)
+    shard = shards[number]
+    record = shard.skip + index - (ends[number] - shard.take)
+    return f"image {index} of {data.dataset}, {data.split} (record {record} of {shard.filename})"
+
+  return label
+
+
+def _fetch(
+  records: Any, feature_name: str, label: Callable[[int], str], remedy: str
+) -> Callable[[list[int]], list[bytes | BadRecord]]:
+  """A function that reads encoded images by index, for `EncodedImages.fetch`. Raises RunError."""
+
+  def fetch_one(index: int) -> bytes | BadRecord:
+    try:
+      image = records[index][feature_name]
+    except _DAMAGED as error:
+      if any(os.strerror(code) in str(error) for code in OF_THE_PROCESS):
+        raise RunError(
+          f"dataset: {label(index)} cannot be opened ({one_line(error)}); raise that limit of the process"
+        ) from None
+      return BadRecord(f"{label(index)} cannot be read ({one_line(error)})", remedy)
+    # The reader gives empty records for the part of a file that was cut off after it had been opened.
+    return image if isinstance(image, bytes) else BadRecord(f"{label(index)} is empty", remedy)
+
+  def fetch(indices: list[int]) -> list[bytes | BadRecord]:
+    try:
+      found = [example[feature_name] for example in records.__getitems__(indices)]
+    except _DAMAGED:  # one bad record fails them all
+      found = []
+    whole = len(found) == len(indices) and all(isinstance(image, bytes) for image in found)
+    return found if whole else [fetch_one(index) for index in indices]
+
+  return fetch
 
 
 def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
@@ -77,6 +132,11 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
     raise UserError(
       f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {PREFIX}PATH"
+    ) from None
+  except json_format.ParseError as error:
+    raise UserError(
+      f"data_dir: the files that describe {name!r} in {data.data_dir or 'the folder of TFDS'} are damaged "
+      f"({one_line(error)}); move the folder of {base} away, and it is prepared again"
     ) from None
   except (ValueError, AssertionError, ImportError, TypeError, PermissionError) as error:
     reason = one_line(error).split('}": ')[-1].split(" Here are")[0]  # without the arguments that TFDS repeats

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import folder, prepared
-from ddpm_jax.data.encoded import decode, decode_all
+from ddpm_jax.data import fingerprint, folder, prepared
+from ddpm_jax.data.encoded import Rows, decode_all, on_demand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +21,17 @@ class Source:
     name: what the user calls the data set.
     image_shape: (H, W, C) of every image.
     length: number of images, at least 1.
-    read: images uint8 [len(indices), H, W, C] for an int array of indices in 0..length-1, repeats allowed. May be
-      called from several threads. Raises UserError for an image that cannot be decoded.
+    read: images uint8 [len(indices), H, W, C], and which of them stand for one that is bad, for an int array of indices
+      in 0..length-1, repeats allowed. May be called from several threads. Raises UserError for an image that cannot be
+      decoded, unless the source was opened with `on_bad_record=skip`.
+    fingerprint: what must stay when a run is resumed, see `fingerprint.take`.
   """
 
   name: str
   image_shape: tuple[int, int, int]
   length: int
-  read: Callable[[np.ndarray], np.ndarray]
+  read: Callable[[np.ndarray], Rows]
+  fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
 
   def __len__(self) -> int:
     return self.length
@@ -41,14 +43,26 @@ def open_source(data: DataConfig) -> Source:
   A data set whose decoded images take at most `data.cache_gib` GiB is decoded here, once, into one array. TensorFlow is
   not imported, not even if it is installed.
 
+  With `data.on_bad_record=skip` the place of a bad image is taken by the next one that is not, so that the order of all
+  others stays. That is a function of the data and the index: the same on any number of processes and after a resume.
+
   Raises:
     UserError: no such data set, split or folder; no images in it; images that differ in size, or are not square, where
-      `data.image_size` is 0; an image that cannot be decoded; a data set that cannot be prepared.
+      `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
+      cannot be prepared.
   """
   opener = folder.open_folder if data.dataset.startswith(folder.PREFIX) else prepared.open_prepared
   encoded = opener(data)
+  skip = data.on_bad_record == "skip"
   if encoded.length * math.prod(encoded.shape) <= data.cache_gib * 2**30:
-    read = decode_all(encoded).__getitem__
+    cached = decode_all(encoded, skip=skip)
+    read, everything = cached.take, cached.images
   else:
-    read = functools.partial(decode, encoded)
-  return Source(name=encoded.name, image_shape=encoded.shape, length=encoded.length, read=read)
+    read, everything = on_demand(encoded, skip=skip), None
+  return Source(
+    name=encoded.name,
+    image_shape=encoded.shape,
+    length=encoded.length,
+    read=read,
+    fingerprint=fingerprint.take(encoded, read, everything),
+  )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import sys
 import time
 
 import jax
@@ -16,10 +17,13 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.errors import UserError
 from ddpm_jax.progress import Progress
-from ddpm_jax.run import build_run
+from ddpm_jax.run import Run, build_run
 from ddpm_jax.sampling.draw import make_draw
-from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training import resume
+from ddpm_jax.training.checkpoint import Checkpoints, Restored
+from ddpm_jax.training.manifest import Manifest
 from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.state import TrainState
 
 _GRID_IMAGES = 256  # more than that is no picture any more
 
@@ -36,12 +40,11 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   if not (workdir / "checkpoints").is_dir():
     raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
   parallel = Parallel(config.train.parallel)
-  with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-    step = checkpoints.latest_step()
-    if step is None:
-      raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
-    run = build_run(config, tuple(checkpoints.meta(step)["image_shape"]), parallel)
-    state = checkpoints.restore(run.abstract_state, step)
+  run, (step, state, _, damaged) = _restore(config, workdir, parallel)
+  is_first = jax.process_index() == 0
+  if is_first:
+    for number, reason in damaged.items():
+      print(f"warning: checkpoint {number} is damaged: {reason}; drawing from {step}", file=sys.stderr, flush=True)
 
   schedule = run.schedule
   table = make_sampler(
@@ -58,7 +61,6 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
     stream="sample",
   )
   params = state.ema_params if options.sample_weights == "ema" else state.params
-  is_first = jax.process_index() == 0
   progress = Progress("image", total=options.num_samples, quiet=not is_first)
   progress.say(
     f"drawing {options.num_samples} images {run.image_shape[0]}x{run.image_shape[1]}x{run.image_shape[2]} "
@@ -86,6 +88,22 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   grids.save_png(folder / "samples.png", grids.image_grid(images[:_GRID_IMAGES]))
   shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
   print(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
+
+
+def _restore(config: Config, workdir: pathlib.Path, parallel: Parallel) -> tuple[Run, Restored]:
+  """The newest intact checkpoint of a workdir, and the run that it is of. Raises UserError if there is none."""
+  runs = {}
+
+  def expect(manifest: Manifest) -> TrainState:
+    resume.check_config(manifest, config, workdir)
+    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
+    return run.abstract_state
+
+  with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+    restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt)
+  if restored is None:
+    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
+  return runs[restored.step], restored
 
 
 def _set_aside(folder: pathlib.Path) -> None:

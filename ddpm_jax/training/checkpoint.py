@@ -3,88 +3,210 @@
 from __future__ import annotations
 
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.training import manifest as manifest_lib
+from ddpm_jax.training.manifest import DamagedError, Manifest
+from ddpm_jax.training.parallel import on_any_process
 from ddpm_jax.training.state import TrainState
+
+# What Orbax and TensorStore raise where a file is missing, cut short or changed, or cannot be written: of many types.
+_ORBAX_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, EOFError)
+# Not the checkpoint's fault: the same file may be read tomorrow.
+_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Permission denied")
+
+Expect = Callable[[Manifest], TrainState]
+
+
+class Restored(NamedTuple):
+  """A checkpoint that was read and found to be what was saved."""
+
+  step: int
+  state: TrainState
+  manifest: Manifest
+  damaged: dict[int, str]  # newer checkpoints that were not, and why
 
 
 class Checkpoints:
-  """The folder `checkpoints/` of a workdir: `N/` holds the state after N updates, and what is needed to rebuild it."""
+  """The folder `checkpoints/` of a workdir: `N/` holds the state after N updates and the manifest of it."""
 
   def __init__(self, directory: pathlib.Path, *, keep: int | None = None):
     """Opens the folder: to write, keeping the newest `keep` checkpoints, or only to read if `keep` is None."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=keep is not None, enable_async_checkpointing=True)
-    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
-    self._directory = directory
+    self._directory, self._keep = directory, keep
+    self._saving: int | None = None
+    # What an earlier process left half-written is removed: the caller holds the workdir's lock.
+    self._open(clean=keep is not None)
 
-  def latest_step(self) -> int | None:
-    """The number of updates in the newest complete checkpoint, or None."""
-    return self._manager.latest_step()
+  def _open(self, *, clean: bool = False) -> None:
+    if self._keep is None:
+      options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=clean)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
-  def save(self, state: TrainState, step: int, meta: dict[str, Any]) -> None:
+  def steps(self) -> list[int]:
+    """The numbers of updates in the checkpoints that are complete, in order."""
+    return sorted(self._manager.all_steps())
+
+  def newest(self) -> int | None:
+    """The number of updates in the newest checkpoint, or None."""
+    return max(self.steps(), default=None)
+
+  # Writing.
+
+  def save(self, state: TrainState, step: int, facts: dict[str, Any]) -> None:
     """Starts writing the state after `step` updates; returns once the state may be donated again.
 
     Args:
       state: global arrays.
       step: the number of updates in it.
-      meta: what is needed to rebuild the network, JSON values.
+      facts: for the manifest, JSON values.
 
     Raises:
-      RuntimeError: if Orbax declines the save, which it does without a word for a step that is not newer than the
-        newest; or whatever made an earlier asynchronous save fail.
+      NonFiniteError: if a leaf is not finite.
+      RunError: if it cannot be written, or one of this number or a later one exists. What fails later, in the
+        background, is raised by `finished` or `wait`.
     """
-    self._manager.check_for_errors()
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
-    if not self._manager.save(step, args=args):
-      raise RuntimeError(f"checkpoint {step} was not written: {self._directory} already holds {self.latest_step()}")
+    manifest = manifest_lib.make(state, step, facts)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest))
+    self._saving = step
+    try:
+      started = self._manager.save(step, args=args)
+    except _ORBAX_ERRORS as error:
+      raise self._failed(error) from error
+    if not started:  # Orbax's only word for an old step
+      self._saving = None
+      raise RunError(f"checkpoint {step} was not written: {self._directory} already holds {self.newest()}")
 
-  def meta(self, step: int) -> dict[str, Any]:
-    """The `meta` of checkpoint `step`."""
-    return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+  def finished(self) -> bool:
+    """Whether nothing is being written. Raises RunError if the last save has failed."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+    return self._saving is None
 
-  def restore(self, abstract_state: TrainState, step: int) -> TrainState:
-    """Reads checkpoint `step` into the shapes, types and shardings of `abstract_state` (ShapeDtypeStructs).
+  def wait(self) -> None:
+    """Waits until everything is on disk. Raises RunError if it could not be written."""
+    try:
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+    except _ORBAX_ERRORS as error:
+      raise self._failed(error) from error
+    self._saving = None
+
+  def _failed(self, error: Exception) -> RunError:
+    step, self._saving = self._saving, None
+    reason = _one_line(error)
+    try:
+      # Orbax may believe that the checkpoint exists: look again. Not clean: its threads may still be writing there.
+      self._open()
+    except _ORBAX_ERRORS as second:
+      return RunError(f"checkpoint {step} could not be written ({reason}; {_one_line(second)})")
+    return RunError(f"checkpoint {step} could not be written ({reason}); the newest is {self.newest()}")
+
+  # Reading.
+
+  def restore(self, expect: Expect, *, on_corrupt: str = "fallback") -> Restored | None:
+    """Reads the newest checkpoint that is, bit for bit, what was saved. None if there is no checkpoint at all.
+
+    Args:
+      expect: manifest -> shapes, types and shardings of the state (ShapeDtypeStructs). It raises UserError if the
+        manifest is of another run.
+      on_corrupt: 'fallback' goes on to the next older one where one is damaged, 'fail' does not.
 
     Raises:
-      UserError: if the checkpoint's arrays have other names, shapes or types.
+      UserError: if a checkpoint's arrays have other names, shapes or types than `expect` wants; or if one is damaged
+        and `on_corrupt` is 'fail', or none is intact.
     """
-    self._check_arrays(abstract_state, step)
+    damaged: dict[int, str] = {}
+    for step in reversed(self.steps()):
+      state = manifest = None
+      try:
+        manifest = self._read_manifest(step)
+        state = self._read_state(step, manifest, self._expected(expect, manifest, step))
+      except DamagedError as error:
+        damaged[step] = str(error)
+      if on_any_process(step in damaged):
+        damaged.setdefault(step, "another process cannot read it")
+        if on_corrupt == "fail":
+          raise UserError(
+            f"on_corrupt: checkpoint {step} in {self._directory} is damaged: {damaged[step]}; use "
+            "--on_corrupt=fallback to go back to the newest intact one"
+          )
+        continue
+      assert state is not None and manifest is not None
+      return Restored(step, state, manifest, damaged)
+    if damaged:
+      listed = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+      raise UserError(f"workdir: no checkpoint in {self._directory} is intact ({listed}); restore one from a copy")
+    return None
+
+  def set_aside(self, step: int) -> pathlib.Path:
+    """Moves a damaged checkpoint to `damaged/` beside the folder, so that its number can be saved again."""
+    folder = self._directory.parent / "damaged"
+    target, number = folder / str(step), 0
+    while target.exists():
+      number += 1
+      target = folder / f"{step}.{number}"
+    multihost_utils.sync_global_devices("every process has chosen where to move the checkpoint")
+    if jax.process_index() == 0:
+      folder.mkdir(exist_ok=True)
+      (self._directory / str(step)).rename(target)
+    multihost_utils.sync_global_devices("the checkpoint has been moved")
+    self._manager.close()
+    self._open()
+    return target
+
+  def _read_manifest(self, step: int) -> Manifest:
+    try:
+      manifest = self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
+    except _ORBAX_ERRORS as error:
+      raise self._unreadable(step, error) from error
+    manifest_lib.check(manifest, step)
+    return manifest
+
+  def _expected(self, expect: Expect, manifest: Manifest, step: int) -> TrainState:
+    abstract_state = expect(manifest)
+    differences = manifest_lib.differences(manifest, abstract_state)
+    if differences:  # Orbax would cast another type in silence
+      others = f" (and {len(differences) - 1} more)" if differences[1:] else ""
+      raise UserError(f"checkpoint {step} in {self._directory} is of another network: {differences[0]}{others}")
+    return abstract_state
+
+  def _read_state(self, step: int, manifest: Manifest, abstract_state: TrainState) -> TrainState:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-    state = self._manager.restore(step, args=args)["state"]
+    try:
+      state = self._manager.restore(step, args=args)["state"]
+    except _ORBAX_ERRORS as error:
+      raise self._unreadable(step, error) from error
+    manifest_lib.verify(manifest, state)
     # Orbax's arrays may share buffers that cannot be donated; a compiled copy owns its own.
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)
 
-  def _check_arrays(self, abstract_state: TrainState, step: int) -> None:
-    """Compares names, shapes and types before anything is read: Orbax would cast another type in silence."""
-    where = f"checkpoint {step} in {self._directory}"
-    stored = _named_leaves(self._manager.item_metadata(step)["state"].tree)
-    wanted = _named_leaves(abstract_state)
-    for name in sorted(stored.keys() ^ wanted.keys()):
-      raise UserError(f"{where} is of another network: only {'this run' if name in wanted else 'it'} has {name}")
-    for name, leaf in wanted.items():
-      found = stored[name]
-      if (tuple(found.shape), found.dtype) != (tuple(leaf.shape), leaf.dtype):
-        raise UserError(
-          f"{where}: {name} is {found.dtype}{list(found.shape)}, this run needs {leaf.dtype}{list(leaf.shape)}"
-        )
-
-  def wait(self) -> None:
-    """Waits until everything is on disk. Raises whatever made an asynchronous save fail."""
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
+  def _unreadable(self, step: int, error: Exception) -> Exception:
+    """What an error of Orbax means: a damaged checkpoint, or a machine that cannot read it now."""
+    reason = _one_line(error)
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError)
+    if (isinstance(error, OSError) and not missing) or any(word in reason for word in _NOT_DAMAGE):
+      return RunError(f"checkpoint {step} in {self._directory} cannot be read ({reason})")
+    return DamagedError(reason)
 
   def close(self) -> None:
-    """Waits and ends the background threads."""
-    self._manager.close()
+    """Waits and ends the background threads. What failed in the background has been told by `wait`."""
+    try:
+      self._manager.close()
+    except _ORBAX_ERRORS as error:
+      raise self._failed(error) from error
 
 
-def _named_leaves(tree: Any) -> dict[str, Any]:
-  return {
-    jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
-  }
+def _one_line(error: Exception) -> str:
+  """The message of an error on one line; the middle of a long one is left out."""
+  text = " ".join(str(error).split()) or type(error).__name__
+  return text if len(text) <= 300 else f"{text[:150]} ... {text[-145:]}"

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import functools
 import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
@@ -19,66 +20,119 @@ from jax.experimental import multihost_utils
 from ddpm_jax import grids, plots
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.pipeline import batches
+from ddpm_jax.data.pipeline import batches, order
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run
 from ddpm_jax.sampling.draw import make_draw
-from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.stop import StopRequest
+from ddpm_jax.training import resume
+from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.parallel import Parallel, to_host
 from ddpm_jax.training.reports import Reports
+from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics, make_loss, train_step
-from ddpm_jax.training.stop import StopRequest
+from ddpm_jax.watchdog import Watchdog
 
 _RUN_AHEAD = 2  # updates that may wait on the device while the host prepares the next batch
 
 
-def train(config: Config, workdir: pathlib.Path) -> None:
+def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: str = "1 process") -> None:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
+  Args:
+    config: the run.
+    workdir: its folder.
+    stop: hears the signals.
+    job: which processes take part, for the headline.
+
   Raises:
-    UserError: before anything is compiled or written, if the command does not fit the data, the devices or the workdir.
-    NonFiniteError: if the loss is not finite at a point where it is read.
+    UserError: before anything is compiled, if the command does not fit the data, the devices, the workdir or its
+      checkpoints.
+    RunError: if what must be kept cannot be written.
+    NonFiniteError: if the loss or the gradient is not finite, as often as is not put up with.
   """
   parallel = Parallel(config.train.parallel)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  exists = workdir_lib.check(workdir, config)
+  workdir_lib.check(workdir, config)
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
-  multihost_utils.sync_global_devices("every process has checked the workdir")
-  is_first = jax.process_index() == 0
-  if is_first and not exists:
-    workdir_lib.create(workdir, config)
-  multihost_utils.sync_global_devices("the workdir exists")
+  resume.check_hosts(run, source)
+  with contextlib.ExitStack() as cleanup:
+    lock = None
+    if jax.process_index() == 0:
+      saves = config.train.num_steps // config.train.checkpoint_every + 1
+      workdir_lib.check_space(workdir, state_bytes(run), config.train.keep_checkpoints, saves)
+      lock = cleanup.enter_context(contextlib.closing(Lock(workdir)))
+      if not workdir_lib.check(workdir, config):  # again: another process may have been faster
+        workdir_lib.create(workdir, config)
+    multihost_utils.sync_global_devices("the workdir exists")
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+    cleanup.enter_context(contextlib.closing(checkpoints))
+    restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
+    _resume_or_start(run, source, workdir, checkpoints, restored, lock, stop, job)
 
-  with contextlib.closing(Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)) as checkpoints:
-    start, total = checkpoints.latest_step() or 0, config.train.num_steps
-    if is_first:
-      print(_headline(run, source, workdir, start), flush=True)
-    if start >= total:
-      return
-    if is_first and exists:
-      workdir_lib.create(workdir, config)  # what may change may have changed
-    with contextlib.closing(Progress("step", total=total, done=start, quiet=not is_first)) as progress:
-      end = _train(run, source, workdir, checkpoints, start, progress)
-    if is_first:
-      if (workdir / "metrics.jsonl").stat().st_size:
-        plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
-      print(_farewell(workdir, end, total), flush=True)
+
+def _resume_or_start(
+  run: Run,
+  source: Source,
+  workdir: pathlib.Path,
+  checkpoints: Checkpoints,
+  restored: Restored | None,
+  lock: Lock | None,
+  stop: StopRequest,
+  job: str,
+) -> None:
+  """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
+  start, total = restored.step if restored else 0, run.config.train.num_steps
+  for step, reason in restored.damaged.items() if restored else ():
+    moved = checkpoints.set_aside(step)
+    if lock:
+      print(f"warning: checkpoint {step} is damaged: {reason}; moved to {moved}", file=sys.stderr, flush=True)
+  if lock:
+    print(_headline(run, source, workdir, start, job), flush=True)
+  if start >= total:
+    return
+  if lock and restored:
+    workdir_lib.create(workdir, run.config)  # what may change may have changed
+  facts = resume.facts(run, source, restored.manifest if restored else None)
+  state = restored.state if restored else run.initial_state()
+  with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
+    size = run.config.data.batch_size
+    images = order(len(source), batch_size=size, seed=run.config.train.seed)
+    reports = Reports(
+      workdir, progress, run.config.train, start_step=start, batch_size=size, images=lambda step: images[step - 1]
+    )
+    saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
+    with contextlib.closing(reports):
+      end = _train(run, source, workdir, state, start, reports, saver, progress, stop)
+  if lock:
+    if (workdir / "metrics.jsonl").stat().st_size:
+      plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+    print(_farewell(workdir, end, total), flush=True)
 
 
 def _train(
-  run: Run, source: Source, workdir: pathlib.Path, checkpoints: Checkpoints, start: int, progress: Progress
+  run: Run,
+  source: Source,
+  workdir: pathlib.Path,
+  state: TrainState,
+  start: int,
+  reports: Reports,
+  saver: Saver,
+  progress: Progress,
+  stop: StopRequest,
 ) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   config, parallel, options = run.config, run.parallel, run.config.train
   step_fn = parallel.compile(make_train_step(run), run.abstract_state)
   preview = make_preview(run)
-  meta = {"image_shape": list(run.image_shape)}
+  alone = jax.process_count() == 1
   host_batches = batches(
     source,
     batch_size=config.data.batch_size,
@@ -88,52 +142,58 @@ def _train(
     process_count=jax.process_count(),
     threads=config.data.data_threads,
   )
-  reports = Reports(workdir, progress, start_step=start, batch_size=config.data.batch_size)
-  in_flight: collections.deque[Metrics] = collections.deque()
-  unread: tuple[int, Metrics] | None = None  # metrics are read one update late, so that the device never waits
+  in_flight: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
+  stopping = False
 
-  with contextlib.closing(reports), contextlib.closing(host_batches), StopRequest() as stop:
-    state = checkpoints.restore(run.abstract_state, start) if start else run.initial_state()
+  with (
+    contextlib.closing(host_batches),
+    Watchdog(options.step_timeout, process=jax.process_index(), folder=workdir) as watchdog,
+  ):
+
+    def settle(at_most: int) -> bool:
+      """Waits until that many updates are in flight, and reports the others. Whether any of them was asked to stop."""
+      asked = False
+      while len(in_flight) > at_most:
+        done, metrics, vote = in_flight.popleft()
+        reports.check(done, metrics)
+        if done % options.log_every == 0 or done == options.num_steps:
+          reports.metrics(done, metrics)
+        asked |= not alone and bool(to_host(vote))
+        watchdog.beat(f"update {done}")
+      return asked
+
     for step in range(start + 1, options.num_steps + 1):
-      batch = parallel.put_batch(next(host_batches))
+      batch, vote = parallel.put_batch(next(host_batches)), parallel.put_vote(stop.requested is not None)
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-        state, metrics = step_fn(state, batch)
+        state, *outputs = step_fn(state, batch, vote)
       progress.advance()
-      # The device is never left without a next update, and a request to stop finds at most _RUN_AHEAD under way.
-      in_flight.append(metrics)
-      if len(in_flight) > _RUN_AHEAD:
-        jax.block_until_ready(in_flight.popleft())
+      in_flight.append((step, *outputs))
       if step == start + 1:
-        jax.block_until_ready(metrics)
+        stop.defer()  # from now on there is something to save
+        jax.block_until_ready(outputs)
         reports.compiled(step)
-      if unread:
-        reports.metrics(*unread)
-        unread = None
+      # The device is never left without a next update, and a request to stop finds at most _RUN_AHEAD under way.
+      # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
+      stopping |= settle(_RUN_AHEAD)
+      stopping |= alone and stop.requested is not None
+      saver.poll(step)
 
-      stopping = step < options.num_steps and stop.due(step)
       last = stopping or step == options.num_steps
-      save_now = last or step % options.checkpoint_every == 0
+      save_now = last or saver.due(step)
       preview_now = options.sample_every and not stopping and (last or step % options.sample_every == 0)
-      if step == options.num_steps or step % options.log_every == 0:
-        unread = (step, metrics)
       if not (save_now or preview_now):
         continue
-
-      # Something is written at this step: read the metrics, then save, then draw. No state is saved whose loss was not
-      # finite.
-      if unread:
-        reports.metrics(*unread)
-        unread = None
-      else:
-        reports.check(step, metrics)
+      stopping |= settle(0)
       with reports.paused():
         if save_now:
-          checkpoints.save(parallel.globalize(state), step, meta)
+          saver.save(parallel.globalize(state), step)
+          watchdog.beat(f"checkpoint {step}")
         if preview_now:
           reports.samples(step, preview(parallel.globalize(state)))
-      if stopping:
+          watchdog.beat(f"the sample grid of update {step}")
+      if save_now and (stopping or (alone and stop.requested is not None)):
         break
-    checkpoints.wait()
+    saver.finish(step)
   return step
 
 
@@ -175,13 +235,18 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
   return preview
 
 
-def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int) -> str:
+def state_bytes(run: Run) -> int:
+  """What a checkpoint of the run takes, in bytes, before compression."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
+
+
+def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: str) -> str:
   height, width, channels = run.image_shape
   devices, total = jax.devices(), run.config.train.num_steps
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
     f"{num_params(run.abstract_state.params):,} parameters, {len(devices)} x {devices[0].device_kind} "
-    f"({run.parallel.mode}), processes: {jax.process_count()}\n"
+    f"({run.parallel.mode})\n{job}\n"
   )
   if start >= total:
     longer = "; raise --num_steps to train longer" if run.config.optimizer.lr_schedule == "constant" else ""

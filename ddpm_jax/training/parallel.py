@@ -6,11 +6,14 @@ for fsdp. Both run the same pure `train_step` and give the same numbers to float
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
@@ -58,19 +61,26 @@ class Parallel:
     return self.replicated
 
   def compile(self, train_step: Callable, abstract_state: Tree) -> Callable:
-    """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state."""
+    """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
+
+    Returns:
+      (state, batch, vote) -> (state, metrics, whether any process votes yes). The vote, of `put_vote`, is how the
+      processes agree on when to stop: it costs no message of its own.
+    """
     match self.mode:
       case "pmap":
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
-        mapped = lambda state, batch: train_step(state, batch, axis_name=AXIS)  # noqa: E731
-        return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0)
+        def mapped(state: Tree, batch: Tree, vote: jax.Array):
+          return *train_step(state, batch, axis_name=AXIS), jax.lax.pmax(vote, AXIS)
+
+        return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=None, donate_argnums=0)
       case "fsdp":
         shardings = self.state_shardings(abstract_state)
         return jax.jit(
-          lambda state, batch: train_step(state, batch, axis_name=None),
-          in_shardings=(shardings, self.split),
-          out_shardings=(shardings, self.replicated),
+          lambda state, batch, vote: (*train_step(state, batch, axis_name=None), jnp.max(vote)),
+          in_shardings=(shardings, self.split, self.split),
+          out_shardings=(shardings, self.replicated, self.replicated),
           donate_argnums=0,
         )
       case _:
@@ -86,6 +96,15 @@ class Parallel:
 
     return jax.tree.map(put, batch)
 
+  @functools.cached_property
+  def _votes(self) -> dict[bool, jax.Array]:
+    local = {vote: np.full(jax.local_device_count(), vote, np.int32) for vote in (False, True)}
+    return {vote: jax.make_array_from_process_local_data(self.split, rows) for vote, rows in local.items()}
+
+  def put_vote(self, vote: bool) -> jax.Array:
+    """This process's vote as the compiled step takes it."""
+    return self._votes[bool(vote)]
+
   def globalize(self, state: Tree) -> Tree:
     """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
     if self.mode != "pmap" or jax.process_count() == 1:
@@ -96,6 +115,27 @@ class Parallel:
       return jax.make_array_from_single_device_arrays(leaf.shape, self.replicated, copies)
 
     return jax.tree.map(join, state)
+
+
+def gather(array: jax.Array) -> np.ndarray:
+  """A global array of any placement as NumPy, whole, on every process; all must call it, in the same order."""
+  if array.is_fully_replicated:
+    return to_host(array)
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def from_all_processes(value: np.ndarray) -> np.ndarray:
+  """[processes, ...]: an array of the same shape from every process, on every process; all must call it."""
+  if jax.process_count() == 1:
+    return value[None]
+  return np.asarray(multihost_utils.process_allgather(value))
+
+
+def on_any_process(fact: bool) -> bool:
+  """Whether it is true on any process; all must call it."""
+  return bool(np.any(from_all_processes(np.asarray(fact))))
 
 
 def to_host(array: jax.Array) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import pathlib
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from ddpm_jax import grids
+from ddpm_jax.config import TrainConfig
 from ddpm_jax.errors import NonFiniteError
 from ddpm_jax.progress import Progress
 from ddpm_jax.training.parallel import to_host
@@ -22,11 +23,30 @@ from ddpm_jax.writers import MetricsWriter
 class Reports:
   """Reads metrics from the device and passes them on. Every process reads, so that all see bad news; one writes."""
 
-  def __init__(self, workdir: pathlib.Path, progress: Progress, *, start_step: int, batch_size: int):
-    """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten."""
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    progress: Progress,
+    options: TrainConfig,
+    *,
+    start_step: int,
+    batch_size: int,
+    images: Callable[[int], np.ndarray],
+  ):
+    """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten.
+
+    Args:
+      workdir: where they are.
+      progress: the terminal.
+      options: the knobs.
+      start_step: the number of updates made before.
+      batch_size: B, over all processes.
+      images: update -> int [B], the indices of its images in the data set.
+    """
     self._samples = workdir / "samples"
     self._progress = progress
-    self._batch_size = batch_size
+    self._batch_size, self._images = batch_size, images
+    self._max_nonfinite = options.max_nonfinite if options.on_nonfinite == "skip" else 1
     self._writer = MetricsWriter(workdir, resume_step=start_step) if jax.process_index() == 0 else None
     self._clock = _Clock()
 
@@ -35,35 +55,59 @@ class Reports:
     self._progress.say(f"compiled and made update {step} in {self._clock.start(step):.1f} s")
     self._progress.unpause()
 
-  def check(self, step: int, metrics: Metrics) -> dict[str, float]:
-    """Reads the metrics of update `step`, once the device has made it.
+  def check(self, step: int, metrics: Metrics) -> None:
+    """Waits for update `step`, and looks whether it was finite.
 
     Raises:
-      NonFiniteError: if one of them is infinite or not a number.
+      NonFiniteError: if it was not, and no more such updates are put up with.
     """
-    values = {name: float(to_host(value)) for name, value in metrics.items()}
-    if not all(math.isfinite(value) for value in values.values()):
-      raise NonFiniteError(
-        f"update {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; what was saved "
-        "before is intact; try a lower --learning_rate in another --workdir"
-      )
-    return values
+    in_row = int(to_host(metrics["nonfinite_in_row"]))
+    if not in_row:
+      return
+    loss, norm = (float(to_host(metrics[name])) for name in ("loss", "grad_norm"))
+    what = f"update {step}: loss {loss}, gradient norm {norm}"
+    indices = " ".join(map(str, self._images(step)))
+    if in_row < self._max_nonfinite:
+      self._progress.say(f"{what}; left out, the weights stay as they were; its images are {indices}")
+      return
+    in_all = f", as the {in_row - 1} before it" if in_row > 1 else ""
+    raise NonFiniteError(
+      f"{what}{in_all}; what was saved before is intact; try a lower --learning_rate in another --workdir"
+      f"{'' if in_row > 1 else ', or --on_nonfinite=skip'}; its images are {indices}"
+    )
 
   def metrics(self, step: int, metrics: Metrics) -> None:
-    """Checks, writes and shows the metrics of update `step`. Raises NonFiniteError."""
-    values = self.check(step, metrics)
+    """Writes and shows the metrics of update `step`."""
+    values = {name: to_host(value).item() for name, value in metrics.items()}
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
     if self._writer:
-      self._writer.write(step, values)
-    self._progress.report(step, {"loss": values["loss"], "grad norm": values["grad_norm"]}, rate)
+      with self._told(f"the metrics of update {step} wait to be written"):
+        self._writer.write(step, values)
+    facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
+    facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
+    self._progress.report(step, facts, rate)
 
   def samples(self, step: int, picture: np.ndarray) -> None:
     """Writes a sample grid uint8 [height, width, 3]."""
     if self._writer:
-      grids.save_png(self._samples / f"step_{step:08d}.png", picture)
-      self._writer.write_image(step, "samples", picture)
+      with self._told(f"the sample grid of update {step} is lost"):
+        grids.save_png(self._samples / f"step_{step:08d}.png", picture)
+        self._writer.write_image(step, "samples", picture)
+
+  def flush(self) -> None:
+    """Returns once all metrics are on disk. Raises OSError if that cannot be."""
+    if self._writer:
+      self._writer.flush()
+
+  @contextlib.contextmanager
+  def _told(self, loss: str) -> Iterator[None]:
+    """Tells of storage that fails, and goes on: a checkpoint is not written without its metrics, see `flush`."""
+    try:
+      yield
+    except OSError as error:
+      print(f"warning: cannot write ({error}); {loss}", file=sys.stderr, flush=True)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

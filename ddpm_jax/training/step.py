@@ -6,6 +6,7 @@ and dropout mask are therefore the same on any number of devices, processes and 
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable
 
@@ -22,10 +23,12 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
 from ddpm_jax.training.optimizer import ema_decay_at, update_ema
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.state import Counts, TrainState
 
-Batch = dict[str, jax.Array]  # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch
-Metrics = dict[str, jax.Array]
+# image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
+# the row holds another image, because its own could not be read
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]  # scalars
 LossFn = Callable[[Params, Batch, jax.Array], jax.Array]  # (params, batch, keys [B]) -> the mean loss, a scalar
 
 
@@ -114,9 +117,12 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One update. Pure: bind the keyword arguments with functools.partial, then jit, pmap or call it.
 
+  Where the loss or the gradient is not finite, parameters, moving average and optimiser stay as they are, bit for bit;
+  the step is counted all the same, so that the next update sees the next batch.
+
   Args:
     state: after n updates.
-    batch: image uint8 [B, H, W, C] and index int32 [B].
+    batch: image uint8 [B, H, W, C], index int32 [B], replaced bool [B].
     seed: of the run.
     loss_fn: from `make_loss`.
     optimizer: from `make_optimizer`.
@@ -126,23 +132,42 @@ def train_step(
     axis_name: the mapped axis over which the batch is split, if it is.
 
   Returns:
-    The state after n + 1 updates, and its float32 scalars: loss and grad_norm (before clipping) of this update,
-    learning_rate, ema_decay.
+    The state after n + 1 updates, and its scalars: loss and grad_norm (before clipping) of this update, learning_rate,
+    ema_decay, and the fields of `Counts`.
   """
   keys = example_keys(seed, state.step, batch["index"])
   loss, gradients = mean_loss_and_gradients(loss_fn, state.params, batch, keys, grad_accum_steps)
   if axis_name is not None:
     loss, gradients = jax.lax.pmean((loss, gradients), axis_name)
+  grad_norm = optax.tree.norm(gradients)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  decay = ema_decay_at(ema_decay, state.step + 1)
-  new_state = TrainState(
-    step=state.step + 1, params=params, ema_params=update_ema(state.ema_params, params, decay), opt_state=opt_state
-  )
+  applied = state.step - state.counts.nonfinite  # what the optimiser counts
+  decay = ema_decay_at(ema_decay, applied + 1)
+  ema_params = update_ema(state.ema_params, params, decay)
+
+  before = (state.params, state.ema_params, state.opt_state)
+  after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, ema_params, opt_state), before)
+  counts = count(state.counts, finite, batch["replaced"], axis_name)
   metrics = {
     "loss": loss,
-    "grad_norm": optax.tree.norm(gradients),
-    "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32),
+    "grad_norm": grad_norm,
+    "learning_rate": jnp.asarray(learning_rate(applied), jnp.float32),
     "ema_decay": decay,
+    **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
   }
-  return new_state, metrics
+  return TrainState(state.step + 1, *after, counts), metrics
+
+
+def count(counts: Counts, finite: jax.Array, replaced: jax.Array, axis_name: str | None) -> Counts:
+  """The counts after one more update: whether it was finite, and which rows bool [B] of its batch were replaced."""
+  bad_records = jnp.sum(replaced, dtype=jnp.int32)
+  if axis_name is not None:
+    bad_records = jax.lax.psum(bad_records, axis_name)
+  return Counts(
+    nonfinite=counts.nonfinite + jnp.where(finite, 0, 1),
+    nonfinite_in_row=jnp.where(finite, 0, counts.nonfinite_in_row + 1),
+    bad_records=counts.bad_records + bad_records,
+  )

@@ -31,7 +31,7 @@ def refuse(path, match, **options):
 
 
 def read_all(source):
-  return source.read(np.arange(len(source)))
+  return source.read(np.arange(len(source))).images
 
 
 def test_png_jpeg_and_webp_sorted_by_relative_path(tmp_path):
@@ -48,7 +48,7 @@ def test_png_jpeg_and_webp_sorted_by_relative_path(tmp_path):
   assert pixels.dtype == np.uint8
   assert pixels.shape == (4, 8, 8, 3)
   np.testing.assert_array_equal(pixels[:, 0, 0], [[99] * 3, [200] * 3, [10, 20, 30], [1, 2, 3]])
-  np.testing.assert_array_equal(source.read(np.array([2, 2, 0]))[:, 0, 0, 0], [10, 10, 99])
+  np.testing.assert_array_equal(source.read(np.array([2, 2, 0])).images[:, 0, 0, 0], [10, 10, 99])
 
 
 def test_hidden_files_and_links_that_lead_out_are_left_out(tmp_path):
@@ -107,23 +107,79 @@ def test_a_broken_image_is_named(tmp_path, content):
     content = (tmp_path / "good.png").read_bytes()[:1500]
   (tmp_path / "sub").mkdir()
   (tmp_path / "sub" / "bad.png").write_bytes(content)
-  refuse(tmp_path, r"sub/bad.png is .* repair or remove it")
+  refuse(tmp_path, r"sub/bad.png \(image 1\) is .* repair or remove it, or use --on_bad_record=skip$")
 
 
-def test_a_broken_image_is_named_when_read_on_demand(tmp_path):
-  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-  write(tmp_path / "bad.png", noise)
-  os.truncate(tmp_path / "bad.png", 1500)
+def test_an_image_that_breaks_or_goes_after_opening_is_named(tmp_path):
+  for number in range(5):
+    write(tmp_path / f"{number}.png", Image.fromarray(np.full((32, 32, 3), number, np.uint8)))
   source = open_folder(tmp_path, cache_gib=0.0)
-  with pytest.raises(UserError, match=r"bad.png is broken"):
-    source.read(np.array([0]))
+  forgiving = open_folder(tmp_path, cache_gib=0.0, on_bad_record="skip")
+  os.truncate(tmp_path / "1.png", 60)
+  (tmp_path / "2.png").unlink()
+  write(tmp_path / "4.png", plain((4, 4, 4), (32, 31)))
+  for index, reason in [
+    (1, "is broken"),
+    (2, r"cannot be read \(No such file or directory\)"),
+    (4, "has another size"),
+  ]:
+    with pytest.raises(UserError, match=rf"^dataset: {tmp_path}/{index}.png \(image {index}\) {reason}[^\n]*$"):
+      source.read(np.array([0, index]))
+  rows = forgiving.read(np.arange(5))
+  np.testing.assert_array_equal(rows.images[:, 0, 0, 0], [0, 3, 3, 3, 0])
+  np.testing.assert_array_equal(rows.replaced, [False, True, True, False, True])
+
+
+@pytest.mark.parametrize("cache_gib", [0.0, 1.0])
+def test_skipping_keeps_the_places_of_all_others(tmp_path, capsys, cache_gib):
+  for number in (1, 2, 4):
+    write(tmp_path / f"{number}.png", plain(number, mode="L"))
+  (tmp_path / "0.png").write_bytes(b"no image")
+  write(tmp_path / "3.png", plain((9, 9, 9), (32, 32)))  # neither its size nor its colour counts
+  os.truncate(tmp_path / "3.png", 20)
+  source = open_folder(tmp_path, cache_gib=cache_gib, on_bad_record="skip")
+  assert (len(source), source.image_shape) == (5, (8, 8, 1))
+  for _ in range(3):
+    rows = source.read(np.array([4, 3, 2, 1, 0]))
+  np.testing.assert_array_equal(rows.images[:, 0, 0, 0], [4, 4, 2, 1, 1])
+  np.testing.assert_array_equal(rows.replaced, [False, True, False, False, True])
+  told = sorted(capsys.readouterr().err.splitlines())
+  assert len(told) == 2
+  assert told[0] == f"skipped: {tmp_path}/0.png (image 0) is not an image that Pillow can read (unknown format)"
+  assert told[1].startswith(f"skipped: {tmp_path}/3.png (image 3) is ")
+
+
+def test_nothing_but_broken_images(tmp_path):
+  for name in ("a.png", "b.jpg"):
+    (tmp_path / name).write_bytes(b"no image")
+  refuse(tmp_path, "none of the 2 files of 'folder:.*' is an image", on_bad_record="skip")
+
+
+def test_sizes_still_differ_when_bad_images_are_skipped(tmp_path):
+  write(tmp_path / "a.png", plain("red", (20, 20)))
+  write(tmp_path / "b.png", plain("blue"))
+  refuse(tmp_path, "image_size: 0, .* different sizes", on_bad_record="skip")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+  write(tmp_path / "a.png", plain("red"))
+  write(tmp_path / "shut" / "b.png", plain("red"))
+  scandir = os.scandir
+
+  def refusing(path):
+    if str(path).endswith("shut"):
+      raise PermissionError(13, "Permission denied", str(path))
+    return scandir(path)
+
+  monkeypatch.setattr(os, "scandir", refusing)
+  refuse(tmp_path, "the folder .*/shut cannot be listed .Permission denied.", on_bad_record="skip")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
   write(tmp_path / "bomb.png", plain("red", (11, 11)))
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-  refuse(tmp_path, "bomb.png is too large")
+  refuse(tmp_path, r"bomb.png \(image 0\) is too large")
 
 
 def test_the_cache_holds_what_reading_on_demand_gives(tmp_path):
@@ -134,8 +190,9 @@ def test_the_cache_holds_what_reading_on_demand_gives(tmp_path):
   on_demand = open_folder(tmp_path, image_size=6, cache_gib=0.0)
   assert cached.read is not on_demand.read
   indices = np.random.default_rng(1).permutation(300)
-  np.testing.assert_array_equal(cached.read(indices), on_demand.read(indices))
-  assert len(np.unique(cached.read(indices).reshape(300, -1), axis=0)) == 300
+  for ours, theirs in zip(cached.read(indices), on_demand.read(indices), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  assert len(np.unique(cached.read(indices).images.reshape(300, -1), axis=0)) == 300
 
 
 def test_what_is_no_folder_of_images(tmp_path):

@@ -134,6 +134,17 @@ def test_a_decompression_bomb_is_refused_by_name(monkeypatch, side):
   images.decode(encoded(Image.new("L", (10, 10))), 1, "holiday.png")
 
 
+def test_a_palette_image_without_its_palette_is_refused_by_name():
+  """Pillow has nothing but an assertion for it."""
+  paletted = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+  paletted.putpalette([9, 9, 9, 50, 60, 70])
+  whole = encoded(paletted)
+  start = whole.index(b"PLTE") - 4
+  length = int.from_bytes(whole[start : start + 4])
+  with pytest.raises(UserError, match=r"^dataset: holiday[^\n]*$"):
+    images.decode(whole[:start] + whole[start + 12 + length :], 3, "holiday")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_a_truncated_image_is_refused_by_name(kind):
   noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))

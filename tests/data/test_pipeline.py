@@ -1,5 +1,6 @@
 """The order is a function of (seed, step): checked with a source whose image i is the number i."""
 
+import concurrent.futures
 import itertools
 import threading
 import time
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.data import pipeline
+from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 
@@ -18,7 +20,7 @@ N, B = 50, 16  # an epoch is no whole number of batches
 def numbers(length=N):
   def read(indices):
     assert isinstance(indices, np.ndarray)
-    return indices.astype(np.uint8).reshape(-1, 1, 1, 1)
+    return Rows(indices.astype(np.uint8).reshape(-1, 1, 1, 1), indices == 5)
 
   return Source(name="numbers", image_shape=(1, 1, 1), length=length, read=read)
 
@@ -41,6 +43,7 @@ def test_shapes_and_types():
   assert batch["image"].dtype == np.uint8
   assert batch["index"].dtype == np.int32
   np.testing.assert_array_equal(batch["index"], [12, 13, 14, 15])
+  assert (batch["replaced"].dtype, batch["replaced"].shape) == (bool, (4,))
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -48,7 +51,7 @@ def test_the_shares_of_all_processes_are_the_batches_of_one(count):
   alone = take(9)
   shares = [take(9, process_index=p, process_count=count) for p in range(count)]
   for step, batch in enumerate(alone):
-    for name in ("image", "index"):
+    for name in ("image", "index", "replaced"):
       together = np.concatenate([share[step][name] for share in shares])
       np.testing.assert_array_equal(together, batch[name])
 
@@ -92,15 +95,65 @@ def test_the_order_stays_what_it_is():
   np.testing.assert_array_equal([order[0], order[1]], [[4, 6, 9, 7], [5, 3, 1, 8]])
 
 
-def test_an_error_of_the_reader_reaches_the_consumer():
+def test_the_source_says_which_rows_are_replaced():
+  for batch in take(7):
+    np.testing.assert_array_equal(batch["replaced"], batch["image"].ravel() == 5)
+
+
+class OfC(BaseException):
+  """Something that no `except Exception` stops."""
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize(
+  ("error", "raised"),
+  [
+    (UserError("dataset: cat.png is broken"), UserError),
+    (MemoryError("no memory for a batch"), MemoryError),
+    (SystemError("returned a result with an exception set"), SystemError),
+    (SystemExit(3), SystemExit),
+    (OfC(), OfC),
+    (concurrent.futures.CancelledError(), concurrent.futures.CancelledError),
+    (StopIteration(), RuntimeError),  # as it is, it would end the batches without a word
+  ],
+  ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_whatever_kills_a_reader_thread_reaches_the_consumer_in_its_place(error, raised, threads):
+  """Run in a thread of its own with a deadline, as a bug here is a hang."""
+  third = set(pipeline.order(N, batch_size=B, seed=0)[3])
+
   def read(indices):
-    raise UserError("dataset: cat.png is broken")
+    if set(indices) == third:
+      raise error
+    return numbers().read(indices)
 
   source = Source(name="broken", image_shape=(1, 1, 1), length=N, read=read)
-  started = time.monotonic()
-  with pytest.raises(UserError, match=r"cat.png is broken"):
-    take(1, source)
-  assert time.monotonic() - started < 10
+  seen, ended = [], []
+
+  def consume():
+    stream = pipeline.batches(source, batch_size=B, seed=0, start_step=0, threads=threads)
+    try:
+      for batch in stream:
+        seen.append(batch)
+    except (Exception, OfC, SystemExit) as caught:
+      ended.append(caught)
+
+  before = set(threading.enumerate())
+  consumer = threading.Thread(target=consume, daemon=True)
+  consumer.start()
+  consumer.join(timeout=10)
+  assert not consumer.is_alive()
+  assert isinstance(ended[0], raised)
+  assert error in (ended[0], ended[0].__cause__)
+  assert len(seen) == 3  # the batches before it come first
+  wait_for_the_end_of(set(threading.enumerate()) - before)
+
+
+def wait_for_the_end_of(threads):
+  deadline = time.monotonic() + 5
+  for thread in threads:
+    thread.join(timeout=max(0.0, deadline - time.monotonic()))
+    assert not thread.is_alive()
 
 
 def test_close_stops_the_threads():
@@ -110,9 +163,34 @@ def test_close_stops_the_threads():
   started = set(threading.enumerate()) - before
   assert started
   stream.close()
-  for thread in started:
-    thread.join(timeout=5)
-    assert not thread.is_alive()
+  wait_for_the_end_of(started)
+
+
+def test_close_does_not_wait_for_a_slow_read_and_no_other_follows_it():
+  reads, go_on = [], threading.Event()
+  first = set(pipeline.order(N, batch_size=B, seed=0)[0])
+
+  def read(indices):
+    reads.append(indices)
+    if set(indices) != first:
+      assert go_on.wait(timeout=30)
+    return numbers().read(indices)
+
+  before = set(threading.enumerate())
+  source = Source(name="slow", image_shape=(1, 1, 1), length=N, read=read)
+  stream = pipeline.batches(source, batch_size=B, seed=0, start_step=0, threads=3)
+  next(stream)
+  started = set(threading.enumerate()) - before
+  deadline = time.monotonic() + 10
+  while len(reads) < 4 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  assert len(reads) == 4  # one is done, three are slow, and three or more wait for a thread
+  begun = time.monotonic()
+  stream.close()
+  assert time.monotonic() - begun < 2
+  go_on.set()
+  wait_for_the_end_of(started)
+  assert len(reads) == 4
 
 
 def test_an_uneven_share_is_an_error():

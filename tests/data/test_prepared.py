@@ -137,7 +137,7 @@ def test_digits_are_those_of_uci(digits_dir):
       [0, 0, 6, 13, 10, 0, 0, 0],
     ]
   )
-  pixels = source.read(np.arange(1797))
+  pixels = source.read(np.arange(1797)).images
   assert pixels.dtype == np.uint8
   (places,) = np.nonzero((np.abs(pixels[..., 0] - first * 255 / 16) <= 0.5).all((1, 2)))
   assert len(places) == 1
@@ -150,7 +150,7 @@ def test_digits_are_those_of_uci(digits_dir):
 
 def test_cache_equals_reading_on_demand(digits_dir):
   indices = np.random.default_rng(0).integers(0, 1797, 200)
-  cached, on_demand = (open_source("digits", digits_dir, cache_gib=gib).read(indices) for gib in (1.0, 0.0))
+  cached, on_demand = (open_source("digits", digits_dir, cache_gib=gib).read(indices).images for gib in (1.0, 0.0))
   np.testing.assert_array_equal(cached, on_demand)
 
 
@@ -162,7 +162,7 @@ def test_slices_and_sums_of_splits(digits_dir):
 def test_image_size(digits_dir):
   source = open_source("digits", digits_dir, image_size=16)
   assert source.image_shape == (16, 16, 1)
-  assert source.read(np.array([3])).shape == (1, 16, 16, 1)
+  assert source.read(np.array([3])).images.shape == (1, 16, 16, 1)
 
 
 def test_unknown_and_empty_splits(digits_dir):
@@ -197,13 +197,13 @@ def test_oblong_transparent_images_with_image_size(stripes_dir):
   source = open_source("stripes", stripes_dir, image_size=6)
   assert source.image_shape == (6, 6, 3)
   assert len(source) == 40
-  pixels = source.read(np.arange(40))
+  pixels = source.read(np.arange(40)).images
   np.testing.assert_array_equal(np.sort(pixels[:, 3, 3, 0]), np.arange(40))
   expected = np.repeat(pixels[:, 3:4, 3:4], 6, axis=2)
   expected[:, :, [0, 5]] = 255  # columns 2 and 7 of the image, where it is transparent
   np.testing.assert_array_equal(pixels, np.repeat(expected, 6, axis=1))
   on_demand = open_source("stripes", stripes_dir, image_size=6, cache_gib=0.0)
-  np.testing.assert_array_equal(on_demand.read(np.arange(40)), pixels)
+  np.testing.assert_array_equal(on_demand.read(np.arange(40)).images, pixels)
   assert len(open_source("stripes", stripes_dir, image_size=6, split="test")) == 20
 
 

@@ -1,16 +1,22 @@
 """The order of the loop: what is written when, exact resume, stopping on request, bad news."""
 
+import errno
 import json
 import os
+import shutil
 import signal
 
 import chex
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
-from ddpm_jax.errors import NonFiniteError, UserError
+from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import Checkpoints
 from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
@@ -18,16 +24,29 @@ from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
 TIMES = ("steps_per_second", "images_per_second")
 
 
+def noise(seed=0, replaced=()):
+  """40 images: with batches of 16, an epoch ends in the middle of the third batch. Some of them stand for bad ones."""
+  images = np.random.default_rng(seed).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
+  rows = Rows(images, np.isin(np.arange(40), replaced))
+  return Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": f"{seed:064d}"})
+
+
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
-  """40 images: with batches of 16, an epoch ends in the middle of the third batch."""
-  images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  source = Source(name="noise", image_shape=IMAGE_SHAPE, length=len(images), read=images.__getitem__)
-  monkeypatch.setattr(loop, "open_source", lambda data: source)
+  monkeypatch.setattr(loop, "open_source", lambda data: noise())
 
 
 def train(workdir, **changes):
-  loop.train(tiny_config(**changes), workdir)
+  with StopRequest() as stop:
+    loop.train(tiny_config(**changes), workdir, stop)
+
+
+def train_little(workdir, **changes):
+  """The same with a network that is built in a moment, where it does not matter which."""
+  train(workdir, **(LITTLE | changes))
+
+
+LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
 
 
 def metrics(workdir):
@@ -36,10 +55,12 @@ def metrics(workdir):
   return [{name: value for name, value in json.loads(line).items() if name not in TIMES} for line in lines]
 
 
-def restore(workdir, step=None):
+def restore(workdir, step=None, **changes):
   checkpoints = Checkpoints(workdir / "checkpoints")
-  run = tiny_run(tiny_config())
-  state = checkpoints.restore(run.abstract_state, step or checkpoints.latest_step())
+  run = tiny_run(tiny_config(**changes))
+  if step is not None:
+    checkpoints.steps = lambda: [step]
+  state = checkpoints.restore(lambda manifest: run.abstract_state).state
   checkpoints.close()
   return host(state)
 
@@ -49,9 +70,7 @@ def uninterrupted(tmp_path_factory):
   """Eight updates in one go, with grids."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   with pytest.MonkeyPatch.context() as patch:
-    images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-    source = Source(name="noise", image_shape=IMAGE_SHAPE, length=len(images), read=images.__getitem__)
-    patch.setattr(loop, "open_source", lambda data: source)
+    patch.setattr(loop, "open_source", lambda data: noise())
     train(workdir, sample_every=6)
   return workdir
 
@@ -60,6 +79,7 @@ def test_what_a_run_leaves(uninterrupted):
   assert {path.name for path in uninterrupted.iterdir()} == {
     "config.json",
     "flags.txt",
+    "lock",
     "checkpoints",
     "metrics.jsonl",
     "loss.png",
@@ -68,7 +88,10 @@ def test_what_a_run_leaves(uninterrupted):
   }
   assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "8"]
   assert [line["step"] for line in metrics(uninterrupted)] == list(range(1, 9))
-  assert set(metrics(uninterrupted)[0]) == {"step", "loss", "grad_norm", "learning_rate", "ema_decay"}
+  assert set(metrics(uninterrupted)[0]) == {
+    *("step", "loss", "grad_norm", "learning_rate", "ema_decay"),
+    *("nonfinite", "nonfinite_in_row", "bad_records"),
+  }
   assert int(restore(uninterrupted, 4).step) == 4 and int(restore(uninterrupted).step) == 8
   grids = sorted((uninterrupted / "samples").iterdir())
   assert [path.name for path in grids] == ["step_00000006.png", "step_00000008.png"]
@@ -112,7 +135,7 @@ def test_updates_lost_to_a_crash_are_made_and_logged_again(uninterrupted, tmp_pa
 
   def crash(*args, **kwargs):
     for number, batch in enumerate(real(*args, **kwargs)):
-      if number == 6:
+      if number == 7:
         raise OSError("a cable was pulled")
       yield batch
 
@@ -138,7 +161,170 @@ def test_a_finished_run_does_nothing(uninterrupted, capsys):
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
   with pytest.raises(NonFiniteError, match=r"update [23]: loss .*; what was saved before is intact; try a lower"):
-    train(tmp_path / "run", learning_rate=1e38, warmup_steps=0, grad_clip=0.0)
+    train_little(tmp_path / "run", learning_rate=1e38, warmup_steps=0, grad_clip=0.0)
+
+
+def poisoned(updates, value=float("nan")):
+  """`make_loss`, whose loss and gradients are not finite at these updates: a function of the keys, as the state is."""
+
+  def make(run):
+    real = loop_make_train_step(run)
+
+    def step(state, batch, **options):
+      bad = jnp.isin(state.step + 1, jnp.asarray(updates))
+      loss_fn = real.keywords["loss_fn"]
+      spoilt = lambda params, batch, keys: loss_fn(params, batch, keys) * jnp.where(bad, value, 1.0)  # noqa: E731
+      return real.func(state, batch, **(real.keywords | {"loss_fn": spoilt} | options))
+
+    return step
+
+  return make
+
+
+loop_make_train_step = loop.make_train_step
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 8])
+def test_halt_names_the_update_and_its_images(tmp_path, monkeypatch, value, log_every):
+  """NaN and infinity, at an update that is logged and one that is not."""
+  monkeypatch.setattr(loop, "make_train_step", poisoned([6], value))
+  with pytest.raises(NonFiniteError, match="update 6: loss") as caught:
+    train_little(tmp_path / "run", log_every=log_every)
+  images = [int(word) for word in str(caught.value).split("its images are ")[1].split()]
+  assert images == list(order(40, batch_size=16, seed=0)[5])
+  assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [4]
+
+
+def test_skip_leaves_the_update_out_and_counts_it(tmp_path, monkeypatch, capsys):
+  """The same as if the batch had not been there, but for the step: compared with the state before and after."""
+  options = dict(on_nonfinite="skip", num_steps=6, checkpoint_every=1, keep_checkpoints=9, warmup_steps=0)
+  monkeypatch.setattr(loop, "make_train_step", poisoned([3, 4]))
+  train_little(tmp_path / "run", **options)
+  before, after, later = (restore(tmp_path / "run", step, **LITTLE) for step in (2, 4, 5))
+  for name in ("params", "ema_params", "opt_state"):
+    chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
+  assert (after.step, after.counts.nonfinite, after.counts.nonfinite_in_row) == (4, 2, 2)
+  assert (later.step, later.counts.nonfinite, later.counts.nonfinite_in_row) == (5, 2, 0)
+  lines = metrics(tmp_path / "run")
+  assert [line["nonfinite"] for line in lines] == [0, 0, 1, 2, 2, 2]
+  assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False]
+  assert capsys.readouterr().out.count("left out, the weights stay as they were; its images are ") == 2
+
+
+def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "make_train_step", poisoned([2, 5, 6, 7]))
+  with pytest.raises(NonFiniteError, match="update 7: loss nan, gradient norm nan, as the 2 before it"):
+    train_little(tmp_path / "run", on_nonfinite="skip", max_nonfinite=3)
+
+
+def test_the_count_of_a_row_survives_a_stop(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "make_train_step", poisoned([3, 4, 5]))
+  train_little(tmp_path / "run", on_nonfinite="skip", max_nonfinite=3, num_steps=4)
+  with pytest.raises(NonFiniteError, match=r"update 5: .* as the 2 before it"):
+    train_little(tmp_path / "run", on_nonfinite="skip", max_nonfinite=3)
+
+
+def test_replaced_images_are_counted(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, "open_source", lambda data: noise(replaced=(3, 17, 30)))
+  train_little(tmp_path / "run", num_steps=5)
+  rows = [np.isin(order(40, batch_size=16, seed=0)[step], (3, 17, 30)).sum() for step in range(5)]
+  assert [line["bad_records"] for line in metrics(tmp_path / "run")] == list(np.cumsum(rows))
+
+
+# Resuming.
+
+
+def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
+  train_little(tmp_path / "run", num_steps=2)
+  monkeypatch.setattr(loop, "open_source", lambda data: noise(seed=1))
+  with pytest.raises(
+    UserError, match=r"dataset: the images of noise have changed since checkpoint 2 .*: probe was 0000"
+  ):
+    train_little(tmp_path / "run", num_steps=4)
+  train_little(tmp_path / "run", num_steps=4, allow_data_change=True)
+  train_little(tmp_path / "run", num_steps=5)  # from now on these are the images
+  checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+  run = tiny_run(tiny_config(**LITTLE))
+  changes = checkpoints.restore(lambda manifest: run.abstract_state).manifest["data_changes"]
+  assert changes == [{"after_update": 2, "before": {"probe": f"{0:064d}"}}]
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted, tmp_path):
+  """config.json may be anybody's; what a checkpoint was trained with it says itself."""
+  shutil.copytree(uninterrupted, tmp_path / "run")
+  text = (tmp_path / "run" / "config.json").read_text()
+  (tmp_path / "run" / "config.json").write_text(text.replace('"seed": 0', '"seed": 1'))
+  with pytest.raises(UserError, match=r"seed: checkpoint 8 in .* was trained with '0', this command says '1'"):
+    train(tmp_path / "run", seed=1, num_steps=9)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_made_again(uninterrupted, tmp_path, capsys):
+  shutil.copytree(uninterrupted, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "8" / "manifest")
+  train(tmp_path / "run", sample_every=6)
+  out, err = capsys.readouterr()
+  assert "warning: checkpoint 8 is damaged: " in err and str(tmp_path / "run" / "damaged" / "8") in err
+  assert "after update 4 of 8" in out
+  chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
+  assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+# Storage.
+
+
+def test_a_save_that_fails_is_told_and_tried_again(uninterrupted, tmp_path, monkeypatch, capsys):
+  """The disk is full at update 2 and has room again at update 4: nothing is lost."""
+  real = Checkpoints.save
+  monkeypatch.setattr(Checkpoints, "save", full_disk(real, [2]))
+  train(tmp_path / "run", checkpoint_every=2)
+  assert "warning: [Errno 28] No space left on device; the run goes on and tries again" in capsys.readouterr().err
+  assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [4, 6, 8]
+  chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
+
+
+def full_disk(save, steps):
+  def failing(self, state, step, facts):
+    if step in steps:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    save(self, state, step, facts)
+
+  return failing
+
+
+@pytest.mark.parametrize(("limit", "ends_at"), [(0, 4), (3, 3), (5, 5)])
+def test_no_more_is_lost_than_may_be(tmp_path, monkeypatch, limit, ends_at):
+  tried = []
+
+  def failing(self, state, step, facts):
+    tried.append(step)
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(Checkpoints, "save", failing)
+  with pytest.raises(RunError, match=r"No space left on device; nothing could be saved since update 0"):
+    train_little(tmp_path / "run", checkpoint_every=2, max_unsaved_steps=limit)
+  assert tried[-1] == ends_at
+
+
+def test_the_last_save_must_succeed(tmp_path, monkeypatch):
+  monkeypatch.setattr(Checkpoints, "save", full_disk(Checkpoints.save, [8]))
+  with pytest.raises(RunError, match="the run ends after update 8, but its newest checkpoint is of update 6"):
+    train_little(tmp_path / "run", checkpoint_every=3)
+
+
+def test_a_workdir_that_vanishes_is_not_made_anew(tmp_path, monkeypatch):
+  real = loop.batches
+
+  def remove(*args, **kwargs):
+    for number, batch in enumerate(real(*args, **kwargs)):
+      if number == 4:
+        shutil.rmtree(tmp_path / "run")
+      yield batch
+
+  monkeypatch.setattr(loop, "batches", remove)
+  with pytest.raises(RunError, match="has vanished"):
+    train_little(tmp_path / "run", checkpoint_every=6)
+  assert not (tmp_path / "run").exists()
 
 
 def test_another_configuration_is_refused_before_anything_is_written(uninterrupted):

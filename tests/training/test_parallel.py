@@ -20,8 +20,11 @@ def train(mode, **changes):
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   for i in range(STEPS):
     batch = run.parallel.put_batch(random_batch(seed=i))
+    # As if one process, of this device, had asked to stop before the last update.
+    vote = jax.device_put(np.asarray([0, 0, 0, i == STEPS - 1, 0, 0, 0, 0], np.int32), run.parallel.split)
     with jax.transfer_guard("disallow"):
-      state, metrics = step(state, batch)
+      state, metrics, agreed = step(state, batch, vote)
+    assert bool(to_host(agreed)) == (i == STEPS - 1)
     rows.append([float(to_host(metrics[name])) for name in ("loss", "grad_norm")])
   return state, np.asarray(rows), run
 
@@ -79,12 +82,13 @@ def test_one_compilation_also_after_a_resume(mode):
   state = run.initial_state()
   batches = [run.parallel.put_batch(random_batch(24, seed=i)) for i in range(4)]
   restored = jax.device_put(host(state), run.parallel.state_shardings(run.abstract_state))
-  jax.block_until_ready((state, batches, restored))
+  vote = run.parallel.put_vote(False)
+  jax.block_until_ready((state, batches, restored, vote))
   del compiled[:]
   for batch in batches[:3]:
-    state, _ = step(state, batch)
+    state, _, _ = step(state, batch, vote)
   assert len(compiled) == 1
-  step(restored, batches[3])
+  step(restored, batches[3], vote)
   assert len(compiled) == 1
 
 
@@ -93,7 +97,7 @@ def test_the_state_is_donated(mode):
   run = tiny_run(tiny_config(parallel=mode))
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   state = run.initial_state()
-  step(state, run.parallel.put_batch(random_batch()))
+  step(state, run.parallel.put_batch(random_batch()), run.parallel.put_vote(False))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 

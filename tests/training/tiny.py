@@ -39,7 +39,7 @@ def tiny_run(config: Config) -> Run:
 
 def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
   images = np.random.default_rng(seed).integers(0, 256, (size, *IMAGE_SHAPE), dtype=np.uint8)
-  return {"image": images, "index": np.arange(size, dtype=np.int32)}
+  return {"image": images, "index": np.arange(size, dtype=np.int32), "replaced": np.zeros(size, bool)}
 
 
 def host(tree):

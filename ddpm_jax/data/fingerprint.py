@@ -1,0 +1,81 @@
+"""What of the data must stay when a run is resumed, as a few lines that go into a checkpoint.
+
+Everything that the pixels depend on and that is cheap to know, and nothing else: not where the data lie, how they are
+read, or by how many processes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.data.encoded import EncodedImages, Rows
+
+Fingerprint = dict[str, str | int]
+
+_PROBES = 256
+_PARTS = 4  # of the probe, each read by one call
+
+
+def take(
+  encoded: EncodedImages, read: Callable[[np.ndarray], Rows], everything: np.ndarray | None = None
+) -> Fingerprint:
+  """The fingerprint of a data set.
+
+  A file that is replaced by another of the same size shows in "pixels", but where the set is not in memory only if it
+  is one of the 256 images of the probe. Another version of Pillow may decode a JPEG to other pixels, which shows too.
+
+  Args:
+    encoded: the data set.
+    read: its images as training sees them, bad ones replaced.
+    everything: all its images uint8 [N, H, W, C], where they are in memory.
+
+  Returns:
+    "dataset": its resolved name; "images": how many; "shape": "HxWxC"; and SHA-256 digests in hexadecimal: "listing" of
+    what is known of each record without reading it, "probe" of the pixels of at most 256 images, evenly spaced, and,
+    with `everything` only, "pixels" of all.
+
+  Raises:
+    UserError: an image of the probe cannot be read.
+  """
+  count = min(_PROBES, encoded.length)
+  indices = np.arange(count) * encoded.length // count
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # 256 large JPEGs take seconds on one core
+    parts = pool.map(lambda part: read(part).images.data, np.array_split(indices, min(_PARTS, count)))
+    probe = _sha256(parts)
+  found: Fingerprint = {
+    "dataset": encoded.identity,
+    "images": encoded.length,
+    "shape": "x".join(map(str, encoded.shape)),
+    "listing": encoded.listing,
+    "probe": probe,
+  }
+  if everything is not None:
+    found["pixels"] = _sha256([everything.data])
+  return found
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+  """The fields in which two fingerprints differ, each as (field, before, after); None for one that is not there.
+
+  "pixels" is compared only where both have it, as `cache_gib` may change between two starts.
+  """
+  fields = [name for name in dict.fromkeys((*before, *after)) if name != "pixels" or (name in before and name in after)]
+  return [(name, before.get(name), after.get(name)) for name in fields if before.get(name) != after.get(name)]
+
+
+def digest(parts: Iterable[str]) -> str:
+  """SHA-256 of a list of strings without NUL, in hexadecimal; file names that are no text keep their bytes."""
+  return _sha256(os.fsencode(part) + b"\0" for part in parts)
+
+
+def _sha256(parts: Iterable[bytes | memoryview]) -> str:
+  total = hashlib.sha256()
+  for part in parts:
+    total.update(part)
+  return total.hexdigest()

@@ -1,0 +1,87 @@
+"""Writing that neither a kill nor a full disk can leave half done."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+
+
+def write_whole(path: pathlib.Path, data: bytes) -> None:
+  """Writes or replaces a file: it is there with all of `data`, also after a loss of power, or as it was before.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  temporary = path.with_name(f".{path.name}.tmp")
+  try:
+    with temporary.open("wb") as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      temporary.unlink()  # it takes space that is missing
+    raise
+
+
+class Records:
+  """A file that grows by whole records, in order and each once, however often writing fails in between."""
+
+  def __init__(self, path: pathlib.Path, flags: int = 0):
+    """Opens or creates a file; `flags` are more of `os.open`. Raises OSError."""
+    self._file = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+    self._length = self._safe_length = os.fstat(self._file).st_size  # of what is written, and of what survives
+    self._pending: list[bytes] = []  # not written yet
+    self._unsafe: list[bytes] = []  # written, but some storage says only at fsync that it could not keep it
+
+  def add(self, record: bytes) -> None:
+    """Takes a record, which stays in memory until it is written."""
+    self._pending.append(record)
+
+  def write(self) -> None:
+    """Hands all records to the kernel: a kill cannot take them any more. Raises OSError at the first that fails."""
+    while self._pending:
+      self._write_one(self._pending[0])
+      self._unsafe.append(self._pending.pop(0))
+
+  def write_or_drop(self, record: bytes) -> None:
+    """Writes a record at once, ahead of those that wait, and forgets it if that fails. Raises OSError."""
+    self._write_one(record)
+
+  def sync(self) -> None:
+    """Writes all records and waits until a loss of power cannot take them. Raises OSError."""
+    self.write()
+    try:
+      os.fsync(self._file)
+    except OSError:
+      # The kernel has thrown away what it could not store: all since the last time is written again.
+      self._pending, self._unsafe, self._length = self._unsafe, [], self._safe_length
+      self._cut()
+      raise
+    self._unsafe, self._safe_length = [], self._length
+
+  def close(self) -> None:
+    """Tries to write what is left, and closes the file. Raises nothing: whoever must know calls `sync` before."""
+    with contextlib.suppress(OSError):
+      self.write()
+    with contextlib.suppress(OSError):
+      os.close(self._file)
+
+  def _write_one(self, record: bytes) -> None:
+    if os.fstat(self._file).st_size > self._length:
+      os.ftruncate(self._file, self._length)  # `_cut` had failed
+    done = 0
+    try:
+      while done < len(record):
+        done += os.pwrite(self._file, record[done:], self._length + done)
+    except OSError:
+      self._cut()
+      raise
+    self._length += len(record)
+
+  def _cut(self) -> None:
+    """Takes a part of a record off the end at once, for whoever reads the file meanwhile."""
+    with contextlib.suppress(OSError):
+      os.ftruncate(self._file, self._length)

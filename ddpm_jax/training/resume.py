@@ -1,0 +1,89 @@
+"""What a checkpoint is of, and whether a run may go on from it: the same settings, the same images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.data import fingerprint
+from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
+from ddpm_jax.run import Run
+from ddpm_jax.training.manifest import Manifest
+from ddpm_jax.training.parallel import from_all_processes
+from ddpm_jax.training.state import TrainState
+
+
+def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str, Any]:
+  """What the manifests of a run say beside the arrays: image_shape, config, data, and how the data changed before.
+
+  Args:
+    run: the parts of the run.
+    source: its images.
+    earlier: the manifest that it goes on from.
+  """
+  changes = list(earlier["data_changes"]) if earlier else []
+  if earlier and fingerprint.differences(earlier["data"], source.fingerprint):
+    changes.append({"after_update": earlier["step"], "before": earlier["data"]})
+  return {
+    "image_shape": list(run.image_shape),
+    "config": json.loads(config_lib.to_json(run.config)),
+    "data": source.fingerprint,
+    "data_changes": changes,
+  }
+
+
+def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manifest], TrainState]:
+  """What `Checkpoints.restore` is to expect for training to go on: manifest -> abstract state, or UserError."""
+
+  def expect(manifest: Manifest) -> TrainState:
+    check_config(manifest, run.config, workdir)
+    for field, before, now in fingerprint.differences(manifest["data"], source.fingerprint):
+      if not run.config.data.allow_data_change:
+        raise UserError(
+          f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
+          f"{field} was {_short(before)}, is {_short(now)}; restore them, or go on all the same with "
+          "--allow_data_change"
+        )
+    return run.abstract_state
+
+  return expect
+
+
+def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path) -> None:
+  """Raises UserError if a checkpoint was trained with settings that may not change, and have."""
+  stored = config_lib.from_json(json.dumps(manifest["config"]))
+  for name, before, now in config_lib.changed(stored, config, on_resume=True):
+    raise UserError(
+      f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
+      f"command says {config_lib.flag_text(now)!r}; use another --workdir"
+    )
+
+
+def check_hosts(run: Run, source: Source) -> None:
+  """Raises UserError if the processes of a job were given different flags, or hold different images; all must call it.
+
+  They would wait for each other for ever, or train on something that no seed gives again.
+  """
+  local = ("data_dir", "manual_dir")  # where a host keeps its data is its own business
+  flags = {name: value for name, value in config_lib.values(run.config).items() if name not in local}
+  for what, facts in (("flags", flags), ("images", source.fingerprint)):
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    for process, other in enumerate(from_all_processes(np.frombuffer(digest, np.uint8))):
+      if other.tobytes() != digest:
+        raise UserError(
+          f"distributed: the {what} of process {process} differ from those of process {jax.process_index()}; give "
+          f"every host the same {'command' if what == 'flags' else 'data set'}"
+        )
+
+
+def _short(value: Any) -> str:
+  return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else repr(value)

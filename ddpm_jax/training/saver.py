@@ -1,0 +1,99 @@
+"""When a checkpoint is written, and what happens where it cannot be: how much may be lost is a promise of the run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ddpm_jax.config import TrainConfig
+from ddpm_jax.errors import RunError
+from ddpm_jax.lock import Lock
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.state import TrainState
+
+
+class Saver:
+  """Saves every `checkpoint_every` updates, and puts up with failures until `max_unsaved_steps` updates are at risk."""
+
+  def __init__(
+    self,
+    checkpoints: Checkpoints,
+    options: TrainConfig,
+    facts: dict[str, Any],
+    *,
+    start_step: int,
+    lock: Lock | None,
+    flush: Callable[[], None],
+  ):
+    """Nothing is saved yet.
+
+    Args:
+      checkpoints: where to.
+      options: the knobs.
+      facts: for the manifests.
+      start_step: the number of updates in the newest checkpoint that exists.
+      lock: of the workdir, which is looked at before each save; None where another process has it.
+      flush: writes what belongs to a checkpoint, the metrics; called before each save, raises OSError.
+    """
+    self._checkpoints, self._facts, self._lock, self._flush = checkpoints, facts, lock, flush
+    self._every = options.checkpoint_every
+    self._limit = options.max_unsaved_steps or 2 * options.checkpoint_every
+    self._saved = start_step  # the newest that is known to be on disk
+    self._pending: int | None = None
+    self._has_failed = False
+
+  def due(self, step: int) -> bool:
+    """Whether the state after `step` updates is to be saved."""
+    last_chance = self._has_failed and self._pending is None and step - self._saved >= self._limit
+    return step % self._every == 0 or last_chance
+
+  def save(self, state: TrainState, step: int) -> None:
+    """Starts to save; returns once the state may be donated again. Raises as `poll` does, and NonFiniteError."""
+    self._settle(step, wait=True)
+    if self._lock:
+      self._lock.check()  # Orbax would make a folder anew that somebody has deleted
+    try:
+      self._flush()
+      self._checkpoints.save(state, step, self._facts)
+    except (RunError, OSError) as error:
+      self._put_up_with(error, step)
+      return
+    self._pending = step
+
+  def poll(self, step: int) -> None:
+    """To be called after every update: hears of a save that failed in the background since.
+
+    Raises:
+      RunError: if the updates since the newest checkpoint are more than may be lost.
+    """
+    self._settle(step, wait=False)
+
+  def finish(self, step: int) -> None:
+    """Waits for the last save, of `step`. Raises RunError if it is not on disk."""
+    self._settle(step, wait=True)
+    if self._saved != step:
+      raise RunError(f"the run ends after update {step}, but its newest checkpoint is of update {self._saved}")
+
+  def _settle(self, step: int, *, wait: bool) -> None:
+    try:
+      if wait:
+        self._checkpoints.wait()
+      elif not self._checkpoints.finished():
+        return
+    except RunError as error:
+      self._pending = None
+      self._put_up_with(error, step)
+    if self._pending is not None:
+      self._saved, self._pending, self._has_failed = self._pending, None, False
+
+  def _put_up_with(self, error: RunError | OSError, step: int) -> None:
+    self._has_failed = True
+    reason = str(error)
+    if jax.process_count() > 1:  # the others may think that it succeeded: no way back to one story
+      raise RunError(reason) from error
+    if step - self._saved >= self._limit:
+      raise RunError(f"{reason}; nothing could be saved since update {self._saved}, see --max_unsaved_steps") from error
+    print(f"warning: {reason}; the run goes on and tries again", file=sys.stderr, flush=True)

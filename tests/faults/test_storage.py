@@ -1,0 +1,98 @@
+"""Storage that fails under a run: a disk that fills up, a second trainer, a workdir that is deleted."""
+
+import resource
+import shutil
+
+import pytest
+
+from tests.command import checkpoints, metrics
+
+
+def limit(heard, size):
+  """From now on the process can write no file beyond a size: the kernel says EFBIG, as it says ENOSPC on a full disk."""
+  resource.prlimit(heard.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def only(text, *beginnings):
+  """Whether there is nothing else on stderr: no traceback, nothing of a library's."""
+  strange = [line for line in text.splitlines() if not line.startswith(beginnings)]
+  assert not strange, "\n".join(strange)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(folder, whole, launch, complete):
+  workdir = folder / "full"
+  heard = launch("full", "--checkpoint_every=20", "--max_unsaved_steps=280", "--sample_every=20")
+  heard.wait_for("step 25/")
+  newest = checkpoints(workdir)[-1]
+  limit(heard, 1)
+  heard.wait_until(lambda: heard.err.count("; the run goes on and tries again") >= 2)
+  assert checkpoints(workdir)[-1] <= newest + 20  # one may have been finished just before
+  limit(heard, resource.RLIM_INFINITY)
+  out, err = heard.finish()
+  assert "done: 300 updates" in out
+  only(err, "warning: ")
+  warnings = err.splitlines()
+  assert any(line.startswith("warning: checkpoint") and "File too large" in line for line in warnings), err
+  assert any("metrics" in line for line in warnings), err
+  assert len(warnings) < 50, f"{len(warnings)} warnings"
+  assert checkpoints(workdir)[-1] == 300
+  complete_as_it_is(workdir, whole)
+
+
+def complete_as_it_is(workdir, whole):
+  from tests.command import digests
+
+  assert metrics(workdir) == metrics(whole)
+  assert digests(workdir) == digests(whole)
+
+
+def test_a_disk_that_stays_full_ends_the_run_before_more_is_lost_than_may_be(folder, whole, launch, complete):
+  workdir, at_risk = folder / "fuller", 30
+  heard = launch("fuller", "--checkpoint_every=10", f"--max_unsaved_steps={at_risk}")
+  heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [20])
+  limit(heard, 60_000)  # the metrics have room, the arrays have not
+  out, err = heard.finish(1)
+  only(err, "warning: ", "error: ")
+  assert err.count("error: ") == 1 and err.splitlines()[-1].startswith("error: ") and "--max_unsaved_steps" in err
+  newest = checkpoints(workdir)[-1]
+  assert newest < metrics(workdir)[-1]["step"] <= newest + at_risk
+  assert f"after update {newest} of" in complete("fuller"), "an earlier checkpoint is lost, or damaged"
+
+
+def test_a_second_trainer_is_refused_and_the_first_does_not_notice(folder, whole, launch, complete):
+  workdir = folder / "shared"
+  first = launch("shared", "--checkpoint_every=1")
+  first.wait_for("step 2/")
+  second = launch("shared", "--checkpoint_every=1")
+  out, err = second.finish(2)
+  assert out == "" and err.startswith("error: workdir: ") and err.count("\n") == 1
+  assert f"process {first.process.pid} on host" in err
+  before = checkpoints(workdir)[-1]
+  first.wait_until(lambda: checkpoints(workdir)[-1] > before)
+  first.process.kill()
+  first.finish(-9)
+  assert first.err == ""
+  complete("shared")
+
+
+def test_a_workdir_that_is_deleted_is_not_made_anew(folder, launch):
+  workdir = folder / "deleted"
+  heard = launch("deleted", "--checkpoint_every=5", "--sample_every=7")
+  heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [10])
+  while workdir.exists():
+    shutil.rmtree(workdir, ignore_errors=True)  # it is being written into
+  _, err = heard.finish(1)
+  assert not workdir.exists()
+  only(err, "warning: ", "error: ")
+  assert err.splitlines()[-1].startswith("error: workdir: ") and err.count("error: ") == 1, err
+
+
+def test_too_little_space_is_said_at_the_start(folder, launch, tmp_path):
+  """Python imports `sitecustomize` when it starts, from wherever it finds it first."""
+  (tmp_path / "sitecustomize.py").write_text(
+    "import collections, shutil\n"
+    "shutil.disk_usage = lambda path: collections.namedtuple('U', 'total used free')(10**9, 10**9 - 10**5, 10**5)\n"
+  )
+  out, err = launch("little", "--keep_checkpoints=3", PYTHONPATH=str(tmp_path)).finish(2)
+  assert out == "" and err.startswith("error: workdir: ") and err.count("\n") == 1 and "0.1 MB" in err, err
+  assert not (folder / "little").exists()

@@ -1,0 +1,139 @@
+"""Real processes that hang, with timeouts of a second."""
+
+import contextlib
+import os
+import pathlib
+import subprocess
+import sys
+import time
+import timeit
+
+import pytest
+
+from ddpm_jax.watchdog import Watchdog
+
+ROOT = pathlib.Path(__file__).parents[1]
+START = """
+import ctypes, faulthandler, os, pathlib, sys, time
+from ddpm_jax.watchdog import Watchdog
+
+def stuck_here():
+  {stuck}
+
+with Watchdog({timeout}, process=3, folder=pathlib.Path(sys.argv[1]), first_s={first_s}) as watchdog:
+  {before}
+  stuck_here()
+{after}
+"""
+
+
+def run(
+  folder, stuck="time.sleep(60)", before='watchdog.beat("update 7")', after="", timeout=1.0, first_s=60, **options
+):
+  """Runs it in the middle of a script. Returns the process, which has ended, and how long it took."""
+  code = START.format(stuck=stuck, before=before, after=after, timeout=timeout, first_s=first_s)
+  options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+  start = time.monotonic()
+  process = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, text=True, timeout=40, **options)
+  return process, time.monotonic() - start
+
+
+def check_line(text):
+  line, stacks = text.split("\n", 1)
+  assert line.startswith("error: nothing done for 1 s after update 7 on process 3 (host ")
+  assert "pid " in line and line.endswith("raise --step_timeout if this is normal")
+  assert "in stuck_here" in stacks
+
+
+@pytest.mark.parametrize(
+  "stuck",
+  [
+    "time.sleep(60)",
+    "while True: pass",
+    "ctypes.CDLL(None).sleep(60)",  # in C, without Python's lock, as in a collective
+  ],
+)
+def test_stuck(tmp_path, stuck):
+  process, seconds = run(tmp_path, stuck)
+  assert process.returncode == 1
+  assert 1 < seconds < 4
+  check_line(process.stderr)
+  check_line((tmp_path / "stuck.3.txt").read_text())
+
+
+def test_stuck_with_the_lock_of_python(tmp_path):
+  process, seconds = run(tmp_path, "ctypes.PyDLL(None).sleep(60)", before='watchdog.beat("update 7"); time.sleep(0.3)')
+  assert process.returncode == 1
+  assert 1 < seconds < 8
+  assert "Timeout" in process.stderr and "in stuck_here" in process.stderr
+
+
+def test_before_the_first_beat_the_limit_is_longer(tmp_path):
+  process, _ = run(tmp_path, "time.sleep(2.5)", before="")
+  assert (process.returncode, process.stderr) == (0, "")
+  process, _ = run(tmp_path, before="", timeout=0.5, first_s=1)
+  assert process.returncode == 1
+  assert "nothing done for 1 s after the start" in process.stderr
+
+
+def test_a_limit_above_the_first_one_counts_from_the_start():
+  assert Watchdog(5000)._first == 5000
+  assert Watchdog(5)._first == 3600
+
+
+def test_a_loop_that_goes_on_is_left_alone(tmp_path):
+  process, seconds = run(tmp_path, 'for i in range(20): time.sleep(0.1); watchdog.beat(f"update {i}")')
+  assert (process.returncode, process.stderr) == (0, "")
+  assert seconds > 2
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_off(tmp_path):
+  process, _ = run(tmp_path, "time.sleep(2)", timeout=0)
+  assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_outside_it_is_disarmed(tmp_path):
+  process, _ = run(tmp_path, "time.sleep(0.3)", after="time.sleep(4.5)")  # after a first tick
+  assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_an_error_inside_passes_through(tmp_path):
+  process, seconds = run(tmp_path, 'raise ValueError("of the loop")')
+  assert process.returncode == 1
+  assert seconds < 1
+  assert "ValueError: of the loop" in process.stderr and "stuck and ends" not in process.stderr
+
+
+def test_standard_error_is_closed(tmp_path):
+  process, seconds = run(tmp_path, before='os.close(2); watchdog.beat("update 7")')
+  assert process.returncode == 1
+  assert seconds < 4
+  check_line((tmp_path / "stuck.3.txt").read_text())
+
+
+def test_standard_error_is_full(tmp_path):
+  reader, writer = os.pipe()
+  os.set_blocking(writer, False)
+  with contextlib.suppress(BlockingIOError):
+    while True:
+      os.write(writer, b"x" * 4096)
+  os.set_blocking(writer, True)
+  process, seconds = run(tmp_path, stderr=writer)
+  assert process.returncode == 1
+  assert 1 < seconds < 9
+  check_line((tmp_path / "stuck.3.txt").read_text())
+  os.close(reader)
+  os.close(writer)
+
+
+def test_the_folder_is_gone(tmp_path):
+  process, _ = run(tmp_path / "nowhere")
+  assert process.returncode == 1
+  check_line(process.stderr)
+
+
+def test_a_beat_costs_nothing():
+  with Watchdog(60) as watchdog:
+    seconds = min(timeit.repeat(lambda: watchdog.beat("update 12"), number=10000, repeat=5)) / 10000
+  assert seconds < 2e-6
