@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
       _run(mode, config, folder, stop, job)
       code = 0
     except (Stopped, UserError, RunError, NonFiniteError) as error:
+      job.wait_for_verdict(_root(error))
       code = _exit_code(error, stop)
     job.leave(code)
   return code
@@ -104,9 +105,16 @@ def _exit_code(error: BaseException, stop: StopRequest) -> int:
   return {UserError: 2, RunError: 1, NonFiniteError: 3}[type(error)]
 
 
+def _root(error: BaseException) -> BaseException:
+  """Where an error comes from: a save that failed because another process is lost, for one."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
 def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseException, trace: TracebackType) -> None:
   """What Python does last with an error that nobody expected: it may be the end of another process."""
-  job.wait_for_verdict(error)
+  job.wait_for_verdict(_root(error))
   usual(kind, error, trace)
   job.leave(1)
 

@@ -31,13 +31,13 @@ def start(folder, name, *flags, devices=2, module="ddpm_jax.main", **environment
   return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def start_job(folder, name, *flags, count=2, **environment):
-  """Starts the processes of one job, a device each, which find each other over loopback."""
+def start_job(folder, name, *flags, count=2, each=((), ()), **environment):
+  """Starts the processes of a job, a device each, which find each other over loopback; `each` has flags of its own."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{free.getsockname()[1]}"
   environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)} | environment
-  return [start(folder, name, *flags, devices=1, JAX_PROCESS_ID=str(i), **environment) for i in range(count)]
+  return [start(folder, name, *flags, *each[i], devices=1, JAX_PROCESS_ID=str(i), **environment) for i in range(count)]
 
 
 def finish(process, code=0, timeout=300):

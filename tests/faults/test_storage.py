@@ -1,15 +1,18 @@
 """Storage that fails under a run: a disk that fills up, a second trainer, a workdir that is deleted."""
 
+import re
 import resource
 import shutil
+import signal
 
 import pytest
 
-from tests.command import checkpoints, metrics
+from tests.command import checkpoints, digests, metrics
+from tests.faults.conftest import STEPS
 
 
 def limit(heard, size):
-  """From now on the process can write no file beyond a size: the kernel says EFBIG, as it says ENOSPC on a full disk."""
+  """From now on the process can write no file beyond a size: the kernel says EFBIG, as ENOSPC on a full disk."""
   resource.prlimit(heard.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
@@ -19,10 +22,10 @@ def only(text, *beginnings):
   assert not strange, "\n".join(strange)
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing(folder, whole, launch, complete):
+def test_a_disk_that_is_full_for_a_while_costs_nothing(folder, whole, launch):
   workdir = folder / "full"
   heard = launch("full", "--checkpoint_every=20", "--max_unsaved_steps=280", "--sample_every=20")
-  heard.wait_for("step 25/")
+  heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [20])
   newest = checkpoints(workdir)[-1]
   limit(heard, 1)
   heard.wait_until(lambda: heard.err.count("; the run goes on and tries again") >= 2)
@@ -31,17 +34,10 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(folder, whole, launch, co
   out, err = heard.finish()
   assert "done: 300 updates" in out
   only(err, "warning: ")
-  warnings = err.splitlines()
-  assert any(line.startswith("warning: checkpoint") and "File too large" in line for line in warnings), err
-  assert any("metrics" in line for line in warnings), err
-  assert len(warnings) < 50, f"{len(warnings)} warnings"
+  assert "the metrics of update" in err and err.count("File too large") == len(err.splitlines())
+  for line in err.splitlines():
+    assert re.search(r"(checkpoint|update) \d+", line), f"what is it that could not be written? {line}"
   assert checkpoints(workdir)[-1] == 300
-  complete_as_it_is(workdir, whole)
-
-
-def complete_as_it_is(workdir, whole):
-  from tests.command import digests
-
   assert metrics(workdir) == metrics(whole)
   assert digests(workdir) == digests(whole)
 
@@ -51,12 +47,47 @@ def test_a_disk_that_stays_full_ends_the_run_before_more_is_lost_than_may_be(fol
   heard = launch("fuller", "--checkpoint_every=10", f"--max_unsaved_steps={at_risk}")
   heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [20])
   limit(heard, 60_000)  # the metrics have room, the arrays have not
-  out, err = heard.finish(1)
+  _, err = heard.finish(1)
   only(err, "warning: ", "error: ")
   assert err.count("error: ") == 1 and err.splitlines()[-1].startswith("error: ") and "--max_unsaved_steps" in err
   newest = checkpoints(workdir)[-1]
   assert newest < metrics(workdir)[-1]["step"] <= newest + at_risk
   assert f"after update {newest} of" in complete("fuller"), "an earlier checkpoint is lost, or damaged"
+
+
+def test_a_stop_on_a_full_disk_says_what_is_lost(folder, whole, launch, copy):
+  workdir = copy("whole", "end")
+  heard = launch("end", f"--num_steps={STEPS + 300}", "--checkpoint_every=1000")
+  heard.wait_for(f"step {STEPS + 10}/")
+  limit(heard, 60_000)
+  heard.process.send_signal(signal.SIGTERM)
+  _, err = heard.finish(1)
+  only(err.strip(), "SIGTERM: ", "warning: ", "error: ")
+  assert err.count("error: ") == 1 and f"update {STEPS}" in err.splitlines()[-1], err
+  assert "the run goes on" not in err, err
+  assert checkpoints(workdir)[-1] == STEPS
+
+
+def test_a_loss_curve_that_cannot_be_written_is_no_failure(folder, whole, launch, copy):
+  """Everything that must be kept is on disk by then."""
+  workdir = copy("whole", "curve")
+  (workdir / "loss.png").unlink()
+  (workdir / "loss.png").mkdir()
+  out, err = launch("curve", f"--num_steps={STEPS + 1}").finish()
+  assert f"done: {STEPS + 1} updates" in out and checkpoints(workdir)[-1] == STEPS + 1
+  only(err, "warning: ")
+
+
+def test_samples_that_cannot_be_written(folder, whole, launch, copy):
+  workdir = copy("whole", "samples")
+  before = set((workdir / "samples").iterdir())
+  heard = launch("samples", "--mode=sample", "--num_samples=640", "--sampling_steps=5")
+  heard.wait_for("image 64/")
+  limit(heard, 1000)
+  _, err = heard.finish(1)
+  only(err, "error: ")
+  assert err.count("\n") == 1 and "File too large" in err, err
+  assert set((workdir / "samples").iterdir()) == before, "half a file is left"
 
 
 def test_a_second_trainer_is_refused_and_the_first_does_not_notice(folder, whole, launch, complete):
@@ -75,16 +106,20 @@ def test_a_second_trainer_is_refused_and_the_first_does_not_notice(folder, whole
   complete("shared")
 
 
-def test_a_workdir_that_is_deleted_is_not_made_anew(folder, launch):
-  workdir = folder / "deleted"
-  heard = launch("deleted", "--checkpoint_every=5", "--sample_every=7")
-  heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [10])
+@pytest.mark.parametrize("saving", [False, True], ids=["between two saves", "in the middle of a save"])
+def test_a_workdir_that_is_deleted_is_not_made_anew(folder, launch, saving):
+  workdir = folder / f"deleted{saving}"
+  heard = launch(workdir.name, "--checkpoint_every=50", "--sample_every=7")
+  heard.wait_until(lambda: checkpoints(workdir) == [50])
+  if saving:
+    heard.wait_until(lambda: list((workdir / "checkpoints").glob("*tmp")))
   while workdir.exists():
     shutil.rmtree(workdir, ignore_errors=True)  # it is being written into
   _, err = heard.finish(1)
-  assert not workdir.exists()
   only(err, "warning: ", "error: ")
-  assert err.splitlines()[-1].startswith("error: workdir: ") and err.count("error: ") == 1, err
+  assert err.splitlines()[-1].startswith("error: ") and err.count("error: ") == 1, err
+  assert not workdir.exists(), [str(path) for path in workdir.rglob("*")]
+  assert f"error: workdir: {workdir} has vanished" in err
 
 
 def test_too_little_space_is_said_at_the_start(folder, launch, tmp_path):

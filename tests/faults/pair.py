@@ -1,0 +1,78 @@
+"""Two processes of the real command over gloo, one of which is told to stop, killed, or stuck; until all have ended.
+
+Each returns the seconds that took. Used by the tests and by the storm.
+"""
+
+import pathlib
+import signal
+import socket
+import time
+
+from tests import command
+
+HEARTBEAT, STEP_TIMEOUT = 5, 6
+
+
+def start(folder: pathlib.Path, *flags: str, **options):
+  """A pair that would take far longer than anything done to it, unless told otherwise."""
+  return command.start_job(
+    folder, "pair", "--num_steps=5000", "--sample_every=0", "--checkpoint_every=30", *flags, **options
+  )
+
+
+def wait_for_checkpoint(folder: pathlib.Path, processes) -> None:
+  command.wait_for(lambda: command.checkpoints(folder / "pair"), *processes)
+
+
+def ends(processes, seconds: float, codes) -> list[tuple[str, str]]:
+  """Waits until all have ended with one of these exit codes. Returns what each has printed."""
+  began, printed = time.monotonic(), []
+  for process in processes:
+    printed.append(process.communicate(timeout=max(1, began + seconds + 30 - time.monotonic())))
+  codes_found = [process.returncode for process in processes]
+  assert all(code in codes for code in codes_found), (codes_found, printed)
+  return printed
+
+
+def stopped(folder: pathlib.Path, index: int, number: int = signal.SIGTERM) -> float:
+  """A signal to one process: all save the same update and exit with 0."""
+  processes = start(folder)
+  wait_for_checkpoint(folder, processes)
+  began = time.monotonic()
+  processes[index].send_signal(number)
+  (out, err), _ = ends(processes, 10, [0])
+  seconds = time.monotonic() - began
+  assert "stopped on request after update" in out and "Traceback" not in err, (out, err)
+  newest = command.checkpoints(folder / "pair")[-1]
+  assert f"after update {newest} of 5000" in out, (out, newest)
+  assert newest - 2 < command.metrics(folder / "pair")[-1]["step"] <= newest
+  return seconds
+
+
+def lost(folder: pathlib.Path, index: int) -> float:
+  """SIGKILL to one process: the other ends, and names it."""
+  processes = start(folder, f"--heartbeat_timeout={HEARTBEAT}")
+  wait_for_checkpoint(folder, processes)
+  began = time.monotonic()
+  processes[index].kill()
+  ((_, err),) = ends([processes[1 - index]], HEARTBEAT + 5, [1])
+  seconds = time.monotonic() - began
+  processes[index].communicate()
+  name = f"error: process {index} of 2 is lost (host {socket.gethostname()}, pid {processes[index].pid})"
+  assert name in err, err
+  assert seconds < HEARTBEAT + 5, seconds
+  return seconds
+
+
+def stuck(folder: pathlib.Path) -> float:
+  """A process that is alive but never goes on: the watchdog says where it is, and all end."""
+  processes = start(folder, f"--step_timeout={STEP_TIMEOUT}", "--log_every=1", module="tests.faults.hanging")
+  lines = folder / "pair" / "metrics.jsonl"
+  command.wait_for(lambda: lines.exists() and lines.read_text().count("\n") >= 8, *processes)
+  began = time.monotonic()
+  _, (_, err) = ends(processes, STEP_TIMEOUT + 5, [1])
+  seconds = time.monotonic() - began
+  assert f"error: nothing done for {STEP_TIMEOUT} s after update" in err and "hanging_batches" in err, err
+  assert "hanging_batches" in (folder / "pair" / "stuck.1.txt").read_text()
+  assert seconds < STEP_TIMEOUT + 5, seconds
+  return seconds

@@ -1,0 +1,82 @@
+"""Two processes of the real command: what happens to one is known to the other, and nothing is lost."""
+
+import shutil
+import signal
+import subprocess
+
+import pytest
+
+from tests import command
+from tests.faults import pair
+
+
+SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Where the digits are prepared once, with an uninterrupted pair's run of 90 updates."""
+  folder = tmp_path_factory.mktemp("pairs")
+  for process in command.start_job(folder, "whole", *SHORT):
+    command.finish(process)
+  return folder
+
+
+@pytest.fixture
+def empty(folder):
+  """The folder without a pair's run in it."""
+  shutil.rmtree(folder / "pair", ignore_errors=True)
+  return folder
+
+
+def goes_on_as_if_nothing_had_been(folder):
+  """Back to a checkpoint before update 90, as the stopped run may be past it; then on to 90, as a pair."""
+  workdir = folder / "pair"
+  for step in command.checkpoints(workdir):
+    if step >= 90:
+      shutil.rmtree(workdir / "checkpoints" / str(step))
+  for process in command.start_job(folder, "pair", *SHORT):
+    command.finish(process)
+  assert command.digests(workdir) == command.digests(folder / "whole")
+  assert command.metrics(workdir) == command.metrics(folder / "whole")
+
+
+def test_a_stop_of_the_worker_stops_both_at_one_update(empty):
+  assert pair.stopped(empty, 1, signal.SIGTERM) < 10
+  goes_on_as_if_nothing_had_been(empty)
+
+
+def test_a_killed_worker_is_named_and_the_other_ends(empty):
+  pair.lost(empty, 1)
+  goes_on_as_if_nothing_had_been(empty)
+
+
+def test_a_killed_coordinator_is_named_and_the_other_ends(empty):
+  pair.lost(empty, 0)
+
+
+def test_a_stuck_process_says_where_and_all_end(empty):
+  pair.stuck(empty)
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_a_stuck_one(empty):
+  """Nothing but its own signals can reach it: it is inside a collective."""
+  processes = pair.start(empty, "--log_every=1", "--heartbeat_timeout=5", module="tests.faults.hanging")
+  lines = empty / "pair" / "metrics.jsonl"
+  command.wait_for(lambda: lines.exists() and lines.read_text().count("\n") >= 8, *processes)
+  processes[0].send_signal(signal.SIGTERM)
+  with pytest.raises(subprocess.TimeoutExpired):
+    processes[0].wait(timeout=2)
+  processes[0].send_signal(signal.SIGTERM)
+  assert processes[0].wait(timeout=5) == 128 + signal.SIGTERM
+  assert processes[1].wait(timeout=15) == 1
+  for process in processes:
+    process.communicate()
+
+
+def test_hosts_with_other_flags_are_refused(folder):
+  processes = command.start_job(folder, "other", each=[["--dropout=0.2"], ["--dropout=0.3"]])
+  for process in processes:
+    _, err = command.finish(process, code=2)
+    assert "error: distributed: the flags of process" in err and err.count("\n") == 1, err
+  assert not (folder / "other").exists()

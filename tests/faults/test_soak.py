@@ -1,0 +1,9 @@
+"""2,000 updates with 40 checkpoints and 20 grids: memory, threads and open files stay as they are."""
+
+from tests.faults.soak import growth, soak
+
+
+def test_a_long_run_takes_no_more_than_a_short_one(tmp_path):
+  more = growth(soak(tmp_path, 2000))
+  assert more.megabytes < 30, more
+  assert more.threads <= 2 and more.files <= 4, more  # a save that is under way has some of its own
