@@ -23,7 +23,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import flags, terminal, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
-from ddpm_jax.stop import Stopped, StopRequest
+from ddpm_jax.stop import StopRequest
 
 if TYPE_CHECKING:
   from ddpm_jax.distributed import Job
@@ -67,16 +67,16 @@ def main(argv: Sequence[str]) -> int:
       from ddpm_jax import distributed  # with JAX: after what can be said without it
 
       job = distributed.initialize(config.train.distributed, config.train.heartbeat_timeout)
-    except (Stopped, UserError, RunError) as error:
-      return _exit_code(error, stop)
+    except (UserError, RunError) as error:
+      return _exit_code(error)
     stop.again()
     sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
     try:
       _run(mode, config, folder, stop, job)
       code = 0
-    except (Stopped, UserError, RunError, NonFiniteError) as error:
+    except (UserError, RunError, NonFiniteError) as error:
       job.wait_for_verdict(_root(error))
-      code = _exit_code(error, stop)
+      code = _exit_code(error)
     job.leave(code)
   return code
 
@@ -88,17 +88,15 @@ def _run(mode: str, config: Config, folder: pathlib.Path, stop: StopRequest, job
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      loop.train(config, folder, stop, job.text)
+      loop.train(config, folder, stop, job)
     case "sample":
       from ddpm_jax.sampling import run
 
       run.sample(config, folder)
 
 
-def _exit_code(error: BaseException, stop: StopRequest) -> int:
+def _exit_code(error: UserError | RunError | NonFiniteError) -> int:
   """Tells what ended the run on purpose, in one line. Returns the exit code."""
-  if isinstance(error, Stopped):  # has been told
-    return stop.exit_code(error.number)
   sys.stderr.flush()
   sys.stderr.buffer.write(f"error: {error}\n".encode(errors="backslashreplace"))  # a path may be no text
   sys.stderr.flush()

@@ -6,28 +6,19 @@ minutes. So a thread of its own listens: the kernel's note of a signal reaches i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_UNWIND_S = 3.0  # what the main thread gets to clean up, where there is nothing to save
-
-
-class Stopped(BaseException):
-  """Raised in the main thread by the first signal while there is nothing to save; no library catches it by mistake."""
-
-  def __init__(self, number: int):
-    super().__init__(signal.Signals(number).name)
-    self.number = number
 
 
 class StopRequest:
   """Listens for signals while it is open (a context manager, in the main thread).
 
-  At first there is nothing to save: a signal raises `Stopped` in the main thread, and ends the process a few seconds
-  later with `exit_code` if the main thread is somewhere it does not come back from. After `defer()` a signal only sets
-  `requested`, and whoever has called it must look there.
+  At first there is nothing to save, and a signal ends the process at once: what is being written then is written under
+  another name first. After `defer()` the first signal only sets `requested`, and whoever called it must look there.
   """
 
   def __init__(self, exit_code: int | None = None):
@@ -35,16 +26,14 @@ class StopRequest:
     self.requested: int | None = None
     self._exit_code = exit_code
     self._deferred = False
-    self._timer: threading.Timer | None = None
-    self._previous = {}
 
   def __enter__(self) -> StopRequest:
     self._reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
+    self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
     self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
     self._thread.start()
-    self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-    self._previous = {number: signal.signal(number, self._in_main_thread) for number in _SIGNALS}
+    self._previous = {number: signal.signal(number, _heard) for number in _SIGNALS}
     return self
 
   def __exit__(self, *_) -> None:
@@ -53,49 +42,36 @@ class StopRequest:
     signal.set_wakeup_fd(self._previous_fd)
     os.write(self._writer, b"\0")
     self._thread.join()
-    if self._timer:
-      self._timer.cancel()
     os.close(self._reader)
     os.close(self._writer)
 
   def again(self) -> None:
     """Takes the signals back from a library that has installed a handler of its own."""
     for number in _SIGNALS:
-      signal.signal(number, self._in_main_thread)
+      signal.signal(number, _heard)
 
   def defer(self) -> None:
-    """From now on there is something to save: a signal only sets `requested`."""
+    """From now on there is something to save: the first signal only sets `requested`."""
     self._deferred = True
 
-  def exit_code(self, number: int) -> int:
-    """The exit code where there was nothing to save."""
-    return 128 + number if self._exit_code is None else self._exit_code
-
-  def _in_main_thread(self, number: int, _frame) -> None:
-    self.requested = self.requested or number
-    if not self._deferred:
-      raise Stopped(number)
-
   def _listen(self) -> None:
-    first = None
     while (number := os.read(self._reader, 1)[0]) != 0:
       if number not in _SIGNALS:
         continue
-      if first is not None:
+      if self.requested is not None:
         os._exit(128 + number)
-      first = self.requested = number
       name = signal.Signals(number).name
-      if self._deferred:
-        _tell(f"\n{name}: saving, then stopping; a second signal ends at once, without a checkpoint\n")
-      else:
-        _tell(f"\n{name}: stopping; there is nothing to save\n")
-        self._timer = threading.Timer(_UNWIND_S, os._exit, [self.exit_code(number)])
-        self._timer.daemon = True
-        self._timer.start()
+      if not self._deferred:
+        _tell(f"{name}: stopped; there was nothing to save")
+        os._exit(128 + number if self._exit_code is None else self._exit_code)
+      self.requested = number
+      _tell(f"{name}: saving, then stopping; a second signal ends at once, without a checkpoint")
+
+
+def _heard(_number: int, _frame) -> None:
+  """Nothing: the thread has heard it. But without a handler of Python's the kernel would write no note of it."""
 
 
 def _tell(text: str) -> None:
-  try:
-    os.write(2, text.encode())
-  except OSError:
-    return  # nobody listens any more
+  with contextlib.suppress(OSError):  # nobody listens any more
+    os.write(2, f"{os.linesep if os.isatty(2) else ''}{text}\n".encode())  # a progress bar has no line of its own

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
+import warnings
 
 from absl import logging as absl_logging
 
@@ -11,12 +13,14 @@ from absl import logging as absl_logging
 def quiet() -> None:
   """Silences what is told elsewhere. `--verbosity`, if given, is for whoever wants to see the libraries' own words."""
   absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs a failed save as some 500 lines; `checkpoint.py` tells it
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the rest of such a save, never awaited
+  # The rest of a save or a restore that fails: one message for each array, never awaited.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
   usual = sys.unraisablehook
 
   def hook(unraisable: sys.UnraisableHookArgs) -> None:
-    # TensorStore, for each array of such a save.
-    if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+    closed = isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"
+    if not (closed or inspect.iscoroutine(unraisable.object)):
       usual(unraisable)
 
   sys.unraisablehook = hook

@@ -9,6 +9,7 @@ import pathlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 _FIRST_S = 3600.0  # the least that the time before the first beat may take: the compilation
 _MARGIN_S = 3.0  # the backstop waits that much longer
@@ -23,16 +24,23 @@ class Watchdog:
   """
 
   def __init__(
-    self, timeout_s: float, *, process: int = 0, folder: pathlib.Path | None = None, first_s: float = _FIRST_S
+    self,
+    timeout_s: float,
+    *,
+    process: int = 0,
+    folder: pathlib.Path | None = None,
+    first_s: float = _FIRST_S,
+    leave: Callable[[int], object] = os._exit,
   ):
     """Args:
     timeout_s: seconds from one beat to the next; 0 turns the watchdog off.
     process: the number of this process, for the line.
     folder: where the line and the stacks are written too, as stuck.PROCESS.txt.
     first_s: seconds until the first beat, if that is more than timeout_s.
+    leave: what is called with the exit code at the end; it may tell other processes, for some seconds.
     """
     self._timeout, self._first = timeout_s, max(timeout_s, first_s)
-    self._process, self._folder = process, folder
+    self._process, self._folder, self._leave = process, folder, leave
     self._last = (0.0, "")
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -75,7 +83,8 @@ class Watchdog:
     to_folder = threading.Thread(target=self._write, args=[line], daemon=True)
     to_folder.start()
     _dump(2, line)
-    to_folder.join(timeout=_LAST_WORDS_S)
+    to_folder.join(timeout=_LAST_WORDS_S / 2)
+    self._leave(1)
     os._exit(1)
 
   def _write(self, line: str) -> None:

@@ -1,6 +1,5 @@
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import types
@@ -15,7 +14,6 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import distributed, flags, main, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
-from ddpm_jax.stop import Stopped
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -100,14 +98,6 @@ def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   runs.error = error
   assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
   assert one_line(capsys) == f"error: {error}\n"
-
-
-@pytest.mark.parametrize(("mode", "code"), [("train", 0), ("sample", 128 + signal.SIGTERM)])
-def test_a_signal_before_there_is_anything_to_save(runs, command, tmp_path, mode, code):
-  """Training can be repeated to the same end, so nothing is lost; who asks for samples and gets none is told."""
-  workdir.create(tmp_path, Config())
-  runs.error = Stopped(signal.SIGTERM)
-  assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
 
 
 def test_a_flag_wins_over_a_flagfile_wherever_it_stands(runs, command, tmp_path):

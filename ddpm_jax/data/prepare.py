@@ -14,6 +14,8 @@ import os
 import pathlib
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator
 
 import requests
@@ -100,6 +102,13 @@ def _only_one(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
     os.close(lock)
 
 
+def _end_with(parent: int) -> None:
+  """Ends this process soon after the one that started it has ended; what is half prepared is under another name."""
+  while os.getppid() == parent:
+    time.sleep(1)
+  os._exit(1)
+
+
 def main() -> int:
   """Returns the exit code."""
   parser = argparse.ArgumentParser(
@@ -108,7 +117,11 @@ def main() -> int:
   parser.add_argument("--dataset", required=True, help="name of the data set, such as fashion_mnist")
   parser.add_argument("--data_dir", default="", help="where to put it (default: TFDS's own)")
   parser.add_argument("--manual_dir", default="", help="a folder that holds its original files already")
-  data = DataConfig(**vars(parser.parse_args()))
+  parser.add_argument("--parent", type=int, default=0, help="end with this process, which has started this one")
+  arguments = vars(parser.parse_args())
+  if parent := arguments.pop("parent"):
+    threading.Thread(target=_end_with, args=[parent], daemon=True).start()
+  data = DataConfig(**arguments)
   if not sys.stderr.isatty() or data.dataset.startswith("digits"):  # the digits are quick, and nothing is downloaded
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)

@@ -181,6 +181,7 @@ def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
     f"--dataset={data.dataset}",
     f"--data_dir={data.data_dir}",
     f"--manual_dir={data.manual_dir}",
+    f"--parent={os.getpid()}",
   ]
   # On a terminal its progress bars are worth seeing; elsewhere what it writes is noise, unless it dies.
   process = subprocess.run(

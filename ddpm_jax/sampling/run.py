@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,10 +17,11 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import make_sampler
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run
 from ddpm_jax.sampling.draw import make_draw
+from ddpm_jax.storage import write_whole
 from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.manifest import Manifest
@@ -82,10 +85,7 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
   settings = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
   settings |= {"checkpoint": step, "variance": diffusion.variance}
   folder = workdir / "samples"
-  folder.mkdir(exist_ok=True)
-  _set_aside(folder)
-  np.savez_compressed(folder / "samples.npz", images=images, settings=json.dumps(settings))
-  grids.save_png(folder / "samples.png", grids.image_grid(images[:_GRID_IMAGES]))
+  _write(folder, images, settings)
   shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
   print(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
 
@@ -104,6 +104,27 @@ def _restore(config: Config, workdir: pathlib.Path, parallel: Parallel) -> tuple
   if restored is None:
     raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
   return runs[restored.step], restored
+
+
+def _write(folder: pathlib.Path, images: np.ndarray, settings: dict[str, Any]) -> None:
+  """Puts a draw where the earlier one was, which gets another name; or leaves the folder as it was. Raises RunError."""
+  archive = io.BytesIO()
+  np.savez_compressed(archive, images=images, settings=json.dumps(settings))
+  new = {suffix: folder / f".samples{suffix}.new" for suffix in (".npz", ".png")}
+  try:
+    folder.mkdir(exist_ok=True)
+    write_whole(new[".npz"], archive.getvalue())
+    grids.save_png(new[".png"], grids.image_grid(images[:_GRID_IMAGES]))
+    _set_aside(folder)
+    for suffix, file in new.items():
+      file.replace(folder / f"samples{suffix}")
+  except OSError as error:
+    for file in new.values():
+      with contextlib.suppress(OSError):
+        file.unlink()
+    raise RunError(
+      f"workdir: cannot write the samples into {folder} ({error.strerror}); make room and draw again"
+    ) from error
 
 
 def _set_aside(folder: pathlib.Path) -> None:

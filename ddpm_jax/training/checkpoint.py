@@ -208,5 +208,6 @@ class Checkpoints:
 
 def _one_line(error: Exception) -> str:
   """The message of an error on one line; the middle of a long one is left out."""
-  text = " ".join(str(error).split()) or type(error).__name__
+  text = str(error).split(" See full TensorStore details")[0].split(" [tensorstore_spec=")[0]
+  text = " ".join(text.split()) or type(error).__name__
   return text if len(text) <= 300 else f"{text[:150]} ... {text[-145:]}"

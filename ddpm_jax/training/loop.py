@@ -23,6 +23,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import batches, order
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.distributed import Job
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import num_params
 from ddpm_jax.progress import Progress
@@ -42,14 +43,14 @@ from ddpm_jax.watchdog import Watchdog
 _RUN_AHEAD = 2  # updates that may wait on the device while the host prepares the next batch
 
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: str = "1 process") -> None:
+def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
   Args:
     config: the run.
     workdir: its folder.
     stop: hears the signals.
-    job: which processes take part, for the headline.
+    job: the processes that take part; this one alone if None.
 
   Raises:
     UserError: before anything is compiled, if the command does not fit the data, the devices, the workdir or its
@@ -75,7 +76,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: str = "
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
     cleanup.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-    _resume_or_start(run, source, workdir, checkpoints, restored, lock, stop, job)
+    _resume_or_start(run, source, workdir, checkpoints, restored, lock, stop, job or Job("single"))
 
 
 def _resume_or_start(
@@ -86,7 +87,7 @@ def _resume_or_start(
   restored: Restored | None,
   lock: Lock | None,
   stop: StopRequest,
-  job: str,
+  job: Job,
 ) -> None:
   """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
   start, total = restored.step if restored else 0, run.config.train.num_steps
@@ -109,24 +110,28 @@ def _resume_or_start(
       workdir, progress, run.config.train, start_step=start, batch_size=size, images=lambda step: images[step - 1]
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
-    with contextlib.closing(reports):
-      end = _train(run, source, workdir, state, start, reports, saver, progress, stop)
+    watchdog = Watchdog(run.config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
+    with contextlib.closing(reports), watchdog:
+      end = _train(run, source, state, start, reports, saver, progress, stop, watchdog)
   if lock:
-    if (workdir / "metrics.jsonl").stat().st_size:
-      plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+    try:
+      if (workdir / "metrics.jsonl").stat().st_size:
+        plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+    except OSError as error:  # all that matters is saved
+      print(f"warning: cannot write {workdir / 'loss.png'} ({error.strerror})", file=sys.stderr, flush=True)
     print(_farewell(workdir, end, total), flush=True)
 
 
 def _train(
   run: Run,
   source: Source,
-  workdir: pathlib.Path,
   state: TrainState,
   start: int,
   reports: Reports,
   saver: Saver,
   progress: Progress,
   stop: StopRequest,
+  watchdog: Watchdog,
 ) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   config, parallel, options = run.config, run.parallel, run.config.train
@@ -145,10 +150,7 @@ def _train(
   in_flight: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
   stopping = False
 
-  with (
-    contextlib.closing(host_batches),
-    Watchdog(options.step_timeout, process=jax.process_index(), folder=workdir) as watchdog,
-  ):
+  with contextlib.closing(host_batches):
 
     def settle(at_most: int) -> bool:
       """Waits until that many updates are in flight, and reports the others. Whether any of them was asked to stop."""
@@ -186,7 +188,7 @@ def _train(
       stopping |= settle(0)
       with reports.paused():
         if save_now:
-          saver.save(parallel.globalize(state), step)
+          saver.save(parallel.globalize(state), step, last=last)
           watchdog.beat(f"checkpoint {step}")
         if preview_now:
           reports.samples(step, preview(parallel.globalize(state)))
@@ -240,13 +242,13 @@ def state_bytes(run: Run) -> int:
   return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
 
 
-def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: str) -> str:
+def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job) -> str:
   height, width, channels = run.image_shape
   devices, total = jax.devices(), run.config.train.num_steps
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
     f"{num_params(run.abstract_state.params):,} parameters, {len(devices)} x {devices[0].device_kind} "
-    f"({run.parallel.mode})\n{job}\n"
+    f"({run.parallel.mode})\n{job.text}\n"
   )
   if start >= total:
     longer = "; raise --num_steps to train longer" if run.config.optimizer.lr_schedule == "constant" else ""

@@ -49,6 +49,7 @@ class Reports:
     self._max_nonfinite = options.max_nonfinite if options.on_nonfinite == "skip" else 1
     self._writer = MetricsWriter(workdir, resume_step=start_step) if jax.process_index() == 0 else None
     self._clock = _Clock()
+    self._failing = False
 
   def compiled(self, step: int) -> None:
     """Says how long the first update took, which includes the compilation, and starts to measure the speed."""
@@ -103,11 +104,17 @@ class Reports:
 
   @contextlib.contextmanager
   def _told(self, loss: str) -> Iterator[None]:
-    """Tells of storage that fails, and goes on: a checkpoint is not written without its metrics, see `flush`."""
+    """Tells once of storage that fails, and goes on: a checkpoint is not written without its metrics, see `flush`."""
     try:
       yield
     except OSError as error:
-      print(f"warning: cannot write ({error}); {loss}", file=sys.stderr, flush=True)
+      if not self._failing:
+        print(f"warning: cannot write ({error}); {loss}, and so on", file=sys.stderr, flush=True)
+      self._failing = True
+    else:
+      if self._failing:
+        print("metrics and pictures are written again", file=sys.stderr, flush=True)
+      self._failing = False
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

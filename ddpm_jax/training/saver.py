@@ -43,25 +43,34 @@ class Saver:
     self._limit = options.max_unsaved_steps or 2 * options.checkpoint_every
     self._saved = start_step  # the newest that is known to be on disk
     self._pending: int | None = None
-    self._has_failed = False
+    self._has_failed = self._last = False
 
   def due(self, step: int) -> bool:
     """Whether the state after `step` updates is to be saved."""
     last_chance = self._has_failed and self._pending is None and step - self._saved >= self._limit
     return step % self._every == 0 or last_chance
 
-  def save(self, state: TrainState, step: int) -> None:
-    """Starts to save; returns once the state may be donated again. Raises as `poll` does, and NonFiniteError."""
+  def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
+    """Starts to save; returns once the state may be donated again. Raises as `poll` does, and NonFiniteError.
+
+    Args:
+      state: global arrays.
+      step: the number of updates in it.
+      last: nothing is trained after it, so that a failure is final.
+    """
     self._settle(step, wait=True)
-    if self._lock:
-      self._lock.check()  # Orbax would make a folder anew that somebody has deleted
+    self._last = last
+    self._check_workdir()
     try:
       self._flush()
       self._checkpoints.save(state, step, self._facts)
-    except (RunError, OSError) as error:
+    except OSError as error:
+      reason = f"checkpoint {step} could not be written, as its metrics cannot ({error})"
+      self._put_up_with(RunError(f"{reason}; the newest is {self._saved or None}"), step)
+    except RunError as error:
       self._put_up_with(error, step)
-      return
-    self._pending = step
+    else:
+      self._pending = step
 
   def poll(self, step: int) -> None:
     """To be called after every update: hears of a save that failed in the background since.
@@ -74,8 +83,7 @@ class Saver:
   def finish(self, step: int) -> None:
     """Waits for the last save, of `step`. Raises RunError if it is not on disk."""
     self._settle(step, wait=True)
-    if self._saved != step:
-      raise RunError(f"the run ends after update {step}, but its newest checkpoint is of update {self._saved}")
+    assert self._saved == step
 
   def _settle(self, step: int, *, wait: bool) -> None:
     try:
@@ -85,15 +93,23 @@ class Saver:
         return
     except RunError as error:
       self._pending = None
+      self._check_workdir()
       self._put_up_with(error, step)
     if self._pending is not None:
+      self._check_workdir()
       self._saved, self._pending, self._has_failed = self._pending, None, False
 
-  def _put_up_with(self, error: RunError | OSError, step: int) -> None:
+  def _check_workdir(self) -> None:
+    """Before a save, as Orbax would make a folder anew that somebody has deleted; and after it, as that takes time."""
+    if self._lock:
+      self._lock.check()
+
+  def _put_up_with(self, error: RunError, step: int) -> None:
     self._has_failed = True
-    reason = str(error)
+    if self._last:
+      raise RunError(f"{error}; the run has ended after update {step}, what came after the newest is lost") from error
     if jax.process_count() > 1:  # the others may think that it succeeded: no way back to one story
-      raise RunError(reason) from error
+      raise error
     if step - self._saved >= self._limit:
-      raise RunError(f"{reason}; nothing could be saved since update {self._saved}, see --max_unsaved_steps") from error
-    print(f"warning: {reason}; the run goes on and tries again", file=sys.stderr, flush=True)
+      raise RunError(f"{error}; nothing could be saved since update {self._saved}, see --max_unsaved_steps") from error
+    print(f"warning: {error}; the run goes on and tries again", file=sys.stderr, flush=True)

@@ -37,7 +37,7 @@ def test_killed_at_random_moments(folder, whole, launch, complete):
       heard.wait_for("compiled and made update")
       rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
       assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a line is missing or there twice"
-      assert newest <= len(rows) <= newest + 3, "lines are left of updates that are made again"
+      assert len(rows) >= newest, "lines are gone of updates that are not made again"
       at_least = newest + 1  # so that there is progress
       heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [at_least])  # noqa: B023
     time.sleep(generator.uniform(0, 0.8))

@@ -9,7 +9,6 @@ import pytest
 from tests import command
 from tests.faults import pair
 
-
 SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30"]
 
 

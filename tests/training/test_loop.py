@@ -1,6 +1,5 @@
 """The order of the loop: what is written when, exact resume, stopping on request, bad news."""
 
-import errno
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from ddpm_jax.errors import NonFiniteError, RunError, UserError
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
 
 TIMES = ("steps_per_second", "images_per_second")
@@ -278,7 +278,10 @@ def test_a_save_that_fails_is_told_and_tried_again(uninterrupted, tmp_path, monk
   real = Checkpoints.save
   monkeypatch.setattr(Checkpoints, "save", full_disk(real, [2]))
   train(tmp_path / "run", checkpoint_every=2)
-  assert "warning: [Errno 28] No space left on device; the run goes on and tries again" in capsys.readouterr().err
+  assert (
+    "warning: checkpoint 2 could not be written (the disk is full); the run goes on and tries again"
+    in capsys.readouterr().err
+  )
   assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [4, 6, 8]
   chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
 
@@ -286,7 +289,7 @@ def test_a_save_that_fails_is_told_and_tried_again(uninterrupted, tmp_path, monk
 def full_disk(save, steps):
   def failing(self, state, step, facts):
     if step in steps:
-      raise OSError(errno.ENOSPC, "No space left on device")
+      raise RunError(f"checkpoint {step} could not be written (the disk is full)")
     save(self, state, step, facts)
 
   return failing
@@ -298,18 +301,37 @@ def test_no_more_is_lost_than_may_be(tmp_path, monkeypatch, limit, ends_at):
 
   def failing(self, state, step, facts):
     tried.append(step)
-    raise OSError(errno.ENOSPC, "No space left on device")
+    raise RunError(f"checkpoint {step} could not be written (the disk is full)")
 
   monkeypatch.setattr(Checkpoints, "save", failing)
-  with pytest.raises(RunError, match=r"No space left on device; nothing could be saved since update 0"):
+  with pytest.raises(RunError, match=r"the disk is full\); nothing could be saved since update 0"):
     train_little(tmp_path / "run", checkpoint_every=2, max_unsaved_steps=limit)
   assert tried[-1] == ends_at
 
 
 def test_the_last_save_must_succeed(tmp_path, monkeypatch):
   monkeypatch.setattr(Checkpoints, "save", full_disk(Checkpoints.save, [8]))
-  with pytest.raises(RunError, match="the run ends after update 8, but its newest checkpoint is of update 6"):
+  with pytest.raises(
+    RunError, match=r"checkpoint 8 .* the run has ended after update 8, what came after the newest is lost"
+  ):
     train_little(tmp_path / "run", checkpoint_every=3)
+
+
+def test_a_checkpoint_waits_for_its_metrics(uninterrupted, tmp_path, monkeypatch, capsys):
+  """Resuming forgets metrics after the checkpoint, and never those before it."""
+  real, fail = MetricsWriter.flush, [True, True, False, False]
+
+  def flush(self):
+    if fail.pop(0):
+      raise OSError(28, "No space left on device")
+    real(self)
+
+  monkeypatch.setattr(MetricsWriter, "flush", flush)
+  train(tmp_path / "run", checkpoint_every=2, max_unsaved_steps=6)
+  err = capsys.readouterr().err
+  assert "warning: checkpoint 4 could not be written, as its metrics cannot ([Errno 28]" in err
+  assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 8]
+  assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
 def test_a_workdir_that_vanishes_is_not_made_anew(tmp_path, monkeypatch):
