@@ -113,7 +113,7 @@ class Reports:
       self._failing = True
     else:
       if self._failing:
-        print("metrics and pictures are written again", file=sys.stderr, flush=True)
+        self._progress.say("metrics and pictures can be written again")
       self._failing = False
 
   @contextlib.contextmanager

@@ -63,7 +63,7 @@ def test_a_stop_on_a_full_disk_says_what_is_lost(folder, whole, launch, copy):
   heard.process.send_signal(signal.SIGTERM)
   _, err = heard.finish(1)
   only(err.strip(), "SIGTERM: ", "warning: ", "error: ")
-  assert err.count("error: ") == 1 and f"update {STEPS}" in err.splitlines()[-1], err
+  assert err.count("error: ") == 1 and f"the newest is {STEPS};" in err.splitlines()[-1], err
   assert "the run goes on" not in err, err
   assert checkpoints(workdir)[-1] == STEPS
 
