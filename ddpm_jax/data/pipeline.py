@@ -42,6 +42,13 @@ def order(
   return shares[process_index::process_count]
 
 
+def images_of(source: Source, step: int, *, batch_size: int, seed: int) -> np.ndarray:
+  """int [B]: which images of the data set are in batch `step` (counted from 0), over all processes."""
+  indices = order(len(source), batch_size=batch_size, seed=seed)[step]
+  assert indices is not None  # only a filtered dataset has gaps
+  return indices
+
+
 def batch_at(
   source: Source, step: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Batch:

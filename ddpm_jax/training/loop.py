@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from ddpm_jax import grids, plots
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.pipeline import batches, order
+from ddpm_jax.data.pipeline import batches, images_of
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
@@ -104,10 +104,14 @@ def _resume_or_start(
   facts = resume.facts(run, source, restored.manifest if restored else None)
   state = restored.state if restored else run.initial_state()
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
-    size = run.config.data.batch_size
-    images = order(len(source), batch_size=size, seed=run.config.train.seed)
+    size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
-      workdir, progress, run.config.train, start_step=start, batch_size=size, images=lambda step: images[step - 1]
+      workdir,
+      progress,
+      run.config.train,
+      start_step=start,
+      batch_size=size,
+      images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
     watchdog = Watchdog(run.config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)

@@ -101,7 +101,7 @@ def _describe_leaf(array: np.ndarray) -> dict[str, Any]:
   return {
     "shape": list(array.shape),
     "dtype": str(array.dtype),
-    "sha256": hashlib.sha256(contents).hexdigest(),
+    "sha256": hashlib.sha256(contents.data).hexdigest(),
     "finite": bool(np.all(np.isfinite(array))),
   }
 

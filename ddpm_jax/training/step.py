@@ -149,7 +149,9 @@ def train_step(
   ema_params = update_ema(state.ema_params, params, decay)
 
   before = (state.params, state.ema_params, state.opt_state)
-  after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, ema_params, opt_state), before)
+  params, ema_params, opt_state = jax.tree.map(
+    lambda new, old: jnp.where(finite, new, old), (params, ema_params, opt_state), before
+  )
   counts = count(state.counts, finite, batch["replaced"], axis_name)
   metrics = {
     "loss": loss,
@@ -158,7 +160,8 @@ def train_step(
     "ema_decay": decay,
     **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
   }
-  return TrainState(state.step + 1, *after, counts), metrics
+  new_state = TrainState(step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state, counts=counts)
+  return new_state, metrics
 
 
 def count(counts: Counts, finite: jax.Array, replaced: jax.Array, axis_name: str | None) -> Counts:

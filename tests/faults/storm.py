@@ -8,6 +8,7 @@ came of it as a table. Exit code 1 if a promise was broken.
 
 import argparse
 import datetime
+import functools
 import os
 import pathlib
 import platform
@@ -48,27 +49,32 @@ def start(folder: pathlib.Path, name: str, *flags: str, **options) -> subprocess
   return command.start(folder, name, *FLAGS, *flags, devices=1, **options)
 
 
-def uninterrupted(folder: pathlib.Path) -> pathlib.Path:
-  workdir = folder / "whole"
-  if not workdir.exists():
-    command.finish(start(folder, "whole"))
-  return workdir
+@functools.cache
+def uninterrupted(folder: pathlib.Path) -> tuple[pathlib.Path, float]:
+  """The run that nothing happens to; and how long another one takes to its first checkpoint, in seconds."""
+  command.finish(start(folder, "whole"), timeout=600)
+  began, process = time.monotonic(), start(folder, "again")
+  command.wait_for(lambda: command.checkpoints(folder / "again"), process)
+  seconds = time.monotonic() - began
+  process.kill()
+  process.communicate()
+  return folder / "whole", seconds
 
 
 def expect_same(folder: pathlib.Path, workdir: pathlib.Path) -> None:
   """The same state, bit for bit, and the same metrics, each line once."""
-  whole = uninterrupted(folder)
+  whole, _ = uninterrupted(folder)
   expect(command.digests(workdir) == command.digests(whole), "the final state differs from the uninterrupted run's")
   expect(command.metrics(workdir) == command.metrics(whole), "the metrics differ from the uninterrupted run's")
 
 
 def kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
   """SIGKILL at random moments of the real command, which is started again each time."""
-  workdir, done, late = folder / "killed", 0, 0.0
-  most_left = restarts = 0
+  workdir, done, most_left, restarts = folder / "killed", 0, 0, 0
+  _, first = uninterrupted(folder)
   while done < number:
     process = start(folder, "killed")
-    wait = generator.uniform(0.05, 9) + late
+    wait = generator.uniform(0.05, 1.5 * first)
     try:
       code = process.wait(timeout=wait)
     except subprocess.TimeoutExpired:
@@ -93,10 +99,11 @@ def kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
 def stops(folder: pathlib.Path, number: int, generator: random.Random) -> str:
   """SIGTERM or SIGINT at random moments, whatever the command is doing."""
   workdir, seconds = folder / "stopped", []
+  _, first = uninterrupted(folder)
   while len(seconds) < number:
     process = start(folder, "stopped")
     try:
-      process.wait(timeout=generator.uniform(0.3, 11))
+      process.wait(timeout=generator.uniform(0.3, 1.8 * first))
       command.finish(process)
       shutil.rmtree(workdir)
       continue
