@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
 README, WORKSPACE = DOCUMENTS.values()
+PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 
 # Flags of other programs that the documents may mention.
@@ -98,9 +99,9 @@ def parameters(model, height: int, channels: int) -> int:
 # Both documents.
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_nothing_is_left_to_be_measured(name):
-  left = re.findall(r"TODO\(.*", DOCUMENTS[name])
+  left = re.findall(r"TODO.*", PAGES[name])
   assert not left, "\n".join(left)
 
 
@@ -113,16 +114,16 @@ def test_links_and_pictures_lead_somewhere(name):
   assert not missing
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
   switches = {f"no{knob}" for knob, field in KNOBS.items() if isinstance(field.default, bool)}
-  unknown = named_flags(DOCUMENTS[name]) - set(KNOBS) - {"workdir", "mode"} - switches - OTHER_FLAGS
+  unknown = named_flags(PAGES[name]) - set(KNOBS) - {"workdir", "mode"} - switches - OTHER_FLAGS
   assert not unknown
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_tests_and_files_exist(name):
-  text = DOCUMENTS[name]
+  text = PAGES[name]
   for file, test in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
@@ -131,15 +132,15 @@ def test_tests_and_files_exist(name):
   assert not {file for file in files if not (ROOT / file).exists()}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_lines_are_short(name):
-  long = [line for line in DOCUMENTS[name].splitlines() if len(line) > 120 and not line.startswith("|")]
+  long = [line for line in PAGES[name].splitlines() if len(line) > 120 and not line.startswith("|")]
   assert not long  # a row of a table cannot be broken
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", PAGES)
 def test_no_path_of_one_machine(name):
-  assert not re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)\b", DOCUMENTS[name])
+  assert not re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)\b", PAGES[name])
 
 
 # README.md.
@@ -226,6 +227,15 @@ def test_promises_name_their_tests():
 def test_exit_codes_are_all_named():
   codes = re.findall(r"^\| (\d|128 \+ n) \|", section(README, "All flags"), re.MULTILINE)
   assert codes == ["0", "1", "2", "3", "128 + n"]
+
+
+def test_every_promise_under_faults_has_a_test_or_an_attack_and_a_value():
+  rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", PAGES["docs/reliability.md"], re.MULTILINE)[2:]
+  assert len(rows) >= 20
+  for promise, test, value in rows:
+    assert promise.endswith("."), promise
+    assert re.search(r"`tests/[\w/]+\.py::test_\w+`", test), test
+    assert re.search(r"\d|none|equal", value), f"{promise}: {value}"
 
 
 # WORKSPACE.md.
