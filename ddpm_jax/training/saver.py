@@ -82,6 +82,7 @@ class Saver:
 
   def finish(self, step: int) -> None:
     """Waits for the last save, of `step`. Raises RunError if it is not on disk."""
+    self._last = True
     self._settle(step, wait=True)
     assert self._saved == step
 

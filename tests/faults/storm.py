@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from ddpm_jax import terminal
 from tests import command
 from tests.faults import damage
 
@@ -151,11 +152,11 @@ def strikes(folder: pathlib.Path, *_) -> str:
 
 
 def full_disk(folder: pathlib.Path, *_) -> str:
-  """A file system of 3 MB that fills up, where this machine lets us mount one; else files that may not grow."""
+  """A file system of 24 MB that fills up, where this machine lets us mount one; else files that may not grow."""
   small = folder / "small"
   small.mkdir()
   mounted = not subprocess.run(
-    ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", small], capture_output=True
+    ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", small], capture_output=True
   ).returncode
   try:
     process = start(small, "full", f"--data_dir={folder / 'tfds'}", "--max_unsaved_steps=40")
@@ -175,7 +176,7 @@ def full_disk(folder: pathlib.Path, *_) -> str:
     if mounted:
       subprocess.run(["umount", small], check=True)
   return (
-    f"{'tmpfs of 3 MB' if mounted else 'RLIMIT_FSIZE'}: exit 1, one line, {before} intact; resumed to the same state"
+    f"{'tmpfs of 24 MB' if mounted else 'RLIMIT_FSIZE'}: exit 1, one line, {before} intact; resumed to the same state"
   )
 
 
@@ -226,6 +227,7 @@ def main() -> int:
     parser.add_argument(f"--{name}", type=int, default=default, help=f"how many (default {default}; 0: leave out)")
   parser.add_argument("--seed", type=int, default=0)
   options = vars(parser.parse_args())
+  terminal.quiet()
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(command.ROOT / ".cache" / "xla"))
   os.environ["JAX_PLATFORMS"] = "cpu"
   rows, broken = [], 0
