@@ -120,8 +120,8 @@ class TrainConfig:
   on_nonfinite: str = knob("halt", "An update whose loss or gradient is infinite or not a number: 'halt' ends the run, "
                            "'skip' leaves the weights as they are and goes on.", choices=("halt", "skip"),
                            may_change=True)
-  max_nonfinite: int = knob(10, "Non-finite updates in a row that --on_nonfinite=skip puts up with, before the run "
-                            "ends.", minimum=1, may_change=True)
+  max_nonfinite: int = knob(10, "Non-finite updates in a row at which the run ends, with --on_nonfinite=skip.",
+                            minimum=1, may_change=True)
   step_timeout: int = knob(1800, "Seconds that an update, a checkpoint or a sample grid may take before the process "
                            "counts as stuck: every thread's stack is printed and the process ends (0: never).",
                            minimum=0, may_change=True)

@@ -100,7 +100,7 @@ def _exit_code(error: UserError | RunError | NonFiniteError) -> int:
   sys.stderr.flush()
   sys.stderr.buffer.write(f"error: {error}\n".encode(errors="backslashreplace"))  # a path may be no text
   sys.stderr.flush()
-  return {UserError: 2, RunError: 1, NonFiniteError: 3}[type(error)]
+  return next(code for kind, code in ((UserError, 2), (RunError, 1), (NonFiniteError, 3)) if isinstance(error, kind))
 
 
 def _root(error: BaseException) -> BaseException:

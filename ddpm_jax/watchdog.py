@@ -79,11 +79,13 @@ class Watchdog:
       f"error: nothing done for {silent:.0f} s after {what} on process {self._process} (host {socket.gethostname()}, "
       f"pid {os.getpid()}): it is stuck and ends here; raise --step_timeout if this is normal\n"
     )
-    exit_within(_LAST_WORDS_S, 1)
+    last_words = exit_within(_LAST_WORDS_S, 1)
     to_folder = threading.Thread(target=self._write, args=[line], daemon=True)
     to_folder.start()
     _dump(2, line)
     to_folder.join(timeout=_LAST_WORDS_S / 2)
+    last_words.cancel()  # what follows has limits of its own
+    faulthandler.cancel_dump_traceback_later()
     self._leave(1)
     os._exit(1)
 

@@ -105,14 +105,16 @@ def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: 
     folder = workdir / "checkpoints"
     held = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
     disk = shutil.disk_usage(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
+    unfinished = [path for part in folder.glob("*.orbax-checkpoint-tmp") for path in part.rglob("*") if path.is_file()]
+    free = disk.free + sum(path.stat().st_size for path in unfinished)  # they are about to be removed
   except OSError as error:
     raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
   number = max(1, keep + 1 - held)
   if saves is not None:
     number = min(number, saves)
-  if disk.total and disk.free < number * checkpoint_bytes:
+  if disk.total and free < number * checkpoint_bytes:
     raise UserError(
-      f"workdir: {workdir} has {_size(disk.free)} of free space, but {number} more checkpoints of "
+      f"workdir: {workdir} has {_size(free)} of free space, but {number} more checkpoints of "
       f"{_size(checkpoint_bytes)} are to be written before an old one is deleted, {_size(number * checkpoint_bytes)}; "
       f"make room, lower --keep_checkpoints={keep}, or use a --workdir on another disk"
     )

@@ -13,6 +13,7 @@ import ddpm_jax.training
 from ddpm_jax import config as config_lib
 from ddpm_jax import distributed, flags, main, workdir
 from ddpm_jax.config import Config
+from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
@@ -89,7 +90,8 @@ def test_sample_takes_the_stored_config(runs, command, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("error", "code"), [(UserError("a: b"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)]
+  ("error", "code"),
+  [(UserError("a: b"), 2), (BadRecord("image 3", "mend it"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
 )
 @pytest.mark.parametrize("mode", ["train", "sample"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
+import re
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
 from ddpm_jax.errors import RunError, UserError
@@ -21,7 +26,11 @@ from ddpm_jax.training.state import TrainState
 # down to AssertionError and Exception itself. Each `try` holds one call of Orbax and nothing of ours.
 _ORBAX_ERRORS = Exception
 # Not the checkpoint's fault: the same file may be read tomorrow.
-_NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Permission denied")
+_NOT_DAMAGE = re.compile(
+  "RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|gloo", re.I
+)
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+_PATIENCE_S = 300  # for the others, where a process cannot write its part of a checkpoint
 
 Expect = Callable[[Manifest], TrainState]
 
@@ -42,6 +51,7 @@ class Checkpoints:
     """Opens the folder: to write, keeping the newest `keep` checkpoints, or only to read if `keep` is None."""
     self._directory, self._keep = directory, keep
     self._saving: int | None = None
+    self._lame = False  # a save has failed on one of several processes: nothing collective works any more
     # What an earlier process left half-written is removed: the caller holds the workdir's lock.
     self._open(clean=keep is not None)
 
@@ -49,7 +59,12 @@ class Checkpoints:
     if self._keep is None:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
-      options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True, cleanup_tmp_directories=clean)
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=self._keep,
+        create=True,
+        cleanup_tmp_directories=clean,
+        async_options=ocp.AsyncOptions(timeout_secs=_PATIENCE_S),
+      )
     handlers = {"state": ocp.StandardCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
 
@@ -104,13 +119,17 @@ class Checkpoints:
 
   def _failed(self, error: Exception) -> RunError:
     step, self._saving = self._saving, None
-    reason = _one_line(error)
+    what = f"checkpoint {step} could not be written ({_one_line(_root(error))}"
+    if jax.process_count() > 1:  # opening is a collective, and the others may not be here
+      self._lame = True
+      return RunError(f"{what})")
+    # What there is of it takes space that is missing. Orbax may believe that the checkpoint exists: look again.
+    shutil.rmtree(self._directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
     try:
-      # Orbax may believe that the checkpoint exists: look again. Not clean: its threads may still be writing there.
       self._open()
     except _ORBAX_ERRORS as second:
-      return RunError(f"checkpoint {step} could not be written ({reason}; {_one_line(second)})")
-    return RunError(f"checkpoint {step} could not be written ({reason}); the newest is {self.newest()}")
+      return RunError(f"{what}; {_one_line(second)})")
+    return RunError(f"{what}); the newest is {self.newest()}")
 
   # Reading.
 
@@ -128,22 +147,21 @@ class Checkpoints:
     """
     damaged: dict[int, str] = {}
     for step in reversed(self.steps()):
-      state = manifest = None
       try:
-        manifest = self._read_manifest(step)
-        state = self._read_state(step, manifest, self._expected(expect, manifest, step))
+        manifest, abstract_state = self._check_alone(step, expect)
+        state = self._read_state(step, manifest, abstract_state)
       except DamagedError as error:
+        if self._keep is None and not (self._directory / str(step)).exists():
+          self._open()  # deleted by the run that trains here, which has saved newer ones since
+          return self.restore(expect, on_corrupt=on_corrupt)
         damaged[step] = str(error)
-      if on_any_process(step in damaged):
-        damaged.setdefault(step, "another process cannot read it")
         if on_corrupt == "fail":
           raise UserError(
-            f"on_corrupt: checkpoint {step} in {self._directory} is damaged: {damaged[step]}; use "
-            "--on_corrupt=fallback to go back to the newest intact one"
-          )
-        continue
-      assert state is not None and manifest is not None
-      return Restored(step, state, manifest, damaged)
+            f"on_corrupt: checkpoint {step} in {self._directory} is damaged: {error}; use --on_corrupt=fallback to go "
+            "back to the newest intact one"
+          ) from error
+      else:
+        return Restored(step, state, manifest, damaged)
     if damaged:
       listed = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
       raise UserError(f"workdir: no checkpoint in {self._directory} is intact ({listed}); restore one from a copy")
@@ -158,20 +176,52 @@ class Checkpoints:
       target = folder / f"{step}.{number}"
     multihost_utils.sync_global_devices("every process has chosen where to move the checkpoint")
     if jax.process_index() == 0:
-      folder.mkdir(exist_ok=True)
-      (self._directory / str(step)).rename(target)
+      try:
+        folder.mkdir(exist_ok=True)
+        (self._directory / str(step)).rename(target)
+      except OSError as error:
+        raise RunError(f"checkpoint {step} is damaged and cannot be moved to {target} ({error.strerror})") from error
     multihost_utils.sync_global_devices("the checkpoint has been moved")
     self._manager.close()
     self._open()
     return target
 
-  def _read_manifest(self, step: int) -> Manifest:
+  def _check_alone(self, step: int, expect: Expect) -> tuple[Manifest, TrainState]:
+    """The manifest, and the abstract state that it leads to; DamagedError on all processes or on none.
+
+    Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So where
+    there are several, each reads and verifies all by itself first, and they compare what they found.
+    """
+    problem, found = None, None
     try:
-      manifest = self._manager.restore(step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore()))["manifest"]
+      manifest = self._read_manifest(step)
+      found = manifest, self._expected(expect, manifest, step)
+      if jax.process_count() > 1:
+        manifest_lib.verify_host(manifest, self._read_on_host(step, found[1]))
+    except DamagedError as error:
+      problem = error
+    if on_any_process(problem is not None):
+      raise problem or DamagedError("another process cannot read it")
+    assert found is not None
+    return found
+
+  def _read_manifest(self, step: int) -> Manifest:
+    folder = self._directory / str(step) / "manifest"
+    try:
+      manifest = dict(ocp.JsonCheckpointHandler().restore(epath.Path(folder)))
     except _ORBAX_ERRORS as error:
       raise self._unreadable(step, error) from error
     manifest_lib.check(manifest, step)
     return manifest
+
+  def _read_on_host(self, step: int, abstract_state: TrainState) -> TrainState:
+    """The whole state as NumPy arrays, without a collective."""
+    target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_state)
+    folder = self._directory / str(step) / "state"
+    try:
+      return ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=ocp.args.StandardRestore(target))
+    except _ORBAX_ERRORS as error:
+      raise self._unreadable(step, error) from error
 
   def _expected(self, expect: Expect, manifest: Manifest, step: int) -> TrainState:
     abstract_state = expect(manifest)
@@ -193,21 +243,34 @@ class Checkpoints:
 
   def _unreadable(self, step: int, error: Exception) -> Exception:
     """What an error of Orbax means: a damaged checkpoint, or a machine that cannot read it now."""
-    reason = _one_line(error)
-    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError | FileExistsError)
-    if (isinstance(error, OSError) and not missing) or any(word in reason for word in _NOT_DAMAGE):
-      return RunError(f"checkpoint {step} in {self._directory} cannot be read ({reason})")
-    return DamagedError(reason)
+    root = _root(error)  # Orbax wraps TensorStore's
+    text = str(root)
+    codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", text)]
+    if isinstance(root, OSError) and root.errno is not None:
+      codes.append(root.errno)
+    strange = isinstance(root, MemoryError | jax.errors.JaxRuntimeError) or any(code not in _MISSING for code in codes)
+    if strange or _NOT_DAMAGE.search(text):
+      return RunError(f"checkpoint {step} in {self._directory} cannot be read ({_one_line(root)})")
+    return DamagedError(_one_line(root))
 
   def close(self) -> None:
     """Waits and ends the background threads. What failed in the background has been told by `wait`."""
+    if self._lame:
+      return
     try:
       self._manager.close()
     except _ORBAX_ERRORS as error:
       raise self._failed(error) from error
 
 
-def _one_line(error: Exception) -> str:
+def _root(error: BaseException) -> BaseException:
+  """The first error of a chain."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error
+
+
+def _one_line(error: BaseException) -> str:
   """The message of an error on one line; the middle of a long one is left out."""
   text = str(error).split(" See full TensorStore details")[0].split(" [tensorstore_spec=")[0]
   text = " ".join(text.split()) or type(error).__name__

@@ -60,23 +60,28 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   """
   parallel = Parallel(config.train.parallel)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  workdir_lib.check(workdir, config)
+  exists = workdir_lib.check(workdir, config)
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
   with contextlib.ExitStack() as cleanup:
-    lock = None
-    if jax.process_index() == 0:
-      saves = config.train.num_steps // config.train.checkpoint_every + 1
-      workdir_lib.check_space(workdir, state_bytes(run), config.train.keep_checkpoints, saves)
+    lock, job = None, job or Job("single")
+    if job.process == 0:
+      if not exists:
+        check_space(run, workdir, 0)
       lock = cleanup.enter_context(contextlib.closing(Lock(workdir)))
-      if not workdir_lib.check(workdir, config):  # again: another process may have been faster
+      exists = workdir_lib.check(workdir, config)  # again: another process may have been faster
+      if not exists:
         workdir_lib.create(workdir, config)
     multihost_utils.sync_global_devices("the workdir exists")
+    resume.check_shared(workdir)
+    # Until everything is closed, as that waits for what is being saved.
+    watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
+    cleanup.enter_context(watchdog)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
     cleanup.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-    _resume_or_start(run, source, workdir, checkpoints, restored, lock, stop, job or Job("single"))
+    _resume_or_start(run, source, workdir, checkpoints, restored, lock, stop, job, watchdog)
 
 
 def _resume_or_start(
@@ -88,6 +93,7 @@ def _resume_or_start(
   lock: Lock | None,
   stop: StopRequest,
   job: Job,
+  watchdog: Watchdog,
 ) -> None:
   """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
   start, total = restored.step if restored else 0, run.config.train.num_steps
@@ -99,8 +105,10 @@ def _resume_or_start(
     print(_headline(run, source, workdir, start, job), flush=True)
   if start >= total:
     return
-  if lock and restored:
-    workdir_lib.create(workdir, run.config)  # what may change may have changed
+  if lock:
+    check_space(run, workdir, start)
+    if run.config != workdir_lib.load_config(workdir):
+      workdir_lib.create(workdir, run.config)  # what may change has changed
   facts = resume.facts(run, source, restored.manifest if restored else None)
   state = restored.state if restored else run.initial_state()
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
@@ -114,8 +122,7 @@ def _resume_or_start(
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
-    watchdog = Watchdog(run.config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
-    with contextlib.closing(reports), watchdog:
+    with contextlib.closing(reports):
       end = _train(run, source, state, start, reports, saver, progress, stop, watchdog)
   if lock:
     try:
@@ -184,20 +191,20 @@ def _train(
       stopping |= alone and stop.requested is not None
       saver.poll(step)
 
-      last = stopping or step == options.num_steps
-      save_now = last or saver.due(step)
-      preview_now = options.sample_every and not stopping and (last or step % options.sample_every == 0)
-      if not (save_now or preview_now):
+      save_now = stopping or step == options.num_steps or saver.due(step)
+      preview_now = options.sample_every and (step == options.num_steps or step % options.sample_every == 0)
+      if not (save_now or (preview_now and not stopping)):
         continue
       stopping |= settle(0)
+      last = save_now and (stopping or step == options.num_steps)
       with reports.paused():
         if save_now:
           saver.save(parallel.globalize(state), step, last=last)
           watchdog.beat(f"checkpoint {step}")
-        if preview_now:
+        if preview_now and not stopping:
           reports.samples(step, preview(parallel.globalize(state)))
           watchdog.beat(f"the sample grid of update {step}")
-      if save_now and (stopping or (alone and stop.requested is not None)):
+      if last:
         break
     saver.finish(step)
   return step
@@ -241,9 +248,12 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
   return preview
 
 
-def state_bytes(run: Run) -> int:
-  """What a checkpoint of the run takes, in bytes, before compression."""
-  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
+def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
+  """Raises UserError if the checkpoints after update `start` will not find room. Before compression, to be sure."""
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
+  options = run.config.train
+  saves = (options.num_steps - start) // options.checkpoint_every + 1
+  workdir_lib.check_space(workdir, size, options.keep_checkpoints, saves)
 
 
 def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job) -> str:

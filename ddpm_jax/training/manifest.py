@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.errors import NonFiniteError
+from ddpm_jax.errors import NonFiniteError, UserError
 from ddpm_jax.training.parallel import gather
 from ddpm_jax.training.state import TrainState
 
@@ -52,11 +52,17 @@ def make(state: TrainState, step: int, facts: dict[str, Any]) -> Manifest:
 
 
 def check(manifest: Any, step: int) -> None:
-  """Raises DamagedError unless this is, unchanged, the manifest that `make` made for `step`."""
+  """Raises DamagedError unless this is, unchanged, the manifest that `make` made for `step`.
+
+  Raises UserError if a later version of ddpm_jax made it.
+  """
   if not isinstance(manifest, dict) or manifest.get("sha256") != _seal(manifest):
     raise DamagedError("its manifest is not what was saved")
   if manifest["format"] != _FORMAT:
-    raise DamagedError(f"its manifest has format {manifest['format']}, this version of ddpm_jax reads {_FORMAT}")
+    raise UserError(
+      f"checkpoint {step} has a manifest of format {manifest['format']}, this version of ddpm_jax reads {_FORMAT}; use "
+      "the version that wrote it"
+    )
   if manifest["step"] != step:
     raise DamagedError(f"its manifest is of update {manifest['step']}")
 
@@ -67,7 +73,16 @@ def verify(manifest: Manifest, state: TrainState) -> None:
   Raises:
     DamagedError: names the leaves that differ.
   """
-  wanted, found = manifest["leaves"], describe(state)
+  _compare(manifest, describe(state))
+
+
+def verify_host(manifest: Manifest, state: TrainState) -> None:
+  """The same for a state of NumPy arrays, by each process alone."""
+  _compare(manifest, {name: _describe_leaf(leaf) for name, leaf in _named_leaves(state).items()})
+
+
+def _compare(manifest: Manifest, found: dict[str, dict[str, Any]]) -> None:
+  wanted = manifest["leaves"]
   wrong = [name for name in wanted if found[name]["sha256"] != wanted[name]["sha256"]]
   if wrong:
     others = f" and {len(wrong) - 1} more" if wrong[1:] else ""

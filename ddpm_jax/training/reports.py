@@ -74,7 +74,7 @@ class Reports:
     in_all = f", as the {in_row - 1} before it" if in_row > 1 else ""
     raise NonFiniteError(
       f"{what}{in_all}; what was saved before is intact; try a lower --learning_rate in another --workdir"
-      f"{'' if in_row > 1 else ', or --on_nonfinite=skip'}; its images are {indices}"
+      f"{', or --on_nonfinite=skip' if self._max_nonfinite == 1 else ''}; its images are {indices}"
     )
 
   def metrics(self, step: int, metrics: Metrics) -> None:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import lock
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint
 from ddpm_jax.data.sources import Source
@@ -31,12 +32,15 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     earlier: the manifest that it goes on from.
   """
   changes = list(earlier["data_changes"]) if earlier else []
+  data = source.fingerprint
   if earlier and fingerprint.differences(earlier["data"], source.fingerprint):
     changes.append({"after_update": earlier["step"], "before": earlier["data"]})
+  elif earlier:  # what was known of all pixels, where this run does not keep them in memory
+    data = earlier["data"] | data
   return {
     "image_shape": list(run.image_shape),
     "config": json.loads(config_lib.to_json(run.config)),
-    "data": source.fingerprint,
+    "data": data,
     "data_changes": changes,
   }
 
@@ -83,6 +87,19 @@ def check_hosts(run: Run, source: Source) -> None:
           f"distributed: the {what} of process {process} differ from those of process {jax.process_index()}; give "
           f"every host the same {'command' if what == 'flags' else 'data set'}"
         )
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Raises UserError unless all processes see one workdir, with the lock of the first in it; all must call it."""
+  try:
+    text = (workdir / lock.NAME).read_bytes()
+  except OSError:
+    text = b""
+  digests = from_all_processes(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+  if np.any(digests != digests[0]):
+    raise UserError(
+      f"workdir: {workdir} is not the same folder for all processes; name one that every host has mounted there"
+    )
 
 
 def _short(value: Any) -> str:

@@ -58,8 +58,11 @@ class Saver:
       step: the number of updates in it.
       last: nothing is trained after it, so that a failure is final.
     """
-    self._settle(step, wait=True)
     self._last = last
+    earlier = self._settle(wait=True)
+    if earlier:  # judged below: this save may succeed
+      self._has_failed = True
+      print(f"warning: {earlier}", file=sys.stderr, flush=True)
     self._check_workdir()
     try:
       self._flush()
@@ -78,27 +81,32 @@ class Saver:
     Raises:
       RunError: if the updates since the newest checkpoint are more than may be lost.
     """
-    self._settle(step, wait=False)
+    if error := self._settle(wait=False):
+      self._put_up_with(error, step)
 
   def finish(self, step: int) -> None:
     """Waits for the last save, of `step`. Raises RunError if it is not on disk."""
     self._last = True
-    self._settle(step, wait=True)
-    assert self._saved == step
+    if error := self._settle(wait=True):
+      self._put_up_with(error, step)
 
-  def _settle(self, step: int, *, wait: bool) -> None:
+  def _settle(self, *, wait: bool) -> RunError | None:
+    """Takes note of the save under way, if it has ended. Returns why it failed."""
+    if self._pending is None:
+      return None
+    error = None
     try:
       if wait:
         self._checkpoints.wait()
       elif not self._checkpoints.finished():
-        return
-    except RunError as error:
-      self._pending = None
-      self._check_workdir()
-      self._put_up_with(error, step)
-    if self._pending is not None:
-      self._check_workdir()
-      self._saved, self._pending, self._has_failed = self._pending, None, False
+        return None
+    except RunError as failure:
+      error = failure
+    self._check_workdir()
+    if error is None:
+      self._saved, self._has_failed = self._pending, False
+    self._pending = None
+    return error
 
   def _check_workdir(self) -> None:
     """Before a save, as Orbax would make a folder anew that somebody has deleted; and after it, as that takes time."""

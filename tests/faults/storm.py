@@ -124,7 +124,7 @@ def tiny_judge(folder: pathlib.Path) -> damage.Judge:
   from tests.training.tiny import tiny_config, tiny_run
 
   directory = folder / "damaged" / "checkpoints"
-  run = tiny_run(tiny_config(channels=4, channel_multipliers=(1,), attention_resolutions=()))
+  run = tiny_run(tiny_config(channels=64, channel_multipliers=(1,), attention_resolutions=()))
   if not directory.exists():
     damage.two_checkpoints(directory, run)
   return damage.Judge(directory, run)

@@ -12,7 +12,7 @@ FLIPS = 40
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-  run = tiny_run(tiny_config(channels=4, channel_multipliers=(1,), attention_resolutions=()))
+  run = tiny_run(tiny_config(channels=64, channel_multipliers=(1,), attention_resolutions=()))
   directory = tmp_path_factory.mktemp("damage") / "checkpoints"
   damage.two_checkpoints(directory, run)
   judge = damage.Judge(directory, run)

@@ -50,6 +50,22 @@ def test_a_killed_worker_is_named_and_the_other_ends(empty):
   goes_on_as_if_nothing_had_been(empty)
 
 
+def test_damage_that_one_process_alone_would_meet_is_known_to_both(empty):
+  """With fsdp each reads what it needs: in a collective, the other would wait for it for ever."""
+  flags = [*SHORT, "--parallel=fsdp", "--channels=64"]
+  for num_steps in (60, 90):
+    for process in command.start_job(empty, "pair", *flags, f"--num_steps={num_steps}"):
+      command.finish(process)
+    if num_steps == 60:
+      newest = empty / "pair" / "checkpoints" / "60" / "state" / "ocdbt.process_1"
+      damaged = [path for path in newest.rglob("d/*") if path.stat().st_size > 1000]
+      assert damaged
+      for path in damaged:
+        path.write_bytes(path.read_bytes()[:100])
+  assert (empty / "pair" / "damaged" / "60").exists()
+  assert command.checkpoints(empty / "pair")[-1] == 90
+
+
 def test_a_killed_coordinator_is_named_and_the_other_ends(empty):
   pair.lost(empty, 0)
 
