@@ -91,7 +91,7 @@ def test_sample_takes_the_stored_config(runs, command, tmp_path):
 
 @pytest.mark.parametrize(
   ("error", "code"),
-  [(UserError("a: b"), 2), (BadRecord("image 3", "mend it"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
+  [(UserError("a: b"), 2), (BadRecord("image 3", "mend"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
 )
 @pytest.mark.parametrize("mode", ["train", "sample"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):

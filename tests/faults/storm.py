@@ -7,6 +7,7 @@ came of it as a table. Exit code 1 if a promise was broken.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import os
@@ -158,11 +159,13 @@ def full_disk(folder: pathlib.Path, *_) -> str:
   mounted = not subprocess.run(
     ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", small], capture_output=True
   ).returncode
+  process = start(small, "full", f"--data_dir={folder / 'tfds'}", "--max_unsaved_steps=40")
   try:
-    process = start(small, "full", f"--data_dir={folder / 'tfds'}", "--max_unsaved_steps=40")
     command.wait_for(lambda: command.checkpoints(small / "full")[-1:] >= [25], process)
     if mounted:
-      (small / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(small).free - 20_000)))
+      with contextlib.suppress(OSError), (small / "ballast").open("wb", buffering=0) as ballast:
+        while ballast.write(bytes(4096)) == 4096:
+          pass
     else:
       resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
     out, err = process.communicate(timeout=300)
@@ -173,6 +176,8 @@ def full_disk(folder: pathlib.Path, *_) -> str:
     command.finish(start(small, "full", f"--data_dir={folder / 'tfds'}"), timeout=600)
     expect_same(folder, small / "full")
   finally:
+    process.kill()
+    process.wait()
     if mounted:
       subprocess.run(["umount", small], check=True)
   return (

@@ -7,7 +7,7 @@ import pytest
 from tests.faults import damage
 from tests.training.tiny import tiny_config, tiny_run
 
-FLIPS = 40
+FLIPS = 25
 
 
 @pytest.fixture(scope="module")
