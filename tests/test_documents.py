@@ -230,7 +230,9 @@ def test_exit_codes_are_all_named():
 
 
 def test_every_promise_under_faults_has_a_test_or_an_attack_and_a_value():
-  rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", PAGES["docs/reliability.md"], re.MULTILINE)[2:]
+  rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", PAGES["docs/reliability.md"].partition("\n## ")[0], re.MULTILINE)[
+    2:
+  ]
   assert len(rows) >= 20
   for promise, test, value in rows:
     assert promise.endswith("."), promise
