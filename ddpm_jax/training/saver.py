@@ -60,6 +60,8 @@ class Saver:
     """
     self._last = last
     earlier = self._settle(wait=True)
+    if earlier and jax.process_count() > 1:
+      raise earlier
     if earlier:  # judged below: this save may succeed
       self._has_failed = True
       print(f"warning: {earlier}", file=sys.stderr, flush=True)
