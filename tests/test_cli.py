@@ -99,7 +99,7 @@ def test_two_processes_are_one(folder, uninterrupted):
   """Half of the run with pmap, half with fsdp; then one process samples what two have trained."""
   for flags in (["--parallel=pmap", "--num_steps=12"], ["--parallel=fsdp"]):
     (out, _), (quiet, _) = (finish(process) for process in start_job(folder, "pair", *flags))
-    assert "processes: 2" in out
+    assert "2 processes, this is 0" in out
     assert "step" not in quiet
   assert [row["step"] for row in metrics(folder / "pair")] == [row["step"] for row in metrics(uninterrupted)]
   np.testing.assert_allclose(losses(folder / "pair"), losses(uninterrupted), rtol=1e-4)

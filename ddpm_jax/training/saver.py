@@ -76,6 +76,9 @@ class Saver:
       self._put_up_with(error, step)
     else:
       self._pending = step
+      last_chance = self._has_failed and step - self._saved >= self._limit
+      if last_chance and (error := self._settle(wait=True)):
+        self._put_up_with(error, step)
 
   def poll(self, step: int) -> None:
     """To be called after every update: hears of a save that failed in the background since.

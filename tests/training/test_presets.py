@@ -57,6 +57,7 @@ def test_the_cifar10_step(dtype):
   batch = {
     "image": jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.uint8),
     "index": jax.ShapeDtypeStruct((128,), jnp.int32),
+    "replaced": jax.ShapeDtypeStruct((128,), jnp.bool_),
   }
   state, metrics = jax.eval_shape(functools.partial(make_train_step(run)), run.abstract_state, batch)
   same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, run.abstract_state)
