@@ -13,3 +13,10 @@ class RunError(Exception):
 
 class NonFiniteError(Exception):
   """The loss or the gradient became infinite or not a number. Printed as one line, exit code 3."""
+
+
+def root_cause(error: BaseException) -> BaseException:
+  """The first error of a chain of `raise ... from`: a save that failed because another process is lost, for one."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  return error

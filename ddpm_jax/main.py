@@ -22,7 +22,7 @@ from absl import flags as absl_flags
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags, terminal, workdir
 from ddpm_jax.config import Config
-from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
 from ddpm_jax.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
       _run(mode, config, folder, stop, job)
       code = 0
     except (UserError, RunError, NonFiniteError) as error:
-      job.wait_for_verdict(_root(error))
+      job.wait_for_verdict(root_cause(error))
       code = _exit_code(error)
     job.leave(code)
   return code
@@ -103,16 +103,9 @@ def _exit_code(error: UserError | RunError | NonFiniteError) -> int:
   return next(code for kind, code in ((UserError, 2), (RunError, 1), (NonFiniteError, 3)) if isinstance(error, kind))
 
 
-def _root(error: BaseException) -> BaseException:
-  """Where an error comes from: a save that failed because another process is lost, for one."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  return error
-
-
 def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseException, trace: TracebackType) -> None:
   """What Python does last with an error that nobody expected: it may be the end of another process."""
-  job.wait_for_verdict(_root(error))
+  job.wait_for_verdict(root_cause(error))
   usual(kind, error, trace)
   job.leave(1)
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.errors import RunError, UserError, root_cause
 from ddpm_jax.training import manifest as manifest_lib
 from ddpm_jax.training.manifest import DamagedError, Manifest
 from ddpm_jax.training.parallel import on_any_process
@@ -119,7 +119,7 @@ class Checkpoints:
 
   def _failed(self, error: Exception) -> RunError:
     step, self._saving = self._saving, None
-    what = f"checkpoint {step} could not be written ({_one_line(_root(error))}"
+    what = f"checkpoint {step} could not be written ({_one_line(root_cause(error))}"
     if jax.process_count() > 1:  # opening is a collective, and the others may not be here
       self._lame = True
       return RunError(f"{what})")
@@ -243,7 +243,7 @@ class Checkpoints:
 
   def _unreadable(self, step: int, error: Exception) -> Exception:
     """What an error of Orbax means: a damaged checkpoint, or a machine that cannot read it now."""
-    root = _root(error)  # Orbax wraps TensorStore's
+    root = root_cause(error)  # Orbax wraps TensorStore's
     text = str(root)
     codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", text)]
     if isinstance(root, OSError) and root.errno is not None:
@@ -261,13 +261,6 @@ class Checkpoints:
       self._manager.close()
     except _ORBAX_ERRORS as error:
       raise self._failed(error) from error
-
-
-def _root(error: BaseException) -> BaseException:
-  """The first error of a chain."""
-  while error.__cause__ is not None:
-    error = error.__cause__
-  return error
 
 
 def _one_line(error: BaseException) -> str:

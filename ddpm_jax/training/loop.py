@@ -106,7 +106,8 @@ def _resume_or_start(
   if start >= total:
     return
   if lock:
-    check_space(run, workdir, start)
+    if restored:  # a new run has been looked at before its folder was made
+      check_space(run, workdir, start)
     if run.config != workdir_lib.load_config(workdir):
       workdir_lib.create(workdir, run.config)  # what may change has changed
   facts = resume.facts(run, source, restored.manifest if restored else None)
