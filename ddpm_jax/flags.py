@@ -11,7 +11,18 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
-MODES = ("train", "sample")
+MODES = ("train", "sample", "evaluate")
+
+
+class _WordsParser(flags.ArgumentParser):
+  """Parses 'kid,bound' into a tuple of texts; the empty text is the empty tuple."""
+
+  syntactic_help = "a comma separated list"
+
+  def parse(self, argument: str | tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(argument, tuple):
+      return argument
+    return tuple(part.strip() for part in argument.split(",")) if argument else ()
 
 
 class _IntsParser(flags.ArgumentParser):
@@ -28,8 +39,8 @@ class _IntsParser(flags.ArgumentParser):
       raise ValueError("expected integers separated by commas, such as 1,2,2,2") from None
 
 
-class _IntsSerializer(flags.ArgumentSerializer):
-  def serialize(self, value: tuple[int, ...]) -> str:
+class _TupleSerializer(flags.ArgumentSerializer):
+  def serialize(self, value: tuple) -> str:
     return config_lib.flag_text(value)
 
 
@@ -44,11 +55,17 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     required=False,
   )
   flags.DEFINE_enum(
-    "mode", "train", MODES, "train: train, or go on training. sample: draw images from a workdir.", flag_values=registry
+    "mode",
+    "train",
+    MODES,
+    "train: train, or go on training. sample: draw images from a workdir. evaluate: measure a workdir's model.",
+    flag_values=registry,
   )
   for _, field, default in config_lib.knobs(Config()):
     text = field.metadata["help"]
-    if field.metadata["choices"]:
+    if field.metadata["choices"] and isinstance(default, tuple):
+      flags.DEFINE(_WordsParser(), field.name, default, text, registry, _TupleSerializer())
+    elif field.metadata["choices"]:
       flags.DEFINE_enum(field.name, default, field.metadata["choices"], text, flag_values=registry)
     elif isinstance(default, bool):
       flags.DEFINE_boolean(field.name, default, text, flag_values=registry)
@@ -57,7 +74,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     elif isinstance(default, float):
       flags.DEFINE_float(field.name, default, text, flag_values=registry)
     elif isinstance(default, tuple):
-      flags.DEFINE(_IntsParser(), field.name, default, text, registry, _IntsSerializer())
+      flags.DEFINE(_IntsParser(), field.name, default, text, registry, _TupleSerializer())
     else:
       flags.DEFINE_string(field.name, default, text, flag_values=registry)
 

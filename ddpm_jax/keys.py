@@ -6,7 +6,7 @@ import zlib
 
 import jax
 
-STREAMS = ("init", "train", "preview", "sample")
+STREAMS = ("init", "train", "preview", "sample", "classifier", "bound", "ode")
 
 
 def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:

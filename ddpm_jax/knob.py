@@ -49,12 +49,14 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
   rules, kind = field.metadata, type(field.default)
   if kind is float and type(value) is int:
     kind = int
-  numbers = value if isinstance(value, tuple) else (value,)
-  if type(value) is not kind or (kind is tuple and any(type(number) is not int for number in numbers)):
+  parts = value if isinstance(value, tuple) else (value,)
+  item = str if rules["choices"] else int  # of a tuple
+  if type(value) is not kind or (kind is tuple and any(type(part) is not item for part in parts)):
     raise UserError(f"{field.name}: {value!r} is not of its type, {kind.__name__}; write it like {field.default!r}")
-  if rules["choices"] and value not in rules["choices"]:
-    raise UserError(f"{field.name}: {value!r} is unknown; use one of {', '.join(rules['choices'])}")
-  for number in numbers:
+  for choice in parts if rules["choices"] else ():
+    if choice not in rules["choices"]:
+      raise UserError(f"{field.name}: {choice!r} is unknown; use one of {', '.join(rules['choices'])}")
+  for number in parts:
     if isinstance(number, str | bool):
       continue
     if not math.isfinite(number):

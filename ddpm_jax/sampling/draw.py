@@ -12,7 +12,7 @@ from ddpm_jax.diffusion.samplers import SamplerTable, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.parallel import Parallel
 
 Draw = Callable[[Params, np.ndarray], np.ndarray]
 
@@ -38,13 +38,5 @@ def make_draw(
     keys = indexed_keys(stream_key(seed, stream), index)
     return images.to_uint8(sample(table, predict_x0, keys, image_shape))
 
-  compiled = jax.jit(draw_on_device, out_shardings=parallel.replicated)
-
-  def draw(params: Params, index: np.ndarray) -> np.ndarray:
-    # Devices take equal shares: draw some images more, and drop them.
-    rows = -(-len(index) // parallel.num_devices) * parallel.num_devices
-    padded = np.resize(np.asarray(index, np.int32), rows)
-    placed = jax.make_array_from_callback(padded.shape, parallel.split, lambda piece: padded[piece])
-    return to_host(compiled(params, placed))[: len(index)]
-
-  return draw
+  shared = parallel.by_rows(draw_on_device)
+  return lambda params, index: shared(params, np.asarray(index, np.int32))

@@ -105,6 +105,30 @@ class Parallel:
     """This process's vote as the compiled step takes it."""
     return self._votes[bool(vote)]
 
+  def by_rows(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
+    """Compiles a function of many examples so that all devices share them: for drawing and measuring.
+
+    Args:
+      function: (constants, *columns [B, ...]) -> tree of [B, ...]; row i of the result depends on row i alone.
+
+    Returns:
+      (constants, *columns, size) -> the same as NumPy, whole on every process. Columns are NumPy arrays, the same on
+      every process; with `size` they are padded to that many rows, so that a last, smaller batch compiles nothing new.
+    """
+    compiled = jax.jit(function, out_shardings=self.replicated)
+
+    def call(constants: Tree, *columns: np.ndarray, size: int = 0) -> Tree:
+      number = len(columns[0])
+      rows = -(-max(number, size) // self.num_devices) * self.num_devices
+      padded = [np.take(column, np.arange(rows) % number, axis=0) for column in columns]
+      placed = [
+        jax.make_array_from_callback(column.shape, self.split, lambda piece, column=column: column[piece])
+        for column in padded
+      ]
+      return jax.tree.map(lambda result: to_host(result)[:number], compiled(constants, *placed))
+
+    return call
+
   def globalize(self, state: Tree) -> Tree:
     """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
     if self.mode != "pmap" or jax.process_count() == 1:
