@@ -1,0 +1,1 @@
+"""Measuring a trained model: likelihoods, distances between samples and data, memorisation."""
