@@ -150,8 +150,8 @@ def _check_together(config: Config) -> None:
   for name, steps in (("sampling_steps", sample.sampling_steps), ("preview_steps", config.train.preview_steps)):
     if steps > diffusion.num_timesteps:
       raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
-  if sample.eta and sample.sampler != "ddim":
-    raise UserError(f"eta: {sample.eta} has no effect with sampler={sample.sampler}; use --sampler=ddim, or --eta=0")
+  _check_sample(sample, diffusion.num_timesteps)
+  _check_evaluate(config)
   if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
     raise UserError(
       f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"
@@ -181,3 +181,68 @@ def _check_together(config: Config) -> None:
       f"warmup_steps: {config.optimizer.warmup_steps} must be less than num_steps={config.train.num_steps} with "
       "lr_schedule=cosine; lower --warmup_steps or raise --num_steps"
     )
+
+
+# Knobs of drawing that only some tasks read.
+_OF_TASKS = {
+  "input_images": ("interpolate", "inpaint", "reconstruct"),
+  "mask": ("inpaint",),
+  "repaint_jump": ("inpaint",),
+  "repaint_resamples": ("inpaint",),
+  "interpolation_timestep": ("interpolate",),
+  "sample_png_dir": ("images",),
+}
+
+
+def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
+  task, defaults = sample.sample_task, SampleConfig()
+  for name, tasks in _OF_TASKS.items():
+    value = getattr(sample, name)
+    if value != getattr(defaults, name) and task not in tasks:
+      raise UserError(
+        f"{name}: {value!r} has no effect with sample_task={task}; use --sample_task={' or '.join(tasks)}, or leave "
+        "it out"
+      )
+  if task == "inpaint" and sample.sampler not in ("ddpm", "ddim"):
+    raise UserError(f"sampler: {sample.sampler} cannot inpaint, as its steps look back; use --sampler=ddpm or ddim")
+  if task == "reconstruct" and (sample.sampler != "ddim" or sample.eta or sample.threshold == "dynamic"):
+    raise UserError(
+      "sample_task: reconstruct needs a sampler that can be run backwards; use --sampler=ddim with --eta=0 and without "
+      "--threshold"
+    )
+  if sample.interpolation_timestep > num_timesteps:
+    raise UserError(
+      f"interpolation_timestep: {sample.interpolation_timestep} must not exceed num_timesteps={num_timesteps}; lower it"
+    )
+  if sample.eta and sample.sampler != "ddim":
+    raise UserError(f"eta: {sample.eta} has no effect with sampler={sample.sampler}; use --sampler=ddim, or --eta=0")
+  if sample.threshold_quantile != defaults.threshold_quantile and sample.threshold != "dynamic":
+    raise UserError(
+      f"threshold_quantile: {sample.threshold_quantile} has no effect with threshold={sample.threshold}; use "
+      "--threshold=dynamic"
+    )
+  if sample.checkpoint not in ("newest", "best") and not (sample.checkpoint.isascii() and sample.checkpoint.isdigit()):
+    raise UserError(f"checkpoint: {sample.checkpoint!r} is unknown; use newest, best, or a number of updates")
+
+
+def _check_evaluate(config: Config) -> None:
+  evaluate, defaults, train = config.evaluate, EvaluateConfig(), config.train
+  if not evaluate.measures:
+    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, ode")
+  for name in ("bound_timesteps", "ode_steps"):
+    if getattr(evaluate, name) > config.diffusion.num_timesteps and getattr(evaluate, name) != getattr(defaults, name):
+      raise UserError(
+        f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
+      )
+  if evaluate.features == "inception" and not evaluate.inception_weights:
+    raise UserError(
+      "inception_weights: missing; name the safetensors file that experiments/convert_inception.py made, or use "
+      "--features=classifier"
+    )
+  for name in ("inception_weights", "inception_resize"):
+    if evaluate.features != "inception" and getattr(evaluate, name) != getattr(defaults, name):
+      raise UserError(f"{name}: has no effect with features={evaluate.features}; use --features=inception")
+  if train.evaluate_every and train.best_measure not in evaluate.measures:
+    raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
+  if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:
+    raise UserError(f"best_measure: {train.best_measure} has no effect without --evaluate_every; set that too")

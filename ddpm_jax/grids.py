@@ -40,6 +40,22 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   return grid
 
 
+def image_rows(images: np.ndarray, apart: tuple[int, ...] = ()) -> np.ndarray:
+  """Tiles images uint8 [rows, columns, H, W, C] as they are arranged, with a wider gap after the columns `apart`.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  _, columns, height, width, channels = images.shape
+  blocks, first = [], 0
+  for last in (*apart, columns - 1):
+    block = images[:, first : last + 1]
+    blocks.append(image_grid(block.reshape(-1, height, width, channels), columns=block.shape[1]))
+    blocks.append(np.full((blocks[0].shape[0], 6 * _MARGIN, 3), 255, np.uint8))
+    first = last + 1
+  return np.concatenate(blocks[:-1], axis=1)
+
+
 def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
   """Sets pictures uint8 [height, width, 3] of one size side by side, each under its caption."""
   strip, gap = 18, 12

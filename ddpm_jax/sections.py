@@ -149,9 +149,10 @@ class SampleConfig:
                       "al. 2022.", choices=("ddpm", "ddim", "dpmpp", "heun"), may_change=True)
   sampling_steps: int = knob(0, "Network evaluations for each image (0: all T; heun: one less, if the number is even).",
                              minimum=0, may_change=True)
-  time_grid: str = knob("trailing", "Where the evaluations are: 'trailing' T, T - T/n, ...; 'uniform' from T to 1; "
-                        "'quadratic' denser near 1; 'logsnr' even in the logarithm of the signal-to-noise ratio.",
-                        choices=("trailing", "uniform", "quadratic", "logsnr"), may_change=True)
+  time_grid: str = knob("auto", "Where the evaluations are: 'trailing' T, T - T/n, ...; 'uniform' from T to 1; "
+                        "'quadratic' denser near 1; 'logsnr' even in the logarithm of the signal-to-noise ratio; "
+                        "'auto': logsnr for dpmpp and heun, else trailing.",
+                        choices=("auto", "trailing", "uniform", "quadratic", "logsnr"), may_change=True)
   eta: float = knob(0.0, "Noise of the DDIM sampler: 0 deterministic, 1 the ancestral posterior.", minimum=0,
                     maximum=1, may_change=True)
   threshold: str = knob("static", "What keeps x0_hat in range: 'static' clips to [-1, 1]; 'dynamic' (Saharia et al. "

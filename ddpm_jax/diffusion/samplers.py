@@ -1,13 +1,17 @@
 """Samplers as coefficient tables, and the one `lax.scan` that runs any of them.
 
-A step from t to s < t is  x_s = c_xt x_t + c_x0 x0_hat(x_t, t) + sigma z,  z ~ N(0, I).  A sampler is a table of these
-numbers, computed in float64 on the host; what differs between samplers is the table alone.
+A row of a table evaluates the network once, at x_t, and moves from t to s:
+
+  x_s = c_xt x_t + c_x0 x0_hat(x_t, t) + c_prev x0_hat_prev + sigma z,   z ~ N(0, I),
+
+with x0_hat_prev the estimate of the row before.  A sampler is a table of these numbers, computed in float64 on the
+host; what differs between samplers, also between those of first and of second order, is the table alone.
 """
 
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,119 +20,255 @@ import numpy as np
 from ddpm_jax.diffusion.prediction import to_x0
 from ddpm_jax.diffusion.schedules import NoiseSchedule, posterior, reverse_variance
 
+PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
+
 
 class SamplerTable(typing.NamedTuple):
-  """One row for each step, from t = T down to s = 0. `t` is int32 [N]; the coefficients are float64 [N]."""
+  """One row for each network evaluation, in order. `t` and `s` are int [N], the coefficients float64 [N]."""
 
-  t: np.ndarray
+  t: np.ndarray  # where the network is evaluated, 1..T
+  s: np.ndarray  # where the state is afterwards, 0..T
   c_xt: np.ndarray
   c_x0: np.ndarray
+  c_prev: np.ndarray
   sigma: np.ndarray
 
 
-def time_grid(num_timesteps: int, num_steps: int) -> np.ndarray:
-  """num_steps + 1 whole timesteps, evenly spaced from T down to 0: int64 [num_steps + 1], strictly falling.
+def time_grid(schedule: NoiseSchedule, num_steps: int, kind: str = "trailing", first: int = 0) -> np.ndarray:
+  """num_steps + 1 whole timesteps from T, or from `first`, down to 0: int64 [num_steps + 1], strictly falling.
 
-  The grid that is called "trailing": the first evaluation is at T, the last at about T / num_steps. Song et al. go on
-  to t = 1 instead, and space CIFAR-10's steps quadratically; their FIDs are for those grids.
+  'trailing' T, T - T/n, ..., T/n, 0 (Lin et al. 2024, section 3.3).
+  'uniform' even from T to 1, then 0: Song et al. 2021's "linear", but beginning at T, where x is N(0, I).
+  'quadratic' even in sqrt(t) from T to 1, then 0: Song et al.'s choice for CIFAR-10, again beginning at T.
+  'logsnr' even in log SNR from T to 1, then 0: the choice of Lu et al. 2022 for DPM-Solver.
 
   Raises:
-    ValueError: unless 1 <= num_steps <= num_timesteps.
+    ValueError: unless 1 <= num_steps <= T, or `first`; or for an unknown kind.
   """
-  if not 1 <= num_steps <= num_timesteps:
-    raise ValueError(f"num_steps: {num_steps} is not in 1..{num_timesteps}")
-  return np.round(np.linspace(num_timesteps, 0, num_steps + 1)).astype(np.int64)
+  last = first or schedule.num_timesteps
+  if not 1 <= num_steps <= last:
+    raise ValueError(f"num_steps: {num_steps} is not in 1..{last}")
+  match kind:
+    case "trailing":
+      times = np.linspace(last, 0, num_steps + 1)[:-1]
+    case "uniform":
+      times = np.linspace(last, 1, num_steps)
+    case "quadratic":
+      times = np.linspace(np.sqrt(last), 1, num_steps) ** 2
+    case "logsnr":
+      log_snr = schedule.log_snr[1 : last + 1]  # falls in t
+      times = np.interp(np.linspace(log_snr[-1], log_snr[0], num_steps), log_snr[::-1], np.arange(last, 0, -1))
+    case _:
+      raise ValueError(f"unknown time grid {kind!r}")
+  # Where rounding makes two alike, the later ones are pushed down, and up again where there is no room left below.
+  falling = np.arange(num_steps, 0, -1)
+  whole = np.minimum.accumulate(np.round(times).astype(np.int64) - falling) + falling
+  return np.append(np.maximum(whole, falling), 0)
 
 
-def ancestral_table(schedule: NoiseSchedule, grid: np.ndarray, variance: str) -> SamplerTable:
-  """Ancestral sampling, Algorithm 2 of Ho et al. 2020, on any falling grid of timesteps.
+def ancestral_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, variance: str) -> SamplerTable:
+  """Ancestral sampling, Algorithm 2 of Ho et al. 2020, for steps t -> s < t of any length.
 
   The mean is that of the posterior with x0_hat for x_0 (eq. 7), which is line 4's
-  (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t); the variance is `schedules.reverse_variance`; the
-  last step, to s = 0, adds no noise (line 3).
+  (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t); the variance is `schedules.reverse_variance`; a
+  step to s = 0 adds no noise (line 3).
   """
-  t, s = grid[:-1], grid[1:]
   q = posterior(schedule, s, t)
-  sigma = np.sqrt(np.where(s == 0, 0.0, reverse_variance(schedule, variance, s, t)))
-  return SamplerTable(t.astype(np.int32), q.c_xt, q.c_x0, sigma)
+  sigma = np.sqrt(np.where(np.equal(s, 0), 0.0, reverse_variance(schedule, variance, s, t)))
+  return SamplerTable(t, s, q.c_xt, q.c_x0, np.zeros(len(t)), sigma)
 
 
-def ddim_table(schedule: NoiseSchedule, grid: np.ndarray, eta: float) -> SamplerTable:
-  """DDIM, Song et al. 2021, eqs. 12 and 16, on any falling grid of timesteps.
+def ddim_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, eta: float) -> SamplerTable:
+  """DDIM, Song et al. 2021, eqs. 12 and 16, for steps t -> s < t of any length; with eta = 0 also for s > t.
 
   eta = 0 is deterministic; eta = 1 on the full grid is ancestral sampling with the posterior variance.
   """
-  t, s = grid[:-1], grid[1:]
-  sigma = eta * np.sqrt(posterior(schedule, s, t).variance)
+  sigma = eta * np.sqrt(posterior(schedule, s, t).variance) if eta else np.zeros(len(t))
   # x_s = sqrt(alpha_bar_s) x0_hat + direction * eps_hat + sigma z, with eps_hat written in terms of x_t and x0_hat.
   direction = np.sqrt(np.maximum(1.0 - schedule.alpha_bar[s] - sigma**2, 0.0))
   c_xt = direction / schedule.sqrt_one_minus_alpha_bar[t]
-  return SamplerTable(t.astype(np.int32), c_xt, schedule.sqrt_alpha_bar[s] - c_xt * schedule.sqrt_alpha_bar[t], sigma)
+  c_x0 = schedule.sqrt_alpha_bar[s] - c_xt * schedule.sqrt_alpha_bar[t]
+  return SamplerTable(t, s, c_xt, c_x0, np.zeros(len(t)), sigma)
+
+
+def encoding_table(schedule: NoiseSchedule, grid: np.ndarray) -> SamplerTable:
+  """Deterministic DDIM backwards (Song et al. 2021, section 4.3): from an image x_0 up a falling `grid` to its noise.
+
+  The network is not defined at t = 0: the first row evaluates it at x_0 with t = 1 and takes its eps_hat.
+  """
+  rising = np.asarray(grid)[::-1]
+  t, s = rising[:-1], rising[1:]
+  table = ddim_table(schedule, np.maximum(t, 1), s, eta=0.0)
+  a, b = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+  # x_s = a_s x_0 + b_s eps_hat with eps_hat = (x_0 - a_1 x0_hat) / b_1.
+  table.c_xt[0], table.c_x0[0] = a[s[0]] + b[s[0]] / b[1], -b[s[0]] * a[1] / b[1]
+  return table
+
+
+def dpmpp_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> SamplerTable:
+  """DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: multistep, data prediction, second order.
+
+  With lambda half the log SNR, h the step in it and r = h_before / h:
+  x_s = (b_s / b_t) x_t + a_s (1 - e^-h) ((1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_prev).  The first step, and the one to
+  s = 0, where h is infinite, are of first order, which is DDIM.
+  """
+  first_order = ddim_table(schedule, t, s, eta=0.0)
+  with np.errstate(invalid="ignore", divide="ignore"):
+    h = (schedule.log_snr[s] - schedule.log_snr[t]) / 2
+    half_ratio = np.append(0.0, h[1:] / h[:-1]) / 2  # 1 / (2r); none before the first
+  half_ratio = np.where(np.equal(s, 0), 0.0, half_ratio)
+  weight = first_order.c_x0  # a_s (1 - e^-h)
+  return first_order._replace(c_x0=weight * (1 + half_ratio), c_prev=-weight * half_ratio)
+
+
+def heun_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> SamplerTable:
+  """Heun's method on the probability-flow ODE, Karras et al. 2022, Algorithm 1: two evaluations a step, second order.
+
+  In xbar = x / sqrt(alpha_bar) and sbar = sqrt((1 - alpha_bar) / alpha_bar) the ODE is d xbar / d sbar = eps_hat.
+  First Euler's step from t to s, which is DDIM's, with eps_t; then, with eps_s at its end, half the step's length
+  times (eps_s - eps_t) is added, which is (x0_hat_t - x0_hat_s) / sbar_s, as xbar_s - x0_hat_t = sbar_s eps_t. The
+  step to s = 0, where the network is not defined, is Euler's alone.
+  """
+  predict = ddim_table(schedule, t, s, eta=0.0)
+  inner = s[:-1]  # all but 0
+  sbar = np.sqrt(1.0 / schedule.snr[inner])
+  half = schedule.sqrt_alpha_bar[inner] * (sbar - np.sqrt(1.0 / schedule.snr[t[:-1]])) / (2 * sbar)
+  correct = SamplerTable(inner, inner, np.ones(len(inner)), -half, half, np.zeros(len(inner)))
+
+  def alternate(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    both = np.empty(len(mine) + len(theirs), mine.dtype)
+    both[0::2], both[1::2] = mine, theirs
+    return both
+
+  return SamplerTable(*(alternate(mine, theirs) for mine, theirs in zip(predict, correct, strict=True)))
 
 
 def make_sampler(
-  schedule: NoiseSchedule, name: str, *, num_steps: int = 0, eta: float = 0.0, variance: str = "fixed_large"
+  schedule: NoiseSchedule,
+  name: str,
+  *,
+  num_steps: int = 0,
+  grid: str = "auto",
+  eta: float = 0.0,
+  variance: str = "fixed_large",
+  first: int = 0,
 ) -> SamplerTable:
-  """The table of the sampler of that name ('ddpm', 'ddim'); the one place where names become samplers.
+  """The table of the sampler of that name; the one place where names become samplers.
 
   Args:
     schedule: the noise schedule.
-    name: 'ddpm' (uses `variance`) or 'ddim' (uses `eta`).
-    num_steps: network evaluations, 1..T; 0 for all T.
+    name: 'ddpm' (uses `variance`), 'ddim' (uses `eta`), 'dpmpp' or 'heun'.
+    num_steps: network evaluations; 0 for T, and at most `first`. Heun's method makes one less if the number is even.
+    grid: where they are, see `time_grid`; 'auto' is 'logsnr' for those of second order, 'trailing' for the others.
     eta: noise of DDIM, 0..1.
     variance: 'fixed_small' or 'fixed_large'.
+    first: the timestep of the state that the sampler starts from; 0 for T. Limits num_steps.
   """
-  grid = time_grid(schedule.num_timesteps, num_steps or schedule.num_timesteps)
+  first = first or schedule.num_timesteps
+  evaluations = min(num_steps or first, first)
+  if grid == "auto":
+    grid = "logsnr" if name in ("dpmpp", "heun") else "trailing"
+  times = time_grid(schedule, (evaluations + 1) // 2 if name == "heun" else evaluations, grid, first)
+  t, s = times[:-1], times[1:]
   match name:
     case "ddpm":
-      return ancestral_table(schedule, grid, variance)
+      return ancestral_table(schedule, t, s, variance)
     case "ddim":
-      return ddim_table(schedule, grid, eta)
+      return ddim_table(schedule, t, s, eta)
+    case "dpmpp":
+      return dpmpp_table(schedule, t, s)
+    case "heun":
+      return heun_table(schedule, t, s)
     case _:
       raise ValueError(f"unknown sampler {name!r}")
 
 
-def x0_predictor(
-  network: Callable[[jax.Array, jax.Array], jax.Array], schedule: NoiseSchedule, prediction: str, *, clip: bool = True
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Turns a network (x_t [B, ...], t [B]) -> output into (x_t, t) -> x0_hat [B, ...].
+def threshold_x0(x0_hat: jax.Array, how: str, quantile: float) -> jax.Array:
+  """Keeps the x0_hat of one example in the range of the data, [-1, 1].
 
-  With `clip`, x0_hat is clipped to the range of the data, [-1, 1], as Ho et al. do when they sample.
+  Args:
+    x0_hat: any shape.
+    how: 'static' clips, as Ho et al. do when they sample; 'dynamic' clips at the given quantile of |x0_hat|, but not
+      below 1, and divides by it (Saharia et al. 2022, section 2.3); 'none' does nothing.
+    quantile: in (0, 1], for 'dynamic'.
   """
-  convert = jax.vmap(lambda output, xt, t: to_x0(prediction, schedule, output, xt, t))
+  match how:
+    case "static":
+      return jnp.clip(x0_hat, -1.0, 1.0)
+    case "dynamic":
+      limit = jnp.maximum(jnp.quantile(jnp.abs(x0_hat), quantile), 1.0)
+      return jnp.clip(x0_hat, -limit, limit) / limit
+    case "none":
+      return x0_hat
+    case _:
+      raise ValueError(f"unknown threshold {how!r}")
 
-  def predict_x0(xt: jax.Array, t: jax.Array) -> jax.Array:
-    x0_hat = convert(network(xt, t).astype(jnp.float32), xt, t)
-    return jnp.clip(x0_hat, -1.0, 1.0) if clip else x0_hat
 
-  return predict_x0
+def x0_predictor(
+  network: Callable[[jax.Array, jax.Array], jax.Array],
+  schedule: NoiseSchedule,
+  prediction: str,
+  *,
+  threshold: str = "static",
+  quantile: float = 0.995,
+) -> PredictX0:
+  """Turns a network (x_t [B, ...], t [B]) -> output into (x_t, t) -> x0_hat [B, ...], see `threshold_x0`."""
+
+  def convert(output: jax.Array, xt: jax.Array, t: jax.Array) -> jax.Array:
+    return threshold_x0(to_x0(prediction, schedule, output, xt, t), threshold, quantile)
+
+  return lambda xt, t: jax.vmap(convert)(network(xt, t).astype(jnp.float32), xt, t)
+
+
+def numbered_noise(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Array | int], jax.Array]:
+  """number -> standard normal float32 [B, *shape]: the noise of that number of each of the B keys."""
+  return lambda number: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
 
 def sample(
-  table: SamplerTable, predict_x0: Callable[[jax.Array, jax.Array], jax.Array], keys: jax.Array, shape: tuple[int, ...]
-) -> jax.Array:
+  table: SamplerTable,
+  predict_x0: PredictX0,
+  keys: jax.Array,
+  shape: tuple[int, ...],
+  *,
+  start: jax.Array | None = None,
+  keep: Sequence[int] = (),
+  after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
   """Draws one example for each key.
 
   Args:
     table: which sampler.
     predict_x0: (x_t [B, *shape], t int32 [B]) -> x0_hat [B, *shape].
-    keys: B random keys; image i depends on keys[i] alone, not on B.
+    keys: B random keys; image i depends on keys[i] alone, not on B. Number 0 of `numbered_noise` is the prior's draw,
+      i + 1 that of row i.
     shape: of one example.
+    start: the state before the first row, float32 [B, *shape]; None: the prior's draw.
+    keep: rows whose x0_hat is returned too.
+    after_row: (x_s, number of the row) -> the state to go on with, for what steers a draw.
 
   Returns:
-    float32 [B, *shape].
+    float32 [B, *shape], and x0_hat at the kept rows, float32 [B, len(keep), *shape].
   """
-
-  def noise(t: jax.Array | int) -> jax.Array:
-    # Data has t = 0 and needs no noise of its own, so fold 0 is free for the prior's draw.
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, t), shape, jnp.float32))(keys)
-
+  noise = numbered_noise(keys, shape)
   noisy = bool(table.sigma.any())
+  # Kept estimates go into a slot of their own, all others into one more that is thrown away.
+  slot = np.full(len(table.t), len(keep))
+  slot[list(keep)] = np.arange(len(keep))
 
-  def step(xt: jax.Array, row: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-    t, c_xt, c_x0, sigma = row
-    xs = c_xt * xt + c_x0 * predict_x0(xt, jnp.full(keys.shape, t))
-    return (xs + sigma * noise(t) if noisy else xs), None
+  def step(carry: tuple[jax.Array, ...], row: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
+    xt, x0_prev, kept = carry
+    number, where, t, c_xt, c_x0, c_prev, sigma = row
+    x0_hat = predict_x0(xt, jnp.full(keys.shape, t))
+    xs = c_xt * xt + c_x0 * x0_hat + c_prev * x0_prev
+    xs = xs + sigma * noise(number + 1) if noisy else xs
+    xs = after_row(xs, number) if after_row else xs
+    return (xs, x0_hat, kept.at[:, where].set(x0_hat) if len(keep) else kept), None
 
-  coefficients = (jnp.asarray(column, jnp.float32) for column in (table.c_xt, table.c_x0, table.sigma))
-  return jax.lax.scan(step, noise(0), (jnp.asarray(table.t), *coefficients))[0]
+  start = noise(0) if start is None else start
+  columns = (np.arange(len(slot)), slot, table.t)
+  coefficients = (table.c_xt, table.c_x0, table.c_prev, table.sigma)
+  rows = (*(jnp.asarray(c, jnp.int32) for c in columns), *(jnp.asarray(c, jnp.float32) for c in coefficients))
+  kept = jnp.zeros((len(keys), len(keep) + 1 if len(keep) else 0, *shape), jnp.float32)
+  (x0, _, kept), _ = jax.lax.scan(step, (start, jnp.zeros_like(start), kept), rows)
+  return x0, kept[:, : len(keep)]

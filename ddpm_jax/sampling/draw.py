@@ -1,4 +1,4 @@
-"""A compiled function that draws images from given weights, on all devices."""
+"""Compiled functions that draw images from given weights, on all devices."""
 
 from __future__ import annotations
 
@@ -7,36 +7,99 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
-from ddpm_jax.diffusion.samplers import SamplerTable, sample, x0_predictor
+from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.parallel import ByRows, Parallel, free_memory, from_all_processes
 
-Draw = Callable[[Params, np.ndarray], np.ndarray]
+_MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
+_MOST_ON_A_CPU = 64
+_SHARE = 0.85  # of the free memory: XLA's plan leaves out what the runtime needs
+
+
+Predictor = Callable[[Params], PredictX0]
+
+
+def make_predictor(
+  network: Network,
+  schedule: NoiseSchedule,
+  prediction: str,
+  options: SampleConfig = SampleConfig(),  # noqa: B008  frozen
+) -> Predictor:
+  """params -> ((x_t, t) -> x0_hat), kept in range as `options` say."""
+  return lambda params: x0_predictor(
+    lambda xt, t: network(params, xt, t, None),
+    schedule,
+    prediction,
+    threshold=options.threshold,
+    quantile=options.threshold_quantile,
+  )
+
+
+def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, first: int = 0) -> SamplerTable:
+  """The sampler that the knobs name, starting at timestep `first` (0: T)."""
+  return make_sampler(
+    schedule,
+    options.sampler,
+    num_steps=options.sampling_steps,
+    grid=options.time_grid,
+    eta=options.eta,
+    variance=variance,
+    first=first,
+  )
 
 
 def make_draw(
-  network: Network,
-  schedule: NoiseSchedule,
+  predictor: Predictor,
   table: SamplerTable,
   *,
-  prediction: str,
   image_shape: tuple[int, int, int],
   parallel: Parallel,
   seed: int,
   stream: str,
-) -> Draw:
-  """Returns draw(params, index int [B]) -> uint8 [B, H, W, C]; image i is a function of (weights, seed, stream, i).
+) -> ByRows:
+  """Returns draw(params, index int32 [B]) -> uint8 [B, H, W, C]; image i is a function of (weights, seed, stream, i).
 
   One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding.
   """
 
-  def draw_on_device(params: Params, index: jax.Array) -> jax.Array:
-    predict_x0 = x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, prediction)
+  def draw(params: Params, index: jax.Array) -> jax.Array:
     keys = indexed_keys(stream_key(seed, stream), index)
-    return images.to_uint8(sample(table, predict_x0, keys, image_shape))
+    return images.to_uint8(sample(table, predictor(params), keys, image_shape)[0])
 
-  shared = parallel.by_rows(draw_on_device)
-  return lambda params, index: shared(params, np.asarray(index, np.int32))
+  return parallel.by_rows(draw)
+
+
+def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:
+  """Images to draw at once: as many as fit into the memory of the devices.
+
+  Args:
+    bytes_needed: number of images -> bytes on each device.
+    free: bytes on each device.
+    most: images.
+    first: images of the first try, from which the others are computed.
+
+  Returns:
+    The number, at least 1.
+  """
+  size = min(first, most)
+  needed = bytes_needed(size)
+  fits = int(size * _SHARE * free / max(needed, 1))
+  if fits < size or fits >= 2 * size:  # less than twice as many are not worth another compilation
+    size = max(1, min(fits, most))
+  return size
+
+
+def fit_batch(draw: ByRows, params: Params, number: int) -> int:
+  """How many of `number` images to draw at once where the user leaves it open; the same on every process."""
+  devices = jax.device_count()
+  on_cpu = jax.devices()[0].platform == "cpu"
+  most = min(number, devices * (_MOST_ON_A_CPU if on_cpu else _MOST_ON_A_DEVICE))
+  index = np.zeros(1, np.int32)
+  free = int(from_all_processes(np.asarray(free_memory())).min())
+  return largest_batch(
+    lambda size: draw.bytes_needed(params, index, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
+  )

@@ -1,123 +1,163 @@
-"""The run `sample`: draws images from a workdir's newest checkpoint and nothing else."""
+"""The run `sample`: draws images from a workdir's checkpoint and nothing else."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import pathlib
-import sys
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
-from ddpm_jax import config as config_lib
 from ddpm_jax import grids
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import Progress
-from ddpm_jax.run import Run, build_run
-from ddpm_jax.sampling.draw import make_draw
-from ddpm_jax.storage import write_whole
-from ddpm_jax.training import resume
-from ddpm_jax.training.checkpoint import Checkpoints, Restored
-from ddpm_jax.training.manifest import Manifest
-from ddpm_jax.training.parallel import Parallel
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.sampling import inputs, tasks
+from ddpm_jax.sampling.drawn import Drawn, check_room, settings
+from ddpm_jax.sampling.weights import Weights, load_weights
 
 _GRID_IMAGES = 256  # more than that is no picture any more
+_FRAME_MS = 100
+Written = dict[str, Callable[[pathlib.Path], None]]  # suffix -> what writes that file
 
 
 def sample(config: Config, workdir: pathlib.Path) -> None:
-  """Writes `samples/samples.npz` (`images` uint8 [N, H, W, C], `settings` JSON) and `samples/samples.png`.
+  """Draws what `--sample_task` names into `samples/`.
 
-  Earlier draws are kept as samples.1.npz, samples.2.npz and so on.
+  `images`: `samples.npz` (`images` uint8 [N, H, W, C], `settings` JSON) and `samples.png`; the other tasks NAME.npz
+  and NAME.png. Earlier draws are kept as samples.1.npz, samples.2.npz and so on.
 
   Raises:
-    UserError: if the workdir holds no checkpoint.
+    UserError: if the workdir holds no such checkpoint, or what a task is given does not fit.
+    RunError: if the samples cannot be written.
   """
-  options, diffusion = config.sample, config.diffusion
-  if not (workdir / "checkpoints").is_dir():
-    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
-  parallel = Parallel(config.train.parallel)
-  run, (step, state, _, damaged) = _restore(config, workdir, parallel)
-  is_first = jax.process_index() == 0
-  if is_first:
-    for number, reason in damaged.items():
-      print(f"warning: checkpoint {number} is damaged: {reason}; drawing from {step}", file=sys.stderr, flush=True)
-
-  schedule = run.schedule
-  table = make_sampler(
-    schedule, options.sampler, num_steps=options.sampling_steps, eta=options.eta, variance=diffusion.variance
-  )
-  draw = make_draw(
-    run.network,
-    schedule,
-    table,
-    prediction=diffusion.prediction,
-    image_shape=run.image_shape,
-    parallel=parallel,
-    seed=options.sample_seed,
-    stream="sample",
-  )
-  params = state.ema_params if options.sample_weights == "ema" else state.params
-  progress = Progress("image", total=options.num_samples, quiet=not is_first)
-  progress.say(
-    f"drawing {options.num_samples} images {run.image_shape[0]}x{run.image_shape[1]}x{run.image_shape[2]} "
-    f"with the {options.sample_weights} weights after update {step}: {options.sampler}, {len(table.t)} "
-    f"network evaluations each, {min(options.sample_batch_size, options.num_samples)} images at once"
-  )
-  drawn, began = [], time.perf_counter()
-  size = min(options.sample_batch_size, options.num_samples)
-  for first in range(0, options.num_samples, size):
-    index = np.arange(first, first + size)  # a full batch each time: one compilation
-    drawn.append(draw(params, index)[: options.num_samples - first])
-    done = sum(map(len, drawn))
-    progress.advance(len(drawn[-1]))
-    progress.report(done, {}, done / (time.perf_counter() - began))
-  progress.close()
-  if not is_first:
-    return
-  images = np.concatenate(drawn)
-  settings = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
-  settings |= {"checkpoint": step, "variance": diffusion.variance}
+  weights = load_weights(config, workdir)
   folder = workdir / "samples"
-  _write(folder, images, settings)
-  shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
-  print(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
+  if config.sample.sample_task == "images":
+    _draw_images(config, weights, folder)
+  else:
+    _do_task(config, weights, folder)
 
 
-def _restore(config: Config, workdir: pathlib.Path, parallel: Parallel) -> tuple[Run, Restored]:
-  """The newest intact checkpoint of a workdir, and the run that it is of. Raises UserError if there is none."""
-  runs = {}
+def _draw_images(config: Config, weights: Weights, folder: pathlib.Path) -> None:
+  options, shape = config.sample, weights.run.image_shape
+  png_folder = pathlib.Path(options.sample_png_dir).expanduser() if options.sample_png_dir else None
+  if png_folder is not None:
+    _check_png_folder(png_folder)
+    check_room(png_folder, shape, options.num_samples, copies=1)
+  check_room(folder, shape, options.num_samples, copies=2)  # while they are drawn, and then in the archive
+  progress = _progress(options.num_samples)
+  drawn = Drawn(weights, config, folder)
+  with contextlib.closing(drawn), contextlib.closing(progress):
+    progress.say(_headline(config, weights, f"drawing {options.num_samples} images", len(drawn.table.t)))
+    drawn.draw(options.num_samples, progress)
+  if jax.process_index() == 0:
+    images = drawn.images(options.num_samples)
+    _write(
+      folder,
+      "samples",
+      {
+        ".npz": lambda path: _save_npz(path, {"images": images}, drawn.settings),
+        ".png": lambda path: grids.save_png(path, grids.image_grid(np.asarray(images[:_GRID_IMAGES]))),
+      },
+    )
+    if png_folder is not None:
+      _save_pngs(png_folder, images)
+    shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
+    print(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
+  drawn.forget()
 
-  def expect(manifest: Manifest) -> TrainState:
-    resume.check_config(manifest, config, workdir)
-    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
-    return run.abstract_state
 
-  with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-    restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt)
-  if restored is None:
-    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
-  return runs[restored.step], restored
+def _do_task(config: Config, weights: Weights, folder: pathlib.Path) -> None:
+  options, run = config.sample, weights.run
+  name, number = options.sample_task, options.num_samples
+  given = {"interpolate": 2 * number, "inpaint": number, "reconstruct": number}.get(name, 0)
+  images = inputs.given_images(config, run.image_shape, given) if given else np.empty(0)
+  mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
+  rows = number * tasks.rows_for_each(name)
+  with contextlib.closing(_progress(rows)) as progress:
+    progress.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
+    parts = tasks.make_parts(run, weights.params, config, progress.advance)
+    match name:
+      case "progressive":
+        outcome = tasks.progressive(parts)
+      case "interpolate":
+        outcome = tasks.interpolate(parts, images)
+      case "slerp":
+        outcome = tasks.slerp_noises(parts)
+      case "inpaint":
+        outcome = tasks.inpaint(parts, images, mask)
+      case "reconstruct":
+        outcome = tasks.reconstruct(parts, images)
+      case _:
+        raise ValueError(f"unknown task {name!r}")
+  if jax.process_index() == 0:
+    files: Written = {
+      ".npz": lambda path: _save_npz(path, outcome.arrays, settings(config, weights) | dict(outcome.told)),
+      ".png": lambda path: grids.save_png(path, outcome.picture),
+    }
+    if outcome.frames:
+      files[".gif"] = lambda path: _save_gif(path, outcome.frames)
+    _write(folder, name, files)
+    for fact, value in outcome.told.items():
+      print(f"{fact.replace('_', ' ')}: {value:.4g}")
+    print("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
 
 
-def _write(folder: pathlib.Path, images: np.ndarray, settings: dict[str, Any]) -> None:
+def _progress(total: int) -> Progress:
+  return Progress("image", total=total, quiet=jax.process_index() != 0)
+
+
+def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:
+  height, width, channels = weights.run.image_shape
+  each = f", {evaluations} network evaluations each" if evaluations else ""
+  return (
+    f"{what} {height}x{width}x{channels} with the {weights.which} weights after update {weights.step}: "
+    f"{config.sample.sampler}{each}"
+  )
+
+
+def _check_png_folder(folder: pathlib.Path) -> None:
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"sample_png_dir: {folder} exists and is not an empty folder; name another")
+
+
+def _save_pngs(folder: pathlib.Path, images: np.ndarray) -> None:
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+      grey = image[:, :, 0] if image.shape[-1] == 1 else image
+      Image.fromarray(np.asarray(grey)).save(folder / f"{i:06d}.png")
+  except OSError as error:
+    raise RunError(f"sample_png_dir: cannot write {folder} ({error.strerror or error}); make room") from error
+  print(f"{len(images)} PNG files in {folder}")
+
+
+def _save_npz(path: pathlib.Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
+  with path.open("wb") as file:
+    everything: Any = arrays | {"settings": np.asarray(json.dumps(facts))}
+    np.savez_compressed(file, **everything)
+
+
+def _save_gif(path: pathlib.Path, frames: list[np.ndarray]) -> None:
+  first, *others = [Image.fromarray(frame) for frame in frames]
+  first.save(path, format="GIF", save_all=True, append_images=others, duration=_FRAME_MS, loop=0)
+
+
+def _write(folder: pathlib.Path, name: str, files: Written) -> None:
   """Puts a draw where the earlier one was, which gets another name; or leaves the folder as it was. Raises RunError."""
-  archive = io.BytesIO()
-  np.savez_compressed(archive, images=images, settings=json.dumps(settings))
-  new = {suffix: folder / f".samples{suffix}.new" for suffix in (".npz", ".png")}
+  new = {suffix: folder / f".{name}{suffix}.new" for suffix in files}
   try:
     folder.mkdir(exist_ok=True)
-    write_whole(new[".npz"], archive.getvalue())
-    grids.save_png(new[".png"], grids.image_grid(images[:_GRID_IMAGES]))
-    _set_aside(folder)
+    for suffix, write in files.items():
+      write(new[suffix])
+    _set_aside(folder, name, tuple(files))
     for suffix, file in new.items():
-      file.replace(folder / f"samples{suffix}")
+      file.replace(folder / f"{name}{suffix}")
   except OSError as error:
     for file in new.values():
       with contextlib.suppress(OSError):
@@ -127,11 +167,11 @@ def _write(folder: pathlib.Path, images: np.ndarray, settings: dict[str, Any]) -
     ) from error
 
 
-def _set_aside(folder: pathlib.Path) -> None:
+def _set_aside(folder: pathlib.Path, name: str, suffixes: tuple[str, ...]) -> None:
   """Renames an earlier draw: nothing that exists is overwritten."""
   number = 1
-  while any((folder / f"samples.{number}{suffix}").exists() for suffix in (".npz", ".png")):
+  while any((folder / f"{name}.{number}{suffix}").exists() for suffix in suffixes):
     number += 1
-  for suffix in (".npz", ".png"):
-    if (folder / f"samples{suffix}").exists():
-      (folder / f"samples{suffix}").rename(folder / f"samples.{number}{suffix}")
+  for suffix in suffixes:
+    if (folder / f"{name}{suffix}").exists():
+      (folder / f"{name}{suffix}").rename(folder / f"{name}.{number}{suffix}")

@@ -133,27 +133,33 @@ class Checkpoints:
 
   # Reading.
 
-  def restore(self, expect: Expect, *, on_corrupt: str = "fallback") -> Restored | None:
+  def restore(self, expect: Expect, *, on_corrupt: str = "fallback", only: int | None = None) -> Restored | None:
     """Reads the newest checkpoint that is, bit for bit, what was saved. None if there is no checkpoint at all.
 
     Args:
       expect: manifest -> shapes, types and shardings of the state (ShapeDtypeStructs). It raises UserError if the
         manifest is of another run.
       on_corrupt: 'fallback' goes on to the next older one where one is damaged, 'fail' does not.
+      only: the number of the one checkpoint to read.
 
     Raises:
       UserError: if a checkpoint's arrays have other names, shapes or types than `expect` wants; or if one is damaged
-        and `on_corrupt` is 'fail', or none is intact.
+        and `on_corrupt` is 'fail', or none is intact; or if there are some, but not `only`.
     """
     damaged: dict[int, str] = {}
-    for step in reversed(self.steps()):
+    steps = self.steps()
+    if only is not None and steps:
+      if only not in steps:
+        raise UserError(f"checkpoint: {self._directory} has no {only}, only {', '.join(map(str, steps))}")
+      steps = [only]
+    for step in reversed(steps):
       try:
         manifest, abstract_state = self._check_alone(step, expect)
         state = self._read_state(step, manifest, abstract_state)
       except DamagedError as error:
         if self._keep is None and not (self._directory / str(step)).exists():
           self._open()  # deleted by the run that trains here, which has saved newer ones since
-          return self.restore(expect, on_corrupt=on_corrupt)
+          return self.restore(expect, on_corrupt=on_corrupt, only=only)
         damaged[step] = str(error)
         if on_corrupt == "fail":
           raise UserError(

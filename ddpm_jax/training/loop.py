@@ -28,7 +28,7 @@ from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run
-from ddpm_jax.sampling.draw import make_draw
+from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
@@ -229,16 +229,14 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
   """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise."""
   options, schedule = run.config.train, run.schedule
   draw = make_draw(
-    run.network,
-    schedule,
+    make_predictor(run.network, schedule, run.config.diffusion.prediction),
     make_sampler(schedule, "ddim", num_steps=options.preview_steps),
-    prediction=run.config.diffusion.prediction,
     image_shape=run.image_shape,
     parallel=run.parallel,
     seed=options.seed,
     stream="preview",
   )
-  index = np.arange(options.preview_images)
+  index = np.arange(options.preview_images, dtype=np.int32)
 
   def preview(state: TrainState) -> np.ndarray:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}

@@ -7,6 +7,7 @@ for fsdp. Both run the same pure `train_step` and give the same numbers to float
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -105,29 +106,12 @@ class Parallel:
     """This process's vote as the compiled step takes it."""
     return self._votes[bool(vote)]
 
-  def by_rows(self, function: Callable[..., Tree]) -> Callable[..., Tree]:
+  def by_rows(self, function: Callable[..., Tree]) -> ByRows:
     """Compiles a function of many examples so that all devices share them: for drawing and measuring.
 
-    Args:
-      function: (constants, *columns [B, ...]) -> tree of [B, ...]; row i of the result depends on row i alone.
-
-    Returns:
-      (constants, *columns, size) -> the same as NumPy, whole on every process. Columns are NumPy arrays, the same on
-      every process; with `size` they are padded to that many rows, so that a last, smaller batch compiles nothing new.
+    function: (constants, *columns [B, ...]) -> tree of [B, ...]; row i of the result depends on row i alone.
     """
-    compiled = jax.jit(function, out_shardings=self.replicated)
-
-    def call(constants: Tree, *columns: np.ndarray, size: int = 0) -> Tree:
-      number = len(columns[0])
-      rows = -(-max(number, size) // self.num_devices) * self.num_devices
-      padded = [np.take(column, np.arange(rows) % number, axis=0) for column in columns]
-      placed = [
-        jax.make_array_from_callback(column.shape, self.split, lambda piece, column=column: column[piece])
-        for column in padded
-      ]
-      return jax.tree.map(lambda result: to_host(result)[:number], compiled(constants, *placed))
-
-    return call
+    return ByRows(function, self)
 
   def globalize(self, state: Tree) -> Tree:
     """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
@@ -139,6 +123,59 @@ class Parallel:
       return jax.make_array_from_single_device_arrays(leaf.shape, self.replicated, copies)
 
     return jax.tree.map(join, state)
+
+
+class ByRows:
+  """A function of rows, compiled once for each number of rows, that all devices share; see `Parallel.by_rows`."""
+
+  def __init__(self, function: Callable[..., Tree], parallel: Parallel):
+    """function: (constants, *columns [B, ...]) -> tree of [B, ...]."""
+    self._jitted = jax.jit(function, out_shardings=parallel.replicated)
+    self._parallel = parallel
+    self._compiled: dict[tuple, Any] = {}
+
+  def __call__(self, constants: Tree, *columns: np.ndarray, size: int = 0) -> Tree:
+    """The function's result as NumPy, whole on every process.
+
+    Args:
+      constants: what is the same for all rows: a tree of placed arrays.
+      *columns: NumPy arrays [B, ...], the same on every process.
+      size: pad them to that many rows, so that a last, smaller batch compiles nothing new.
+    """
+    number = len(columns[0])
+    padded = [np.take(column, np.arange(self._rows(max(number, size))) % number, axis=0) for column in columns]
+    split = self._parallel.split
+    placed = [
+      jax.make_array_from_callback(column.shape, split, lambda piece, column=column: column[piece]) for column in padded
+    ]
+    result = self._executable(constants, padded)(constants, *placed)
+    return jax.tree.map(lambda leaf: to_host(leaf)[:number], result)
+
+  def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
+    """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
+    rows = [np.empty((self._rows(size), *column.shape[1:]), column.dtype) for column in columns]
+    plan = self._executable(constants, rows).memory_analysis()
+    return plan.temp_size_in_bytes + plan.output_size_in_bytes if plan else 0
+
+  def _rows(self, number: int) -> int:
+    """The next multiple of the number of devices."""
+    return -(-number // self._parallel.num_devices) * self._parallel.num_devices
+
+  def _executable(self, constants: Tree, columns: list[np.ndarray]) -> Any:
+    shapes = tuple((column.shape, str(column.dtype)) for column in columns)
+    if shapes not in self._compiled:
+      abstract = [jax.ShapeDtypeStruct(c.shape, c.dtype, sharding=self._parallel.split) for c in columns]
+      self._compiled[shapes] = self._jitted.lower(constants, *abstract).compile()
+    return self._compiled[shapes]
+
+
+def free_memory() -> int:
+  """Bytes that a device of this process may still use; on CPU devices, its share of half the machine's free memory."""
+  device = jax.local_devices()[0]
+  stats = device.memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+  return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * jax.local_device_count())
 
 
 def gather(array: jax.Array) -> np.ndarray:

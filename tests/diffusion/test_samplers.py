@@ -27,7 +27,7 @@ def gaussian_x0(schedule):
 
 def draw(table, schedule, number=4000, seed=0):
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(number))
-  return np.asarray(jax.jit(lambda: samplers.sample(table, gaussian_x0(schedule), keys, (1,)))())
+  return np.asarray(jax.jit(lambda: samplers.sample(table, gaussian_x0(schedule), keys, (1,))[0])())
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_ddim_step_numbers():
   sigma = eta * np.sqrt((1 - ab_s) / (1 - ab_t)) * np.sqrt(1 - ab_t / ab_s)
   eps_hat = (xt - np.sqrt(ab_t) * x0_hat) / np.sqrt(1 - ab_t)
   expected = np.sqrt(ab_s) * x0_hat + np.sqrt(1 - ab_s - sigma**2) * eps_hat
-  table = samplers.ddim_table(LINEAR, np.array([t, s]), eta)
+  table = samplers.ddim_table(LINEAR, np.array([t]), np.array([s]), eta)
   np.testing.assert_allclose(table.c_xt[0] * xt + table.c_x0[0] * x0_hat, expected)
   np.testing.assert_allclose(table.sigma[0], sigma)
 
@@ -107,7 +107,7 @@ def test_clipping():
   clipped = samplers.x0_predictor(network, LINEAR, "eps")(xt, t)
   np.testing.assert_allclose(clipped[:, 0], [0.5 / np.sqrt(0.9999), 1.0], rtol=1e-6)
   np.testing.assert_allclose(samplers.x0_predictor(network, LINEAR, "eps")(-xt, t), -clipped)
-  free = samplers.x0_predictor(network, LINEAR, "eps", clip=False)(xt, t)
+  free = samplers.x0_predictor(network, LINEAR, "eps", threshold="none")(xt, t)
   np.testing.assert_allclose(free[1, 0], 0.5 / np.sqrt(LINEAR.alpha_bar[1000]), rtol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_a_strided_ancestral_step_by_hand(variance):
   ab_t, ab_s = LINEAR.alpha_bar[t], LINEAR.alpha_bar[s]
   beta = 1 - ab_t / ab_s
   mean = np.sqrt(ab_s) * beta / (1 - ab_t) * x0_hat + np.sqrt(1 - beta) * (1 - ab_s) / (1 - ab_t) * xt
-  table = samplers.ancestral_table(LINEAR, np.array([t, s]), variance)
+  table = samplers.ancestral_table(LINEAR, np.array([t]), np.array([s]), variance)
   np.testing.assert_allclose(table.c_xt[0] * xt + table.c_x0[0] * x0_hat, mean)
   expected = {"fixed_small": beta * (1 - ab_s) / (1 - ab_t), "fixed_large": beta}[variance]
   np.testing.assert_allclose(table.sigma[0] ** 2, expected)
@@ -129,12 +129,13 @@ def test_the_number_of_steps_reaches_the_table():
 
 
 def test_prior_and_steps_have_noise_of_their_own():
-  """A table that only adds: the sample is the sum of the prior's draw (fold 0) and of those of its steps (fold t)."""
-  table = samplers.SamplerTable(np.array([1000, 500], np.int32), np.ones(2), np.zeros(2), np.ones(2))
+  """A table that only adds: the sample is the sum of the prior's draw (number 0) and of those of its rows (1, 2)."""
+  zeros, ones = np.zeros(2), np.ones(2)
+  table = samplers.SamplerTable(np.array([1000, 500]), np.array([500, 0]), ones, zeros, zeros, ones)
   keys = jax.random.split(jax.random.key(0), 3)
-  got = samplers.sample(table, gaussian_x0(LINEAR), keys, (2,))
+  got = samplers.sample(table, gaussian_x0(LINEAR), keys, (2,))[0]
   for i in range(3):
-    parts = [jax.random.normal(jax.random.fold_in(keys[i], t), (2,)) for t in (0, 1000, 500)]
+    parts = [jax.random.normal(jax.random.fold_in(keys[i], number), (2,)) for number in (0, 1, 2)]
     np.testing.assert_allclose(got[i], sum(parts), rtol=1e-5)
 
 
@@ -147,17 +148,35 @@ def test_the_arithmetic_is_float32_also_for_a_bfloat16_network():
   np.testing.assert_allclose(eps_x0, (0.4 - b * np.asarray(output, np.float64)) / a, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 999, 1000])
-def test_time_grid(num_steps):
-  grid = samplers.time_grid(1000, num_steps)
-  assert len(grid) == num_steps + 1 and grid[0] == 1000 and grid[-1] == 0
+GRIDS = ["trailing", "uniform", "quadratic", "logsnr"]
+
+
+@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 599, 600])
+@pytest.mark.parametrize("first", [0, 600])
+def test_time_grids_fall_strictly_from_first_to_0(kind, num_steps, first):
+  grid = samplers.time_grid(LINEAR, num_steps, kind, first)
+  assert len(grid) == num_steps + 1 and grid[0] == (first or 1000) and grid[-1] == 0
   assert (np.diff(grid) < 0).all()
-  assert np.ptp(np.diff(grid)) <= 1  # even, up to rounding
+
+
+def test_time_grids_are_even_in_what_they_say():
+  trailing, uniform, quadratic, logsnr = (samplers.time_grid(LINEAR, 10, kind) for kind in GRIDS)
+  assert trailing.tolist() == [1000, 900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
+  assert uniform.tolist() == [1000, 889, 778, 667, 556, 445, 334, 223, 112, 1, 0]
+  root = np.sqrt(quadratic[:-1])
+  assert np.ptp(np.diff(root[:-2])) < 0.06 and quadratic[-2] == 1 and root[0] == np.sqrt(1000)
+  steps = np.diff(LINEAR.log_snr[logsnr[:-1]])
+  assert logsnr[-2] == 1 and np.ptp(steps[:-3]) < 0.05 * steps[0]  # whole timesteps are coarse near 1
 
 
 def test_impossible_requests():
   for num_steps in (0, 1001):
     with pytest.raises(ValueError, match="num_steps"):
-      samplers.time_grid(1000, num_steps)
+      samplers.time_grid(LINEAR, num_steps)
   with pytest.raises(ValueError, match="'euler'"):
     samplers.make_sampler(LINEAR, "euler")
+  with pytest.raises(ValueError, match="'even'"):
+    samplers.time_grid(LINEAR, 10, "even")
+  with pytest.raises(ValueError, match="'soft'"):
+    samplers.threshold_x0(jnp.zeros(3), "soft", 0.9)

@@ -1,0 +1,139 @@
+"""Drawing many images so that a stop loses little: each batch is on disk before the next one is drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.models.build import Params
+from ddpm_jax.progress import Progress
+from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
+from ddpm_jax.sampling.weights import Weights
+from ddpm_jax.storage import Records
+from ddpm_jax.training.parallel import ByRows, from_all_processes
+
+# Knobs of the section `sample` that do not change image i.
+_NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
+
+
+class Drawn:
+  """Images 0, 1, 2, ... of a draw, in a file that grows; what an earlier process drew of them is taken over.
+
+  The file is named by a digest of everything that the images depend on. Process 0 writes it.
+  """
+
+  def __init__(self, weights: Weights, config: Config, folder: pathlib.Path):
+    """Opens or creates the file in `folder`. Raises RunError if it cannot."""
+    self._weights, self._config = weights, config
+    self.settings = settings(config, weights)
+    run = weights.run
+    own = {name: value for name, value in self.settings.items() if name not in _NOT_IN_IMAGES}
+    text = json.dumps([weights.identity, run.image_shape, own], sort_keys=True)
+    self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
+    self._image_bytes = math.prod(run.image_shape)
+    self._records, self._done = None, 0
+    if jax.process_index() == 0:
+      try:
+        folder.mkdir(exist_ok=True)
+        if self.path.exists():  # a kill may have cut the last image short
+          with self.path.open("r+b") as file:
+            file.truncate(self.path.stat().st_size // self._image_bytes * self._image_bytes)
+        self._records = Records(self.path)
+        self._done = self.path.stat().st_size // self._image_bytes
+      except OSError as error:
+        raise _cannot_write(folder, error) from error
+    self._done = int(from_all_processes(np.asarray(self._done))[0])
+
+  def draw(self, number: int, progress: Progress) -> None:
+    """Draws until there are `number` images. Raises RunError if they cannot be written."""
+    options, params = self._config.sample, self._weights.params
+    before = min(self._done, number)
+    if before:
+      progress.say(f"{before} of them were drawn before")
+      progress.advance(before)
+    if before == number:
+      return
+    run = self._weights.run
+    draw = make_draw(
+      make_predictor(run.network, run.schedule, self._config.diffusion.prediction, options),
+      self.table,
+      image_shape=run.image_shape,
+      parallel=run.parallel,
+      seed=options.sample_seed,
+      stream="sample",
+    )
+    size = self._batch_size(draw, params, number - before)
+    progress.say(f"{size} images at once")
+    began = time.perf_counter()
+    for first in range(before, number, size):
+      index = np.arange(first, min(first + size, number), dtype=np.int32)
+      images = draw(params, index, size=size)
+      if self._records is not None:
+        try:
+          self._records.add(images.tobytes())
+          self._records.sync()
+        except OSError as error:
+          raise _cannot_write(self.path.parent, error) from error
+      self._done = first + len(index)
+      progress.advance(len(index))
+      progress.report(self._done, {}, (self._done - before) / (time.perf_counter() - began))
+
+  def _batch_size(self, draw: ByRows, params: Params, number: int) -> int:
+    asked = self._config.sample.sample_batch_size
+    return min(asked, number) if asked else fit_batch(draw, params, number)
+
+  def images(self, number: int) -> np.ndarray:
+    """The first `number` images, uint8 [number, H, W, C], read from disk as they are used. On process 0 alone."""
+    return np.memmap(self.path, np.uint8, "r", shape=(number, *self._weights.run.image_shape))
+
+  def forget(self) -> None:
+    """Closes and removes the file."""
+    self.close()
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        self.path.unlink()
+
+  def close(self) -> None:
+    """Closes the file and leaves it for the next time."""
+    if self._records is not None:
+      self._records.close()
+      self._records = None
+
+
+def settings(config: Config, weights: Weights) -> dict[str, Any]:
+  """How images are drawn, JSON values: the knobs of the section `sample` and what else they depend on."""
+  own = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
+  return own | {"checkpoint": weights.step, "variance": config.diffusion.variance}
+
+
+def check_room(folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:
+  """Raises UserError if the disk has no room for `copies` of that many images."""
+  needed = number * math.prod(image_shape) * copies
+  exists = next(parent for parent in (folder, *folder.parents) if parent.exists())
+  free = shutil.disk_usage(exists).free
+  if free < needed:
+    raise UserError(
+      f"num_samples: {number} images need up to {_size(needed)} in {folder}, which has {_size(free)}; draw fewer, or "
+      "make room"
+    )
+
+
+def _size(number: int) -> str:
+  return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _cannot_write(folder: pathlib.Path, error: OSError) -> RunError:
+  return RunError(f"workdir: cannot write the samples into {folder} ({error.strerror}); make room and draw again")

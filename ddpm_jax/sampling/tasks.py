@@ -1,0 +1,236 @@
+"""What else can be drawn: how an image appears, what lies between two, what a mask covers, what noise an image is.
+
+Each task is a function (parts, options) -> Outcome: arrays for the npz file and a picture, some with an animation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax import grids
+from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.data import images
+from ddpm_jax.diffusion.forward import q_sample
+from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
+from ddpm_jax.diffusion.interpolation import lerp, slerp
+from ddpm_jax.diffusion.samplers import (
+  ancestral_table,
+  ddim_table,
+  encoding_table,
+  numbered_noise,
+  sample,
+  time_grid,
+)
+from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.models.build import Params
+from ddpm_jax.run import Run
+from ddpm_jax.sampling.draw import Predictor, make_predictor, table_of
+
+_SHARES = 9  # points from one end of an interpolation to the other
+_FRAMES = 50  # of the animation of a progressive draw
+_STRIP = 10  # of them in the strip
+_VERSIONS = 4  # drawn of each image that is inpainted: what is hidden has more than one answer
+
+
+class Outcome(NamedTuple):
+  """What a task made.
+
+  Attributes:
+    arrays: for the npz file, uint8 [N, ..., H, W, C].
+    picture: uint8 [height, width, 3].
+    frames: pictures of an animation, or none.
+    told: facts, for the terminal and the settings in the npz file.
+  """
+
+  arrays: dict[str, np.ndarray]
+  picture: np.ndarray
+  frames: list[np.ndarray]
+  told: Mapping[str, float]
+
+
+class Parts(NamedTuple):
+  """What the tasks draw with."""
+
+  run: Run
+  params: Params
+  config: Config
+  predictor: Predictor
+  by_rows: Callable[..., Any]  # (function of rows, *columns) -> its result as NumPy, in batches
+
+  @property
+  def options(self) -> SampleConfig:
+    """The knobs of drawing."""
+    return self.config.sample
+
+  def keys(self, index: jax.Array) -> jax.Array:
+    """The keys of a draw's images."""
+    return indexed_keys(stream_key(self.options.sample_seed, "sample"), index)
+
+
+def make_parts(run: Run, params: Params, config: Config, advance: Callable[[int], None]) -> Parts:
+  """Binds the weights. `advance` is told how many rows are done."""
+
+  def by_rows(function: Callable[..., Any], *columns: np.ndarray) -> Any:
+    shared, number = run.parallel.by_rows(function), len(columns[0])
+    size = min(config.sample.sample_batch_size or 32 * run.parallel.num_devices, number)
+    batches = []
+    for first in range(0, number, size):
+      batches.append(shared(params, *(column[first : first + size] for column in columns), size=size))
+      advance(min(size, number - first))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+
+  predictor = make_predictor(run.network, run.schedule, config.diffusion.prediction, config.sample)
+  return Parts(run, params, config, predictor, by_rows)
+
+
+def progressive(parts: Parts) -> Outcome:
+  """x0_hat along the way (Ho et al. 2020, section 4.3 and figure 6): one row for each image, noise at the left."""
+  table = table_of(parts.options, parts.run.schedule, parts.config.diffusion.variance)
+  frames = min(_FRAMES, len(table.t))
+  keep = np.unique(np.round(np.linspace(0, len(table.t) - 1, frames)).astype(int))
+
+  def rows(params: Params, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x0, kept = sample(table, parts.predictor(params), parts.keys(index), parts.run.image_shape, keep=keep.tolist())
+    return images.to_uint8(x0), images.to_uint8(kept)
+
+  final, kept = parts.by_rows(rows, np.arange(parts.options.num_samples, dtype=np.int32))
+  shown = np.unique(np.round(np.linspace(0, len(keep) - 1, _STRIP - 1)).astype(int))
+  strip = np.concatenate([kept[:, shown], final[:, None]], axis=1)
+  movie = [grids.image_grid(kept[:, i]) for i in range(len(keep))]
+  movie += [grids.image_grid(final)] * 10  # the end stands still for a second
+  arrays = {"images": final, "x0_hat": kept, "timesteps": table.t[keep]}
+  return Outcome(arrays, grids.image_rows(strip), movie, {})
+
+
+def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
+  """Between pairs of images: both diffused to t with the same noise, mixed, denoised (Ho et al. 2020, section 4.4).
+
+  given: uint8 [2 P, H, W, C]; pairs are neighbours.
+  """
+  run, schedule = parts.run, parts.run.schedule
+  first = parts.options.interpolation_timestep or schedule.num_timesteps // 2
+  table = table_of(parts.options, schedule, parts.config.diffusion.variance, first)
+
+  def rows(params: Params, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    keys = parts.keys(pair)
+    eps = numbered_noise(keys, run.image_shape)(len(table.t) + 1)
+    diffuse = jax.vmap(functools.partial(q_sample, schedule), (0, None, 0))
+    start = jax.vmap(lerp)(
+      diffuse(images.to_float(a), jnp.asarray(first), eps), diffuse(images.to_float(b), jnp.asarray(first), eps), share
+    )
+    return images.to_uint8(sample(table, parts.predictor(params), keys, run.image_shape, start=start)[0])
+
+  pair, share = _pairs_and_shares(len(given) // 2)
+  drawn = parts.by_rows(rows, pair, given[2 * pair], given[2 * pair + 1], share)
+  drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
+  row = np.concatenate([given[0::2, None], drawn, given[1::2, None]], axis=1)
+  return Outcome({"images": drawn, "given": given}, grids.image_rows(row, apart=(0, _SHARES)), [], {"timestep": first})
+
+
+def slerp_noises(parts: Parts) -> Outcome:
+  """Between pairs of noises, along the sphere (Song et al. 2021, appendix D.5)."""
+  run = parts.run
+  table = table_of(parts.options, run.schedule, parts.config.diffusion.variance)
+
+  def rows(params: Params, pair: jax.Array, share: jax.Array) -> jax.Array:
+    ends = [numbered_noise(parts.keys(2 * pair + end), run.image_shape)(0) for end in (0, 1)]
+    start = jax.vmap(slerp)(ends[0], ends[1], share)
+    return images.to_uint8(
+      sample(table, parts.predictor(params), parts.keys(2 * pair), run.image_shape, start=start)[0]
+    )
+
+  drawn = parts.by_rows(rows, *_pairs_and_shares(parts.options.num_samples))
+  drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
+  return Outcome({"images": drawn}, grids.image_rows(drawn), [], {})
+
+
+def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
+  """Draws what a mask covers of given images (RePaint).
+
+  Args:
+    parts: what to draw with; of the samplers ddpm or ddim.
+    given: uint8 [N, H, W, C].
+    mask: bool [H, W], true where pixels are drawn.
+  """
+  run, schedule, options = parts.run, parts.run.schedule, parts.options
+  grid = "trailing" if options.time_grid == "auto" else options.time_grid
+  jumps = repaint_jumps(
+    time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid),
+    options.repaint_jump,
+    options.repaint_resamples,
+  )
+  if options.sampler == "ddpm":
+    table = ancestral_table(schedule, jumps.t, jumps.s, parts.config.diffusion.variance)
+  else:
+    table = ddim_table(schedule, jumps.t, jumps.s, options.eta)
+  drawn_here = mask[:, :, None]
+
+  def rows(params: Params, index: jax.Array, known: jax.Array) -> jax.Array:
+    keys = parts.keys(index)
+    after_row = inpaint_after_row(
+      schedule,
+      jumps,
+      images.to_float(known),
+      jnp.asarray(drawn_here, jnp.float32)[None],
+      numbered_noise(keys, run.image_shape),
+    )
+    x0, _ = sample(table, parts.predictor(params), keys, run.image_shape, after_row=after_row)
+    return images.to_uint8(x0)
+
+  index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
+  drawn = parts.by_rows(rows, index, given[index // _VERSIONS]).reshape(-1, _VERSIONS, *run.image_shape)
+  hidden = np.where(drawn_here, np.uint8(128), given)
+  row = np.concatenate([given[:, None], hidden[:, None], drawn], axis=1)
+  picture = grids.image_rows(row, apart=(1,))
+  told = {"network_evaluations": len(table.t)}
+  return Outcome({"images": drawn, "given": given, "mask": mask.astype(np.uint8)}, picture, [], told)
+
+
+def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
+  """Encodes images to noise with deterministic DDIM and decodes them again (Song et al. 2021, section 5.4).
+
+  given: uint8 [N, H, W, C]. The picture has the image, its noise, what came back, and ten times the difference.
+  """
+  run, schedule, options = parts.run, parts.run.schedule, parts.options
+  grid = "uniform" if options.time_grid == "auto" else options.time_grid
+  times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
+  # Clipping cannot be undone.
+  unclipped = dataclasses.replace(options, threshold="none")
+  predictor = make_predictor(run.network, schedule, parts.config.diffusion.prediction, unclipped)
+  up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
+
+  def rows(params: Params, index: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
+    keys, predict = parts.keys(index), predictor(params)
+    noise, _ = sample(up, predict, keys, run.image_shape, start=images.to_float(known))
+    return noise, sample(down, predict, keys, run.image_shape, start=noise)[0]
+
+  noise, back = parts.by_rows(rows, np.arange(len(given), dtype=np.int32), given)
+  pixels = np.asarray(images.to_uint8(back))
+  difference = pixels.astype(int) - given
+  shown = [given, np.asarray(images.to_uint8(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
+  error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
+  told = {
+    "network_evaluations": 2 * len(up.t),
+    "rms_error_in_grey_levels": error,
+    "peak_signal_to_noise_db": float(20 * np.log10(255 / max(error, 1e-3))),
+    "deviation_of_the_noise": float(noise.std()),
+  }
+  return Outcome({"images": pixels, "given": given, "noise": noise}, grids.image_rows(np.stack(shown, 1)), [], told)
+
+
+def rows_for_each(task: str) -> int:
+  """Images drawn for each of `--num_samples`."""
+  return {"interpolate": _SHARES, "slerp": _SHARES, "inpaint": _VERSIONS}.get(task, 1)
+
+
+def _pairs_and_shares(pairs: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pair and share in [0, 1] of each row: int32 and float32 [pairs * _SHARES]."""
+  pair, place = np.divmod(np.arange(pairs * _SHARES), _SHARES)
+  return pair.astype(np.int32), (place / (_SHARES - 1)).astype(np.float32)

@@ -1,0 +1,66 @@
+"""The weights of a workdir, for drawing and measuring: a checkpoint and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import Params
+from ddpm_jax.run import Run, build_run
+from ddpm_jax.training import resume
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.manifest import Manifest
+from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.state import TrainState
+
+
+class Weights(NamedTuple):
+  """What was trained, and how far."""
+
+  run: Run
+  params: Params
+  step: int  # the number of updates
+  which: str  # 'ema' or 'raw'
+  identity: str  # SHA-256 over all that the checkpoint holds, and which of its weights these are
+
+
+def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
+  """The weights that `--checkpoint` and `--sample_weights` name. Says which newer checkpoints are damaged.
+
+  Raises:
+    UserError: if the workdir holds no such checkpoint, or one of another run.
+  """
+  name = config.sample.checkpoint
+  folder = workdir / ("best" if name == "best" else "checkpoints")
+  if not folder.is_dir():
+    remedy = "let training keep one with --evaluate_every" if name == "best" else "train first"
+    raise UserError(f"workdir: {workdir} holds no {'best ' * (name == 'best')}checkpoint yet; {remedy}")
+  parallel, runs = Parallel(config.train.parallel), {}
+
+  def expect(manifest: Manifest) -> TrainState:
+    resume.check_config(manifest, config, workdir)
+    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
+    return run.abstract_state
+
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    only = int(name) if name.isdecimal() else None
+    restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt, only=only)
+  if restored is None:
+    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
+  if jax.process_index() == 0:
+    for number, reason in restored.damaged.items():
+      print(f"warning: checkpoint {number} is damaged: {reason}; using {restored.step}", file=sys.stderr, flush=True)
+  which = config.sample.sample_weights
+  return Weights(
+    runs[restored.step],
+    restored.state.ema_params if which == "ema" else restored.state.params,
+    restored.step,
+    which,
+    f"{restored.manifest['sha256']} {which}",
+  )
