@@ -1,8 +1,9 @@
-"""Trains a denoising diffusion model, or draws images from one.
+"""Trains a denoising diffusion model, draws images from one, or measures it.
 
   python -m ddpm_jax.main --workdir=runs/digits
   python -m ddpm_jax.main --workdir=runs/cifar10 --flagfile=experiments/cifar10.flags
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=sample
+  python -m ddpm_jax.main --workdir=runs/cifar10 --mode=evaluate
 
 The same command goes on where it stopped.
 """
@@ -93,6 +94,10 @@ def _run(mode: str, config: Config, folder: pathlib.Path, stop: StopRequest, job
       from ddpm_jax.sampling import run
 
       run.sample(config, folder)
+    case "evaluate":
+      from ddpm_jax.evaluation import run as evaluation_run
+
+      evaluation_run.evaluate(config, folder)
 
 
 def _exit_code(error: UserError | RunError | NonFiniteError) -> int:

@@ -28,7 +28,7 @@ def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
     json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
   ]
   # An update that was skipped has no finite loss, and JSON no name for such a number.
-  points = [(row["step"], row["loss"]) for row in rows if row["loss"] is not None and math.isfinite(row["loss"])]
+  points = [(row["step"], row["loss"]) for row in rows if math.isfinite(row.get("loss") or math.nan)]
   steps, losses = np.array(points).reshape(-1, 2).T
   window = max(1, len(losses) // 20)
   figure = Figure(figsize=(7, 3.5), layout="constrained")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 
 import tqdm
 
@@ -53,6 +55,26 @@ class Progress:
     """Leaves the terminal on a fresh line."""
     if self._bar is not None:
       self._bar.close()
+
+
+@contextlib.contextmanager
+def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+  """Progress of something that counts: yields a function that is told how many are done, and one that takes a line.
+
+  The speed is measured from the first call on: what was there before, and a compilation, are no part of it.
+  """
+  with contextlib.closing(Progress(what, total=total, quiet=quiet)) as progress:
+    before, began, at_first = 0, 0.0, None
+
+    def done(number: int) -> None:
+      nonlocal before, began, at_first
+      progress.advance(number - before)
+      before = number
+      if at_first is None:
+        began, at_first = time.perf_counter(), number
+      progress.report(number, {}, (number - at_first) / max(time.perf_counter() - began, 1e-9))
+
+    yield done, progress.say
 
 
 def _columns() -> int:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -25,7 +26,7 @@ class StopRequest:
     """exit_code: where there is nothing to save; 128 + the signal's number if None."""
     self.requested: int | None = None
     self._exit_code = exit_code
-    self._deferred = False
+    self._deferred, self._exit_text = False, "stopped; there was nothing to save"
 
   def __enter__(self) -> StopRequest:
     self._reader, self._writer = os.pipe()
@@ -54,6 +55,16 @@ class StopRequest:
     """From now on there is something to save: the first signal only sets `requested`."""
     self._deferred = True
 
+  @contextlib.contextmanager
+  def at_rest(self) -> Iterator[None]:
+    """While this lasts everything is saved, and a signal ends the process at once."""
+    before = self._deferred, self._exit_text
+    self._deferred, self._exit_text = False, "stopped; everything was saved before"
+    try:
+      yield
+    finally:
+      self._deferred, self._exit_text = before
+
   def _listen(self) -> None:
     while (number := os.read(self._reader, 1)[0]) != 0:
       if number not in _SIGNALS:
@@ -62,7 +73,7 @@ class StopRequest:
         os._exit(128 + number)
       name = signal.Signals(number).name
       if not self._deferred:
-        _tell(f"{name}: stopped; there was nothing to save")
+        _tell(f"{name}: {self._exit_text}")
         os._exit(128 + number if self._exit_code is None else self._exit_code)
       self.requested = number
       _tell(f"{name}: saving, then stopping; a second signal ends at once, without a checkpoint")

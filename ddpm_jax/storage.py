@@ -31,7 +31,7 @@ class Records:
 
   def __init__(self, path: pathlib.Path, flags: int = 0):
     """Opens or creates a file; `flags` are more of `os.open`. Raises OSError."""
-    self._file = os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+    self._file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     self._length = self._safe_length = os.fstat(self._file).st_size  # of what is written, and of what survives
     self._pending: list[bytes] = []  # not written yet
     self._unsafe: list[bytes] = []  # written, but some storage says only at fsync that it could not keep it
@@ -49,6 +49,29 @@ class Records:
   def write_or_drop(self, record: bytes) -> None:
     """Writes a record at once, ahead of those that wait, and forgets it if that fails. Raises OSError."""
     self._write_one(record)
+
+  def replace_last(self, old: bytes, new: bytes) -> None:
+    """Writes `new` over the last record, which is `old`. Raises OSError, and leaves it as it was.
+
+    A longer record that begins as the old one is there as a whole or not at all where the process is killed.
+    """
+    self.write()
+    start = self._length - len(old)
+    if os.pread(self._file, len(old) + 1, start) != old:
+      raise ValueError("the file does not end with that record")
+    try:
+      done = 0
+      while done < len(new):
+        done += os.pwrite(self._file, new[done:], start + done)
+    except OSError:
+      with contextlib.suppress(OSError):
+        os.pwrite(self._file, old, start)
+      self._cut()
+      raise
+    os.ftruncate(self._file, start + len(new))
+    self._length = start + len(new)
+    self._unsafe = [*self._unsafe[:-1], new] if self._unsafe else []
+    self._safe_length = min(self._safe_length, self._length)
 
   def sync(self) -> None:
     """Writes all records and waits until a loss of power cannot take them. Raises OSError."""

@@ -36,7 +36,7 @@ class MetricsWriter:
       RunError: if they cannot be written; `metrics.jsonl` is then as it was.
     """
     self._last = resume_step
-    path = workdir / "metrics.jsonl"
+    path = self._path = workdir / "metrics.jsonl"
     try:
       _forget_after(path, resume_step)
       with contextlib.ExitStack() as opened:
@@ -61,9 +61,26 @@ class MetricsWriter:
       self._last = step
       facts = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
       self._lines.add(json.dumps({"step": step, **facts}, allow_nan=False).encode() + b"\n")
-      values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-      self._events.add(_record(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
+      self._events.add(_scalars(step, metrics))
     _each(self._lines.write, self._events.write)
+
+  def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Adds what became known later to the line of `step`, which is the last; one is written if there is none.
+
+    Raises:
+      OSError: if it cannot be written; the line is then as it was.
+    """
+    self._lines.write()
+    lines = self._path.read_bytes().splitlines(keepends=True)
+    last = lines[-1] if lines else b""
+    if last and _step(last) == step:
+      facts = json.loads(last) | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+      self._lines.replace_last(last, json.dumps(facts, allow_nan=False).encode() + b"\n")
+      self._events.add(_scalars(step, metrics))
+      self._events.write()
+    else:
+      self._last = min(self._last, step - 1)
+      self.write(step, metrics)
 
   def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds a picture uint8 [height, width, 3] to TensorBoard. Raises OSError if it cannot, and forgets it."""
@@ -128,6 +145,11 @@ def _event_file(folder: pathlib.Path, resume_step: int) -> Records:
     events.close()
     raise
   return events
+
+
+def _scalars(step: int, metrics: Mapping[str, float]) -> bytes:
+  values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+  return _record(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 
 def _record(event: Event) -> bytes:

@@ -52,6 +52,7 @@ class EncodedImages:
     fetch: encoded images, or paths to them, for a list of indices; a BadRecord in the place of one whose record cannot
       be read. Called from several threads.
     label: what to call image i in an error.
+    classes: the class of each image, see `Source.labels`; None if they have none. Nothing is read before it is called.
   """
 
   name: str
@@ -62,6 +63,7 @@ class EncodedImages:
   listing: str
   fetch: Callable[[list[int]], Sequence[bytes | pathlib.Path | BadRecord]]
   label: Callable[[int], str]
+  classes: Callable[[], np.ndarray] | None = None
 
 
 def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int) -> tuple[int, int]:
@@ -84,6 +86,19 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
   if height != width:
     raise UserError(f"image_size: 0, but the images of {name} are {height} x {width}, not square; {remedy}")
   return height, width
+
+
+def no_labels(name: str, why: str = "has none") -> UserError:
+  """What ends a run that needs classes, where the data set `name` cannot say them."""
+  return UserError(
+    f"features: 'classifier' needs labels, and {name} {why}; use --features=inception with --inception_weights"
+  )
+
+
+def stand_ins(bad: np.ndarray) -> np.ndarray:
+  """For each bad place of bool [N] the next one that is not, around the end: int [number of bad ones]. Not all are."""
+  good = np.flatnonzero(~bad)
+  return good[np.searchsorted(good, np.flatnonzero(bad)) % len(good)]
 
 
 def on_demand(encoded: EncodedImages, *, skip: bool) -> Callable[[np.ndarray], Rows]:
@@ -134,10 +149,9 @@ def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
     for count in pool.map(fill, range(0, encoded.length, _CHUNK)):  # the first error cancels the tasks that wait
       progress.update(count)
 
-  bad, good = np.flatnonzero(rows.replaced), np.flatnonzero(~rows.replaced)
-  if not len(good):
+  if rows.replaced.all():
     raise _too_many(encoded, 0)
-  after = good[np.searchsorted(good, bad) % len(good)]
+  bad, after = np.flatnonzero(rows.replaced), stand_ins(rows.replaced)
   far = bad[(after - bad) % encoded.length > _MOST_IN_A_ROW]
   if len(far):
     raise _too_many(encoded, int(far[0]))

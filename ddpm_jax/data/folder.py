@@ -7,9 +7,11 @@ import functools
 import os
 import pathlib
 
+import numpy as np
+
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import fingerprint, images
-from ddpm_jax.data.encoded import EncodedImages, decoded_size
+from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels
 from ddpm_jax.errors import UserError
 
 PREFIX = "folder:"
@@ -66,7 +68,21 @@ def open_folder(data: DataConfig) -> EncodedImages:
     ),
     fetch=lambda indices: [files[i] for i in indices],
     label=label,
+    classes=lambda: _classes(data.dataset, [_relative(file, root) for file in files]),
   )
+
+
+def _classes(name: str, paths: list[str]) -> np.ndarray:
+  """The class of each image, int32 [N]: its first folder, in the order of their names, as torchvision's ImageFolder.
+
+  Raises:
+    UserError: an image lies in no folder, or all lie in the same one.
+  """
+  heads = [path.partition("/") for path in paths]
+  if not all(slash for _, slash, _ in heads) or len({head for head, _, _ in heads}) < 2:
+    raise no_labels(name)
+  number = {head: index for index, head in enumerate(sorted({head for head, _, _ in heads}))}
+  return np.array([number[head] for head, _, _ in heads], np.int32)
 
 
 def find_images(root: pathlib.Path) -> list[pathlib.Path]:

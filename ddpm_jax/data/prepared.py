@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import difflib
+import functools
 import importlib.util
 import itertools
 import os
@@ -20,7 +21,7 @@ from google.protobuf import json_format, message
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import digits, fingerprint
-from ddpm_jax.data.encoded import EncodedImages, decoded_size
+from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels, stand_ins
 from ddpm_jax.data.folder import PREFIX
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
@@ -29,6 +30,7 @@ from ddpm_jax.errors import RunError, UserError
 _TENSORFLOW_FREE = (digits.Digits,)
 # Of a damaged record: the reader of ArrayRecord raises RuntimeError for whatever it finds, the rest is TFDS's parser.
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, message.DecodeError)
+_CHUNK = 256  # labels to read at once
 
 
 def open_prepared(data: DataConfig) -> EncodedImages:
@@ -38,16 +40,14 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     UserError: no such data set, configuration, version or split; no images in it; images of different sizes, or not
       square, where `data.image_size` is 0; or the data set cannot be prepared.
   """
-  builder = make_builder(data)
+  builder = _prepared_builder(data)
   feature_name, (height, width, channels) = _image_feature(data, builder)
-  size = decoded_size(data.dataset, (height, width), data.image_size)  # before hours of preparing
-  if not is_prepared(builder):
-    _prepare(data, builder)
-    builder = make_builder(data)  # a builder reads the folder's splits and file format when it is made
+  size = decoded_size(data.dataset, (height, width), data.image_size)
   records = _open_split(data, builder)
   splits: Any = builder.info.splits
   shards = splits[data.split].file_instructions
-  label = _label(data, shards)
+  label, remedy = _label(data, shards), f"move {builder.data_path} away to prepare it again"
+  class_feature = _class_feature(builder)
   return EncodedImages(
     name=data.dataset,
     length=len(records),
@@ -61,9 +61,26 @@ def open_prepared(data: DataConfig) -> EncodedImages:
         *(f"{shard.skip} {shard.take} {shard.examples_in_shard}" for shard in shards),
       ]
     ),
-    fetch=_fetch(records, feature_name, label, remedy=f"move {builder.data_path} away to prepare it again"),
+    fetch=_fetch(records, feature_name, bytes, label, remedy),
     label=label,
+    classes=functools.partial(_classes, data, builder, class_feature, label, remedy) if class_feature else None,
   )
+
+
+def split_names(data: DataConfig) -> list[str]:
+  """The splits of a TFDS data set, which is prepared if need be. Raises UserError."""
+  return list(_prepared_builder(data).info.splits)
+
+
+def _prepared_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
+  """The builder of the data set, which is prepared if need be. Raises UserError."""
+  builder = make_builder(data)
+  _, (height, width, _) = _image_feature(data, builder)
+  decoded_size(data.dataset, (height, width), data.image_size)  # what it refuses, before hours of preparing
+  if not is_prepared(builder):
+    _prepare(data, builder)
+    builder = make_builder(data)  # a builder reads the folder's splits and file format when it is made
+  return builder
 
 
 def _label(data: DataConfig, shards: Sequence[Any]) -> Callable[[int], str]:
@@ -80,13 +97,13 @@ def _label(data: DataConfig, shards: Sequence[Any]) -> Callable[[int], str]:
 
 
 def _fetch(
-  records: Any, feature_name: str, label: Callable[[int], str], remedy: str
-) -> Callable[[list[int]], list[bytes | BadRecord]]:
-  """A function that reads encoded images by index, for `EncodedImages.fetch`. Raises RunError."""
+  records: Any, feature_name: str, kind: type, label: Callable[[int], str], remedy: str
+) -> Callable[[list[int]], list[Any]]:
+  """A function that reads one feature by index, a BadRecord where it is not of that kind. Raises RunError."""
 
-  def fetch_one(index: int) -> bytes | BadRecord:
+  def fetch_one(index: int) -> Any:
     try:
-      image = records[index][feature_name]
+      value = records[index][feature_name]
     except _DAMAGED as error:
       if any(os.strerror(code) in str(error) for code in OF_THE_PROCESS):
         raise RunError(
@@ -94,17 +111,47 @@ def _fetch(
         ) from None
       return BadRecord(f"{label(index)} cannot be read ({one_line(error)})", remedy)
     # The reader gives empty records for the part of a file that was cut off after it had been opened.
-    return image if isinstance(image, bytes) else BadRecord(f"{label(index)} is empty", remedy)
+    return value if isinstance(value, kind) else BadRecord(f"{label(index)} is empty", remedy)
 
-  def fetch(indices: list[int]) -> list[bytes | BadRecord]:
+  def fetch(indices: list[int]) -> list[Any]:
     try:
       found = [example[feature_name] for example in records.__getitems__(indices)]
     except _DAMAGED:  # one bad record fails them all
       found = []
-    whole = len(found) == len(indices) and all(isinstance(image, bytes) for image in found)
+    whole = len(found) == len(indices) and all(isinstance(value, kind) for value in found)
     return found if whole else [fetch_one(index) for index in indices]
 
   return fetch
+
+
+def _classes(
+  data: DataConfig,
+  builder: tfds.core.DatasetBuilder,
+  feature_name: str,
+  label: Callable[[int], str],
+  remedy: str,
+) -> np.ndarray:
+  """The class of each image, int32 [N]; a record that is bad, and to be skipped, has that of the next good one.
+
+  Raises:
+    UserError: a record is bad, and not to be skipped; or not all of them have a class (TFDS stores -1 then), or all the
+      same.
+  """
+  records = _open_split(data, builder)  # once more: a data set that has been decoded keeps no file open
+  fetch, length = _fetch(records, feature_name, int, label, remedy), len(records)
+  found = [
+    value for start in range(0, length, _CHUNK) for value in fetch(list(range(start, min(start + _CHUNK, length))))
+  ]
+  bad = np.array([isinstance(value, BadRecord) for value in found])
+  if bad.any() and (data.on_bad_record != "skip" or bad.all()):
+    raise found[int(np.argmax(bad))]
+  classes = np.array([-1 if skipped else int(value) for value, skipped in zip(found, bad, strict=True)], np.int32)
+  classes[bad] = classes[stand_ins(bad)]
+  if classes.min() < 0:
+    raise no_labels(data.dataset, f"has none for image {int(np.argmin(classes))} of {data.split}")
+  if classes.max() == classes.min():
+    raise no_labels(data.dataset, f"has one and the same for all images of {data.split}")
+  return classes
 
 
 def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
@@ -225,6 +272,12 @@ def _image_feature(
   raise UserError(
     f"dataset: {data.dataset!r} has no image feature, only {', '.join(features)}; use a data set of images"
   )
+
+
+def _class_feature(builder: tfds.core.DatasetBuilder) -> str | None:
+  """Name of the first feature that is a class; not one that lies inside another feature."""
+  features = _features(builder).items()
+  return next((name for name, feature in features if isinstance(feature, tfds.features.ClassLabel)), None)
 
 
 def _open_split(data: DataConfig, builder: tfds.core.DatasetBuilder) -> Any:

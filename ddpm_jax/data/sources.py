@@ -25,6 +25,9 @@ class Source:
       in 0..length-1, repeats allowed. May be called from several threads. Raises UserError for an image that cannot be
       decoded, unless the source was opened with `on_bad_record=skip`.
     fingerprint: what must stay when a run is resumed, see `fingerprint.take`.
+    labels: reads the class of each image, int32 [length] in 0..K-1; what stands for a bad record's is that of the next
+      good one, and no class of the image. Not called, it costs nothing. Raises UserError if the images have no classes,
+      or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
   """
 
   name: str
@@ -32,6 +35,7 @@ class Source:
   length: int
   read: Callable[[np.ndarray], Rows]
   fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
+  labels: Callable[[], np.ndarray] | None = None
 
   def __len__(self) -> int:
     return self.length
@@ -65,4 +69,18 @@ def open_source(data: DataConfig) -> Source:
     length=encoded.length,
     read=read,
     fingerprint=fingerprint.take(encoded, read, everything),
+    labels=encoded.classes,
   )
+
+
+def has_split(data: DataConfig, split: str) -> bool:
+  """Whether the data set has a split of that name. Prepares the data set if need be.
+
+  Args:
+    data: says which data set; its own split does not matter.
+    split: a name, such as 'test', and no slice of one.
+
+  Raises:
+    UserError: no such data set, none of images, `data.image_size` is 0 and has to be set, or it cannot be prepared.
+  """
+  return split in (["train"] if data.dataset.startswith(folder.PREFIX) else prepared.split_names(data))

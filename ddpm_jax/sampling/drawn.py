@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import shutil
-import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +18,6 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.models.build import Params
-from ddpm_jax.progress import Progress
 from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import Records
@@ -57,13 +56,22 @@ class Drawn:
         raise _cannot_write(folder, error) from error
     self._done = int(from_all_processes(np.asarray(self._done))[0])
 
-  def draw(self, number: int, progress: Progress) -> None:
-    """Draws until there are `number` images. Raises RunError if they cannot be written."""
+  def draw(self, number: int, *, done: Callable[[int], None], say: Callable[[str], None]) -> None:
+    """Draws until there are `number` images.
+
+    Args:
+      number: of images.
+      done: called with how many there are, first and after each batch. What it raises ends the draw, which can go on.
+      say: takes a line.
+
+    Raises:
+      RunError: if they cannot be written.
+    """
     options, params = self._config.sample, self._weights.params
     before = min(self._done, number)
     if before:
-      progress.say(f"{before} of them were drawn before")
-      progress.advance(before)
+      say(f"{before} of them were drawn before")
+      done(before)
     if before == number:
       return
     run = self._weights.run
@@ -76,8 +84,7 @@ class Drawn:
       stream="sample",
     )
     size = self._batch_size(draw, params, number - before)
-    progress.say(f"{size} images at once")
-    began = time.perf_counter()
+    say(f"{size} images at once")
     for first in range(before, number, size):
       index = np.arange(first, min(first + size, number), dtype=np.int32)
       images = draw(params, index, size=size)
@@ -88,15 +95,14 @@ class Drawn:
         except OSError as error:
           raise _cannot_write(self.path.parent, error) from error
       self._done = first + len(index)
-      progress.advance(len(index))
-      progress.report(self._done, {}, (self._done - before) / (time.perf_counter() - began))
+      done(self._done)
 
   def _batch_size(self, draw: ByRows, params: Params, number: int) -> int:
     asked = self._config.sample.sample_batch_size
     return min(asked, number) if asked else fit_batch(draw, params, number)
 
   def images(self, number: int) -> np.ndarray:
-    """The first `number` images, uint8 [number, H, W, C], read from disk as they are used. On process 0 alone."""
+    """The first `number` images, uint8 [number, H, W, C], read from disk as they are used."""
     return np.memmap(self.path, np.uint8, "r", shape=(number, *self._weights.run.image_shape))
 
   def forget(self) -> None:

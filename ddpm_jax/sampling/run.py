@@ -15,7 +15,7 @@ from PIL import Image
 from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.progress import Progress
+from ddpm_jax.progress import counted
 from ddpm_jax.sampling import inputs, tasks
 from ddpm_jax.sampling.drawn import Drawn, check_room, settings
 from ddpm_jax.sampling.weights import Weights, load_weights
@@ -50,11 +50,11 @@ def _draw_images(config: Config, weights: Weights, folder: pathlib.Path) -> None
     _check_png_folder(png_folder)
     check_room(png_folder, shape, options.num_samples, copies=1)
   check_room(folder, shape, options.num_samples, copies=2)  # while they are drawn, and then in the archive
-  progress = _progress(options.num_samples)
   drawn = Drawn(weights, config, folder)
-  with contextlib.closing(drawn), contextlib.closing(progress):
-    progress.say(_headline(config, weights, f"drawing {options.num_samples} images", len(drawn.table.t)))
-    drawn.draw(options.num_samples, progress)
+  quiet = jax.process_index() != 0
+  with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
+    say(_headline(config, weights, f"drawing {options.num_samples} images", len(drawn.table.t)))
+    drawn.draw(options.num_samples, done=done, say=say)
   if jax.process_index() == 0:
     images = drawn.images(options.num_samples)
     _write(
@@ -79,9 +79,9 @@ def _do_task(config: Config, weights: Weights, folder: pathlib.Path) -> None:
   images = inputs.given_images(config, run.image_shape, given) if given else np.empty(0)
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
   rows = number * tasks.rows_for_each(name)
-  with contextlib.closing(_progress(rows)) as progress:
-    progress.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
-    parts = tasks.make_parts(run, weights.params, config, progress.advance)
+  with counted("image", total=rows, quiet=jax.process_index() != 0) as (done, say):
+    say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
+    parts = tasks.make_parts(run, weights.params, config, done)
     match name:
       case "progressive":
         outcome = tasks.progressive(parts)
@@ -106,10 +106,6 @@ def _do_task(config: Config, weights: Weights, folder: pathlib.Path) -> None:
     for fact, value in outcome.told.items():
       print(f"{fact.replace('_', ' ')}: {value:.4g}")
     print("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
-
-
-def _progress(total: int) -> Progress:
-  return Progress("image", total=total, quiet=jax.process_index() != 0)
 
 
 def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:

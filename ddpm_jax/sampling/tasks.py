@@ -74,8 +74,8 @@ class Parts(NamedTuple):
     return indexed_keys(stream_key(self.options.sample_seed, "sample"), index)
 
 
-def make_parts(run: Run, params: Params, config: Config, advance: Callable[[int], None]) -> Parts:
-  """Binds the weights. `advance` is told how many rows are done."""
+def make_parts(run: Run, params: Params, config: Config, done: Callable[[int], None]) -> Parts:
+  """Binds the weights. `done` is told how many rows are."""
 
   def by_rows(function: Callable[..., Any], *columns: np.ndarray) -> Any:
     shared, number = run.parallel.by_rows(function), len(columns[0])
@@ -83,7 +83,7 @@ def make_parts(run: Run, params: Params, config: Config, advance: Callable[[int]
     batches = []
     for first in range(0, number, size):
       batches.append(shared(params, *(column[first : first + size] for column in columns), size=size))
-      advance(min(size, number - first))
+      done(min(first + size, number))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
   predictor = make_predictor(run.network, run.schedule, config.diffusion.prediction, config.sample)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import pathlib
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -27,7 +30,7 @@ class Weights(NamedTuple):
   params: Params
   step: int  # the number of updates
   which: str  # 'ema' or 'raw'
-  identity: str  # SHA-256 over all that the checkpoint holds, and which of its weights these are
+  identity: str  # SHA-256, see `identity_of`
 
 
 def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
@@ -57,10 +60,16 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     for number, reason in restored.damaged.items():
       print(f"warning: checkpoint {number} is damaged: {reason}; using {restored.step}", file=sys.stderr, flush=True)
   which = config.sample.sample_weights
-  return Weights(
-    runs[restored.step],
-    restored.state.ema_params if which == "ema" else restored.state.params,
-    restored.step,
-    which,
-    f"{restored.manifest['sha256']} {which}",
-  )
+  field = "ema_params" if which == "ema" else "params"
+  leaves = {
+    name.removeprefix(f"{field}/"): leaf
+    for name, leaf in restored.manifest["leaves"].items()
+    if name.startswith(f"{field}/")
+  }
+  return Weights(runs[restored.step], getattr(restored.state, field), restored.step, which, identity_of(leaves))
+
+
+def identity_of(leaves: Mapping[str, Mapping[str, Any]]) -> str:
+  """SHA-256 over weights, from what `manifest.describe` says of them."""
+  text = json.dumps({name: leaf["sha256"] for name, leaf in leaves.items()}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

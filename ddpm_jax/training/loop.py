@@ -11,7 +11,8 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,10 +21,11 @@ from jax.experimental import multihost_utils
 from ddpm_jax import grids, plots
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.pipeline import batches, images_of
+from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
+from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import num_params
 from ddpm_jax.progress import Progress
@@ -32,6 +34,7 @@ from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
+from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.parallel import Parallel, to_host
 from ddpm_jax.training.reports import Reports
@@ -64,6 +67,8 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
+  if config.train.evaluate_every:
+    check_evaluation(config, workdir, source)
   with contextlib.ExitStack() as cleanup:
     lock, job = None, job or Job("single")
     if job.process == 0:
@@ -97,16 +102,17 @@ def _resume_or_start(
 ) -> None:
   """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
   start, total = restored.step if restored else 0, run.config.train.num_steps
+  finished = start >= total and not evaluation_missing(run.config, workdir, start)
   for step, reason in restored.damaged.items() if restored else ():
     moved = checkpoints.set_aside(step)
     if lock:
       print(f"warning: checkpoint {step} is damaged: {reason}; moved to {moved}", file=sys.stderr, flush=True)
   if lock:
-    print(_headline(run, source, workdir, start, job), flush=True)
-  if start >= total:
+    print(_headline(run, source, workdir, start, job, finished), flush=True)
+  if finished:
     return
   if lock:
-    if restored:  # a new run has been looked at before its folder was made
+    if restored and start < total:  # a new run has been looked at before its folder was made
       check_space(run, workdir, start)
     if run.config != workdir_lib.load_config(workdir):
       workdir_lib.create(workdir, run.config)  # what may change has changed
@@ -124,7 +130,8 @@ def _resume_or_start(
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
     with contextlib.closing(reports):
-      end = _train(run, source, state, start, reports, saver, progress, stop, watchdog)
+      evaluations = Evaluations(run, source, workdir, reports, stop, watchdog.beat)
+      end = _train(run, source, state, start, _Around(reports, saver, evaluations, progress, stop, watchdog))
   if lock:
     try:
       if (workdir / "metrics.jsonl").stat().st_size:
@@ -134,31 +141,27 @@ def _resume_or_start(
     print(_farewell(workdir, end, total), flush=True)
 
 
-def _train(
-  run: Run,
-  source: Source,
-  state: TrainState,
-  start: int,
-  reports: Reports,
-  saver: Saver,
-  progress: Progress,
-  stop: StopRequest,
-  watchdog: Watchdog,
-) -> int:
+class _Around(NamedTuple):
+  """What happens around the updates."""
+
+  reports: Reports
+  saver: Saver
+  evaluations: Evaluations
+  progress: Progress
+  stop: StopRequest
+  watchdog: Watchdog
+
+
+def _train(run: Run, source: Source, state: TrainState, start: int, around: _Around) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
-  config, parallel, options = run.config, run.parallel, run.config.train
+  parallel, options, step = run.parallel, run.config.train, start
+  reports, saver, evaluations, progress, stop, watchdog = around
+  if evaluations.missing(start) and evaluations.make(state, start):
+    return start
   step_fn = parallel.compile(make_train_step(run), run.abstract_state)
   preview = make_preview(run)
   alone = jax.process_count() == 1
-  host_batches = batches(
-    source,
-    batch_size=config.data.batch_size,
-    seed=options.seed,
-    start_step=start,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    threads=config.data.data_threads,
-  )
+  host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
   stopping = False
 
@@ -170,7 +173,7 @@ def _train(
       while len(in_flight) > at_most:
         done, metrics, vote = in_flight.popleft()
         reports.check(done, metrics)
-        if done % options.log_every == 0 or done == options.num_steps:
+        if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
           reports.metrics(done, metrics)
         asked |= not alone and bool(to_host(vote))
         watchdog.beat(f"update {done}")
@@ -192,7 +195,7 @@ def _train(
       stopping |= alone and stop.requested is not None
       saver.poll(step)
 
-      save_now = stopping or step == options.num_steps or saver.due(step)
+      save_now = stopping or step == options.num_steps or saver.due(step) or evaluations.due(step)
       preview_now = options.sample_every and (step == options.num_steps or step % options.sample_every == 0)
       if not (save_now or (preview_now and not stopping)):
         continue
@@ -205,10 +208,24 @@ def _train(
         if preview_now and not stopping:
           reports.samples(step, preview(parallel.globalize(state)))
           watchdog.beat(f"the sample grid of update {step}")
+        if evaluations.due(step) and not stopping and saver.wait(step):
+          stopping |= evaluations.make(parallel.globalize(state), step)
       if last:
         break
     saver.finish(step)
   return step
+
+
+def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, None, None]:
+  return batches(
+    source,
+    batch_size=run.config.data.batch_size,
+    seed=run.config.train.seed,
+    start_step=start,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    threads=run.config.data.data_threads,
+  )
 
 
 def make_train_step(run: Run) -> functools.partial:
@@ -255,7 +272,7 @@ def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
   workdir_lib.check_space(workdir, size, options.keep_checkpoints, saves)
 
 
-def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job) -> str:
+def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool) -> str:
   height, width, channels = run.image_shape
   devices, total = jax.devices(), run.config.train.num_steps
   what = (
@@ -263,7 +280,7 @@ def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: 
     f"{num_params(run.abstract_state.params):,} parameters, {len(devices)} x {devices[0].device_kind} "
     f"({run.parallel.mode})\n{job.text}\n"
   )
-  if start >= total:
+  if finished:
     longer = "; raise --num_steps to train longer" if run.config.optimizer.lr_schedule == "constant" else ""
     return what + f"{workdir} already holds all {total} updates: nothing to do{longer}"
   if start:

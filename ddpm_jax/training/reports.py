@@ -90,6 +90,12 @@ class Reports:
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
     self._progress.report(step, facts, rate)
 
+  def evaluated(self, step: int, values: dict[str, float]) -> None:
+    """Adds what was measured of the model after update `step` to its metrics."""
+    if self._writer:
+      with self._told(f"what was measured of update {step} is not in the metrics"):
+        self._writer.amend(step, values)
+
   def samples(self, step: int, picture: np.ndarray) -> None:
     """Writes a sample grid uint8 [height, width, 3]."""
     if self._writer:

@@ -89,6 +89,12 @@ class Saver:
     if error := self._settle(wait=False):
       self._put_up_with(error, step)
 
+  def wait(self, step: int) -> bool:
+    """Waits for the save of `step`. Returns whether it is on disk; raises as `poll` does."""
+    if error := self._settle(wait=True):
+      self._put_up_with(error, step)
+    return self._saved == step
+
   def finish(self, step: int) -> None:
     """Waits for the last save, of `step`. Raises RunError if it is not on disk."""
     self._last = True

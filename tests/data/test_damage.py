@@ -122,6 +122,29 @@ def test_batches_say_where_a_bad_record_was(copy, whole):
   np.testing.assert_array_equal(batches[2]["image"][5], whole[1][(bad + 1) % N])
 
 
+def test_the_label_of_a_bad_record(copy, whole):
+  """It is that of the next good one, of which also the image is."""
+  folder, shard = copy
+  right = open_source(whole[0]).labels()
+  places = np.arange(N)
+  places[[3, 4, 700, N - 1]] = [5, 5, 701, 0]
+  exchange(shard, dict.fromkeys([3, N - 1], b"") | dict.fromkeys([4, 700], b"\xff\xffno example"))
+  for cache_gib in (0.0, 1.0):
+    source = open_source(folder, cache_gib=cache_gib, on_bad_record="skip")
+    np.testing.assert_array_equal(source.labels(), right[places])
+    np.testing.assert_array_equal(source.read(np.arange(N)).images, whole[1][places])
+
+
+def test_a_bad_record_has_no_label(copy):
+  folder, shard = copy
+  source = open_source(folder)
+  exchange(shard, {700: b"", 1000: b""})
+  with pytest.raises(
+    UserError, match=rf"^dataset: image 700 of digits, train \(record 700 of {shard}\) is empty; move"
+  ):
+    source.labels()
+
+
 def test_a_process_out_of_file_handles_skips_nothing(copy):
   """A data set of a thousand shards needs a thousand."""
   data = DataConfig(data_dir=str(copy[0]), on_bad_record="skip")

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import sources
+from ddpm_jax.data import folder, sources
 from ddpm_jax.errors import UserError
 
 
@@ -193,6 +193,51 @@ def test_the_cache_holds_what_reading_on_demand_gives(tmp_path):
   for ours, theirs in zip(cached.read(indices), on_demand.read(indices), strict=True):
     np.testing.assert_array_equal(ours, theirs)
   assert len(np.unique(cached.read(indices).images.reshape(300, -1), axis=0)) == 300
+
+
+def test_first_folders_are_classes(tmp_path):
+  for level, path in enumerate(["dog/1.png", "cat/z/b.png", "cat/a.png", "Zebra/9.png", "ape/x/y/1.png", "dog/0.png"]):
+    write(tmp_path / path, plain(level, mode="L"))
+  (tmp_path / "aardvark").mkdir()  # without images
+  write(tmp_path / ".hidden" / "1.png", plain(9, mode="L"))
+  source = open_folder(tmp_path)
+  assert read_all(source)[:, 0, 0, 0].tolist() == [3, 4, 2, 1, 5, 0]
+  labels = source.labels()
+  assert labels.dtype == np.int32
+  assert labels.tolist() == [0, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("paths", [["a.png", "b.png"], ["x/a.png", "x/y/b.png"], ["x/a.png", "y/b.png", "c.png"]])
+def test_other_folders_have_no_classes(tmp_path, paths):
+  for path in paths:
+    write(tmp_path / path, plain(0, mode="L"))
+  source = open_folder(tmp_path)
+  with pytest.raises(UserError) as caught:
+    source.labels()
+  assert str(caught.value) == (
+    f"features: 'classifier' needs labels, and folder:{tmp_path} has none; use --features=inception with "
+    "--inception_weights"
+  )
+
+
+def test_opening_looks_for_no_classes(tmp_path, monkeypatch):
+  for path in ("x/a.png", "y/b.png"):
+    write(tmp_path / path, plain(0, mode="L"))
+  before = open_folder(tmp_path)
+
+  def read(*_):
+    raise AssertionError("read")
+
+  monkeypatch.setattr(folder, "_classes", read)
+  source = open_folder(tmp_path)
+  assert source.fingerprint == before.fingerprint
+  with pytest.raises(AssertionError, match="read"):
+    source.labels()
+
+
+def test_a_folder_has_one_split(tmp_path):
+  data = DataConfig(dataset=f"folder:{tmp_path}")
+  assert [sources.has_split(data, split) for split in ("train", "test")] == [True, False]
 
 
 def test_what_is_no_folder_of_images(tmp_path):

@@ -1,5 +1,7 @@
 """TFDS data sets, read and prepared without TensorFlow."""
 
+import csv
+import gzip
 import hashlib
 import io
 import json
@@ -16,7 +18,7 @@ from PIL import Image
 from tensorflow_datasets.core.download import checksums
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import prepare, sources
+from ddpm_jax.data import digits, prepare, prepared, sources
 from ddpm_jax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -61,6 +63,45 @@ class Stripes(tfds.core.GeneratorBasedBuilder):
       yield level, {"label": level, "picture": png(picture), "mask": png(picture[..., 3])}
 
 
+class Scenes(tfds.core.GeneratorBasedBuilder):
+  """Image i has the grey level i and the class "b" if i is odd; those of `test` have no class, those of `same` one.
+
+  Before it there is a number and a class inside another feature, after it a second class.
+  """
+
+  VERSION = tfds.core.Version("1.0.0")
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          "number": tfds.features.Scalar(np.int64),
+          "inside": {"kind": tfds.features.ClassLabel(num_classes=600)},
+          "picture": tfds.features.Image(shape=(4, 4, 1)),
+          "main": tfds.features.ClassLabel(names=["a", "b"]),
+          "second": tfds.features.ClassLabel(num_classes=600),
+        }
+      ),
+    )
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    return {
+      "train": self._generate_examples(range(300), ["a", "b"]),
+      "test": self._generate_examples(range(10), ["a", -1]),
+      "same": self._generate_examples(range(10), ["b", "b"]),
+    }
+
+  def _generate_examples(self, levels, names):
+    for level in levels:
+      picture = png(np.full((4, 4), level % 251, np.uint8))
+      yield (
+        level,
+        {"number": level, "inside": {"kind": level}, "picture": picture, "main": names[level % 2], "second": level},
+      )
+
+
 class Words(tfds.core.GeneratorBasedBuilder):
   """No image at all."""
 
@@ -99,6 +140,7 @@ def digits_dir(tmp_path_factory):
     from ddpm_jax.data import pipeline, sources
     source = sources.open_source(DataConfig(data_dir=sys.argv[1]))
     next(pipeline.batches(source, batch_size=8, seed=0, start_step=0))
+    assert len(source.labels()) == len(source)
     assert "tensorflow" not in sys.modules
     print(len(source))
   """
@@ -146,6 +188,74 @@ def test_digits_are_those_of_uci(digits_dir):
   assert len(levels) == 17
   assert levels[0] == 0
   assert levels[-1] == 255
+
+
+def test_labels_of_digits_are_those_of_uci(digits_dir):
+  """The last column of the file; TFDS has shuffled its lines, so each is found by its pixels."""
+  with gzip.open(pathlib.Path(digits.__file__).parent / "optdigits.csv.gz", "rt") as file:
+    lines = np.array(list(csv.reader(file)), int)
+  expected = {np.round(line[:64] * 255 / 16).astype(np.uint8).tobytes(): line[64] for line in lines}
+  assert len(expected) == 1797
+  for options in ({}, {"cache_gib": 0.0}, {"split": "train[100:300]+train[-5:]"}, {"image_size": 8}):
+    source = open_source("digits", digits_dir, **options)
+    labels = source.labels()
+    assert (labels.dtype, labels.shape) == (np.int32, (len(source),))
+    pixels = source.read(np.arange(len(source))).images
+    np.testing.assert_array_equal(labels, [expected[image.tobytes()] for image in pixels])
+
+
+@pytest.fixture(scope="module")
+def scenes_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  prepare.prepare(DataConfig(dataset="scenes", data_dir=str(folder)))
+  return folder
+
+
+def test_the_first_class_at_the_top_is_the_label(scenes_dir):
+  source = open_source("scenes", scenes_dir)
+  levels = source.read(np.arange(300)).images[:, 0, 0, 0].astype(int)
+  assert set(levels) == set(range(251))
+  (first,) = np.nonzero(levels >= 49)  # below, it may be image 251 and on
+  assert len(first) > 100
+  np.testing.assert_array_equal(source.labels()[first], levels[first] % 2)
+
+
+def test_images_without_a_class(scenes_dir, stripes_dir):
+  """Its label is a number and no class."""
+  assert open_source("stripes", stripes_dir, image_size=6).labels is None
+  advice = "; use --features=inception with --inception_weights$"
+  for split, why in (
+    ("test", "has none for image [0-9] of test"),
+    ("same", "has one and the same for all images of same"),
+  ):
+    with pytest.raises(UserError, match=f"^features: 'classifier' needs labels, and scenes {why}{advice}"):
+      open_source("scenes", scenes_dir, split=split).labels()
+
+
+def test_opening_reads_no_label(scenes_dir, monkeypatch):
+  before = open_source("scenes", scenes_dir)
+
+  def read(*_):
+    raise AssertionError("read")
+
+  monkeypatch.setattr(prepared, "_classes", read)
+  source = open_source("scenes", scenes_dir)
+  assert source.fingerprint == before.fingerprint
+  with pytest.raises(AssertionError, match="read"):
+    source.labels()
+
+
+def test_which_splits_there_are(digits_dir, scenes_dir, stripes_dir, tmp_path):
+  def found(dataset, folder, *splits, **options):
+    data = DataConfig(dataset=dataset, data_dir=str(folder), split="no such", **options)
+    return [sources.has_split(data, split) for split in splits]
+
+  assert found("digits", digits_dir, "train", "test", "tra", "") == [True, False, False, False]
+  assert found("scenes", scenes_dir, "train", "test", "same", "validation") == [True, True, True, False]
+  assert found("stripes", stripes_dir, "test", image_size=6) == [True]
+  assert found("digits", tmp_path, "train", "test") == [True, False]  # which it has prepared
+  with pytest.raises(UserError, match="'digit' is unknown"):
+    found("digit", tmp_path, "train")
 
 
 def test_cache_equals_reading_on_demand(digits_dir):

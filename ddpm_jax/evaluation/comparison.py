@@ -1,0 +1,126 @@
+"""Samples beside the data: what an extractor of features says of both, in numbers and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation import measures, neighbours
+from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
+from ddpm_jax.evaluation.reference import Reference, batches_of, evenly_spaced
+
+_SET = 10_000  # as many features of either side as the authors of precision and recall, density and coverage take
+_LOOKED_UP = 1_000  # samples whose nearest training images are looked for
+_SHOWN, _NEAREST = 8, 7  # rows and neighbours of the picture
+# By extractor: what a number is called. Only Inception's are an FID and an Inception Score.
+NAMES = {
+  "inception": {"frechet": "fid", "kid": "kid", "score": "inception_score"},
+  "classifier": {"frechet": "classifier_distance", "kid": "classifier_kid", "score": "classifier_score"},
+}
+
+
+class Seen(NamedTuple):
+  """Samples as an extractor sees them.
+
+  Attributes:
+    moments: of the features of all.
+    probabilities: float32 [N, K], of the extractor's classes, of all.
+    index: int64 [S], samples whose features are kept: all, or 10,000 evenly spaced.
+    features: float32 [S, D], theirs.
+  """
+
+  moments: Moments
+  probabilities: np.ndarray
+  index: np.ndarray
+  features: np.ndarray
+
+
+def see(features: Features, images: np.ndarray, batch_size: int, done: Callable[[int], None]) -> Seen:
+  """Extracts the features of images uint8 [N, H, W, C]; `done` is told how many after each batch."""
+  index, moments, kept, probabilities = evenly_spaced(len(images), _SET), None, [], []
+  for first in range(0, len(images), batch_size):
+    extracted = features.extract(np.asarray(images[first : first + batch_size]))
+    if moments is None:
+      moments = no_moments(extracted.features.shape[1])
+    moments = add(moments, extracted.features)
+    probabilities.append(extracted.probabilities)
+    kept.append(extracted.features[index[(index >= first) & (index < first + batch_size)] - first])
+    done(min(first + batch_size, len(images)))
+  if moments is None:
+    raise ValueError("no images")
+  return Seen(moments, np.concatenate(probabilities), index, np.concatenate(kept))
+
+
+def compare(names: Sequence[str], extractor: str, reference: Reference, seen: Seen) -> dict[str, float | int]:
+  """The measures `names` between samples and data, under names that say which extractor they are of.
+
+  Of the sets of features that KID, precision, recall, density and coverage compare, "set_size" says how large they are.
+  """
+  found: dict[str, float | int] = {}
+  called = NAMES[extractor]
+  real = reference.features[evenly_spaced(len(reference.features), _SET)]
+  if "frechet" in names:
+    found[called["frechet"]] = measures.frechet_distance(
+      seen.moments.mean, covariance(seen.moments), reference.moments.mean, covariance(reference.moments)
+    )
+  if "kid" in names:
+    mean, deviation = measures.kid(seen.features, real)
+    found |= {called["kid"]: mean, f"{called['kid']}_std": deviation}
+  if "score" in names:
+    mean, deviation = measures.inception_score(seen.probabilities)
+    found |= {called["score"]: mean, f"{called['score']}_std": deviation}
+  if "precision_recall" in names:
+    found["precision"], found["recall"] = measures.precision_recall(real, seen.features)
+  if "density_coverage" in names:
+    found["density"], found["coverage"] = measures.density_coverage(real, seen.features)
+  if any(name in names for name in ("kid", "precision_recall", "density_coverage")):
+    found["set_size"] = min(len(real), len(seen.features))
+  return found
+
+
+def look_up(
+  images: np.ndarray, seen: Seen, train: Source, reference: Reference, batch_size: int
+) -> tuple[dict[str, Any], np.ndarray]:
+  """The training images nearest to samples, by pixels and by features: is the model only remembering?
+
+  Args:
+    images: the samples, uint8 [N, H, W, C].
+    seen: their features.
+    train: the images of the training.
+    reference: their features.
+    batch_size: training images at once.
+
+  Returns:
+    For "pixels" and "features": the share of near-duplicates (see `neighbours.near_duplicates`), the median distance
+    to the nearest, the number of samples and of training images. And a picture of samples, those nearest by pixels of
+    all first, with their nearest training images by pixels.
+  """
+  chosen = evenly_spaced(len(seen.index), _LOOKED_UP)
+  samples = np.asarray(images[seen.index[chosen]])
+  nearest = min(_NEAREST, len(train), len(reference.features))
+  if nearest < 2:
+    raise ValueError("a training set of one image has no second nearest")
+  blocks = (
+    (first, block.reshape(len(block), -1)) for first, block in batches_of(train, np.arange(len(train)), batch_size)
+  )
+  by_pixels, where = neighbours.nearest(samples.reshape(len(samples), -1), blocks, nearest)
+  by_features, _ = neighbours.nearest(seen.features[chosen], [(0, reference.features)], nearest)
+  order = np.argsort(by_pixels[:, 0], kind="stable")[:_SHOWN]
+  shown = train.read(where[order].ravel()).images.reshape(len(order), nearest, *train.image_shape)
+  facts = {
+    space: {
+      "near_duplicates": float(neighbours.near_duplicates(distances).mean()),
+      "median_distance": float(np.median(distances[:, 0])),
+      "number": len(samples),
+      "training_images": number,
+    }
+    for space, distances, number in (
+      ("pixels", by_pixels, len(train)),
+      ("features", by_features, len(reference.features)),
+    )
+  }
+  return facts, neighbours.picture(samples[order], shown)

@@ -1,0 +1,238 @@
+"""What is known of a trained model, as one tree of JSON values: the order of operations of an evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+import ddpm_jax
+from ddpm_jax import grids
+from ddpm_jax.config import Config
+from ddpm_jax.data.encoded import no_labels
+from ddpm_jax.data.sources import Source, has_split, open_source
+from ddpm_jax.evaluation import inception, likelihood
+from ddpm_jax.evaluation.classifier import classifier_features
+from ddpm_jax.evaluation.comparison import compare, look_up, see
+from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.reference import measure_reference
+from ddpm_jax.progress import counted
+from ddpm_jax.sampling.drawn import Drawn, check_room
+from ddpm_jax.sampling.weights import Weights
+
+_OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
+_SHOWN = 64  # samples in the picture
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+  """Where an evaluation happens, and who listens.
+
+  Attributes:
+    workdir: of the run; `eval/` in it is made.
+    beat: called after each batch with what was done. May raise `Abandoned`.
+    quiet: print nothing.
+  """
+
+  workdir: pathlib.Path
+  beat: Callable[[str], None]
+  quiet: bool
+
+  @property
+  def cache(self) -> pathlib.Path:
+    """What may be deleted, and is then computed again."""
+    return self.workdir / "eval" / "cache"
+
+  def say(self, line: str) -> None:
+    """Prints it."""
+    if not self.quiet:
+      print(line, flush=True)
+
+  @contextlib.contextmanager
+  def counted(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar that also beats: a function that is told how many are done."""
+    with counted(what, total=total, quiet=self.quiet) as (done, _):
+
+      def done_and_beat(number: int) -> None:
+        done(number)
+        self.beat(f"{what} {number} of {total}")
+
+      yield done_and_beat
+
+
+class Abandoned(Exception):
+  """An evaluation that was asked to stop; what it drew so far is kept."""
+
+
+def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
+  """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training."""
+  options = config.evaluate
+  if _needs_samples(config):
+    check_room(workdir, train.image_shape, options.evaluate_samples, copies=1)
+    if options.features == "inception":
+      inception.read_weights(options.inception_weights)
+    elif train.labels is None:
+      raise no_labels(train.name)
+    else:
+      train.labels()
+    _split(config, train, options.reference_split)
+  if any(name in options.measures for name in ("bound", "ode")):
+    for _ in _splits(config, train):
+      pass
+
+
+def evaluate(
+  config: Config, weights: Weights, train: Source, around: Surroundings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Measures what `--measures` names. All processes must call it.
+
+  Args:
+    config: what to measure, and how to draw.
+    weights: of the model.
+    train: the images that it was trained on.
+    around: where.
+
+  Returns:
+    The result, JSON values: what was measured, and under which conditions. And pictures uint8 [height, width, 3] by
+    name.
+
+  Raises:
+    UserError: data, labels or weights are missing.
+    Abandoned: by `around.beat`.
+  """
+  began, devices = time.perf_counter(), jax.devices()
+  result: dict[str, Any] = {
+    "step": weights.step,
+    "weights": weights.which,
+    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "version": ddpm_jax.__version__,
+    "machine": f"{len(devices)} x {devices[0].device_kind}",
+  }
+  pictures: dict[str, np.ndarray] = {}
+  if _needs_samples(config):
+    found, pictures = _samples(config, weights, train, around)
+    result |= found
+  for name, key in (("bound", "bits_per_dim"), ("ode", "ode_bits_per_dim")):
+    if name in config.evaluate.measures:
+      result[key] = {
+        split: _likelihood(name, config, weights, source, around) for split, source in _splits(config, train)
+      }
+  return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
+
+
+def _samples(
+  config: Config, weights: Weights, train: Source, around: Surroundings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Draws, and compares what was drawn with the data."""
+  options, size = config.evaluate, config.evaluate.evaluate_batch_size
+  source, number = _split(config, train, options.reference_split), options.evaluate_samples
+  features = _features(config, weights, train, around)
+  reference = measure_reference(source, features, cache=around.cache, batch_size=size, say=around.say)
+  around.beat("the statistics of the data set")
+  with contextlib.closing(Drawn(weights, config, around.workdir / "samples")) as drawn:
+    around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
+    with around.counted("image", number) as done:
+      drawn.draw(number, done=done, say=around.say)
+    multihost_utils.sync_global_devices("the images are on disk")
+    images = drawn.images(number)
+    with around.counted("feature vector", number) as done:
+      seen = see(features, images, size, done)
+    pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
+    result: dict[str, Any] = {
+      "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
+      "reference": {
+        "dataset": source.name,
+        "split": options.reference_split or config.data.split,
+        "number": len(source),
+        "fingerprint": source.fingerprint,
+      },
+      "features": features.about
+      | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
+      "measures": compare(options.measures, features.name, reference, seen),
+    }
+    if "neighbours" in options.measures:
+      if source is not train:  # what could be remembered is what was trained on
+        reference = measure_reference(train, features, cache=around.cache, batch_size=size, say=around.say)
+      around.say(f"looking for the samples' nearest images among {len(train)}")
+      result["neighbours"], pictures["neighbours"] = look_up(images, seen, train, reference, size)
+    multihost_utils.sync_global_devices("the images have been read")
+  drawn.forget()
+  return result, pictures
+
+
+def _needs_samples(config: Config) -> bool:
+  return any(name in _OF_SAMPLES for name in config.evaluate.measures)
+
+
+def _features(config: Config, weights: Weights, train: Source, around: Surroundings) -> Features:
+  """The one place where names become extractors."""
+  options, parallel = config.evaluate, weights.run.parallel
+  match options.features:
+    case "inception":
+      return inception.load_inception(
+        options.inception_weights, options.inception_resize, parallel, options.evaluate_batch_size
+      )
+    case "classifier":
+      return classifier_features(
+        train, cache=around.cache, parallel=parallel, batch_size=options.evaluate_batch_size, say=around.say
+      )
+    case name:
+      raise ValueError(f"unknown features {name!r}")
+
+
+def _split(config: Config, train: Source, name: str) -> Source:
+  """A split of the data set; that of the training if the name is empty. Raises UserError."""
+  if name in ("", config.data.split):
+    return train
+  return open_source(dataclasses.replace(config.data, split=name))
+
+
+def _splits(config: Config, train: Source) -> Iterator[tuple[str, Source]]:
+  """The splits whose likelihood is measured, opened one after the other."""
+  own, asked = config.data.split, config.evaluate.likelihood_splits
+  names = [name.strip() for name in asked.split(",")] if asked else [own]
+  if not asked and own != "test" and has_split(config.data, "test"):
+    names.append("test")
+  for name in names:
+    yield name, _split(config, train, name)
+
+
+def _likelihood(name: str, config: Config, weights: Weights, source: Source, around: Surroundings) -> dict[str, Any]:
+  options, run = config.evaluate, weights.run
+  number = min(options.likelihood_examples or len(source), len(source))
+  around.say(f"{name}: bits/dim of {number} images of {source.name}")
+  with around.counted("image", number) as done:
+    shared: dict[str, Any] = dict(
+      prediction=config.diffusion.prediction,
+      source=source,
+      examples=options.likelihood_examples,
+      batch_size=options.evaluate_batch_size,
+      parallel=run.parallel,
+      seed=config.sample.sample_seed,
+      progress=done,
+    )
+    if name == "bound":
+      return likelihood.bound(
+        run.network,
+        weights.params,
+        run.schedule,
+        variance=config.diffusion.variance,
+        timesteps=min(options.bound_timesteps, run.schedule.num_timesteps),
+        **shared,
+      )
+    return likelihood.ode(
+      run.network,
+      weights.params,
+      run.schedule,
+      steps=min(options.ode_steps, run.schedule.num_timesteps),
+      probes=options.ode_probes,
+      **shared,
+    )

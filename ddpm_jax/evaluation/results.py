@@ -1,0 +1,133 @@
+"""What evaluations leave in a workdir: `eval/N.json`, pictures, the report, and the best checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax import grids
+from ddpm_jax.errors import RunError
+from ddpm_jax.evaluation.comparison import NAMES
+from ddpm_jax.report.report import write_report
+from ddpm_jax.storage import write_whole
+
+Result = dict[str, Any]  # JSON values
+# What belongs together: measured on the same samples.
+_OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours")
+
+
+def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, np.ndarray]) -> pathlib.Path:
+  """Writes `eval/N.json` and its pictures, and renews `report.html`. Returns the path of the JSON file.
+
+  What an earlier evaluation of this checkpoint measured and this one did not is kept; the earlier file becomes
+  N.1.json, N.2.json and so on.
+
+  Raises:
+    RunError: if they cannot be written.
+  """
+  folder, step = workdir / "eval", result["step"]
+  path = folder / f"{step}.json"
+  try:
+    folder.mkdir(exist_ok=True)
+    names = {}
+    for name, picture in pictures.items():
+      grids.save_png(folder / f"{step}.{name}.png", picture)
+      names[name] = f"eval/{step}.{name}.png"
+    result = _with_earlier(path, result | {"pictures": names})
+    if path.exists():
+      number = 1
+      while (folder / f"{step}.{number}.json").exists():
+        number += 1
+      path.rename(folder / f"{step}.{number}.json")
+    write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+    write_report(workdir)
+  except OSError as error:
+    raise RunError(f"workdir: cannot write {error.filename or path} ({error.strerror}); make room") from error
+  return path
+
+
+def _with_earlier(path: pathlib.Path, result: Result) -> Result:
+  earlier = read_result(path)
+  if earlier is None or earlier.get("weights") != result["weights"]:
+    return result
+  if "samples" in result:
+    earlier = {name: value for name, value in earlier.items() if name not in _OF_SAMPLES}
+  both = {**earlier, **result, "pictures": {**earlier.get("pictures", {}), **result["pictures"]}}
+  for name in ("bits_per_dim", "ode_bits_per_dim"):
+    if name in earlier and name in result:
+      both[name] = {**earlier[name], **result[name]}
+  return both
+
+
+def read_result(path: pathlib.Path) -> Result | None:
+  """A result; None if there is none, or if it cannot be read."""
+  try:
+    result = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return None
+  return result if isinstance(result, dict) else None
+
+
+def scalars(result: Result) -> dict[str, float]:
+  """The numbers of a result under one flat name each, for the metrics."""
+  found = {f"evaluation/{name}": value for name, value in result.get("measures", {}).items()}
+  for space, facts in result.get("neighbours", {}).items():
+    found[f"evaluation/near_duplicates_{space}"] = facts["near_duplicates"]
+  for name in ("bits_per_dim", "ode_bits_per_dim"):
+    for split, facts in result.get(name, {}).items():
+      found[f"evaluation/{name}_{split}"] = facts["total"]
+  return found
+
+
+def measure_of(result: Result, measure: str) -> float:
+  """The number that `--best_measure` names; of several splits, that of the last."""
+  match measure:
+    case "bound" | "ode":
+      return list(result["bits_per_dim" if measure == "bound" else "ode_bits_per_dim"].values())[-1]["total"]
+    case _:
+      return result["measures"][NAMES[result["features"]["name"]][measure]]
+
+
+def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
+  """Copies the checkpoint of a result to `best/` if no earlier one was better. Returns whether it did.
+
+  Raises:
+    RunError: if it cannot be copied.
+  """
+  best, step = workdir / "best", result["step"]
+  note, value = workdir / "eval" / "best.json", measure_of(result, measure)
+  earlier = read_result(note)
+  if (
+    earlier
+    and earlier.get("measure") == measure
+    and earlier["value"] <= value
+    and (best / str(earlier["step"])).is_dir()
+  ):
+    return False
+  try:
+    best.mkdir(exist_ok=True)
+    for path in best.iterdir():
+      if not path.name.isdecimal():
+        shutil.rmtree(path)  # a copy that a kill cut short
+    if not (best / str(step)).exists():
+      copy = best / f".{step}.new"
+      shutil.copytree(workdir / "checkpoints" / str(step), copy)
+      os.replace(copy, best / str(step))
+    write_whole(note, json.dumps({"measure": measure, "value": value, "step": step}).encode())
+    for path in best.iterdir():
+      if path.name != str(step):
+        shutil.rmtree(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      shutil.rmtree(best / f".{step}.new")
+    raise RunError(
+      f"workdir: cannot copy checkpoint {step} to {best} ({error.strerror or error}); make room"
+    ) from error
+  return True

@@ -1,0 +1,39 @@
+"""The run `evaluate`: measures the model of a workdir."""
+
+from __future__ import annotations
+
+import pathlib
+
+import jax
+
+from ddpm_jax.config import Config
+from ddpm_jax.data.sources import open_source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation.results import scalars, write_result
+from ddpm_jax.sampling.weights import load_weights
+
+
+def evaluate(config: Config, workdir: pathlib.Path) -> None:
+  """Writes `eval/N.json`, pictures beside it, and `report.html`.
+
+  Raises:
+    UserError: if the workdir holds no such checkpoint, or data, labels or weights of the measures are missing.
+    RunError: if the results cannot be written.
+  """
+  weights = load_weights(config, workdir)
+  train = open_source(config.data)
+  if train.image_shape != weights.run.image_shape:
+    raise UserError(f"dataset: the images of {train.name} are not of the size that the model draws; restore them")
+  evaluate_lib.check(config, workdir, train)
+  quiet = jax.process_index() != 0
+  around = evaluate_lib.Surroundings(workdir, beat=lambda what: None, quiet=quiet)
+  around.say(
+    f"evaluating the {weights.which} weights after update {weights.step}: {', '.join(config.evaluate.measures)}"
+  )
+  result, pictures = evaluate_lib.evaluate(config, weights, train, around)
+  if not quiet:
+    path = write_result(workdir, result, pictures)
+    for name, value in scalars(result).items():
+      print(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")
+    print(f"done: {path} and {workdir / 'report.html'}")

@@ -1,0 +1,276 @@
+"""The part of a run's report about what was measured: `eval/N.json` of every evaluated checkpoint N.
+
+Any key of these files but `step` may be missing, and any value may be of another type: what cannot be shown is left
+out. Two checkpoints are only compared in a measure if it was taken under the same conditions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm_jax.report.charts import Series, line_chart
+from ddpm_jax.report.page import Html, decimals, finite, join, number, table, tag, tile
+
+Evaluation = dict[str, Any]  # one eval/N.json
+
+_SIZE = (290, 150)  # of a chart of one measure
+_SPREADS = ("_std", "_standard_error")
+# Measures by their names in the file, or the ends of these; the names of features may stand before them.
+_TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
+_LOWER = ("fid", "distance", "kid")
+_HIGHER = ("score", "precision", "recall", "density", "coverage")
+_ORDER = (*_LOWER, *_HIGHER)
+# What must be equal for two values to be comparable; of samples, the weights too.
+_CONDITIONS = {
+  "samples": ("number", "sampler", "evaluations", "time_grid", "eta", "variance", "threshold", "threshold_quantile"),
+  "reference": ("dataset", "split", "number", "fingerprint"),
+  "features": ("name", "identity", "resize"),
+  "measures": ("set_size",),
+}
+_TOLD = ("sampler", "time_grid", "seed", "sample_seed")
+_TERMS = ("total", "prior", "chain", "decoder", "rate", "distortion")
+_BOUND = ("examples", "timesteps_per_example")
+_ODE = ("examples", "steps", "probes")
+
+
+@dataclasses.dataclass
+class Column:
+  """A measure over the checkpoints: value, spread or None, and conditions by update."""
+
+  title: str
+  remark: str
+  better: str  # "lower", "higher", or "" if neither is
+  values: dict[int, tuple[float, float | None, str]] = dataclasses.field(default_factory=dict)
+
+  def comparable(self) -> dict[int, float]:
+    """The values that were taken like the newest one, by update."""
+    newest = self.values[max(self.values)][2]
+    return {step: value for step, (value, _, conditions) in self.values.items() if conditions == newest}
+
+  def best(self) -> float | None:
+    """The best value among those that can be compared, if there are several and a direction."""
+    values = self.comparable().values()
+    if len(values) < 2 or not self.better:
+      return None
+    return min(values) if self.better == "lower" else max(values)
+
+
+def part(evaluation: Any, *names: str) -> dict[str, Any]:
+  """A part of an evaluation, {} if it is missing or something else."""
+  for name in names:
+    evaluation = evaluation.get(name) if isinstance(evaluation, dict) else None
+  return evaluation if isinstance(evaluation, dict) else {}
+
+
+def said(value: Any) -> str:
+  """A value out of a file as text."""
+  amount = finite(value)
+  return str(value) if amount is None else number(amount)
+
+
+def _words(name: str) -> str:
+  """A key of a file as a person writes it."""
+  return (name[:1].upper() + name[1:]).replace("_", " ")
+
+
+def _rank(name: str, *endings: str) -> int:
+  """Which of the endings a measure's name has; their number if none."""
+  return next((i for i, end in enumerate(endings) if name == end or name.endswith("_" + end)), len(endings))
+
+
+def _conditions(evaluation: Evaluation, of: dict[str, tuple[str, ...]]) -> str:
+  chosen = {name: {key: part(evaluation, name).get(key) for key in keys} for name, keys in of.items()}
+  return json.dumps([str(evaluation.get("weights")), chosen], sort_keys=True)
+
+
+def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
+  """Every measure that any checkpoint has, in the order of the table."""
+  found: dict[tuple[str, str], Column] = {}
+  for evaluation in evaluations:
+    features = str(part(evaluation, "features").get("name", "unknown"))
+    measures = part(evaluation, "measures")
+    for name in sorted(measures, key=lambda name: _rank(name, *_ORDER)):
+      value = finite(measures[name])
+      if (
+        value is None
+        or name == "set_size"
+        or any(name.endswith(end) and name.removesuffix(end) in measures for end in _SPREADS)
+      ):
+        continue
+      remark = f"features: {features}"
+      if _rank(name, "distance", "kid") < 2 and name not in _TITLES:
+        remark = f"not an FID; {remark}" if name.endswith("distance") else f"not the usual KID; {remark}"
+      better = "lower" if _rank(name, *_LOWER) < len(_LOWER) else ""
+      better = "higher" if _rank(name, *_HIGHER) < len(_HIGHER) else better
+      title = _TITLES.get(name, _words(name).removesuffix(" kid") + (" KID" if name.endswith("_kid") else ""))
+      spread = next((finite(measures[name + end]) for end in _SPREADS if name + end in measures), None)
+      column = found.setdefault((name, features), Column(title, remark, better))
+      column.values[evaluation["step"]] = value, spread, _conditions(evaluation, _CONDITIONS)
+  for kind, remark, keys in (("bits_per_dim", "bound", _BOUND), ("ode_bits_per_dim", "ODE", _ODE)):
+    for evaluation in evaluations:
+      for split, terms in part(evaluation, kind).items():
+        value, spread = (finite(part(terms).get(key)) for key in ("total", "standard_error"))
+        if value is not None:
+          column = found.setdefault((kind, split), Column("Bits/dim", f"{remark}, {split}", "lower"))
+          same = json.dumps([str(evaluation.get("weights")), [part(terms).get(key) for key in keys]])
+          column.values[evaluation["step"]] = value, spread, same
+  return list(found.values())
+
+
+def tiles(evaluations: Sequence[Evaluation]) -> list[Html]:
+  """The numbers for the top of the page: distances, scores and likelihoods, each of the best checkpoint."""
+  shown = []
+  for column in columns(evaluations):
+    if column.title in ("FID", "Bits/dim") or column.title.lower().endswith(("distance", "score")):
+      values = column.comparable()
+      best = column.best()
+      step = max(values) if best is None else min(step for step, value in values.items() if value == best)
+      detail = f"{column.remark}; {'best, ' if best is not None else ''}update {step:,}"
+      shown.append(tile(column.title, number(values[step]), detail))
+  return shown
+
+
+def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
+  """The table of all measures at all checkpoints."""
+  shown = columns(evaluations)
+  if not shown:
+    return []
+  head = ["Update"]
+  for column in shown:
+    arrow = {"lower": "↓", "higher": "↑"}.get(column.better)
+    direction = tag("span", arrow, title=f"{column.better} is better") if arrow else None
+    head.append(join([column.title, "\N{NO-BREAK SPACE}", direction, tag("small", column.remark)]))
+  rows = []
+  for evaluation in evaluations:
+    step = evaluation["step"]
+    cells = [Html(f"{step:,}")]
+    for column in shown:
+      value, spread, _ = column.values.get(step, (None, None, ""))
+      if value is None:
+        cells.append(tag("td"))
+        continue
+      digits = decimals(value for value, _, _ in column.values.values())
+      best = column.best() == value and step in column.comparable()
+      margin = tag("small", f" ± {number(spread, 2)}") if spread is not None else None
+      cells.append(tag("td", f"{value:.{digits}f}", margin, class_="best" if best else None))
+    rows.append(cells)
+  text = "↓ lower is better, ↑ higher is better."
+  if len(evaluations) > 1:
+    text += " The best value of a column is shaded."
+  if any(len(column.comparable()) < len(column.values) for column in shown):
+    text += " Checkpoints that were measured in another way than the newest do not take part, nor in the charts."
+  charts = []
+  for column in shown:
+    points = [(float(step), value) for step, value in sorted(column.comparable().items())]
+    if len(points) > 1:
+      remark = column.remark + (f"; {column.better} is better" if column.better else "")
+      series = [Series(column.title, points, marks=True)]
+      charts.append(line_chart(column.title, series, remark=remark, log_y=False, size=_SIZE))
+  return [table(head, rows), tag("p", text, class_="soft"), tag("div", *charts, class_="grid") if charts else Html()]
+
+
+def _how(evaluation: Evaluation) -> Html:
+  """What was compared with what, in which features, where and when."""
+  samples, reference, features = (part(evaluation, name) for name in ("samples", "reference", "features"))
+  sentences = []
+  if samples:
+    how = [
+      f"{said(samples['evaluations'])} network evaluations each" if "evaluations" in samples else "",
+      *(f"{key.replace('_', ' ')} {samples[key]}" for key in _TOLD if key in samples),
+      f"{evaluation['weights']} weights" if "weights" in evaluation else "",
+    ]
+    sentences.append(f"{said(samples.get('number', '?'))} samples ({', '.join(text for text in how if text)}).")
+  if reference:
+    size = said(reference.get("number", "?"))
+    name = f"{reference.get('dataset', 'an unnamed data set')} ({reference.get('split', 'unknown split')})"
+    sentences.append(f"Compared with {size} images of {name}.")
+  size = finite(part(evaluation, "measures").get("set_size"))
+  if size is not None:
+    sentences.append(f"KID, precision, recall, density and coverage compare {number(size)} of either.")
+  if features:
+    more = [f"{said(features['width'])} numbers an image"] if "width" in features else []
+    accuracy = finite(features.get("accuracy"))
+    more += [f"{100 * accuracy:.1f}% of the images held out are classified right"] if accuracy is not None else []
+    sentences.append(f"Features: {features.get('name', 'unknown')}{' (' + '; '.join(more) + ')' if more else ''}.")
+    if features.get("name") != "inception":
+      sentences.append("A distance in these features is not an FID and cannot be compared with one.")
+  seconds = finite(evaluation.get("seconds"))
+  place = [
+    f"on {evaluation['machine']}" if "machine" in evaluation else "",
+    f"in {number(round(seconds, 1))} seconds" if seconds is not None else "",
+    str(evaluation.get("date", "")),
+    f"ddpm_jax {evaluation['version']}" if "version" in evaluation else "",
+  ]
+  if any(place):
+    sentences.append(f"Measured {', '.join(text for text in place if text)}.")
+  return tag("p", " ".join(sentences), class_="soft") if sentences else Html()
+
+
+def _terms(title: str, remark: str, groups: dict[str, Any]) -> list[Html]:
+  """A table with a row for each group, and a column for each number that any of them has."""
+  rows: dict[str, dict[str, float]] = {}
+  for name in groups:
+    pairs = ((key, finite(value)) for key, value in part(groups, name).items())
+    rows[name] = {key: value for key, value in pairs if value is not None}
+  keys = [*dict.fromkeys(key for row in rows.values() for key in row)]
+  keys = [key for key in keys if key != "standard_error" or "total" not in keys]
+  keys.sort(key=lambda key: _TERMS.index(key) if key in _TERMS else len(_TERMS))
+  if not keys:
+    return []
+  cells = []
+  for name, row in rows.items():
+    cells.append([name])
+    for key in keys:
+      known = [other[key] for other in rows.values() if key in other]
+      whole = all(value == int(value) for value in known) and key not in _TERMS
+      value = row.get(key)
+      text = "" if value is None else number(value) if whole else f"{value:.{decimals(known)}f}"
+      error = row.get("standard_error") if key == "total" else None
+      cells[-1].append(tag("td", text, tag("small", f" ± {number(error, 2)}") if error is not None else None))
+  head = ["", *map(_words, keys)]
+  return [tag("h3", title), tag("p", remark, class_="soft"), table(head, cells)]
+
+
+def _by_timestep(splits: dict[str, Any]) -> list[Html]:
+  """Where in the chain the bits are, and how well the noise is predicted there."""
+  bits, errors = [], []
+  for i, (split, terms) in enumerate(splits.items()):
+    lists = part(terms, "by_timestep")
+    low, high = (lists[key] if isinstance(lists.get(key), list) else [] for key in ("t_low", "t_high"))
+    for key, series in (("bits", bits), ("eps_mse", errors)):
+      values = lists[key] if isinstance(lists.get(key), list) else []
+      points = []
+      for triple in zip(low, high, values, strict=False):
+        start, end, value = map(finite, triple)
+        if start is not None and end is not None and value is not None and 0 < start <= end:
+          points.append((math.sqrt(start * end), value))
+      series.append(Series(split, sorted(points), colour=i % 4 + 1, marks=len(points) <= 60))
+  drawn = [
+    line_chart(title, series, x_label="timestep t", remark=remark, log_x=True, log_y=True)
+    for title, series, remark in (
+      ("Bits/dim of one timestep", bits, "mean over each range of timesteps"),
+      ("Squared error of the noise", errors, "eps MSE of one dimension"),
+    )
+  ]
+  return [tag("div", *drawn, class_="grid wide")] if any(drawn) else []
+
+
+def measured(evaluations: Sequence[Evaluation]) -> list[Html]:
+  """The sections about what was measured, oldest checkpoint first in `evaluations`; nothing if there is none."""
+  if not evaluations:
+    return []
+  newest = evaluations[-1]
+  shown = [tag("h2", "Measures"), _how(newest), *_by_checkpoint(evaluations)]
+  at = f"Update {newest['step']:,}."
+  bound, ode = part(newest, "bits_per_dim"), part(newest, "ode_bits_per_dim")
+  remark = (
+    f"{at} Bits per dimension of the image, prior + chain + decoder: an upper bound on the negative log-likelihood."
+  )
+  shown += _terms("Variational bound", remark, bound) + _by_timestep(bound)
+  shown += _terms("Likelihood of the probability-flow ODE", f"{at} Bits per dimension, an estimate.", ode)
+  remark = f"{at} Near duplicates are the share of samples that seem to copy an image of the training."
+  return shown + _terms("Nearest neighbours", remark, part(newest, "neighbours"))

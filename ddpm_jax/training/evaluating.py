@@ -1,0 +1,97 @@
+"""Evaluations while a run trains, and the best checkpoint so far."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import jax
+
+from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result
+from ddpm_jax.run import Run
+from ddpm_jax.sampling.weights import Weights, identity_of
+from ddpm_jax.stop import StopRequest
+from ddpm_jax.training import manifest
+from ddpm_jax.training.parallel import on_any_process
+from ddpm_jax.training.reports import Reports
+from ddpm_jax.training.state import TrainState
+
+
+def evaluation_due(options: TrainConfig, step: int) -> bool:
+  """Whether the state after `step` updates is to be measured."""
+  every = options.evaluate_every
+  return every > 0 and step > 0 and (step % every == 0 or step == options.num_steps)
+
+
+def evaluation_missing(config: Config, workdir: pathlib.Path, step: int) -> bool:
+  """Whether that is due and was not done; all processes must ask."""
+  return evaluation_due(config.train, step) and on_any_process(read_result(workdir / "eval" / f"{step}.json") is None)
+
+
+class Evaluations:
+  """Measures the state every `--evaluate_every` updates, and at the end.
+
+  The checkpoint of that update is on disk before, so that nothing is lost by a stop or a kill meanwhile; the evaluation
+  is then made when the run goes on.
+  """
+
+  def __init__(
+    self,
+    run: Run,
+    source: Source,
+    workdir: pathlib.Path,
+    reports: Reports,
+    stop: StopRequest,
+    beat: Callable[[str], None],
+  ):
+    """Nothing is measured yet. `beat`: hears what was done, after each batch."""
+    self._run, self._source, self._workdir, self._reports = run, source, workdir, reports
+    self._stop, self._beat = stop, beat
+
+  def due(self, step: int) -> bool:
+    """Whether the state after `step` updates is to be measured."""
+    return evaluation_due(self._run.config.train, step)
+
+  def missing(self, step: int) -> bool:
+    """Whether it is due and was not made; the same on all processes."""
+    return evaluation_missing(self._run.config, self._workdir, step)
+
+  def make(self, state: TrainState, step: int) -> bool:
+    """Measures the state, whose checkpoint is on disk. Returns whether it was asked to stop meanwhile.
+
+    Raises:
+      UserError: data, labels or weights are missing.
+      RunError: the results cannot be written.
+    """
+    options, alone = self._run.config, jax.process_count() == 1
+    which = options.sample.sample_weights
+    params = state.ema_params if which == "ema" else state.params
+    weights = Weights(self._run, params, step, which, identity_of(manifest.describe(params)))
+    first = jax.process_index() == 0
+
+    def beat(what: str) -> None:
+      self._beat(what)
+      asked = self._stop.requested is not None
+      if asked if alone else on_any_process(asked):
+        raise evaluate_lib.Abandoned
+
+    around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first)
+    around.say(f"evaluating update {step}")
+    try:
+      if alone:
+        with self._stop.at_rest():
+          result, pictures = evaluate_lib.evaluate(options, weights, self._source, around)
+      else:
+        result, pictures = evaluate_lib.evaluate(options, weights, self._source, around)
+    except evaluate_lib.Abandoned:
+      return True
+    if first:
+      write_result(self._workdir, result, pictures)
+      best = keep_best(self._workdir, result, options.train.best_measure)
+      value = measure_of(result, options.train.best_measure)
+      around.say(f"evaluated update {step}: {options.train.best_measure} {value:.5g}{', the best so far' * best}")
+      self._reports.evaluated(step, scalars(result))
+    return False

@@ -1,0 +1,335 @@
+"""The classifier of a data set's own labels: what it learns, what is kept of it, and that all processes agree."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import sources
+from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import classifier
+from ddpm_jax.training.parallel import Parallel
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def classes_of_grey(number=60, replaced=(), shape=(4, 4, 1), seed=0):
+  """Images of three classes, which are dark, grey and light; those at `replaced` stand for bad ones."""
+  rng = np.random.default_rng(seed)
+  labels = np.arange(number, dtype=np.int32) % 3
+  pixels = (labels[:, None, None, None] * 90 + rng.integers(0, 60, (number, *shape))).astype(np.uint8)
+  rows = Rows(pixels, np.isin(np.arange(number), replaced))
+  return Source("greys", shape, number, rows.take, {"seed": seed}, lambda: labels)
+
+
+def train(source, cache, *, said=None, batch_size=16, updates=3, **options):
+  return classifier.classifier_features(
+    source,
+    cache=cache,
+    parallel=Parallel("pmap"),
+    batch_size=batch_size,
+    say=(said if said is not None else []).append,
+    updates=updates,
+    **options,
+  )
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+  def refuse(*_):
+    raise AssertionError("it trains")
+
+  monkeypatch.setattr(classifier, "_train", refuse)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  source = sources.open_source(DataConfig(data_dir=str(folder)))
+  said = []
+  return source, train(source, folder / "cache", said=said, updates=120), said
+
+
+def test_it_learns_the_digits(digits):
+  source, features, said = digits
+  assert features.name == "classifier"
+  assert {name: value for name, value in features.about.items() if name != "accuracy"} == {
+    "classes": 10,
+    "trained_on": 1617,
+    "updates": 120,
+  }
+  assert features.about["accuracy"] > 0.9
+  assert len(said) == 2
+  assert said[0] == "training a classifier of 10 classes on 1617 images, 120 updates"
+  assert said[1].startswith(f"it knows {round(180 * features.about['accuracy'])} of 180 other images; that took ")
+  found = features.extract(source.read(np.arange(1797)).images)
+  assert (found.probabilities.argmax(1) == source.labels()).mean() > 0.9
+  np.testing.assert_allclose(found.probabilities.sum(1), 1.0, rtol=1e-5)
+  assert (found.features.shape, found.features.dtype) == ((1797, 64), np.float32)
+  assert (found.probabilities.shape, found.probabilities.dtype) == ((1797, 10), np.float32)
+  assert np.linalg.matrix_rank(found.features) > 30
+
+
+def test_features_do_not_depend_on_the_batch(digits, tmp_path):
+  source, features, _ = digits
+  images = source.read(np.arange(40)).images
+  together = features.extract(images)
+  assert np.ptp(together.features, axis=0).max() > 1
+  for rows in (slice(0, 5), slice(17, 18), slice(30, 40), slice(3, 3)):
+    for whole, part in zip(together, features.extract(images[rows]), strict=True):
+      np.testing.assert_allclose(part, whole[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_extracted_is_the_network_of_the_file(tmp_path):
+  """In float64, from the file alone: an image is scaled to [-1, 1] and given to the network."""
+  from tests.models.reference import conv, group_norm, swish
+
+  source = classes_of_grey()
+  features = train(source, tmp_path)
+  (path,) = tmp_path.iterdir()
+  p = {name: np.float64(leaf) for name, leaf in safetensors.numpy.load_file(path).items()}
+  images = source.read(np.arange(9)).images
+  h = images / 127.5 - 1
+
+  def part(name):
+    return {key.partition("/")[2]: leaf for key, leaf in p.items() if key.partition("/")[0] == name}
+
+  for name, stride, groups in (("conv1", 1, 4), ("conv2", 2, 8), ("conv3", 2, 16)):
+    h = swish(group_norm(conv(h, part(name), stride), part(f"{name}_norm"), groups))
+  expected = swish(h.reshape(9, -1) @ p["features/kernel"] + p["features/bias"])
+  logits = expected @ p["logits/kernel"] + p["logits/bias"]
+  found = features.extract(images)
+  np.testing.assert_allclose(found.features, expected, atol=1e-5)
+  np.testing.assert_allclose(found.probabilities, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_others(tmp_path):
+  source = classes_of_grey()
+  first, again = (train(source, tmp_path / name) for name in "ab")
+  assert first.identity == again.identity
+  assert first.about == again.about
+  assert len(first.identity) == 64
+  others = [
+    train(source, tmp_path / "a", seed=1),
+    train(source, tmp_path / "a", updates=4),
+    train(dataclasses.replace(source, labels=lambda: 2 - source.labels()), tmp_path / "a"),
+    train(classes_of_grey(seed=1), tmp_path / "a"),
+    train(classes_of_grey(shape=(4, 8, 1)), tmp_path / "a"),
+  ]
+  assert len({first.identity, *(other.identity for other in others)}) == 6
+  assert len(list((tmp_path / "a").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+  ("number", "expected"), [(2, 300), (8000, 300), (9000, 317), (60_000, 2000), (1_281_167, 2000)]
+)
+def test_the_number_of_updates_follows_from_that_of_the_images(tmp_path, monkeypatch, number, expected):
+  class Stop(Exception):
+    pass
+
+  def stop(model, source, labels, training, updates, seed):
+    asked.append(updates)
+    raise Stop
+
+  asked = []
+  monkeypatch.setattr(classifier, "_train", stop)
+  source = Source("many", (4, 4, 1), number, None, {}, lambda: np.arange(number, dtype=np.int32) % 2)
+  with pytest.raises(Stop):
+    train(source, tmp_path, updates=0)
+  assert asked == [expected]
+
+
+def test_what_is_held_out():
+  labels = np.tile(np.arange(10), 60)  # every tenth image is of one class
+  labels[:3] = 10
+  training, held_out = classifier._divide(labels)
+  np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(600))
+  assert len(held_out) == 60
+  np.testing.assert_array_equal(np.abs(np.bincount(labels[held_out], minlength=11)[:10] - 6) <= 1, True)
+  assert set(labels[training]) == set(range(11))
+  for number in (2, 3, 10, 11, 12):
+    parts = classifier._divide(np.arange(number))
+    assert min(map(len, parts)) >= 1
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(number))
+
+
+def test_images_held_out_are_not_learnt_from(tmp_path):
+  source = classes_of_grey(200)
+  training, held_out = classifier._divide(source.labels())
+  seen = set()
+
+  def read(indices):
+    seen.update(indices.tolist())
+    return source.read(indices)
+
+  train(dataclasses.replace(source, read=read), tmp_path / "a", updates=4)
+  assert seen == set(range(200))
+  labels = source.labels()
+  labels[held_out] = labels[held_out[::-1]]
+  pixels = source.read(np.arange(200)).images
+  pixels[held_out] = 255 - pixels[held_out]
+  other = dataclasses.replace(source, read=Rows(pixels, np.zeros(200, bool)).take)
+  assert train(other, tmp_path / "b", updates=4).identity == train(source, tmp_path / "a", updates=4).identity
+  assert len(training) == 180
+
+
+def test_images_that_stand_for_bad_ones_are_left_out(tmp_path):
+  """Whatever they show: they are not of the class of the image in whose place they stand."""
+  bad = [1, 7, 20, 33, 59]
+
+  def source(pixels_of_bad):
+    whole = classes_of_grey(60, replaced=bad)
+    rows = whole.read(np.arange(60))
+    rows.images[bad] = pixels_of_bad
+    return dataclasses.replace(whole, read=rows.take)
+
+  dark, light = (train(source(value), tmp_path / f"{value}") for value in (0, 255))
+  assert dark.identity == light.identity
+  assert dark.about == light.about
+  held_out = classifier._divide(source(0).labels())[1]
+  everything_held_out_is_bad = classes_of_grey(60, replaced=held_out)
+  assert train(everything_held_out_is_bad, tmp_path / "c").about["accuracy"] == 0
+
+
+def test_the_accuracy_is_of_the_images_held_out(tmp_path):
+  """Their labels are those that it would answer, but for two, so that two are wrong."""
+  source = classes_of_grey(300)
+  held_out = classifier._divide(source.labels())[1]
+  features = train(source, tmp_path / "a", updates=20)
+  answers = features.extract(source.read(held_out).images).probabilities.argmax(1)
+  right = int((answers == source.labels()[held_out]).sum())
+  assert features.about["accuracy"] == right / 30
+  assert 20 <= right
+
+
+def test_a_kept_classifier_is_not_trained_again(tmp_path, no_training, monkeypatch):
+  source = classes_of_grey()
+  with monkeypatch.context() as patch:
+    patch.undo()
+    first = train(source, tmp_path)
+  said = []
+  again = train(source, tmp_path, said=said)
+  assert said == []
+  assert again[:3] == first[:3]
+  images = source.read(np.arange(7)).images
+  for before, after in zip(first.extract(images), again.extract(images), strict=True):
+    np.testing.assert_array_equal(before, after)
+  with pytest.raises(AssertionError, match="it trains"):
+    train(source, tmp_path, seed=1)
+
+
+@functools.cache
+def positions(length, header):
+  """Places in a safetensors file: its length field, every one of the header, and some of the weights."""
+  return [*range(8 + header), *range(8 + header, length, (length - header) // 60), length - 1]
+
+
+def test_a_flipped_byte_in_the_cache_is_noticed(tmp_path):
+  source = classes_of_grey()
+  first = train(source, tmp_path)
+  (path,) = tmp_path.iterdir()
+  content = path.read_bytes()
+  shapes = {name: leaf for name, leaf in safetensors.numpy.load(content).items()}
+  header = int.from_bytes(content[:8], "little")
+  json.loads(content[8 : 8 + header])
+  said = []
+  assert classifier._load(path, shapes, said.append) is not None
+  assert said == []
+  for place in positions(len(content), header):
+    for flip in (0xFF, 1):
+      damaged = bytearray(content)
+      damaged[place] ^= flip
+      path.write_bytes(damaged)
+      loaded = classifier._load(path, shapes, said.append)
+      # A space between two parts of the header may become another one without any harm.
+      assert loaded is None or (flip == 1 and damaged[place] in b" !"), (place, damaged[place])
+  assert all(line.startswith(f"{path} cannot be used (") and "\n" not in line for line in said)
+
+  damaged = bytearray(content)
+  damaged[-100] ^= 1
+  for broken in (bytes(damaged), content[:-1], content[:100], b"", b"no weights"):
+    path.write_bytes(broken)
+    said = []
+    again = train(source, tmp_path, said=said)
+    assert len(said) == 3
+    assert said[0].endswith("; training the classifier anew")
+    assert again[:3] == first[:3]
+    assert safetensors.numpy.load(path.read_bytes()).keys() == shapes.keys()
+
+
+def test_weights_of_another_network_are_not_used(tmp_path):
+  source, said = classes_of_grey(), []
+  train(source, tmp_path)
+  (path,) = tmp_path.iterdir()
+  shapes = safetensors.numpy.load_file(path)
+  assert classifier._load(path, shapes, said.append) is not None
+  assert classifier._load(path, {**shapes, "logits/bias": np.zeros(4, np.float32)}, said.append) is None
+  assert classifier._load(path, {"logits/bias": shapes["logits/bias"]}, said.append) is None
+  assert len(said) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_said(tmp_path):
+  (tmp_path / "file").write_text("")
+  said = []
+  features = train(classes_of_grey(), tmp_path / "file" / "cache", said=said)
+  assert features.about["classes"] == 3
+  assert said[-1].endswith("cannot be written (Not a directory); the classifier will be trained anew next time")
+
+
+def test_data_without_labels(tmp_path):
+  source = dataclasses.replace(classes_of_grey(), labels=None)
+  with pytest.raises(UserError) as caught:
+    train(source, tmp_path)
+  assert str(caught.value) == (
+    "features: 'classifier' needs labels, and greys has none; use --features=inception with --inception_weights"
+  )
+
+
+PROCESS = """if True:
+  import pathlib, sys
+  import jax
+  port, index, cache = sys.argv[1], int(sys.argv[2]), pathlib.Path(sys.argv[3])
+  jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
+  import numpy as np
+  from tests.evaluation import test_classifier
+  source = test_classifier.classes_of_grey()
+  said = []
+  for seed in (0, 0, index):  # with the last, each would train another one
+    features = test_classifier.train(source, cache / str(index), said=said, seed=seed, batch_size=6)
+    found = features.extract(source.read(np.arange(5)).images)
+    print(features.identity, features.about, found.features.sum(), found.probabilities.sum(), len(said))
+"""
+
+
+def test_two_processes_have_the_same(tmp_path):
+  """The first alone has a cache; what it holds counts for both."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  command = [sys.executable, "-c", PROCESS, str(port)]
+  processes = [
+    subprocess.Popen(
+      [*command, str(i), str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for i in range(2)
+  ]
+  (first, errors), (second, _) = [process.communicate(timeout=120) for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], errors
+  assert first == second
+  lines = first.splitlines()
+  assert len(lines) == 3
+  assert len(set(lines)) == 1  # the second and third found the first in the cache
+  assert [path.name for path in tmp_path.iterdir()] == ["0"]
+  features = train(classes_of_grey(), tmp_path / "0", batch_size=6)
+  assert features.identity == lines[0].split()[0]
