@@ -17,8 +17,8 @@ PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
 KNOBS = [(section, field) for section, field, _ in config_lib.knobs(Config())]
 NUMBERS = [f.name for _, f in KNOBS if isinstance(f.default, int | float) and not isinstance(f.default, bool)]
 FLOATS = [f.name for _, f in KNOBS if isinstance(f.default, float)]
-TUPLES = [f.name for _, f in KNOBS if isinstance(f.default, tuple)]
-CHOICES = [f.name for _, f in KNOBS if f.metadata["choices"]]
+TUPLES = [f.name for _, f in KNOBS if isinstance(f.default, tuple) and not f.metadata["choices"]]
+CHOICES = [f.name for _, f in KNOBS if f.metadata["choices"] and not isinstance(f.default, tuple)]
 
 # Every number is refused at 0 but these, where 0 means something.
 ZERO_MEANS = {
@@ -36,6 +36,11 @@ ZERO_MEANS = {
   "step_timeout": "never",
   "sampling_steps": "all T",
   "eta": "deterministic",
+  "sample_batch_size": "what fits",
+  "interpolation_timestep": "T/2",
+  "evaluate_every": "never",
+  "likelihood_examples": "all",
+  "bound_timesteps": "all T",
 }
 
 # The defaults are tuned from time to time; the tests that need numbers bring their own.
@@ -67,7 +72,7 @@ BASE = {
   "sample_batch_size": 64,
 }
 
-# A run in which no knob is as in BASE.
+# A run in which no knob is as in BASE, but those of a task that it does not have.
 OTHER = {
   "dataset": "folder:/data/a b#c,d=e",
   "split": "train[:90%]",
@@ -125,7 +130,40 @@ OTHER = {
   "sample_batch_size": 500,
   "sample_seed": 3,
   "sample_weights": "raw",
+  "sample_task": "inpaint",
+  "checkpoint": "best",
+  "time_grid": "quadratic",
+  "threshold": "dynamic",
+  "threshold_quantile": 0.9,
+  "input_images": "/data/a b,c",
+  "mask": "/data/mask#1.png",
+  "repaint_jump": 5,
+  "repaint_resamples": 3,
+  "evaluate_every": 200,
+  "best_measure": "ode",
+  "measures": ("ode", "kid"),
+  "features": "inception",
+  "inception_weights": "/data/inception.safetensors",
+  "inception_resize": "clean",
+  "evaluate_samples": 1000,
+  "reference_split": "test",
+  "likelihood_splits": "train,test",
+  "likelihood_examples": 500,
+  "bound_timesteps": 50,
+  "ode_steps": 20,
+  "ode_probes": 2,
+  "evaluate_batch_size": 40,
 }
+INPAINT_ALONE = ("mask", "repaint_jump", "repaint_resamples")
+# The same with another task: its own knobs.
+OTHER_TASKS = [
+  {k: v for k, v in OTHER.items() if k not in INPAINT_ALONE}
+  | {"sample_task": "interpolate", "interpolation_timestep": 250},
+  {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images")}
+  | {"sample_task": "progressive", "sampler": "heun", "eta": 0.0},
+  {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images", "sample_task")}
+  | {"sample_png_dir": "/data/png out"},
+]
 
 
 def make(**changes) -> Config:
@@ -215,12 +253,21 @@ def test_unknown_choice_is_refused_with_all_that_are_known(name):
     ("ema_decay", 1.0, "less than 1"),
     ("channels", 1, "at least 2"),
     ("eta", 1.01, "at most 1"),
+    ("threshold_quantile", 1.01, "at most 1"),
+    ("evaluate_samples", 1, "at least 2"),
     ("seed", 2**32, "less than 4294967296"),
     ("sample_seed", 2**32, "less than 4294967296"),
   ],
 )
 def test_upper_and_odd_limits(name, value, remedy):
   assert refusal(**{name: value}) == f"{name}: {value} must be {remedy}"
+
+
+def test_words_of_a_list_are_checked():
+  assert refusal(measures=("kid", "fid")).startswith("measures: 'fid' is unknown; use one of frechet, kid, score, ")
+  assert "is not of its type" in refusal(measures=("kid", 3))
+  assert "is not of its type" in refusal(measures="kid")
+  assert make(measures=("ode",)).evaluate.measures == ("ode",)
 
 
 # Knobs that contradict each other: field, value, the other field or what to do.
@@ -244,6 +291,39 @@ def test_upper_and_odd_limits(name, value, remedy):
     ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
     ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
     ({"warmup_steps": 4000}, ("warmup_steps", "4000", "num_steps=4000", "cosine")),
+    ({"eta": 0.5, "sampler": "dpmpp"}, ("eta", "0.5", "sampler=dpmpp", "--sampler=ddim", "--eta=0")),
+    ({"mask": "m.png"}, ("mask", "'m.png'", "sample_task=images", "--sample_task=inpaint,")),
+    ({"repaint_jump": 5, "sample_task": "slerp"}, ("repaint_jump", "5", "sample_task=slerp", "=inpaint")),
+    ({"repaint_resamples": 5}, ("repaint_resamples", "5", "sample_task=images", "=inpaint")),
+    ({"input_images": "x"}, ("input_images", "'x'", "sample_task=images", "interpolate or inpaint or reconstruct")),
+    ({"input_images": "x", "sample_task": "progressive"}, ("input_images", "sample_task=progressive")),
+    ({"interpolation_timestep": 5, "sample_task": "slerp"}, ("interpolation_timestep", "5", "=interpolate")),
+    ({"sample_png_dir": "x", "sample_task": "inpaint"}, ("sample_png_dir", "sample_task=inpaint", "=images")),
+    (
+      {"interpolation_timestep": 1001, "sample_task": "interpolate"},
+      ("interpolation_timestep", "1001", "num_timesteps=1000"),
+    ),
+    ({"sample_task": "inpaint", "sampler": "dpmpp"}, ("sampler", "dpmpp", "--sampler=ddpm or ddim")),
+    ({"sample_task": "inpaint", "sampler": "heun"}, ("sampler", "heun", "--sampler=ddpm or ddim")),
+    ({"sample_task": "reconstruct"}, ("sample_task", "reconstruct", "--sampler=ddim", "--eta=0")),
+    ({"sample_task": "reconstruct", "sampler": "heun"}, ("sample_task", "reconstruct", "--sampler=ddim")),
+    ({"sample_task": "reconstruct", "sampler": "ddim", "eta": 0.1}, ("sample_task", "reconstruct", "--eta=0")),
+    ({"sample_task": "reconstruct", "sampler": "ddim", "threshold": "dynamic"}, ("sample_task", "--threshold")),
+    ({"threshold_quantile": 0.9}, ("threshold_quantile", "0.9", "threshold=static", "--threshold=dynamic")),
+    ({"threshold_quantile": 0.9, "threshold": "none"}, ("threshold_quantile", "threshold=none")),
+    ({"checkpoint": "last"}, ("checkpoint", "'last'", "newest, best, or a number")),
+    ({"checkpoint": ""}, ("checkpoint", "''", "newest, best, or a number")),
+    ({"checkpoint": "-1"}, ("checkpoint", "'-1'", "newest, best, or a number")),
+    ({"checkpoint": "1.5"}, ("checkpoint", "'1.5'", "newest, best, or a number")),
+    ({"checkpoint": "²"}, ("checkpoint", "'²'", "newest, best, or a number")),
+    ({"measures": ()}, ("measures", "empty", "frechet", "ode")),
+    ({"num_timesteps": 90, "bound_timesteps": 91}, ("bound_timesteps", "91", "num_timesteps=90")),
+    ({"num_timesteps": 90, "ode_steps": 91}, ("ode_steps", "91", "num_timesteps=90")),
+    ({"features": "inception"}, ("inception_weights", "missing", "--features=classifier")),
+    ({"inception_weights": "x"}, ("inception_weights", "features=classifier", "--features=inception")),
+    ({"inception_resize": "clean"}, ("inception_resize", "features=classifier", "--features=inception")),
+    ({"evaluate_every": 5, "measures": ("kid",)}, ("best_measure", "frechet", "--measures=kid")),
+    ({"best_measure": "kid"}, ("best_measure", "kid", "--evaluate_every")),
   ],
   ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -268,6 +348,16 @@ def test_contradictions_are_refused(changes, parts):
     {"warmup_steps": 5000, "lr_schedule": "constant"},
     {"attention_resolutions": ()},
     {"seed": 2**32 - 1},
+    {"sample_task": "interpolate", "interpolation_timestep": 1000},
+    {"sample_task": "reconstruct", "sampler": "ddim", "threshold": "none", "input_images": "x"},
+    {"sample_task": "inpaint", "sampler": "ddim", "eta": 1.0},
+    {"sample_task": "progressive", "sampler": "heun"},
+    {"sample_task": "slerp", "sampler": "dpmpp"},
+    {"threshold": "dynamic", "threshold_quantile": 1.0},
+    {"checkpoint": "0"},
+    {"checkpoint": "4000"},
+    {"num_timesteps": 50, "bound_timesteps": 100, "ode_steps": 100},
+    {"evaluate_every": 5, "best_measure": "ode", "measures": ("ode",)},
   ],
   ids=str,
 )
@@ -279,18 +369,22 @@ def test_the_edge_of_each_rule_is_allowed(changes):
 
 
 def test_the_other_run_differs_everywhere():
-  assert set(OTHER) == {field.name for _, field in KNOBS}
-  assert len(config_lib.changed(make(), make(**OTHER))) == len(OTHER)
+  assert {name for run in (OTHER, *OTHER_TASKS) for name in run} == {field.name for _, field in KNOBS}
+  for run in (OTHER, OTHER_TASKS[0]):
+    assert {name for name, _, _ in config_lib.changed(make(), make(**run))} == set(run)
 
 
-@pytest.mark.parametrize("config", [Config(), make(**OTHER)], ids=["default", "other"])
+RUNS = pytest.mark.parametrize("config", [Config(), *(make(**run) for run in (OTHER, *OTHER_TASKS))])
+
+
+@RUNS
 def test_json_round_trip(config):
   assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
 def test_json_is_plain_and_by_section():
   tree = json.loads(config_lib.to_json(make()))
-  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample"]
+  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate"]
   assert tree["model"]["channel_multipliers"] == [1, 2, 2]
   assert tree["optimizer"]["learning_rate"] == 0.001
 
@@ -342,7 +436,7 @@ def test_damaged_json_is_refused_in_one_line(text):
   assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("config", [Config(), make(**OTHER)], ids=["default", "other"])
+@RUNS
 def test_flagfile_text_parses_back_to_the_same_config(config, tmp_path):
   path = tmp_path / "flags.txt"
   path.write_text(config_lib.to_flagfile(config))
@@ -351,7 +445,7 @@ def test_flagfile_text_parses_back_to_the_same_config(config, tmp_path):
   flags.define(registry)
   registry(["main", f"--flagfile={path}"])
   given = flags.given(registry)
-  assert set(given) == set(OTHER)
+  assert set(given) == {field.name for _, field in KNOBS}
   assert config_lib.override(Config(), given) == config
 
 
@@ -374,6 +468,10 @@ MAY_CHANGE = {
   *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
+  *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
+  *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
+  *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
+  *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
 }
 
 
@@ -386,6 +484,7 @@ def test_changed_names_both_values_in_order():
 def test_on_resume_only_what_is_trained_must_stay():
   differences = config_lib.changed(make(lr_schedule="constant"), make(**OTHER), on_resume=True)
   assert {name for name, _, _ in differences} == set(OTHER) - MAY_CHANGE - {"lr_schedule"}
+  assert {field.name for _, field in KNOBS if field.metadata["may_change"]} == MAY_CHANGE
 
 
 @pytest.mark.parametrize(("schedule", "refused"), [("constant", []), ("cosine", [("num_steps", 4000, 5000)])])
@@ -396,14 +495,14 @@ def test_num_steps_is_fixed_where_the_learning_rate_depends_on_it(schedule, refu
 
 # One knob, one reader.
 
-_OWNERS = {"config", "options", "d", "data", "diffusion", "model", "optimizer", "train", "sample"}
+_OWNERS = {"config", "options", "d", "data", "diffusion", "model", "optimizer", "train", "sample", "evaluate"}
 
 
 def knob_reads(root: pathlib.Path) -> set[str]:
   """Names that the code reads as an attribute of something that is called like a config or a section of it."""
   found = set()
   for path in root.rglob("*.py"):
-    if path.relative_to(root).as_posix() in ("config.py", "flags.py"):
+    if path.relative_to(root).as_posix() in ("config.py", "sections.py", "flags.py"):
       continue
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
       if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in _OWNERS:

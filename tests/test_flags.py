@@ -17,6 +17,8 @@ NAMES = {
   *("learning_rate", "lr_schedule", "warmup_steps", "grad_clip", "ema_decay"),
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
   *("distributed", "num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size"),
+  *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "input_images", "mask"),
+  *("evaluate_every", "best_measure", "measures", "features"),
 }
 
 
@@ -89,6 +91,19 @@ def test_tuples(registry, text, value):
 def test_bad_tuples(registry, text):
   with pytest.raises(absl_flags.IllegalFlagValueError, match=r"channel_multipliers=.*separated by commas.*1,2,2,2"):
     parse(registry, f"--channel_multipliers={text}")
+
+
+@pytest.mark.parametrize(
+  ("text", "value"), [("kid", ("kid",)), ("kid,ode", ("kid", "ode")), ("kid, ode", ("kid", "ode")), ("", ())]
+)
+def test_tuples_of_words(registry, text, value):
+  assert parse(registry, f"--measures={text}") == {"measures": value}
+
+
+def test_an_unknown_word_in_a_list_is_refused_with_those_that_are_known(registry):
+  for text, word in (("kid,fid", "fid"), ("kid,,ode", ""), (",", "")):
+    with pytest.raises(UserError, match=f"measures: '{word}' is unknown; use one of frechet, kid"):
+      config_lib.override(Config(), parse(registry, f"--measures={text}"))
 
 
 @pytest.mark.parametrize(

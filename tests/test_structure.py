@@ -80,9 +80,10 @@ def test_the_networks_know_only_arrays(file):
 
 
 def test_config_is_standard_library_only():
-  for file in ("config.py", "knob.py", "errors.py"):
+  for file in ("config.py", "sections.py", "knob.py", "errors.py"):
     assert {top(name) for name in imports(TREES[file]) if top(name) != "ddpm_jax"} <= set(sys.stdlib_module_names)
-  assert ours("config.py") == {"ddpm_jax.knob", "ddpm_jax.errors"}
+  assert ours("config.py") == {"ddpm_jax.sections", "ddpm_jax.knob", "ddpm_jax.errors"}
+  assert importers("ddpm_jax.sections") == {"config.py"}
 
 
 SERVICES = ["distributed", "flags", "grids", "keys", "lock", "plots", "progress", "stop", "terminal", "watchdog"]
@@ -103,7 +104,18 @@ def test_the_data_know_no_model(file):
 
 def test_nothing_imports_main_and_only_main_starts_a_run():
   assert importers("ddpm_jax.main") == set()
-  assert importers("ddpm_jax.training.loop", "ddpm_jax.sampling.run") == {"main.py"}
+  assert importers("ddpm_jax.training.loop", "ddpm_jax.sampling.run", "ddpm_jax.evaluation.run") == {"main.py"}
+
+
+@pytest.mark.parametrize("file", below("report"))
+def test_the_report_is_made_of_files_alone(file):
+  allowed = ("ddpm_jax.report", "ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.storage")
+  assert all(name.startswith(allowed) for name in ours(file))
+
+
+@pytest.mark.parametrize("name", ["measures", "moments", "neighbours"])
+def test_the_measures_know_only_numbers(name):
+  assert ours(f"evaluation/{name}.py") <= {"ddpm_jax.grids"}
 
 
 def test_one_module_for_each_library_behind_a_wall():
@@ -112,6 +124,7 @@ def test_one_module_for_each_library_behind_a_wall():
   assert importers("tensorboardX") == {"writers.py"}
   assert importers("flax.linen") <= set(below("models"))
   assert importers("grain", "tensorflow_datasets") <= set(below("data"))
+  assert importers("safetensors") == {"evaluation/arrays.py", "evaluation/inception.py"}
 
 
 def test_what_nothing_imports():
@@ -138,7 +151,14 @@ def test_no_cycle_at_import_time():
 def test_main_imports_a_run_only_when_it_starts():
   at_the_top = [node for node in TREES["main.py"].body if isinstance(node, ast.Import | ast.ImportFrom)]
   names = {name for node in at_the_top for name in imports(node)}
-  heavy = ("ddpm_jax.training", "ddpm_jax.sampling", "ddpm_jax.data", "ddpm_jax.models", "ddpm_jax.run")
+  heavy = (
+    "ddpm_jax.training",
+    "ddpm_jax.sampling",
+    "ddpm_jax.evaluation",
+    "ddpm_jax.data",
+    "ddpm_jax.models",
+    "ddpm_jax.run",
+  )
   assert not {name for name in names if name.startswith(heavy)}
   assert {top(name) for name in names} - set(sys.stdlib_module_names) <= {"absl", "ddpm_jax"}
 

@@ -48,7 +48,7 @@ def load_arrays(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
   try:
     with safe_open(path, framework="numpy") as file:
       metadata = file.metadata() or {}
-      arrays = {name: file.get_tensor(name) for name in file.keys()}
+      arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
   except FileNotFoundError:
     raise
   except (OSError, SafetensorError) as error:

@@ -124,7 +124,7 @@ def _divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
   labels: int [N], N >= 2. Returns int [..] each, in rising order.
   """
-  by_class = np.argsort(labels, kind="stable")
+  by_class = np.arange(len(labels))
   is_held_out = np.zeros(len(labels), bool)
   is_held_out[by_class[_HOLD_OUT // 2 :: _HOLD_OUT] if len(labels) > _HOLD_OUT else by_class[:1]] = True
   return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)

@@ -1,8 +1,6 @@
 """The classifier of a data set's own labels: what it learns, what is kept of it, and that all processes agree."""
 
 import dataclasses
-import functools
-import json
 import pathlib
 import socket
 import subprocess
@@ -10,7 +8,6 @@ import sys
 
 import numpy as np
 import pytest
-import safetensors
 import safetensors.numpy
 
 from ddpm_jax.config import DataConfig
@@ -20,6 +17,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier
 from ddpm_jax.training.parallel import Parallel
+from tests.models.reference import conv, group_norm, swish
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -43,14 +41,6 @@ def train(source, cache, *, said=None, batch_size=16, updates=3, **options):
     updates=updates,
     **options,
   )
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-  def refuse(*_):
-    raise AssertionError("it trains")
-
-  monkeypatch.setattr(classifier, "_train", refuse)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +83,6 @@ def test_features_do_not_depend_on_the_batch(digits, tmp_path):
 
 def test_what_is_extracted_is_the_network_of_the_file(tmp_path):
   """In float64, from the file alone: an image is scaled to [-1, 1] and given to the network."""
-  from tests.models.reference import conv, group_norm, swish
-
   source = classes_of_grey()
   features = train(source, tmp_path)
   (path,) = tmp_path.iterdir()
@@ -120,15 +108,27 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(tmp_path):
   assert first.identity == again.identity
   assert first.about == again.about
   assert len(first.identity) == 64
+  other = train(source, tmp_path / "a", seed=1)
+  assert other.identity != first.identity
+  assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_what_a_kept_classifier_is_found_by():
+  def task(source, seed=0, updates=3, **changes):
+    source = dataclasses.replace(source, **changes)
+    return classifier._task(source, source.labels(), seed, updates)
+
+  source = classes_of_grey()
+  first = task(source)
+  assert task(classes_of_grey(replaced=[3]), name="another") == first
   others = [
-    train(source, tmp_path / "a", seed=1),
-    train(source, tmp_path / "a", updates=4),
-    train(dataclasses.replace(source, labels=lambda: 2 - source.labels()), tmp_path / "a"),
-    train(classes_of_grey(seed=1), tmp_path / "a"),
-    train(classes_of_grey(shape=(4, 8, 1)), tmp_path / "a"),
+    task(source, seed=1),
+    task(source, updates=4),
+    task(source, labels=lambda: 2 - source.labels()),
+    task(source, fingerprint={"seed": 1}),
+    task(source, image_shape=(4, 8, 1)),
   ]
-  assert len({first.identity, *(other.identity for other in others)}) == 6
-  assert len(list((tmp_path / "a").iterdir())) == 6
+  assert len({first, *others}) == 6
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,6 @@ def test_images_held_out_are_not_learnt_from(tmp_path):
 
   train(dataclasses.replace(source, read=read), tmp_path / "a", updates=4)
   assert seen == set(range(200))
-  labels = source.labels()
-  labels[held_out] = labels[held_out[::-1]]
   pixels = source.read(np.arange(200)).images
   pixels[held_out] = 255 - pixels[held_out]
   other = dataclasses.replace(source, read=Rows(pixels, np.zeros(200, bool)).take)
@@ -203,22 +201,23 @@ def test_images_that_stand_for_bad_ones_are_left_out(tmp_path):
 
 
 def test_the_accuracy_is_of_the_images_held_out(tmp_path):
-  """Their labels are those that it would answer, but for two, so that two are wrong."""
   source = classes_of_grey(300)
   held_out = classifier._divide(source.labels())[1]
   features = train(source, tmp_path / "a", updates=20)
   answers = features.extract(source.read(held_out).images).probabilities.argmax(1)
   right = int((answers == source.labels()[held_out]).sum())
   assert features.about["accuracy"] == right / 30
-  assert 20 <= right
+  assert right >= 20
 
 
-def test_a_kept_classifier_is_not_trained_again(tmp_path, no_training, monkeypatch):
-  source = classes_of_grey()
-  with monkeypatch.context() as patch:
-    patch.undo()
-    first = train(source, tmp_path)
-  said = []
+def test_a_kept_classifier_is_not_trained_again(tmp_path, monkeypatch):
+  source, said = classes_of_grey(), []
+  first = train(source, tmp_path)
+
+  def refuse(*_):
+    raise AssertionError("it trains")
+
+  monkeypatch.setattr(classifier, "_train", refuse)
   again = train(source, tmp_path, said=said)
   assert said == []
   assert again[:3] == first[:3]
@@ -229,31 +228,23 @@ def test_a_kept_classifier_is_not_trained_again(tmp_path, no_training, monkeypat
     train(source, tmp_path, seed=1)
 
 
-@functools.cache
-def positions(length, header):
-  """Places in a safetensors file: its length field, every one of the header, and some of the weights."""
-  return [*range(8 + header), *range(8 + header, length, (length - header) // 60), length - 1]
-
-
 def test_a_flipped_byte_in_the_cache_is_noticed(tmp_path):
   source = classes_of_grey()
   first = train(source, tmp_path)
   (path,) = tmp_path.iterdir()
   content = path.read_bytes()
-  shapes = {name: leaf for name, leaf in safetensors.numpy.load(content).items()}
+  shapes = safetensors.numpy.load(content)
   header = int.from_bytes(content[:8], "little")
-  json.loads(content[8 : 8 + header])
   said = []
   assert classifier._load(path, shapes, said.append) is not None
   assert said == []
-  for place in positions(len(content), header):
-    for flip in (0xFF, 1):
-      damaged = bytearray(content)
-      damaged[place] ^= flip
-      path.write_bytes(damaged)
-      loaded = classifier._load(path, shapes, said.append)
-      # A space between two parts of the header may become another one without any harm.
-      assert loaded is None or (flip == 1 and damaged[place] in b" !"), (place, damaged[place])
+  places = [*range(0, 8 + header, 3), *range(8 + header, len(content), len(content) // 60), len(content) - 1]
+  for number, place in enumerate(places):
+    damaged = bytearray(content)
+    damaged[place] ^= (0xFF, 1)[number % 2]
+    path.write_bytes(damaged)
+    assert classifier._load(path, shapes, said.append) is None, place
+  assert len(said) == len(places)
   assert all(line.startswith(f"{path} cannot be used (") and "\n" not in line for line in said)
 
   damaged = bytearray(content)
@@ -305,7 +296,7 @@ PROCESS = """if True:
   from tests.evaluation import test_classifier
   source = test_classifier.classes_of_grey()
   said = []
-  for seed in (0, 0, index):  # with the last, each would train another one
+  for seed in (index, 0, index):  # each trains another one at first
     features = test_classifier.train(source, cache / str(index), said=said, seed=seed, batch_size=6)
     found = features.extract(source.read(np.arange(5)).images)
     print(features.identity, features.about, found.features.sum(), found.probabilities.sum(), len(said))
@@ -326,10 +317,10 @@ def test_two_processes_have_the_same(tmp_path):
   ]
   (first, errors), (second, _) = [process.communicate(timeout=120) for process in processes]
   assert [process.returncode for process in processes] == [0, 0], errors
+  first, second = ([line for line in lines.splitlines() if "Gloo" not in line] for lines in (first, second))
   assert first == second
-  lines = first.splitlines()
-  assert len(lines) == 3
-  assert len(set(lines)) == 1  # the second and third found the first in the cache
+  assert len(first) == 3
+  assert len(set(first)) == 1  # that of the first process, which it finds in the cache
   assert [path.name for path in tmp_path.iterdir()] == ["0"]
   features = train(classes_of_grey(), tmp_path / "0", batch_size=6)
-  assert features.identity == lines[0].split()[0]
+  assert features.identity == first[0].split()[0]
