@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 import tqdm
 
 
+_LINE_EVERY_S = 10.0
+
+
 class Progress:
   """Progress of a counted task, on stderr if that is a terminal, as lines on stdout if not."""
 
@@ -61,18 +64,22 @@ class Progress:
 def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
   """Progress of something that counts: yields a function that is told how many are done, and one that takes a line.
 
-  The speed is measured from the first call on: what was there before, and a compilation, are no part of it.
+  Where there is no terminal a line is printed every ten seconds, and one at the end. The speed is measured from the
+  first call on: what was there before, and a compilation, are no part of it.
   """
   with contextlib.closing(Progress(what, total=total, quiet=quiet)) as progress:
-    before, began, at_first = 0, 0.0, None
+    before, at_first, began, told = 0, None, 0.0, time.perf_counter()
 
     def done(number: int) -> None:
-      nonlocal before, began, at_first
+      nonlocal before, at_first, began, told
+      now = time.perf_counter()
       progress.advance(number - before)
       before = number
       if at_first is None:
-        began, at_first = time.perf_counter(), number
-      progress.report(number, {}, (number - at_first) / max(time.perf_counter() - began, 1e-9))
+        at_first, began = number, now
+      if number == total or now - told >= _LINE_EVERY_S:
+        told = now
+        progress.report(number, {}, (number - at_first) / max(now - began, 1e-9))
 
     yield done, progress.say
 

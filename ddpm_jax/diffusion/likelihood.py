@@ -105,7 +105,7 @@ def strata(num_timesteps: int, number: int) -> np.ndarray:
 
   Args:
     num_timesteps: T.
-    number: of strata; 0, or T and more: T of them, each a single t. With T > 2 there are at least 2.
+    number: of strata; 0, or T and more: T of them, each a single t. With T > 1 there are at least 2.
 
   Returns:
     int64 [strata + 1]: stratum i is edges[i] .. edges[i + 1] - 1; edges[0] = 1, edges[-1] = T + 1.

@@ -21,9 +21,9 @@ class UnusableError(Exception):
   """A file of arrays is not what was written; the message says why, on one line."""
 
 
-def arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
-  """SHA-256 over name, type, shape and little-endian bytes of each array, sorted by name."""
-  digest = hashlib.sha256()
+def arrays_sha256(arrays: Mapping[str, np.ndarray], facts: str) -> str:
+  """SHA-256 over the facts, and name, type, shape and little-endian bytes of each array, sorted by name."""
+  digest = hashlib.sha256(f"{facts}\n".encode())
   for name in sorted(arrays):
     array = np.asarray(arrays[name])
     digest.update(f"{name} {array.dtype.name} {list(array.shape)}\n".encode())
@@ -33,7 +33,8 @@ def arrays_sha256(arrays: Mapping[str, np.ndarray]) -> str:
 
 def save_arrays(path: pathlib.Path, arrays: Arrays, facts: Mapping[str, Any]) -> None:
   """Writes a safetensors file, whole or not at all; `facts` are JSON values. Raises OSError."""
-  metadata = {"facts": json.dumps(dict(facts), sort_keys=True), "arrays_sha256": arrays_sha256(arrays)}
+  text = json.dumps(dict(facts), sort_keys=True)
+  metadata = {"facts": text, "sha256": arrays_sha256(arrays, text)}
   path.parent.mkdir(parents=True, exist_ok=True)
   write_whole(path, safetensors.numpy.save(arrays, metadata))
 
@@ -53,6 +54,7 @@ def load_arrays(path: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
     raise
   except (OSError, SafetensorError) as error:
     raise UnusableError(f"no whole safetensors file: {str(error).splitlines()[0]}") from error
-  if metadata.get("arrays_sha256") != arrays_sha256(arrays):
-    raise UnusableError("its arrays are not those that were written (SHA-256)")
-  return arrays, json.loads(metadata["facts"])
+  text = metadata.get("facts", "")
+  if metadata.get("sha256") != arrays_sha256(arrays, text):
+    raise UnusableError("it does not hold what was written (SHA-256)")
+  return arrays, json.loads(text)

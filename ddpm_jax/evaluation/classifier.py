@@ -16,17 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
 from ddpm_jax.data import images, pipeline
 from ddpm_jax.data.encoded import no_labels
 from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation.arrays import UnusableError, arrays_sha256, load_arrays, save_arrays
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.classifier import FEATURES, Classifier
-from ddpm_jax.storage import write_whole
 from ddpm_jax.training.parallel import Parallel, from_all_processes
 
 Weights = dict[str, np.ndarray]  # path in the network -> float32 array
@@ -38,7 +36,6 @@ _EPOCHS, _LEAST, _MOST = 5, 300, 2000  # the number of updates: that many epochs
 _RATE, _WARMUP = 3e-3, 50
 _HOLD_OUT = 10  # one image of that many
 _RECIPE = [_NETWORK, _BATCH, _RATE, _WARMUP, _HOLD_OUT, "adam, cosine"]
-_UNUSABLE = (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError)
 
 
 class _Trained(NamedTuple):
@@ -116,7 +113,7 @@ def classifier_features(
     "trained_on": len(training),
     "updates": updates,
   }
-  return Features("classifier", _sha256(trained.weights, _NETWORK), about, extract)
+  return Features("classifier", arrays_sha256(trained.weights, _NETWORK), about, extract)
 
 
 def _divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +121,7 @@ def _divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
   labels: int [N], N >= 2. Returns int [..] each, in rising order.
   """
-  by_class = np.arange(len(labels))
+  by_class = np.argsort(labels, kind="stable")
   is_held_out = np.zeros(len(labels), bool)
   is_held_out[by_class[_HOLD_OUT // 2 :: _HOLD_OUT] if len(labels) > _HOLD_OUT else by_class[:1]] = True
   return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
@@ -234,23 +231,11 @@ def _ask(
   return {"right": right, "asked": asked}
 
 
-def _sha256(weights: Weights, *words: str | int) -> str:
-  """Of names, shapes, types and bytes of the arrays, and of the words."""
-  total = hashlib.sha256(json.dumps(words).encode())
-  for name, leaf in sorted(weights.items()):
-    total.update(json.dumps([name, leaf.shape, str(leaf.dtype)]).encode())
-    total.update(np.ascontiguousarray(leaf).data)
-  return total.hexdigest()
-
-
 def _save(path: pathlib.Path, trained: _Trained, say: Callable[[str], None]) -> None:
   """Writes the classifier into the cache, or says that it could not."""
-  right, asked = trained.right, trained.asked
-  metadata = {"right": str(right), "asked": str(asked), "sha256": _sha256(trained.weights, right, asked)}
-  weights = {name: np.ascontiguousarray(leaf) for name, leaf in trained.weights.items()}
+  arrays = {name: np.ascontiguousarray(leaf) for name, leaf in trained.weights.items()}
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, safetensors.numpy.save(weights, metadata))
+    save_arrays(path, arrays, {"right": trained.right, "asked": trained.asked})
   except OSError as error:
     say(f"{path} cannot be written ({error.strerror}); the classifier will be trained anew next time")
 
@@ -261,18 +246,14 @@ def _load(path: pathlib.Path, shapes: dict[str, Any], say: Callable[[str], None]
   shapes: names of the weights -> what has their shapes and types.
   """
   try:
-    with safetensors.safe_open(path, framework="np") as file:
-      metadata = file.metadata()
-      weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    trained = _Trained(weights, int(metadata["right"]), int(metadata["asked"]))
-    if metadata["sha256"] != _sha256(*trained):
-      raise ValueError("its digest is another")
-    if {n: (w.shape, w.dtype) for n, w in weights.items()} != {n: (s.shape, s.dtype) for n, s in shapes.items()}:
-      raise ValueError("it is of another network")
+    weights, facts = load_arrays(path)
   except FileNotFoundError:
     return None
-  except _UNUSABLE as error:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    say(f"{path} cannot be used ({reason}); training the classifier anew")
-    return None
-  return trained
+  except UnusableError as error:
+    reason = str(error)
+  else:
+    if {n: (w.shape, w.dtype) for n, w in weights.items()} == {n: (s.shape, s.dtype) for n, s in shapes.items()}:
+      return _Trained(weights, facts["right"], facts["asked"])
+    reason = "it is of another network"
+  say(f"{path} cannot be used ({reason}); training the classifier anew")
+  return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +83,12 @@ def compare(names: Sequence[str], extractor: str, reference: Reference, seen: Se
 
 
 def look_up(
-  images: np.ndarray, seen: Seen, train: Source, reference: Reference, batch_size: int
+  images: np.ndarray,
+  seen: Seen,
+  train: Source,
+  reference: Reference,
+  batch_size: int,
+  done: Callable[[int], None] = lambda number: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """The training images nearest to samples, by pixels and by features: is the model only remembering?
 
@@ -93,6 +98,7 @@ def look_up(
     train: the images of the training.
     reference: their features.
     batch_size: training images at once.
+    done: told how many training images have been looked at, now and then. What it raises ends the work.
 
   Returns:
     For "pixels" and "features": the share of near-duplicates (see `neighbours.near_duplicates`), the median distance
@@ -104,10 +110,13 @@ def look_up(
   nearest = min(_NEAREST, len(train), len(reference.features))
   if nearest < 2:
     raise ValueError("a training set of one image has no second nearest")
-  blocks = (
-    (first, block.reshape(len(block), -1)) for first, block in batches_of(train, np.arange(len(train)), batch_size)
-  )
-  by_pixels, where = neighbours.nearest(samples.reshape(len(samples), -1), blocks, nearest)
+
+  def blocks() -> Iterator[tuple[int, np.ndarray]]:
+    for first, block in batches_of(train, np.arange(len(train)), batch_size):
+      yield first, block.reshape(len(block), -1)
+      done(first + len(block))
+
+  by_pixels, where = neighbours.nearest(samples.reshape(len(samples), -1), blocks(), nearest)
   by_features, _ = neighbours.nearest(seen.features[chosen], [(0, reference.features)], nearest)
   order = np.argsort(by_pixels[:, 0], kind="stable")[:_SHOWN]
   shown = train.read(where[order].ravel()).images.reshape(len(order), nearest, *train.image_shape)

@@ -19,16 +19,20 @@ from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.data.encoded import no_labels
 from ddpm_jax.data.sources import Source, has_split, open_source
+from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception, likelihood
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import compare, look_up, see
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.reference import measure_reference
+from ddpm_jax.evaluation.reference import Reference, measure_reference
 from ddpm_jax.progress import counted
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.sampling.weights import Weights
 
 _OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
+# What the measures are defined for: the k-th neighbour of precision, recall, density and coverage is another point.
+_LEAST_SAMPLES = {"precision_recall": 4}
+_LEAST_IMAGES = {"frechet": 2, "kid": 2, "precision_recall": 4, "density_coverage": 6, "neighbours": 2}
 _SHOWN = 64  # samples in the picture
 
 
@@ -83,10 +87,22 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
       raise no_labels(train.name)
     else:
       train.labels()
-    _split(config, train, options.reference_split)
+    _check_numbers(config, train, _split(config, train, options.reference_split))
   if any(name in options.measures for name in ("bound", "ode")):
     for _ in _splits(config, train):
       pass
+
+
+def _check_numbers(config: Config, train: Source, reference: Source) -> None:
+  """Raises UserError if there are fewer samples or images than a measure is defined for."""
+  options = config.evaluate
+  for measure, number in _LEAST_SAMPLES.items():
+    if measure in options.measures and options.evaluate_samples < number:
+      raise UserError(f"evaluate_samples: {options.evaluate_samples} are too few for {measure}; use {number} or more")
+  for measure, number in _LEAST_IMAGES.items():
+    source = train if measure == "neighbours" else reference
+    if measure in options.measures and len(source) < number:
+      raise UserError(f"measures: {measure} needs {number} images, and {source.name} has {len(source)}; leave it out")
 
 
 def evaluate(
@@ -117,55 +133,65 @@ def evaluate(
     "machine": f"{len(devices)} x {devices[0].device_kind}",
   }
   pictures: dict[str, np.ndarray] = {}
+  drawn = None
   if _needs_samples(config):
-    found, pictures = _samples(config, weights, train, around)
+    with contextlib.closing(Drawn(weights, config, around.workdir / "samples")) as drawn:
+      found, pictures = _samples(config, weights, train, around, drawn)
     result |= found
   for name, key in (("bound", "bits_per_dim"), ("ode", "ode_bits_per_dim")):
     if name in config.evaluate.measures:
       result[key] = {
         split: _likelihood(name, config, weights, source, around) for split, source in _splits(config, train)
       }
+  if drawn is not None:  # not before: all that follows the draw may be stopped too, and then needs the images again
+    drawn.forget()
   return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
 
 
 def _samples(
-  config: Config, weights: Weights, train: Source, around: Surroundings
+  config: Config, weights: Weights, train: Source, around: Surroundings, drawn: Drawn
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Draws, and compares what was drawn with the data."""
   options, size = config.evaluate, config.evaluate.evaluate_batch_size
   source, number = _split(config, train, options.reference_split), options.evaluate_samples
   features = _features(config, weights, train, around)
-  reference = measure_reference(source, features, cache=around.cache, batch_size=size, say=around.say)
-  around.beat("the statistics of the data set")
-  with contextlib.closing(Drawn(weights, config, around.workdir / "samples")) as drawn:
-    around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
-    with around.counted("image", number) as done:
-      drawn.draw(number, done=done, say=around.say)
-    multihost_utils.sync_global_devices("the images are on disk")
-    images = drawn.images(number)
-    with around.counted("feature vector", number) as done:
-      seen = see(features, images, size, done)
-    pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
-    result: dict[str, Any] = {
-      "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
-      "reference": {
-        "dataset": source.name,
-        "split": options.reference_split or config.data.split,
-        "number": len(source),
-        "fingerprint": source.fingerprint,
-      },
-      "features": features.about
-      | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
-      "measures": compare(options.measures, features.name, reference, seen),
-    }
-    if "neighbours" in options.measures:
-      if source is not train:  # what could be remembered is what was trained on
-        reference = measure_reference(train, features, cache=around.cache, batch_size=size, say=around.say)
-      around.say(f"looking for the samples' nearest images among {len(train)}")
-      result["neighbours"], pictures["neighbours"] = look_up(images, seen, train, reference, size)
-    multihost_utils.sync_global_devices("the images have been read")
-  drawn.forget()
+  reference = _reference(source, features, size, around)
+  around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
+  with around.counted("image", number) as done:
+    drawn.draw(number, done=done, say=around.say)
+  multihost_utils.sync_global_devices("the images are on disk")
+  images = drawn.images(number)
+  with around.counted("feature vector", number) as done:
+    seen = see(features, images, size, done)
+  pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
+  result: dict[str, Any] = {
+    "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
+    "reference": {
+      "dataset": source.name,
+      "split": options.reference_split or config.data.split,
+      "number": len(source),
+      "fingerprint": source.fingerprint,
+    },
+    "features": features.about
+    | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
+    "measures": compare(options.measures, features.name, reference, seen),
+  }
+  around.beat("the measures")
+  if "neighbours" in options.measures:
+    if source is not train:  # what could be remembered is what was trained on
+      reference = _reference(train, features, size, around)
+    around.say(f"looking for the samples' nearest images among {len(train)}")
+    with around.counted("training image", len(train)) as done:
+      result["neighbours"], pictures["neighbours"] = look_up(images, seen, train, reference, size, done)
+  multihost_utils.sync_global_devices("the images have been read")
   return result, pictures
+
+
+def _reference(source: Source, features: Features, size: int, around: Surroundings) -> Reference:
+  with around.counted("feature vector", len(source)) as done:
+    reference = measure_reference(source, features, cache=around.cache, batch_size=size, say=around.say, done=done)
+  around.beat("the statistics of the data set")
+  return reference
 
 
 def _needs_samples(config: Config) -> bool:
@@ -198,7 +224,7 @@ def _split(config: Config, train: Source, name: str) -> Source:
 def _splits(config: Config, train: Source) -> Iterator[tuple[str, Source]]:
   """The splits whose likelihood is measured, opened one after the other."""
   own, asked = config.data.split, config.evaluate.likelihood_splits
-  names = [name.strip() for name in asked.split(",")] if asked else [own]
+  names = [name.strip() for name in asked.split(",") if name.strip()] or [own]
   if not asked and own != "test" and has_split(config.data, "test"):
     names.append("test")
   for name in names:

@@ -46,7 +46,13 @@ def batches_of(source: Source, index: np.ndarray, size: int) -> Iterator[tuple[i
 
 
 def measure_reference(
-  source: Source, features: Features, *, cache: pathlib.Path, batch_size: int, say: Callable[[str], None]
+  source: Source,
+  features: Features,
+  *,
+  cache: pathlib.Path,
+  batch_size: int,
+  say: Callable[[str], None],
+  done: Callable[[int], None] = lambda number: None,
 ) -> Reference:
   """The statistics of all images of a source, without augmentation, from the cache if they are there.
 
@@ -59,10 +65,11 @@ def measure_reference(
     cache: folder of the cache, made if need be.
     batch_size: images at once.
     say: takes a line about what is done.
+    done: told how many images after each batch. What it raises ends the work.
   """
   task = json.dumps([source.fingerprint, len(source), features.identity], sort_keys=True)
   path = cache / f"reference-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
-  found = _from_cache(path, say)
+  found = _from_cache(path, task, say)
   if not on_any_process(found is None) and found is not None:
     return found
   say(f"computing the features of {len(source)} images of {source.name}")
@@ -75,20 +82,23 @@ def measure_reference(
     moments = add(moments, extracted)
     here = index[(index >= first) & (index < first + len(images))] - first
     kept.append(extracted[here])
+    done(first + len(images))
   assert moments is not None  # a source holds at least one image
   reference = Reference(moments, index, np.concatenate(kept))
   if jax.process_index() == 0:
     arrays = {"mean": moments.mean, "m2": moments.m2, "index": index, "features": reference.features}
     try:
-      save_arrays(path, arrays, {"count": moments.count})
+      save_arrays(path, arrays, {"count": moments.count, "of": task})
     except OSError as error:
       say(f"warning: cannot keep the statistics in {path} ({error.strerror}); they will be computed again")
   return reference
 
 
-def _from_cache(path: pathlib.Path, say: Callable[[str], None]) -> Reference | None:
+def _from_cache(path: pathlib.Path, task: str, say: Callable[[str], None]) -> Reference | None:
   try:
     arrays, facts = load_arrays(path)
+    if facts.get("of") != task:
+      raise UnusableError("it is of other images or another extractor")
   except FileNotFoundError:
     return None
   except UnusableError as error:

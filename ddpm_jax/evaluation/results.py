@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -45,8 +46,8 @@ def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, n
       number = 1
       while (folder / f"{step}.{number}.json").exists():
         number += 1
-      path.rename(folder / f"{step}.{number}.json")
-    write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+      write_whole(folder / f"{step}.{number}.json", path.read_bytes())  # a kill may come before the next line
+    write_whole(path, (json.dumps(_finite(result), indent=2, allow_nan=False) + "\n").encode())
     write_report(workdir)
   except OSError as error:
     raise RunError(f"workdir: cannot write {error.filename or path} ({error.strerror}); make room") from error
@@ -57,13 +58,22 @@ def _with_earlier(path: pathlib.Path, result: Result) -> Result:
   earlier = read_result(path)
   if earlier is None or earlier.get("weights") != result["weights"]:
     return result
-  if "samples" in result:
-    earlier = {name: value for name, value in earlier.items() if name not in _OF_SAMPLES}
+  if "samples" in result:  # all pictures are of samples
+    earlier = {name: value for name, value in earlier.items() if name not in (*_OF_SAMPLES, "pictures")}
   both = {**earlier, **result, "pictures": {**earlier.get("pictures", {}), **result["pictures"]}}
   for name in ("bits_per_dim", "ode_bits_per_dim"):
     if name in earlier and name in result:
       both[name] = {**earlier[name], **result[name]}
   return both
+
+
+def _finite(value: Any) -> Any:
+  """The same tree without NaN and infinity, for which JSON has no name: they become null."""
+  if isinstance(value, dict):
+    return {name: _finite(part) for name, part in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(part) for part in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_result(path: pathlib.Path) -> Result | None:
@@ -103,6 +113,8 @@ def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
   """
   best, step = workdir / "best", result["step"]
   note, value = workdir / "eval" / "best.json", measure_of(result, measure)
+  if not math.isfinite(value):
+    return False
   earlier = read_result(note)
   if (
     earlier
@@ -112,6 +124,7 @@ def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
   ):
     return False
   try:
+    note.parent.mkdir(exist_ok=True)
     best.mkdir(exist_ok=True)
     for path in best.iterdir():
       if not path.name.isdecimal():

@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
   """What a task made.
 
   Attributes:
-    arrays: for the npz file, uint8 [N, ..., H, W, C].
+    arrays: for the npz file; images are uint8 [N, ..., H, W, C].
     picture: uint8 [height, width, 3].
     frames: pictures of an animation, or none.
     told: facts, for the terminal and the settings in the npz file.
@@ -115,7 +115,7 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
   given: uint8 [2 P, H, W, C]; pairs are neighbours.
   """
   run, schedule = parts.run, parts.run.schedule
-  first = parts.options.interpolation_timestep or schedule.num_timesteps // 2
+  first = parts.options.interpolation_timestep or max(1, schedule.num_timesteps // 2)
   table = table_of(parts.options, schedule, parts.config.diffusion.variance, first)
 
   def rows(params: Params, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:

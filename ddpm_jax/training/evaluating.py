@@ -88,10 +88,10 @@ class Evaluations:
         result, pictures = evaluate_lib.evaluate(options, weights, self._source, around)
     except evaluate_lib.Abandoned:
       return True
-    if first:
-      write_result(self._workdir, result, pictures)
+    if first:  # the result last: that it is there says that all of this was done
       best = keep_best(self._workdir, result, options.train.best_measure)
+      self._reports.evaluated(step, scalars(result))
+      write_result(self._workdir, result, pictures)
       value = measure_of(result, options.train.best_measure)
       around.say(f"evaluated update {step}: {options.train.best_measure} {value:.5g}{', the best so far' * best}")
-      self._reports.evaluated(step, scalars(result))
     return False

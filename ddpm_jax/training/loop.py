@@ -209,7 +209,7 @@ def _train(run: Run, source: Source, state: TrainState, start: int, around: _Aro
           reports.samples(step, preview(parallel.globalize(state)))
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
-          stopping |= evaluations.make(parallel.globalize(state), step)
+          last |= evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
       if last:
         break
     saver.finish(step)
@@ -268,7 +268,9 @@ def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
   """Raises UserError if the checkpoints after update `start` will not find room. Before compression, to be sure."""
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
   options = run.config.train
-  saves = (options.num_steps - start) // options.checkpoint_every + 1
+  saves = sum(
+    (options.num_steps - start) // every + 1 for every in (options.checkpoint_every, options.evaluate_every) if every
+  )
   workdir_lib.check_space(workdir, size, options.keep_checkpoints, saves)
 
 
@@ -289,7 +291,7 @@ def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: 
 
 
 def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
-  done = step == total
+  done = step >= total
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else "  to go on      the same command again\n"
   return f"""{end}

@@ -1,5 +1,7 @@
 """Samplers against data whose perfect denoiser is known in closed form."""
 
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -180,3 +182,311 @@ def test_impossible_requests():
     samplers.time_grid(LINEAR, 10, "even")
   with pytest.raises(ValueError, match="'soft'"):
     samplers.threshold_x0(jnp.zeros(3), "soft", 0.9)
+
+
+# Order of convergence, against the exact solution of the probability-flow ODE.
+
+FINE = make_schedule("linear", 4000, beta_start=2.5e-5, beta_end=0.005)  # 1000 steps of LINEAR are no limit here
+WIDE = 0.5  # deviation of the data
+
+
+def wide_x0(schedule):
+  """E[x_0 | x_t] for x_0 ~ N(MEAN, WIDE^2)."""
+
+  def predict_x0(xt, t):
+    alpha_bar = at(schedule.alpha_bar, t)[:, None]
+    gain = jnp.sqrt(alpha_bar) * WIDE**2 / (alpha_bar * WIDE**2 + 1 - alpha_bar)
+    return MEAN + gain * (xt - jnp.sqrt(alpha_bar) * MEAN)
+
+  return predict_x0
+
+
+def on_the_flow(schedule, u, t):
+  """The state at t of the solution that ends at x_0 = MEAN + WIDE u: it keeps its place in the marginal."""
+  alpha_bar = schedule.alpha_bar[t]
+  return np.sqrt(alpha_bar) * MEAN + np.sqrt(alpha_bar * WIDE**2 + 1 - alpha_bar) * u
+
+
+PLACES = np.linspace(-2, 2, 32)[:, None]
+
+
+def flow_error(name, num_steps, first=0):
+  """Root mean square error of x_0, from the same x_T (or x_first), for a number of steps (not of evaluations)."""
+  evaluations = 2 * num_steps - 1 if name == "heun" else num_steps
+  table = samplers.make_sampler(FINE, name, num_steps=evaluations, grid="logsnr", first=first)
+  assert len(table.t) == evaluations
+  start = jnp.asarray(on_the_flow(FINE, PLACES, first or 4000), jnp.float32)
+  keys = jax.random.split(jax.random.key(0), len(PLACES))
+  got = jax.jit(lambda start: samplers.sample(table, wide_x0(FINE), keys, (1,), start=start)[0])(start)
+  return np.sqrt(np.mean((np.asarray(got) - (MEAN + WIDE * PLACES)) ** 2))
+
+
+@pytest.mark.parametrize(
+  ("name", "low", "high", "last"), [("ddim", 0.95, 1.05, 1e-2), ("dpmpp", 1.85, 2.4, 2e-4), ("heun", 1.95, 2.4, 4e-4)]
+)
+def test_order_of_convergence(name, low, high, last):
+  errors = np.array([flow_error(name, num_steps) for num_steps in (20, 40, 80, 160)])
+  slopes = np.log2(errors[:-1] / errors[1:])
+  assert (low < slopes).all() and (slopes < high).all(), slopes
+  assert errors[-1] < last
+
+
+@pytest.mark.parametrize(("name", "most"), [("ddim", 0.02), ("dpmpp", 1e-3), ("heun", 2e-3)])
+def test_a_draw_may_begin_in_the_middle(name, most):
+  assert flow_error(name, 60, first=1500) < most
+  table = samplers.make_sampler(FINE, name, first=1500, num_steps=50)
+  assert table.t[0] == 1500 and table.s[-1] == 0 and len(table.t) == (49 if name == "heun" else 50)
+  assert len(samplers.make_sampler(FINE, name, first=7, num_steps=50).t) == 7  # there are no more timesteps
+  assert len(samplers.make_sampler(FINE, name, first=7).t) == 7
+
+
+# A mixture, which no linear denoiser can draw: every sampler, every prediction.
+
+SHORT = make_schedule("linear", 250, beta_start=4e-4, beta_end=0.08)
+WEIGHTS, MEANS, STDS = np.array([0.3, 0.7]), np.array([-0.6, 0.5]), np.array([0.1, 0.15])
+
+
+def mixture_x0(alpha_bar, xt, xp=np):
+  """E[x_0 | x_t] for the mixture: x_t [...], alpha_bar broadcastable to it."""
+  alpha_bar, xt = alpha_bar[..., None], xt[..., None]
+  variance = alpha_bar * STDS**2 + 1 - alpha_bar
+  away = xt - xp.sqrt(alpha_bar) * MEANS
+  logs = xp.log(WEIGHTS) - away**2 / (2 * variance) - xp.log(variance) / 2
+  shares = xp.exp(logs - logs.max(-1, keepdims=True))
+  shares = shares / shares.sum(-1, keepdims=True)
+  return (shares * (MEANS + xp.sqrt(alpha_bar) * STDS**2 / variance * away)).sum(-1)
+
+
+def mixture_network(prediction):
+  """A network that says what the closed form knows, as the prediction has it."""
+
+  def network(xt, t):
+    alpha_bar = at(SHORT.alpha_bar, t)[:, None]
+    a, b = jnp.sqrt(alpha_bar), at(SHORT.sqrt_one_minus_alpha_bar, t)[:, None]
+    with jax.numpy_rank_promotion("allow"):
+      x0 = mixture_x0(alpha_bar, xt, jnp)
+    eps = (xt - a * x0) / b
+    return {"x0": x0, "eps": eps, "v": a * eps - b * x0}[prediction]
+
+  return network
+
+
+@pytest.mark.parametrize(
+  ("name", "options"),
+  [
+    ("ddpm", dict(variance="fixed_small")),
+    ("ddpm", dict(variance="fixed_large")),
+    ("ddim", dict(eta=0.0, num_steps=150)),
+    ("ddim", dict(eta=0.5, num_steps=200)),
+    ("ddim", dict(eta=1.0)),
+    ("dpmpp", dict(num_steps=40)),
+    ("heun", dict(num_steps=79)),
+  ],
+)
+def test_every_sampler_draws_a_mixture_whatever_the_network_predicts(name, options):
+  table, number = samplers.make_sampler(SHORT, name, **options), 4000
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(number))
+
+  def run():
+    predictors = [samplers.x0_predictor(mixture_network(kind), SHORT, kind) for kind in ("eps", "x0", "v")]
+    return [samplers.sample(table, predictor, keys, (1,))[0][:, 0] for predictor in predictors]
+
+  eps, x0, v = map(np.asarray, jax.jit(run)())
+  # Between the two hills a rounding decides which one a draw falls to.
+  for other in (x0, v):
+    assert np.mean(np.abs(other - eps) > 2e-3) < 2e-3
+  left = eps < 0
+  assert abs(left.mean() - 0.3) < 4 * np.sqrt(0.21 / number)
+  for hill, mean, std in ((eps[left], *(MEANS[0], STDS[0])), (eps[~left], *(MEANS[1], STDS[1]))):
+    assert abs(hill.mean() - mean) < 4 * std / np.sqrt(len(hill)) + 0.005
+    assert abs(hill.std() / std - 1) < 4 / np.sqrt(2 * len(hill)) + 0.03
+
+
+# Steps of second order by hand: the papers' algorithms in float64, with a denoiser that is not linear.
+
+
+def test_dpmpp_is_algorithm_2_of_lu_et_al():
+  times = samplers.time_grid(SHORT, 6, "logsnr")
+  alpha, sigma = np.sqrt(SHORT.alpha_bar), np.sqrt(1 - SHORT.alpha_bar)
+  start = np.linspace(-1.5, 1.5, 7)
+  x, buffer = start, []
+  for i in range(1, 7):
+    before, now = times[i - 1], times[i]
+    buffer.append(mixture_x0(SHORT.alpha_bar[before], x))
+    if now == 0:  # lambda is infinite: e^-h = 0, and of first order
+      x = buffer[-1]
+      break
+    lam = np.log(alpha[times[: i + 1]] / sigma[times[: i + 1]])
+    h = lam[i] - lam[i - 1]
+    data = buffer[-1]
+    if i > 1:
+      r = (lam[i - 1] - lam[i - 2]) / h
+      data = (1 + 1 / (2 * r)) * buffer[-1] - 1 / (2 * r) * buffer[-2]
+    x = sigma[now] / sigma[before] * x - alpha[now] * (np.exp(-h) - 1) * data
+  np.testing.assert_allclose(run_in_float64(samplers.make_sampler(SHORT, "dpmpp", num_steps=6), start), x, rtol=1e-9)
+  np.testing.assert_allclose(run_sample(samplers.make_sampler(SHORT, "dpmpp", num_steps=6), start), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 9, 10])
+def test_heun_is_algorithm_1_of_karras_et_al(num_steps):
+  """Even numbers of evaluations are one less: the last step takes one."""
+  times = samplers.time_grid(SHORT, (num_steps + 1) // 2, "logsnr")
+  alpha_bar = SHORT.alpha_bar
+  level = np.sqrt((1 - alpha_bar) / alpha_bar)  # their t: the deviation of the noise beside an unscaled image
+  start = np.linspace(-1.5, 1.5, 7)
+  x, evaluations = start / np.sqrt(alpha_bar[250]), 0  # their x
+
+  def slope(x, t):
+    nonlocal evaluations
+    evaluations += 1
+    return (x - mixture_x0(alpha_bar[t], x * np.sqrt(alpha_bar[t]))) / level[t]
+
+  for before, now in itertools.pairwise(times):
+    d = slope(x, before)
+    euler = x + (level[now] - level[before]) * d
+    x = euler if now == 0 else x + (level[now] - level[before]) * (d + slope(euler, now)) / 2
+  table = samplers.make_sampler(SHORT, "heun", num_steps=num_steps)
+  assert len(table.t) == evaluations == num_steps - (num_steps % 2 == 0)
+  np.testing.assert_allclose(run_in_float64(table, start), x, rtol=1e-7, atol=1e-9)
+  np.testing.assert_allclose(run_sample(table, start), x, atol=3e-5)
+
+
+def run_in_float64(table, x):
+  """What a table says, row by row: x_s = c_xt x_t + c_x0 x0_hat + c_prev x0_hat_prev."""
+  previous = 0.0
+  for t, c_xt, c_x0, c_prev in zip(table.t, table.c_xt, table.c_x0, table.c_prev, strict=True):
+    x0_hat = mixture_x0(SHORT.alpha_bar[t], x)
+    x, previous = c_xt * x + c_x0 * x0_hat + c_prev * previous, x0_hat
+  return x
+
+
+def run_sample(table, start):
+  predict = samplers.x0_predictor(mixture_network("x0"), SHORT, "x0", threshold="none")
+  keys = jax.random.split(jax.random.key(0), len(start))
+  return samplers.sample(table, predict, keys, (1,), start=jnp.asarray(start[:, None], jnp.float32))[0][:, 0]
+
+
+# There and back.
+
+
+@pytest.mark.parametrize("kind", ["uniform", "trailing"])
+def test_encoding_and_decoding_give_the_image_back_to_first_order(kind):
+  images = jnp.asarray(MEAN + WIDE * PLACES, jnp.float32)
+  keys, predict = jax.random.split(jax.random.key(0), len(PLACES)), wide_x0(FINE)
+  there, back = [], []
+  for num_steps in (50, 100, 200, 400):
+    times = samplers.time_grid(FINE, num_steps, kind)
+    up, down = samplers.encoding_table(FINE, times), samplers.ddim_table(FINE, times[:-1], times[1:], eta=0.0)
+    assert up.t.min() == 1 and up.s.tolist() == times[-2::-1].tolist() and not up.sigma.any()
+
+    def both(start, up=up, down=down):
+      noise, _ = samplers.sample(up, predict, keys, (1,), start=start)
+      return noise, samplers.sample(down, predict, keys, (1,), start=noise)[0]
+
+    noise, again = map(np.asarray, jax.jit(both)(images))
+    there.append(np.sqrt(np.mean((noise - on_the_flow(FINE, PLACES, 4000)) ** 2)))
+    back.append(np.sqrt(np.mean((again - images) ** 2)))
+  for errors, most in ((there, 0.03), (back, 0.02)):
+    slopes = np.log2(np.array(errors[:-1]) / errors[1:])
+    assert (slopes > 0.85).all() and (slopes < 1.6).all(), (slopes, errors)
+    assert errors[-1] < most
+
+
+def test_the_first_row_of_an_encoding_takes_eps_at_t_1():
+  """x_s = a_s x_0 + b_s eps_hat(x_0, 1): Song et al.'s eq. 13 with alpha_bar_0 = 1, written out."""
+  up = samplers.encoding_table(LINEAR, np.array([1000, 300, 0]))
+  x0, x0_hat, b_1 = 0.7, 0.65, LINEAR.sqrt_one_minus_alpha_bar[1]
+  eps_hat = (x0 - LINEAR.sqrt_alpha_bar[1] * x0_hat) / b_1
+  expected = LINEAR.sqrt_alpha_bar[300] * x0 + LINEAR.sqrt_one_minus_alpha_bar[300] * eps_hat
+  assert (up.t.tolist(), up.s.tolist()) == ([1, 300], [300, 1000])
+  np.testing.assert_allclose(up.c_xt[0] * x0 + up.c_x0[0] * x0_hat, expected, rtol=1e-12)
+
+
+# What keeps x0_hat in range, and what else `sample` does.
+
+
+def test_thresholds():
+  x0_hat = np.random.default_rng(0).normal(0, [[0.3], [1.5]], (2, 400)).astype(np.float32).reshape(2, 20, 20)
+  keep = lambda how, quantile=0.9: np.asarray(  # noqa: E731
+    jax.vmap(lambda x: samplers.threshold_x0(x, how, quantile))(jnp.asarray(x0_hat))
+  )
+  np.testing.assert_array_equal(keep("none"), x0_hat)
+  np.testing.assert_array_equal(keep("static"), x0_hat.clip(-1, 1))
+  for quantile in (0.5, 0.9, 0.995, 1.0):
+    limits = [max(1.0, np.quantile(np.abs(x), quantile)) for x in x0_hat]
+    assert quantile == 0.5 or (limits[1] > 1.05 and (limits[0] == 1.0 or quantile == 1.0))
+    expected = np.stack([x.clip(-limit, limit) / limit for x, limit in zip(x0_hat, limits, strict=True)])
+    np.testing.assert_allclose(keep("dynamic", quantile), expected, rtol=2e-6, atol=1e-7)
+
+
+def test_the_threshold_reaches_the_predictor():
+  """For each example alone, after the conversion to x0."""
+  output = jnp.asarray([[0.1, 0.2, 0.3], [1.0, 2.0, 4.0]])
+  xt, t = jnp.zeros((2, 3)), jnp.asarray([5, 6])
+  predict = samplers.x0_predictor(lambda xt, t: output, LINEAR, "x0", threshold="dynamic", quantile=0.5)
+  np.testing.assert_allclose(predict(xt, t), [[0.1, 0.2, 0.3], [0.5, 1.0, 1.0]], rtol=1e-6)
+  by_v = samplers.x0_predictor(
+    lambda xt, t: -output / at(LINEAR.sqrt_one_minus_alpha_bar, t)[:, None], LINEAR, "v", threshold="dynamic"
+  )
+  limit = np.quantile([1, 2, 4], 0.995)
+  np.testing.assert_allclose(by_v(xt, t)[1], np.array([1, 2, limit]) / limit, rtol=1e-5)
+
+
+def test_kept_estimates_are_those_of_their_rows():
+  table = samplers.make_sampler(LINEAR, "ddpm", num_steps=5)
+  keys = jax.random.split(jax.random.key(1), 3)
+  x0_hats, xt = [], jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (2,)))(keys)
+  for row in range(5):
+    x0_hats.append(gaussian_x0(LINEAR)(xt, jnp.full(3, table.t[row])))
+    z = jax.vmap(lambda key, n=row + 1: jax.random.normal(jax.random.fold_in(key, n), (2,)))(keys)
+    xt = table.c_xt[row] * xt + table.c_x0[row] * x0_hats[-1] + table.sigma[row] * z
+  for keep in ([], [0, 2, 3], [4, 1]):
+    x0, kept = samplers.sample(table, gaussian_x0(LINEAR), keys, (2,), keep=keep)
+    np.testing.assert_allclose(x0, xt, rtol=1e-5, atol=1e-6)
+    assert kept.shape == (3, len(keep), 2)
+    for place, row in enumerate(keep):
+      np.testing.assert_allclose(kept[:, place], x0_hats[row], rtol=1e-5, atol=1e-6)
+
+
+def test_a_start_takes_the_place_of_the_priors_draw():
+  table = samplers.make_sampler(LINEAR, "ddpm", num_steps=5)
+  keys = jax.random.split(jax.random.key(1), 3)
+  prior = samplers.numbered_noise(keys, (2,))(0)
+  draw = lambda start: np.asarray(samplers.sample(table, gaussian_x0(LINEAR), keys, (2,), start=start)[0])  # noqa: E731
+  np.testing.assert_array_equal(draw(prior), draw(None))
+  # With the same noise in the rows, and a denoiser that is linear in x_t, a shift is multiplied in each row.
+  ab = LINEAR.alpha_bar[table.t]
+  left = np.prod(table.c_xt + table.c_x0 * np.sqrt(ab) * STD**2 / (ab * STD**2 + 1 - ab))
+  np.testing.assert_allclose(draw(prior + 1000) - draw(None), 1000 * left, rtol=1e-3)
+
+
+def test_what_is_done_after_a_row():
+  """It sees x_s and the number of the row, and the next row goes on with what it gives."""
+  zeros, ones = np.zeros(3), np.ones(3)
+  table = samplers.SamplerTable(np.array([900, 500, 100]), np.array([500, 100, 0]), 2 * ones, zeros, zeros, zeros)
+  keys = jax.random.split(jax.random.key(1), 2)
+  got, _ = samplers.sample(
+    table,
+    gaussian_x0(LINEAR),
+    keys,
+    (1,),
+    start=jnp.ones((2, 1)),
+    after_row=lambda xs, row: xs + 10.0 ** (row + 1),
+  )
+  np.testing.assert_allclose(got, 2 * (2 * (2 + 10) + 100) + 1000)
+
+
+def test_the_grid_of_a_sampler():
+  """auto: log SNR for those of second order, trailing for the others; a named one is used by all."""
+  for name in ("ddpm", "ddim", "dpmpp"):
+    own = "logsnr" if name == "dpmpp" else "trailing"
+    assert (
+      samplers.make_sampler(LINEAR, name, num_steps=20).t.tolist() == samplers.time_grid(LINEAR, 20, own)[:-1].tolist()
+    )
+    table = samplers.make_sampler(LINEAR, name, num_steps=20, grid="quadratic")
+    assert table.t.tolist() == samplers.time_grid(LINEAR, 20, "quadratic")[:-1].tolist()
+    assert table.s[:-1].tolist() == table.t[1:].tolist()
+  assert (
+    samplers.make_sampler(LINEAR, "heun", num_steps=9).t[::2].tolist()
+    == samplers.time_grid(LINEAR, 5, "logsnr")[:-1].tolist()
+  )

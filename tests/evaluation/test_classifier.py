@@ -16,6 +16,7 @@ from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier
+from ddpm_jax.models.classifier import Classifier
 from ddpm_jax.training.parallel import Parallel
 from tests.models.reference import conv, group_norm, swish
 
@@ -111,6 +112,16 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(tmp_path):
   other = train(source, tmp_path / "a", seed=1)
   assert other.identity != first.identity
   assert len(list((tmp_path / "a").iterdir())) == 2
+
+
+def test_the_seed_is_that_of_the_first_weights_and_of_the_order(tmp_path, monkeypatch):
+  model, shape, init = Classifier(3), (4, 4, 1), classifier._init
+  kernels = [np.asarray(init(model, shape, seed)["conv2"]["kernel"]) for seed in (0, 0, 1)]
+  np.testing.assert_array_equal(kernels[0], kernels[1])
+  assert (kernels[0] != kernels[2]).all()
+  monkeypatch.setattr(classifier, "_init", lambda model, shape, seed: init(model, shape, 0))
+  source = classes_of_grey(600)  # more than a batch
+  assert len({train(source, tmp_path, seed=seed).identity for seed in (0, 1)}) == 2
 
 
 def test_what_a_kept_classifier_is_found_by():
@@ -211,8 +222,10 @@ def test_the_accuracy_is_of_the_images_held_out(tmp_path):
 
 
 def test_a_kept_classifier_is_not_trained_again(tmp_path, monkeypatch):
-  source, said = classes_of_grey(), []
+  chance = np.random.default_rng(0).integers(0, 3, 200)
+  source, said = dataclasses.replace(classes_of_grey(200), labels=lambda: chance), []
   first = train(source, tmp_path)
+  assert 0 < first.about["accuracy"] < 1
 
   def refuse(*_):
     raise AssertionError("it trains")
@@ -238,7 +251,7 @@ def test_a_flipped_byte_in_the_cache_is_noticed(tmp_path):
   said = []
   assert classifier._load(path, shapes, said.append) is not None
   assert said == []
-  places = [*range(0, 8 + header, 3), *range(8 + header, len(content), len(content) // 60), len(content) - 1]
+  places = [*range(0, 8 + header, 5), *range(8 + header, len(content), len(content) // 60), len(content) - 1]
   for number, place in enumerate(places):
     damaged = bytearray(content)
     damaged[place] ^= (0xFF, 1)[number % 2]

@@ -115,6 +115,7 @@ def test_full_bound_of_a_constant_network(variance, value, x0_hat):
   }
   by_timestep = got.pop("by_timestep")
   assert got == pytest.approx(expected, rel=2e-5)
+  assert got["total"] == pytest.approx(got["prior"] + got["chain"] + got["decoder"], rel=1e-12)  # prior is small
   assert by_timestep["t_low"] == by_timestep["t_high"] == list(range(1, 32))
   np.testing.assert_allclose(by_timestep["bits"], terms.mean(axis=0), rtol=2e-5)
   eps_mse = SCHEDULE.snr[1:] * np.mean((images / 127.5 - 1 - value) ** 2)
@@ -128,7 +129,6 @@ def test_strata_are_an_unbiased_estimate_of_the_full_bound():
   prior, terms = terms_by_hand(image, 0.0, SCHEDULE, "fixed_large")
   got = bound(np.repeat(image, 600, axis=0), timesteps=6, batch_size=200)
   assert got["timesteps_per_example"] == 6 and got["examples"] == 600
-  print(got["total"] - prior.sum() - terms.sum(), got["standard_error"], terms.sum())
   assert 0 < got["standard_error"] < 0.02 * terms.sum()
   assert abs(got["total"] - prior.sum() - terms.sum()) < 4 * got["standard_error"]
   assert got["decoder"] == pytest.approx(terms[0, 0], rel=1e-5)  # exact: it has a stratum of its own
@@ -160,6 +160,13 @@ def test_long_chains_are_pooled_by_timestep():
   np.testing.assert_allclose(by_timestep["bits"], means, rtol=1e-4)
   snr = [schedule.snr[a : b + 1].mean() for a, b in zip(low, high, strict=True)]
   np.testing.assert_allclose(by_timestep["eps_mse"], np.mean((images / 127.5 - 1) ** 2) * np.asarray(snr), rtol=1e-3)
+
+  # Also where strata of several sizes come together.
+  got = bound(images, schedule=schedule, timesteps=150)
+  by_timestep = got["by_timestep"]
+  low, high = np.asarray(by_timestep["t_low"]), np.asarray(by_timestep["t_high"])
+  assert len(low) == 100 and (low[1:] == high[:-1] + 1).all() and high[-1] == 300
+  np.testing.assert_allclose(np.sum(by_timestep["bits"] * (high - low + 1)), got["chain"] + got["decoder"], rtol=1e-9)
 
 
 @pytest.mark.parametrize("timesteps", [0, 5])
@@ -203,7 +210,6 @@ def test_ode_of_standard_normal_data(prediction):
     x0 = image / 127.5 - 1
     density = 0.5 * (x0**2 + (1 / 127.5) ** 2 / 12) + 0.5 * np.log(2 * np.pi)
     bits.append((density.mean() - np.log(1 / 127.5)) / np.log(2))
-  print(got, np.mean(bits))
   assert {n: got[n] for n in ("examples", "steps", "evaluations", "probes")} == {
     "examples": 24,
     "steps": 100,
