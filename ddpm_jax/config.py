@@ -214,8 +214,10 @@ def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
     raise UserError(
       f"interpolation_timestep: {sample.interpolation_timestep} must not exceed num_timesteps={num_timesteps}; lower it"
     )
-  if sample.eta and sample.sampler != "ddim":
-    raise UserError(f"eta: {sample.eta} has no effect with sampler={sample.sampler}; use --sampler=ddim, or --eta=0")
+  if sample.eta and sample.sampler not in ("ddim", "dpmpp"):
+    raise UserError(
+      f"eta: {sample.eta} has no effect with sampler={sample.sampler}; use --sampler=ddim or dpmpp, or --eta=0"
+    )
   if sample.threshold_quantile != defaults.threshold_quantile and sample.threshold != "dynamic":
     raise UserError(
       f"threshold_quantile: {sample.threshold_quantile} has no effect with threshold={sample.threshold}; use "

@@ -153,8 +153,8 @@ class SampleConfig:
                         "'quadratic' denser near 1; 'logsnr' even in the logarithm of the signal-to-noise ratio; "
                         "'auto': logsnr for dpmpp and heun, else trailing.",
                         choices=("auto", "trailing", "uniform", "quadratic", "logsnr"), may_change=True)
-  eta: float = knob(0.0, "Noise of the DDIM sampler: 0 deterministic, 1 the ancestral posterior.", minimum=0,
-                    maximum=1, may_change=True)
+  eta: float = knob(0.0, "Noise of ddim and dpmpp: 0 deterministic; 1 the ancestral posterior for ddim, "
+                    "SDE-DPM-Solver++ for dpmpp.", minimum=0, maximum=1, may_change=True)
   threshold: str = knob("static", "What keeps x0_hat in range: 'static' clips to [-1, 1]; 'dynamic' (Saharia et al. "
                         "2022) clips at a quantile of its absolute values and rescales; 'none'.",
                         choices=("static", "dynamic", "none"), may_change=True)

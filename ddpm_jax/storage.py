@@ -63,15 +63,15 @@ class Records:
       done = 0
       while done < len(new):
         done += os.pwrite(self._file, new[done:], start + done)
+      os.ftruncate(self._file, start + len(new))
     except OSError:
       with contextlib.suppress(OSError):
         os.pwrite(self._file, old, start)
       self._cut()
       raise
-    os.ftruncate(self._file, start + len(new))
     self._length = start + len(new)
-    self._unsafe = [*self._unsafe[:-1], new] if self._unsafe else []
-    self._safe_length = min(self._safe_length, self._length)
+    self._unsafe = [*self._unsafe[:-1], new]  # the old one too, where it was safe, has been written over
+    self._safe_length = min(self._safe_length, start)
 
   def sync(self) -> None:
     """Writes all records and waits until a loss of power cannot take them. Raises OSError."""

@@ -1,6 +1,8 @@
 """The command as a person runs it: one process and two, killed and resumed, then sampling."""
 
 import json
+import re
+import shutil
 import signal
 
 import numpy as np
@@ -120,6 +122,65 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, number)
   newest = checkpoints(workdir)[-1]
   assert 0 < newest < 5000
   assert newest - 2 < metrics(workdir)[-1]["step"] <= newest
+
+
+def bad_evaluations(folder):
+  """Flags of an evaluation that is refused, and words of its one line."""
+  pictures = folder / "pictures"
+  pictures.mkdir()
+  for number in range(16):
+    Image.fromarray(np.full((8, 8), number * 15, np.uint8)).save(pictures / f"{number}.png")
+  (folder / "junk").write_bytes(b"no weights at all")
+  bare = [f"--dataset=folder:{pictures}", "--num_steps=2", "--evaluate_every=1"]
+  return {
+    "badsplits": (["--mode=evaluate", "--measures=bound", "--likelihood_splits=train,tset"], "split: 'tset'"),
+    "badweights": (
+      ["--mode=evaluate", "--features=inception", f"--inception_weights={folder / 'junk'}"],
+      "inception_weights: ",
+    ),
+    "badlabels": (bare, "features: 'classifier' needs labels"),
+  }
+
+
+def test_an_evaluation_killed_and_made_again(folder, uninterrupted):
+  """All of it, from the classifier on: what is drawn is not drawn again, and what was measured is in the report."""
+  shutil.copytree(uninterrupted, folder / "measured")
+  workdir, bad = folder / "measured", bad_evaluations(folder)
+  before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+  processes = [
+    start(folder, "measured" if "--mode=evaluate" in flags else name, *flags) for name, (flags, _) in bad.items()
+  ]
+  for process, (_, message) in zip(processes, bad.values(), strict=True):
+    _, err = finish(process, code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+  assert not (folder / "badlabels").exists()
+  assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+
+  options = ["--measures=bound,frechet,kid,neighbours", "--evaluate_samples=400", "--sample_batch_size=16"]
+  options += ["--sampler=dpmpp", "--sampling_steps=10", "--likelihood_examples=21", "--bound_timesteps=5"]
+  process = start(folder, "measured", "--mode=evaluate", *options)
+  wait_for(lambda: any(path.stat().st_size >= 32 * 64 for path in (workdir / "samples").glob(".drawn-*")), process)
+  process.kill()
+  process.communicate()
+  assert not list((workdir / "eval").glob("*.json"))
+  out, err = finish(start(folder, "measured", "--mode=evaluate", *options))
+  assert err == ""
+  before_the_kill = [int(number) for number in re.findall(r"^(\d+) of them were drawn before", out, re.M)]
+  assert len(before_the_kill) == 1 and 32 <= before_the_kill[0] < 400
+  assert "training a classifier" not in out and "computing the features" not in out, "both are in the cache"
+  result = json.loads((workdir / "eval" / f"{STEPS}.json").read_text())
+  assert (result["step"], result["weights"], result["samples"]["number"]) == (STEPS, "ema", 400)
+  assert (result["samples"]["sampler"], result["samples"]["evaluations"]) == ("dpmpp", 10)
+  assert (result["features"]["name"], result["features"]["classes"]) == ("classifier", 10)
+  assert result["features"]["accuracy"] > 0.8 and result["reference"]["number"] == 1797
+  assert set(result["measures"]) == {"classifier_distance", "classifier_kid", "classifier_kid_std", "set_size"}
+  assert result["neighbours"]["pixels"]["training_images"] == 1797
+  assert result["bits_per_dim"]["train"]["examples"] == 21 and result["bits_per_dim"]["train"]["total"] > 0
+  assert all((workdir / path).exists() for path in result["pictures"].values()) and len(result["pictures"]) == 2
+  assert f"{result['measures']['classifier_distance']:.5g}" in out
+  page = (workdir / "report.html").read_text()
+  assert "classifier" in page and f"{result['measures']['classifier_distance']:.4g}"[:5] in page
+  assert not list((workdir / "samples").glob(".drawn-*"))
 
 
 BAD = [

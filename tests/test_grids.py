@@ -48,6 +48,44 @@ def test_gray_becomes_three_equal_channels():
     np.testing.assert_array_equal(grid[54:104, 2:52, channel], images[2, :, :, 0])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rows_as_they_are_arranged(channels):
+  images = pictures(6, 40, 50, channels).reshape(2, 3, 40, 50, channels)
+  page = grids.image_rows(images)
+  np.testing.assert_array_equal(page, grids.image_grid(images.reshape(6, 40, 50, channels), columns=3))
+
+
+@pytest.mark.parametrize(
+  ("apart", "lefts"),
+  [
+    ((), [2, 54, 106, 158]),
+    ((0,), [2, 68, 120, 172]),  # 2 of margin, 12, 2 instead of 2
+    ((1,), [2, 54, 120, 172]),
+    ((0, 2), [2, 68, 120, 186]),
+    ((0, 1, 2), [2, 68, 134, 200]),
+  ],
+)
+def test_wider_gaps_in_rows(apart, lefts):
+  images = pictures(12, 40, 50, 3).reshape(3, 4, 40, 50, 3)
+  page = grids.image_rows(images, apart=apart)
+  assert page.shape == (2 + 3 * 42, lefts[-1] + 52, 3) and page.dtype == np.uint8
+  rest = np.ones(page.shape[:2], bool)
+  for row in range(3):
+    for column, left in enumerate(lefts):
+      top = 2 + row * 42
+      np.testing.assert_array_equal(page[top : top + 40, left : left + 50], images[row, column])
+      rest[top : top + 40, left : left + 50] = False
+  assert (page[rest] == 255).all()
+
+
+def test_small_images_in_rows_are_enlarged():
+  images = pictures(2, 8, 8, 1).reshape(1, 2, 8, 8, 1)
+  page = grids.image_rows(images, apart=(0,))
+  assert page.shape == (68, 68 + 12 + 68, 3)
+  np.testing.assert_array_equal(page[2:66:8, 2:66:8, 1], images[0, 0, :, :, 0])
+  np.testing.assert_array_equal(page[2:66:8, 82:146:8, 2], images[0, 1, :, :, 0])
+
+
 def test_images_are_left_alone():
   images = pictures(3, 8, 8, 1)
   before = images.copy()

@@ -8,6 +8,7 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
+import ddpm_jax.evaluation
 import ddpm_jax.sampling
 import ddpm_jax.training
 from ddpm_jax import config as config_lib
@@ -21,7 +22,7 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture
 def runs(monkeypatch) -> types.SimpleNamespace:
-  """Takes the place of the two runs: what they were called with, and what they raise."""
+  """Takes the place of the runs: what they were called with, and what they raise."""
   record = types.SimpleNamespace(calls=[], error=None)
 
   def run(mode):
@@ -34,6 +35,8 @@ def runs(monkeypatch) -> types.SimpleNamespace:
 
   monkeypatch.setattr(ddpm_jax.training, "loop", types.SimpleNamespace(train=run("train")), raising=False)
   monkeypatch.setattr(ddpm_jax.sampling, "run", types.SimpleNamespace(sample=run("sample")), raising=False)
+  measured = types.SimpleNamespace(evaluate=run("evaluate"))
+  monkeypatch.setattr(ddpm_jax.evaluation, "run", measured, raising=False)
   monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another
   monkeypatch.setattr(main.terminal, "quiet", lambda: None)
 
@@ -89,13 +92,21 @@ def test_sample_takes_the_stored_config(runs, command, tmp_path):
   assert runs.calls[-1] == ("sample", config_lib.override(stored, {"num_samples": 7}), tmp_path)
 
 
+def test_evaluate_takes_the_stored_config(runs, command, tmp_path):
+  stored = config_lib.override(Config(), {"channels": 64, "evaluate_samples": 100})
+  workdir.create(tmp_path, stored)
+  assert command(f"--workdir={tmp_path}", "--mode=evaluate", "--measures=bound,ode", "--checkpoint=best") == 0
+  expected = config_lib.override(stored, {"measures": ("bound", "ode"), "checkpoint": "best"})
+  assert runs.calls[-1] == ("evaluate", expected, tmp_path)
+
+
 @pytest.mark.parametrize(
   ("error", "code"),
   [(UserError("a: b"), 2), (BadRecord("image 3", "mend"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
 )
-@pytest.mark.parametrize("mode", ["train", "sample"])
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
-  if mode == "sample":
+  if mode != "train":
     workdir.create(tmp_path, Config())
   runs.error = error
   assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
@@ -134,6 +145,17 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
     (["--grad_accum_steps=3"], ["grad_accum_steps", "3", "batch_size="]),
     (["--mode=sample"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+    (["--mode=evaluate"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+    (["--measures=frechet,fid"], ["measures", "fid", "frechet"]),
+    (["--measures="], ["measures", "empty"]),
+    (["--features=vgg"], ["features", "vgg", "classifier"]),
+    (["--features=inception"], ["inception_weights", "missing", "convert_inception.py"]),
+    (["--inception_resize=clean"], ["inception_resize", "no effect", "--features=inception"]),
+    (["--evaluate_samples=1"], ["evaluate_samples", "at least 2"]),
+    (["--evaluate_every=5", "--measures=kid"], ["best_measure", "frechet", "--measures=kid"]),
+    (["--evaluate_every=5", "--best_measure=ode"], ["best_measure", "ode", "--measures="]),
+    (["--best_measure=kid"], ["best_measure", "no effect", "--evaluate_every"]),
+    (["--checkpoint=last"], ["checkpoint", "last", "newest"]),
     (["channels=64"], ["channels=64", "--name=value"]),
     (["--workdir="], ["workdir", "missing", "--workdir="]),
   ],
@@ -170,6 +192,16 @@ def test_sample_refuses_what_would_have_no_effect(tmp_path):
   workdir.create(tmp_path, Config())
   with pytest.raises(UserError, match=r"variance: fixed_small has no effect with sampler=ddim; .*--sampler=ddpm"):
     main.resolve_config("sample", {"sampler": "ddim", "variance": "fixed_small"}, tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+def test_what_reads_a_run_cannot_change_it(runs, command, capsys, tmp_path, mode):
+  workdir.create(tmp_path, Config())
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+  for flag in ("--split=test", "--num_timesteps=999", "--random_flip"):
+    assert command(f"--workdir={tmp_path}", f"--mode={mode}", flag) == 2
+    assert f"leave {flag.split('=')[0]} out" in one_line(capsys)
+  assert runs.calls == [] and {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_sample_refuses_to_change_what_was_trained(tmp_path):

@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from ddpm_jax.progress import Progress
+from ddpm_jax import progress as progress_lib
+from ddpm_jax.progress import Progress, counted
 
 
 class Terminal(io.StringIO):
@@ -80,3 +81,74 @@ def test_a_bar_on_a_terminal(capsys, monkeypatch):
   assert "loss 0.1235" in drawn
   assert drawn.endswith("\n")
   assert capsys.readouterr().out == "training\n"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that the test moves."""
+  now = [100.0]
+  monkeypatch.setattr(progress_lib.time, "perf_counter", lambda: now[0])
+  return now
+
+
+def test_counting_off_a_terminal(capsys, clock):
+  """The speed is that since the first call; a line every ten seconds, and at the end."""
+  with counted("image", total=100, quiet=False) as (done, say):
+    say("drawing")
+    clock[0] += 60  # a compilation
+    done(20)  # what was there before
+    for number in (30, 40, 50):
+      clock[0] += 4
+      done(number)
+    clock[0] += 4
+    done(60)
+    clock[0] += 4
+    done(100)
+  out, err = capsys.readouterr()
+  assert out.splitlines() == [
+    "drawing",
+    "image 20/100",
+    "image 50/100  2.5 images/s  0:00:20 left",
+    "image 100/100  4 images/s  0:00:00 left",
+  ]
+  assert err == ""
+
+
+def test_counting_at_once(capsys, clock):
+  """All of it in one call: no speed is known."""
+  with counted("image", total=8, quiet=False) as (done, _):
+    done(8)
+  assert capsys.readouterr().out == "image 8/8\n"
+
+
+def test_counting_in_silence(capsys, clock):
+  with counted("image", total=8, quiet=True) as (done, say):
+    say("drawing")
+    done(8)
+  assert capsys.readouterr() == ("", "")
+
+
+def test_counting_on_a_terminal(capsys, monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  with counted("image", total=100, quiet=False) as (done, say):
+    say("drawing")
+    for number in (20, 60, 100):
+      done(number)
+  drawn = terminal.getvalue()
+  assert "100/100" in drawn and "200/100" not in drawn and drawn.endswith("\n")
+  assert capsys.readouterr().out == "drawing\n"
+
+
+def test_the_bar_is_closed_when_counting_is_given_up(monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+
+  def give_up():
+    with counted("image", total=100, quiet=False) as (done, _):
+      done(20)
+      raise OSError("no room")
+
+  with pytest.raises(OSError, match="no room"):
+    give_up()
+  assert terminal.getvalue().endswith("\n") and "20/100" in terminal.getvalue()

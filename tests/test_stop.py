@@ -103,3 +103,61 @@ ready()
 time.sleep(20)
 """
   assert send(script, signal.SIGTERM)[0] == -signal.SIGTERM
+
+
+AT_REST = """
+with StopRequest(exit_code=EXIT) as stop:
+  stop.defer()
+  with stop.at_rest():
+    INSIDE
+  AFTER
+"""
+DEFERRED = """
+  ready()
+  while not stop.requested:
+    time.sleep(0.01)
+  print("saved", stop.requested, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("exit_code", "expected"), [("0", 0), ("None", 128 + signal.SIGINT)])
+@pytest.mark.parametrize("body", ["time.sleep(20)", "compute()"])
+def test_at_rest_the_first_ends_at_once_as_everything_is_saved(body, exit_code, expected):
+  script = AT_REST.replace("EXIT", exit_code).replace("INSIDE", f"ready(); {body}").replace("AFTER", "")
+  code, out, err, seconds = send(script, signal.SIGINT)
+  assert (code, out, err) == (expected, "", "SIGINT: stopped; everything was saved before\n")
+  assert seconds < 2
+
+
+@pytest.mark.parametrize("inside", ["pass", "try:\n      with stop.at_rest(): raise OSError\n    except OSError: pass"])
+def test_after_the_rest_the_first_only_asks_again(inside):
+  script = AT_REST.replace("EXIT", "0").replace("INSIDE", inside).replace("AFTER", DEFERRED)
+  code, out, err, _ = send(script, signal.SIGTERM)
+  assert (code, out) == (0, f"saved {int(signal.SIGTERM)}\n")
+  assert "SIGTERM: saving, then stopping" in err
+
+
+def test_a_rest_before_anything_was_saved_leaves_nothing_to_save():
+  script = """
+with StopRequest(exit_code=0) as stop:
+  with stop.at_rest():
+    pass
+  ready()
+  time.sleep(20)
+"""
+  assert send(script, signal.SIGTERM)[:3] == (0, "", "SIGTERM: stopped; there was nothing to save\n")
+
+
+def test_a_second_signal_at_rest_ends_at_once_with_its_number():
+  """The first came before, was taken for a request to save, and nobody has looked yet."""
+  script = """
+with StopRequest(exit_code=0) as stop:
+  stop.defer()
+  os.kill(os.getpid(), signal.SIGTERM)
+  while not stop.requested:
+    time.sleep(0.01)
+  with stop.at_rest():
+    ready()
+    time.sleep(20)
+"""
+  assert send(script, signal.SIGINT)[0] == 128 + signal.SIGINT

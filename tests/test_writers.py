@@ -16,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
 from ddpm_jax.errors import RunError
+from ddpm_jax.storage import Records
 from ddpm_jax.writers import MetricsWriter
 
 
@@ -399,3 +400,183 @@ def test_a_restart_at_the_same_step_within_a_second(tmp_path, monkeypatch):
   write(tmp_path, [20], resume_step=10, loss=2.0)
   assert len(list((tmp_path / "tensorboard").iterdir())) == 2
   assert losses(tmp_path) == [(20, 2.0)]
+
+
+# What becomes known later.
+
+
+@pytest.mark.parametrize("synced", [False, True])
+@pytest.mark.parametrize("new", [b"third, longer\n", b"3\n", b"third\n", b"THIRD\n", b""])
+def test_the_last_record_is_replaced(tmp_path, new, synced):
+  records = Records(tmp_path / "a")
+  for record in (b"first\n", b"second\n", b"third\n"):
+    records.add(record)
+  records.sync() if synced else records.write()
+  records.replace_last(b"third\n", new)
+  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n" + new
+  records.add(b"fourth\n")
+  records.sync()
+  records.close()
+  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n" + new + b"fourth\n"
+
+
+def test_a_record_that_waits_is_replaced(tmp_path):
+  records = Records(tmp_path / "a")
+  records.add(b"first\n")
+  records.replace_last(b"first\n", b"1st\n")
+  records.close()
+  assert (tmp_path / "a").read_bytes() == b"1st\n"
+
+
+@pytest.mark.parametrize("old", [b"first\n", b"2\n", b"second", b"xfirst\nsecond\n"])
+def test_only_the_last_record_is_replaced(tmp_path, old):
+  records = Records(tmp_path / "a")
+  for record in (b"first\n", b"second\n"):
+    records.add(record)
+  with pytest.raises((ValueError, OSError)):
+    records.replace_last(old, b"new\n")
+  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n"
+  records.close()
+
+
+@pytest.mark.parametrize("room", [0, 4])
+def test_a_replacement_that_finds_no_room_leaves_the_record(tmp_path, room):
+  records = Records(tmp_path / "a")
+  for record in (b"first\n", b"second\n"):
+    records.add(record)
+  records.write()
+  with files_of_at_most(13 + room), pytest.raises(OSError, match=FULL):
+    records.replace_last(b"second\n", b"SECOND, and much more of it\n")
+  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n"
+  records.replace_last(b"second\n", b"SECOND, and much more of it\n")
+  records.add(b"third\n")
+  records.close()
+  assert (tmp_path / "a").read_bytes() == b"first\nSECOND, and much more of it\nthird\n"
+
+
+@pytest.mark.parametrize("fails", ["pwrite", "ftruncate"])
+def test_a_shorter_replacement_that_fails_leaves_the_record(tmp_path, monkeypatch, fails):
+  records, pwrite, calls = Records(tmp_path / "a"), os.pwrite, []
+  for record in (b"first\n", b"second\n"):
+    records.add(record)
+  records.write()
+
+  def after_a_part(file, data, offset):
+    calls.append(data)
+    if len(calls) == 2:
+      raise OSError(errno.EIO, "Input/output error")
+    return pwrite(file, data[:2] if len(calls) == 1 else data, offset)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, fails, after_a_part if fails == "pwrite" else no_cut)
+    with pytest.raises(OSError, match=r"Input/output|No space"):
+      records.replace_last(b"second\n", b"2nd\n")
+  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n"
+  records.add(b"third\n")
+  records.close()
+  assert (tmp_path / "a").read_bytes() == b"first\nsecond\nthird\n"
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("new", [b"second, longer\n", b"2\n"])
+def test_a_replacement_that_storage_loses_is_written_again(tmp_path, monkeypatch, safe, new):
+  """Storage that fails only at fsync: what was written since is not there, the record before it neither."""
+  records, fsync = Records(tmp_path / "a"), os.fsync
+  records.add(b"first\n")
+  records.sync()
+  records.add(b"second\n")
+  records.sync() if safe else records.write()
+  records.replace_last(b"second\n", new)
+  records.add(b"third\n")
+
+  def failing(file):
+    (tmp_path / "a").write_bytes(b"first\n" + bytes(9))
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+  monkeypatch.setattr(os, "fsync", failing)
+  with pytest.raises(OSError, match="quota"):
+    records.sync()
+  monkeypatch.setattr(os, "fsync", fsync)
+  records.sync()
+  records.close()
+  assert (tmp_path / "a").read_bytes() == b"first\n" + new + b"third\n"
+
+
+def test_a_line_is_amended(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  writer.write(2, {"loss": 2.0})
+  writer.amend(2, {"kid": 0.5, "score": math.nan, "loss": 3.0})
+  writer.write(3, {"loss": 4.0})
+  expected = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 3.0, "kid": 0.5, "score": None}, {"step": 3, "loss": 4.0}]
+  assert read_lines(tmp_path) == expected
+  writer.flush()
+  writer.close()
+  assert read_lines(tmp_path) == expected
+  numbers = [scalar for scalar in shown(tmp_path) if scalar[1] != "score"]
+  assert numbers == [(1, "loss", 1.0), (2, "loss", 2.0), (2, "kid", 0.5), (2, "loss", 3.0), (3, "loss", 4.0)]
+  (score,) = [value for _, tag, value in shown(tmp_path) if tag == "score"]
+  assert math.isnan(score)
+
+
+def test_a_step_without_a_line_gets_one(tmp_path):
+  """Also one that lies between two that are logged, and the first of all."""
+  for first in ([], [10]):
+    (tmp_path / str(len(first))).mkdir()
+    writer = MetricsWriter(tmp_path / str(len(first)))
+    for step in first:
+      writer.write(step, {"loss": 1.0})
+    writer.amend(15, {"kid": 0.5})
+    writer.amend(15, {"score": math.inf})
+    writer.write(20, {"loss": 2.0})
+    writer.close()
+    lines = read_lines(tmp_path / str(len(first)))
+    assert [line["step"] for line in lines] == [*first, 15, 20]
+    assert lines[-2] == {"step": 15, "kid": 0.5, "score": None}
+    assert [step for step, _, _ in shown(tmp_path / str(len(first)))] == [*first, 15, 15, 20]
+
+
+def test_a_line_is_amended_after_a_restart(tmp_path):
+  """The evaluation of the last checkpoint was interrupted."""
+  write(tmp_path, [10, 20])
+  writer = MetricsWriter(tmp_path, resume_step=20)
+  writer.amend(20, {"kid": 0.5})
+  writer.write(30, {"loss": 2.0})
+  writer.close()
+  lines = read_lines(tmp_path)
+  assert [line["step"] for line in lines] == [10, 20, 30]
+  assert lines[1] == {"step": 20, "loss": 1.0, "grad_norm": 0.5, "kid": 0.5}
+  assert (20, "kid", 0.5) in shown(tmp_path) and (20, "loss", 1.0) in shown(tmp_path)
+  MetricsWriter(tmp_path, resume_step=20).close()
+  assert read_lines(tmp_path) == lines[:2]
+  # A line for it where the metrics of that update were not logged: the step was given to the writer as done.
+  write(tmp_path, [], resume_step=20)
+  writer = MetricsWriter(tmp_path, resume_step=25)
+  writer.amend(25, {"kid": 0.25})
+  writer.close()
+  assert read_lines(tmp_path)[-1] == {"step": 25, "kid": 0.25}
+
+
+def test_an_amendment_on_a_full_disk(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0})
+  writer.write(2, {"loss": 2.0})
+  with files_of_at_most(sizes(tmp_path)[0] + 3), pytest.raises(OSError, match=FULL):
+    writer.amend(2, {"kid": 0.5})
+  assert losses(tmp_path) == [(1, 1.0), (2, 2.0)]
+  writer.amend(2, {"kid": 0.5})
+  writer.write(3, {"loss": 3.0})
+  writer.close()
+  assert read_lines(tmp_path)[1:] == [{"step": 2, "loss": 2.0, "kid": 0.5}, {"step": 3, "loss": 3.0}]
+
+
+def test_a_line_that_waits_is_amended_once_there_is_room(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  with files_of_at_most(5):
+    with pytest.raises(OSError, match=FULL):
+      writer.write(1, {"loss": 1.0})
+    with pytest.raises(OSError, match=FULL):
+      writer.amend(1, {"kid": 0.5})
+  writer.amend(1, {"kid": 0.5})
+  writer.close()
+  assert read_lines(tmp_path) == [{"step": 1, "loss": 1.0, "kid": 0.5}]

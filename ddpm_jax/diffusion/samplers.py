@@ -105,20 +105,23 @@ def encoding_table(schedule: NoiseSchedule, grid: np.ndarray) -> SamplerTable:
   return table
 
 
-def dpmpp_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> SamplerTable:
-  """DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: multistep, data prediction, second order.
+def dpmpp_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, eta: float = 0.0) -> SamplerTable:
+  """DPM-Solver++(2M), Lu et al. 2022, Algorithm 2, and with eta = 1 SDE-DPM-Solver++(2M): multistep, data prediction.
 
-  With lambda half the log SNR, h the step in it and r = h_before / h:
-  x_s = (b_s / b_t) x_t + a_s (1 - e^-h) ((1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_prev).  The first step, and the one to
-  s = 0, where h is infinite, are of first order, which is DDIM.
+  With lambda half the log SNR, h the step in it, r = h_before / h and D = (1 + 1/(2r)) x0_hat - 1/(2r) x0_hat_prev:
+  x_s = (b_s / b_t) e^(-eta h) x_t + a_s (1 - e^(-(1 + eta) h)) D + b_s sqrt(1 - e^(-2 eta h)) z.
+  Of second order for eta = 0. In the first step, and in that to s = 0, where h is infinite, D is x0_hat alone; for
+  eta = 0 these are DDIM's.
   """
-  first_order = ddim_table(schedule, t, s, eta=0.0)
+  a, b = schedule.sqrt_alpha_bar, schedule.sqrt_one_minus_alpha_bar
+  shrink = a[t] * b[s] / (b[t] * a[s])  # e^-h
   with np.errstate(invalid="ignore", divide="ignore"):
     h = (schedule.log_snr[s] - schedule.log_snr[t]) / 2
-    half_ratio = np.append(0.0, h[1:] / h[:-1]) / 2  # 1 / (2r); none before the first
+    half_ratio = np.append(0.0, h[1:] / h[:-1]) / 2  # 1 / (2r)
   half_ratio = np.where(np.equal(s, 0), 0.0, half_ratio)
-  weight = first_order.c_x0  # a_s (1 - e^-h)
-  return first_order._replace(c_x0=weight * (1 + half_ratio), c_prev=-weight * half_ratio)
+  weight = a[s] * (1 - shrink ** (1 + eta))
+  sigma = b[s] * np.sqrt(1 - shrink ** (2 * eta))
+  return SamplerTable(t, s, b[s] / b[t] * shrink**eta, weight * (1 + half_ratio), -weight * half_ratio, sigma)
 
 
 def heun_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> SamplerTable:
@@ -157,10 +160,10 @@ def make_sampler(
 
   Args:
     schedule: the noise schedule.
-    name: 'ddpm' (uses `variance`), 'ddim' (uses `eta`), 'dpmpp' or 'heun'.
+    name: 'ddpm' (uses `variance`), 'ddim' or 'dpmpp' (use `eta`), or 'heun'.
     num_steps: network evaluations; 0 for T, and at most `first`. Heun's method makes one less if the number is even.
     grid: where they are, see `time_grid`; 'auto' is 'logsnr' for those of second order, 'trailing' for the others.
-    eta: noise of DDIM, 0..1.
+    eta: noise of DDIM and DPM-Solver++, 0..1.
     variance: 'fixed_small' or 'fixed_large'.
     first: the timestep of the state that the sampler starts from; 0 for T. Limits num_steps.
   """
@@ -176,7 +179,7 @@ def make_sampler(
     case "ddim":
       return ddim_table(schedule, t, s, eta)
     case "dpmpp":
-      return dpmpp_table(schedule, t, s)
+      return dpmpp_table(schedule, t, s, eta)
     case "heun":
       return heun_table(schedule, t, s)
     case _:

@@ -34,6 +34,7 @@ def arrays_sha256(arrays: Mapping[str, np.ndarray], facts: str) -> str:
 def save_arrays(path: pathlib.Path, arrays: Arrays, facts: Mapping[str, Any]) -> None:
   """Writes a safetensors file, whole or not at all; `facts` are JSON values. Raises OSError."""
   text = json.dumps(dict(facts), sort_keys=True)
+  arrays = {name: np.asarray(array, order="C") for name, array in arrays.items()}  # safetensors takes the bytes as such
   metadata = {"facts": text, "sha256": arrays_sha256(arrays, text)}
   path.parent.mkdir(parents=True, exist_ok=True)
   write_whole(path, safetensors.numpy.save(arrays, metadata))

@@ -223,8 +223,9 @@ def _split(config: Config, train: Source, name: str) -> Source:
 
 def _splits(config: Config, train: Source) -> Iterator[tuple[str, Source]]:
   """The splits whose likelihood is measured, opened one after the other."""
-  own, asked = config.data.split, config.evaluate.likelihood_splits
-  names = [name.strip() for name in asked.split(",") if name.strip()] or [own]
+  own = config.data.split
+  asked = [name.strip() for name in config.evaluate.likelihood_splits.split(",") if name.strip()]
+  names = asked or [own]
   if not asked and own != "test" and has_split(config.data, "test"):
     names.append("test")
   for name in names:

@@ -71,8 +71,8 @@ class Drawn:
     before = min(self._done, number)
     if before:
       say(f"{before} of them were drawn before")
-      done(before)
     if before == number:
+      done(number)
       return
     run = self._weights.run
     draw = make_draw(
@@ -85,6 +85,8 @@ class Drawn:
     )
     size = self._batch_size(draw, params, number - before)
     say(f"{size} images at once")
+    if before:
+      done(before)  # after the compilation, which is no part of the speed
     for first in range(before, number, size):
       index = np.arange(first, min(first + size, number), dtype=np.int32)
       images = draw(params, index, size=size)

@@ -41,9 +41,10 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   """
   name = config.sample.checkpoint
   folder = workdir / ("best" if name == "best" else "checkpoints")
+  remedy = "let training keep one with --evaluate_every" if name == "best" else "train first"
+  missing = UserError(f"workdir: {workdir} holds no {'best ' * (name == 'best')}checkpoint yet; {remedy}")
   if not folder.is_dir():
-    remedy = "let training keep one with --evaluate_every" if name == "best" else "train first"
-    raise UserError(f"workdir: {workdir} holds no {'best ' * (name == 'best')}checkpoint yet; {remedy}")
+    raise missing
   parallel, runs = Parallel(config.train.parallel), {}
 
   def expect(manifest: Manifest) -> TrainState:
@@ -55,7 +56,7 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     only = int(name) if name.isdecimal() else None
     restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt, only=only)
   if restored is None:
-    raise UserError(f"workdir: {workdir} holds no checkpoint yet; train first")
+    raise missing
   if jax.process_index() == 0:
     for number, reason in restored.damaged.items():
       print(f"warning: checkpoint {number} is damaged: {reason}; using {restored.step}", file=sys.stderr, flush=True)

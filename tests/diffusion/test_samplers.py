@@ -280,6 +280,8 @@ def mixture_network(prediction):
     ("ddim", dict(eta=0.5, num_steps=200)),
     ("ddim", dict(eta=1.0)),
     ("dpmpp", dict(num_steps=40)),
+    ("dpmpp", dict(num_steps=60, eta=0.5)),
+    ("dpmpp", dict(num_steps=100, eta=1.0)),
     ("heun", dict(num_steps=79)),
   ],
 )
@@ -325,6 +327,34 @@ def test_dpmpp_is_algorithm_2_of_lu_et_al():
     x = sigma[now] / sigma[before] * x - alpha[now] * (np.exp(-h) - 1) * data
   np.testing.assert_allclose(run_in_float64(samplers.make_sampler(SHORT, "dpmpp", num_steps=6), start), x, rtol=1e-9)
   np.testing.assert_allclose(run_sample(samplers.make_sampler(SHORT, "dpmpp", num_steps=6), start), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_dpmpp_with_noise_by_hand(eta):
+  """SDE-DPM-Solver++(2M) of Lu et al. for eta = 1; for others as in k-diffusion's sample_dpmpp_2m_sde (midpoint)."""
+  times = samplers.time_grid(SHORT, 6, "logsnr")
+  table = samplers.make_sampler(SHORT, "dpmpp", num_steps=6, eta=eta)
+  alpha, sigma = np.sqrt(SHORT.alpha_bar), np.sqrt(1 - SHORT.alpha_bar)
+  lam = np.log(alpha[times[:-1]] / sigma[times[:-1]])
+  for row in range(5):
+    before, now, h = times[row], times[row + 1], lam[row + 1] - lam[row]
+    assert (table.t[row], table.s[row]) == (before, now)
+    share = (lam[row + 1] - lam[row]) / (lam[row] - lam[row - 1]) / 2 if row else 0.0  # 1 / (2r)
+    reach = alpha[now] * (1 - np.exp(-(1 + eta) * h))
+    np.testing.assert_allclose(table.c_xt[row], sigma[now] / sigma[before] * np.exp(-eta * h), rtol=1e-9)
+    np.testing.assert_allclose(table.c_x0[row], reach * (1 + share), rtol=1e-9)
+    np.testing.assert_allclose(table.c_prev[row], -reach * share, rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(table.sigma[row] ** 2, sigma[now] ** 2 * (1 - np.exp(-2 * eta * h)), rtol=1e-9)
+  last = (table.c_xt[5], table.c_x0[5], table.c_prev[5], table.sigma[5])
+  np.testing.assert_allclose(last, [0, 1, 0, 0], atol=1e-15)
+
+
+def test_the_first_order_of_dpmpp_with_eta_1_is_the_posterior():
+  """Both keep the exact marginals of one point: mean and variance of q(x_s | x_t, x_0)."""
+  table = samplers.make_sampler(SHORT, "dpmpp", num_steps=6, eta=1.0)
+  ddpm = samplers.ancestral_table(SHORT, table.t[:1], table.s[:1], "fixed_small")
+  for name in ("c_xt", "c_x0", "sigma"):
+    np.testing.assert_allclose(getattr(table, name)[0], getattr(ddpm, name)[0], rtol=1e-9)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 9, 10])

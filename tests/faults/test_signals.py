@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.command import checkpoints, metrics, run
+from tests.command import checkpoints, digests, metrics, run
 
 PROMPT = 5.0  # seconds from the signal to the end of the process, where it waits for no compilation
 STARTED, TRAINING = "compiling", "compiled and made update"
@@ -100,6 +100,23 @@ def test_a_run_that_is_stopped_in_every_phase_is_never_stopped(folder, whole, la
   assert checkpoints(workdir)[-1] == step
 
   complete("stopped")
+
+
+def test_a_stop_while_it_measures(folder, whole, launch):
+  """The checkpoint is there, so it ends at once; the same command measures it."""
+  flags = ["--evaluate_every=200", "--measures=bound", "--best_measure=bound", "--bound_timesteps=0"]
+  heard = launch("measured", *flags)
+  heard.wait_for("bound: bits/dim of 1797 images of digits")
+  out, err = stop(heard, signal.SIGTERM)
+  assert "stopped; everything was saved before" in err and TRAINING in out
+  assert checkpoints(folder / "measured") == [200] and not list((folder / "measured").glob("eval/*.json"))
+  out, err = launch("measured", *flags, "--likelihood_examples=10").finish()
+  assert err == "" and "resuming" in out
+  assert sorted(path.name for path in (folder / "measured" / "eval").iterdir()) == ["200.json", "300.json", "best.json"]
+  lines = metrics(folder / "measured")
+  assert [line["step"] for line in lines if "evaluation/bits_per_dim_train" in line] == [200, 300]
+  plain = [{name: value for name, value in line.items() if not name.startswith("evaluation/")} for line in lines]
+  assert plain == metrics(whole) and digests(folder / "measured") == digests(whole)
 
 
 @pytest.fixture(scope="module")

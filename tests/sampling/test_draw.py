@@ -237,6 +237,7 @@ def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
 @pytest.mark.parametrize("png", [False, True])
 def test_too_little_room_is_said_before_anything_is_drawn(quick, monkeypatch, capsys, png):
   usage = shutil.disk_usage(quick.path)
+  monkeypatch.setattr(sampling, "Drawn", None)  # nothing is begun
   needed = 1_000_000 * 64 * 2
   config = quick.having(num_samples=1_000_000, **({"sample_png_dir": str(quick.path / "a" / "b")} if png else {}))
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=(needed // 2 if png else needed) - 1))

@@ -1,5 +1,7 @@
 """What else can be drawn, end to end: what the files hold, and what it must be where that is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
@@ -198,6 +200,23 @@ def test_reconstruction_comes_back_and_better_with_more_steps(quick, capsys):
   np.testing.assert_array_equal(tile(picture, 4, 3), ten)
   assert "rms error in grey levels: " in capsys.readouterr().out
   assert quick.files()[:3] == ["reconstruct.1.npz", "reconstruct.1.png", "reconstruct.2.npz"]
+
+
+def test_reconstruction_does_not_clip(quick, perfect, monkeypatch):
+  """Whatever --threshold says: what was cut off on the way up could not come back."""
+  beyond = perfect._replace(params={"mean": 2 * perfect.params["mean"]})  # x0_hat leaves [-1, 1]
+  monkeypatch.setattr(sampling, "load_weights", lambda config, path: beyond)
+  arrays, _ = draw(quick, sample_task="reconstruct", sampling_steps=50)
+  ab, mean = np.cumprod(np.append(1.0, 1 - np.linspace(1e-4, 0.05, 200))), 2 * np.asarray(perfect.params["mean"])
+  x = arrays["given"] / 127.5 - 1
+  times = time_grid(beyond.run.schedule, 50, "uniform")[::-1]
+  for before, now in itertools.pairwise(times):
+    t = max(before, 1)  # eps_hat, and an Euler step in xbar = x / sqrt(alpha_bar)
+    eps = np.sqrt(1 - ab[t]) * (x - np.sqrt(ab[t]) * mean) / (ab[t] * STD**2 + 1 - ab[t])
+    levels = np.sqrt((1 - ab[[before, now]]) / ab[[before, now]])
+    x = np.sqrt(ab[now]) * (x / np.sqrt(ab[before]) + (levels[1] - levels[0]) * eps)
+    assert now < 150 or np.abs((x - np.sqrt(1 - ab[now]) * eps) / np.sqrt(ab[now])).max() > 1.2
+  np.testing.assert_allclose(arrays["noise"], x, atol=2e-3)
 
 
 @pytest.mark.parametrize("task", ["progressive", "slerp", "interpolate", "inpaint", "reconstruct"])

@@ -157,6 +157,40 @@ def test_a_changed_bit_is_found_and_the_older_checkpoint_taken(copy):
     restore(directory, on_corrupt="fail")
 
 
+def test_the_one_checkpoint_that_was_asked_for(copy):
+  directory, _, older = copy
+  with pytest.raises(UserError, match=r"checkpoint: .* has no 7, only 5, 9"):
+    restore(directory, only=7)
+  data = largest(directory / "9")
+  flip(data, data.stat().st_size // 2)
+  step, state, manifest, damaged = restore(directory, only=5)
+  assert (step, manifest["step"], damaged) == (5, 5, {})
+  chex.assert_trees_all_equal(host(state), older)
+  with pytest.raises(UserError, match=r"9: "):  # no other one stands in for it
+    restore(directory, only=9)
+
+
+def test_there_is_none_to_ask_for(tmp_path):
+  (tmp_path / "checkpoints").mkdir()
+  assert restore(tmp_path / "checkpoints", only=9) is None
+
+
+def test_a_checkpoint_that_goes_away_while_it_is_read(copy, monkeypatch):
+  """The run that trains here keeps only the newest ones."""
+  directory, _, _ = copy
+  read = Checkpoints._read_manifest
+
+  def deleted_first(self, step):
+    if step == 9:
+      shutil.rmtree(directory / "9")
+      monkeypatch.undo()
+    return read(self, step)
+
+  monkeypatch.setattr(Checkpoints, "_read_manifest", deleted_first)
+  with pytest.raises(UserError, match=r"checkpoint: .* has no 9, only 5"):
+    restore(directory, only=9)
+
+
 def test_other_numbers_are_found_and_named(copy):
   """Written by Orbax itself, with all its checksums in order: only the manifest can tell."""
   directory, newer, _ = copy

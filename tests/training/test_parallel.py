@@ -1,13 +1,16 @@
 """One device, eight with pmap and eight with fsdp are one computation."""
 
+import pathlib
+
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.loop import make_train_step
-from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.parallel import Parallel, free_memory, to_host
 from tests.training.tiny import host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
@@ -112,3 +115,63 @@ def test_the_state_is_donated(mode):
 def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
   with pytest.raises(UserError, match=message):
     Parallel("pmap").check_batch(batch_size, parts)
+
+
+# Functions of rows that all devices share.
+
+
+def rowwise(constants, index, image):
+  """Each row alone: [B, 2, 2] and [B]."""
+  scaled = image * constants["factor"] + index[:, None, None].astype(jnp.float32)
+  return {"scaled": scaled, "sum": scaled.sum((1, 2)) + 0.0}
+
+
+def columns(number):
+  return np.arange(number, dtype=np.int32), np.random.default_rng(0).normal(size=(number, 2, 2)).astype(np.float32)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+@pytest.mark.parametrize(("number", "size"), [(1, 0), (7, 0), (8, 0), (9, 0), (5, 20), (20, 5), (16, 16)])
+def test_rows_are_shared_and_come_back_in_order(mode, number, size):
+  """NumPy's own arithmetic; any number of rows, also fewer than devices."""
+  parallel = Parallel(mode)
+  constants = {"factor": jax.device_put(np.float32(3.0), parallel.replicated)}
+  index, image = columns(number)
+  with jax.numpy_rank_promotion("allow"):
+    got = parallel.by_rows(rowwise)(constants, index, image, size=size)
+  expected = image * 3 + index[:, None, None]
+  assert type(got["scaled"]) is np.ndarray and got["scaled"].shape == (number, 2, 2) and got["sum"].shape == (number,)
+  np.testing.assert_allclose(got["scaled"], expected, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(got["sum"], expected.sum((1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_compile_once_for_each_padded_number_and_lie_on_all_devices():
+  parallel, traced = Parallel("pmap"), []
+
+  def function(constants, index):
+    traced.append(index.shape)
+    jax.debug.inspect_array_sharding(index, callback=lambda sharding: traced.append(len(sharding.device_set)))
+    return index + constants
+
+  by_rows = parallel.by_rows(function)
+  one = jax.device_put(np.int32(1), parallel.replicated)
+  assert by_rows.bytes_needed(one, np.zeros(1, np.int32), size=21) >= 24 * 4  # compiles for 24 rows
+  for number, size in ((21, 0), (24, 0), (3, 21), (17, 20)):
+    np.testing.assert_array_equal(by_rows(one, np.arange(number, dtype=np.int32), size=size), np.arange(number) + 1)
+  assert traced.count((24,)) == 1 and 8 in traced and len(traced) == 2
+  by_rows(one, np.arange(25, dtype=np.int32))
+  assert traced.count((32,)) == 1
+
+
+def test_memory_that_is_planned_grows_with_the_rows():
+  parallel = Parallel("pmap")
+  one = jax.device_put(np.float32(1), parallel.replicated)
+  by_rows = parallel.by_rows(lambda constants, image: jnp.sin(image) + constants)
+  few, many = (by_rows.bytes_needed(one, np.zeros((1, 32, 32), np.float32), size=size) for size in (8, 80))
+  assert few >= 8 * 4096 and 8 < many / few < 12  # the output is whole on every device
+
+
+def test_free_memory_of_a_machine():
+  lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+  total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
+  assert 0 < free_memory() <= total / 2 / 8

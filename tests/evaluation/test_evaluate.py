@@ -1,0 +1,347 @@
+"""An evaluation from beginning to end: what it holds, that devices and batches do not matter, what it refuses."""
+
+import dataclasses
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation import run as evaluation_run
+from ddpm_jax.evaluation.evaluate import Abandoned, Surroundings, check, evaluate
+from ddpm_jax.evaluation.features import Extracted, Features
+from ddpm_jax.sampling import drawn
+from ddpm_jax.sampling.weights import Weights
+from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.parallel import AXIS, Parallel
+from tests.training.tiny import IMAGE_SHAPE, tiny_config, tiny_run
+
+LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.3, num_timesteps=20)
+OPTIONS = LITTLE | dict(
+  measures=("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours", "bound", "ode"),
+  evaluate_samples=21,
+  evaluate_batch_size=9,
+  likelihood_splits="train,test",
+  likelihood_examples=11,
+  bound_timesteps=3,
+  ode_steps=2,
+  sampler="ddim",
+  sampling_steps=2,
+  sample_batch_size=10,
+)
+PROJECT = np.random.default_rng(1).normal(size=(64, 4)) / 255
+
+
+def pictures(split="train", number=37):
+  images = np.random.default_rng(len(split)).integers(0, 256, (number, *IMAGE_SHAPE), dtype=np.uint8)
+  read = Rows(images, np.zeros(number, bool)).take
+  return Source("pictures", IMAGE_SHAPE, number, read, {"split": split}, lambda: np.arange(number, dtype=np.int32) % 2)
+
+
+def summary_features(*_):
+  """Takes the classifier's place."""
+
+  def extract(images):
+    features = (images.reshape(len(images), -1) @ PROJECT).astype(np.float32)
+    odds = np.exp(features)
+    return Extracted(features, odds / odds.sum(1, keepdims=True))
+
+  return Features("classifier", "sums", {"classes": 4}, extract)
+
+
+def open_split(data: DataConfig):
+  if data.split not in ("train", "test"):
+    raise UserError(f"split: {data.split!r} is none of pictures' splits")
+  return pictures(data.split, number=23 if data.split == "test" else 37)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_parts():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluate_lib, "_features", summary_features)
+    patch.setattr(evaluate_lib, "open_source", open_split)
+    patch.setattr(evaluate_lib, "has_split", lambda data, split: split == "test")
+    yield
+
+
+def one_device():
+  parallel = Parallel("pmap")
+  parallel.num_devices = 1
+  parallel.mesh = Mesh(np.asarray(jax.devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,))
+  parallel.replicated = NamedSharding(parallel.mesh, PartitionSpec())
+  parallel.split = NamedSharding(parallel.mesh, PartitionSpec(AXIS))
+  return parallel
+
+
+def config_of(**changes):
+  return tiny_config(**(OPTIONS | changes))
+
+
+def weights_of(config, parallel=None):
+  run = tiny_run(config)
+  params = run.initial_state().params
+  # A fresh network answers 0; this one says something.
+  params = jax.tree.map(lambda leaf: leaf + 0.02, params)
+  if parallel is not None:
+    run, params = run._replace(parallel=parallel), jax.device_put(params, parallel.replicated)
+  return Weights(run, params, 5, "ema", "some identity")
+
+
+def around(workdir, beat=lambda what: None):
+  return Surroundings(workdir, beat, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def whole(small_parts, tmp_path_factory):
+  """(result, pictures, what was heard) of everything that can be measured."""
+  workdir, heard = tmp_path_factory.mktemp("whole"), []
+  config = config_of()
+  return *evaluate(config, weights_of(config), pictures(), around(workdir, heard.append)), heard, workdir
+
+
+def test_all_of_it(whole):
+  result, shown, _, workdir = whole
+  assert json.loads(json.dumps(result, allow_nan=False)) == result
+  assert (result["step"], result["weights"]) == (5, "ema")
+  assert result["reference"] == {
+    "dataset": "pictures",
+    "split": "train",
+    "number": 37,
+    "fingerprint": {"split": "train"},
+  }
+  assert result["features"] == {"classes": 4, "name": "classifier", "identity": "sums", "width": 4}
+  drawn_as = result["samples"]
+  assert (drawn_as["number"], drawn_as["evaluations"], drawn_as["sampler"], drawn_as["checkpoint"]) == (
+    21,
+    2,
+    "ddim",
+    5,
+  )
+  assert {"classifier_distance", "classifier_kid", "classifier_score", "precision", "coverage"} <= set(
+    result["measures"]
+  )
+  assert result["neighbours"]["pixels"]["training_images"] == 37
+  for key in ("bits_per_dim", "ode_bits_per_dim"):
+    assert list(result[key]) == ["train", "test"]
+    assert all(facts["examples"] == 11 and np.isfinite(facts["total"]) for facts in result[key].values())
+    assert result[key]["train"]["total"] != result[key]["test"]["total"]
+  assert result["seconds"] >= 0 and result["date"].endswith("+00:00") and result["machine"].startswith("8 x ")
+  assert set(shown) == {"samples", "neighbours"}
+  assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in shown.values())
+  assert not list((workdir / "samples").iterdir()), "what was drawn has served"
+
+
+def test_it_beats_in_every_part(whole):
+  """A part that says nothing for long would count as stuck, and could not be stopped."""
+  _, _, heard, _ = whole
+  for what in ("feature vector 37 of 37", "feature vector 21 of 21", "training image 37 of 37"):
+    assert heard.count(what) == 1
+  assert [what for what in heard if what.startswith("image ")][:3] == [f"image {n} of 21" for n in (10, 20, 21)]
+  assert heard.count("image 11 of 11") >= 4, "two likelihoods of two splits"
+
+
+@pytest.mark.parametrize("changes", [dict(evaluate_batch_size=37), "one device"])
+def test_neither_batches_nor_devices_matter(whole, tmp_path, changes):
+  """Of sets that neither the batches nor the devices divide."""
+  config = config_of(**(changes if isinstance(changes, dict) else {}))
+  weights = weights_of(config, one_device() if changes == "one device" else None)
+  found, _ = evaluate(config, weights, pictures(), around(tmp_path))
+  numbers, wanted = (
+    flat({key: result[key] for key in ("measures", "neighbours", "bits_per_dim", "ode_bits_per_dim")})
+    for result in (found, whole[0])
+  )
+  assert numbers.keys() == wanted.keys() and len(wanted) > 30
+  for name, value in wanted.items():
+    assert numbers[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def flat(tree, name=""):
+  if isinstance(tree, dict | list):
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {key: value for part, inner in parts for key, value in flat(inner, f"{name}/{part}").items()}
+  return {name: tree}
+
+
+def test_another_split_to_compare_with(whole, tmp_path, monkeypatch):
+  """The samples are compared with that split; what they could be copies of is what was trained on."""
+  config = config_of(reference_split="test", measures=("frechet", "neighbours"))
+  found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
+  assert (found["reference"]["split"], found["reference"]["number"]) == ("test", 23)
+  assert found["measures"]["classifier_distance"] != whole[0]["measures"]["classifier_distance"]
+  assert found["neighbours"] == whole[0]["neighbours"]
+
+
+def test_flips_are_no_part_of_the_data(whole, tmp_path):
+  config = config_of(random_flip=False, measures=("frechet",))
+  found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
+  assert tiny_config().data.random_flip
+  assert found["measures"] == {"classifier_distance": whole[0]["measures"]["classifier_distance"]}
+
+
+def test_only_what_is_asked_for(tmp_path):
+  config = config_of(measures=("bound",), likelihood_splits="", likelihood_examples=0)
+  found, shown = evaluate(config, weights_of(config), pictures(), around(tmp_path))
+  assert not {"samples", "measures", "features", "neighbours", "ode_bits_per_dim"} & set(found) and shown == {}
+  assert {split: facts["examples"] for split, facts in found["bits_per_dim"].items()} == {"train": 37, "test": 23}
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("phase", ["image 20 of 21", "feature vector 18 of 21", "image 11 of 11"])
+def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
+  """Whatever it was doing after the draw: what was drawn is taken over."""
+
+  def beat(what):
+    if what == phase:
+      raise Abandoned
+
+  config = config_of(measures=("frechet", "bound"), likelihood_splits="train")
+  with pytest.raises(Abandoned):
+    evaluate(config, weights_of(config), pictures(), around(tmp_path, beat))
+  (kept,) = (tmp_path / "samples").iterdir()
+  assert kept.stat().st_size == (20 if phase == "image 20 of 21" else 21) * 64
+  if phase != "image 20 of 21":
+    monkeypatch.setattr(drawn, "make_draw", lambda *args, **options: pytest.fail("drawn again"))
+  found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
+  assert found["measures"]["classifier_distance"] == whole[0]["measures"]["classifier_distance"]
+  assert not list((tmp_path / "samples").iterdir())
+
+
+@pytest.mark.parametrize(
+  ("asked", "own", "splits"),
+  [
+    ("", "train", ["train", "test"]),
+    ("", "test", ["test"]),
+    ("train", "train", ["train"]),
+    (" test , train,", "train", ["test", "train"]),
+    (",", "train", ["train", "test"]),
+  ],
+)
+def test_which_splits(asked, own, splits):
+  config = config_of(likelihood_splits=asked, split=own)
+  assert [name for name, _ in evaluate_lib._splits(config, pictures(own))] == splits
+
+
+# What is refused, before anything is computed or written.
+
+
+BAD = {
+  "reference split": (dict(reference_split="trian"), "split: 'trian'"),
+  "likelihood split": (dict(likelihood_splits="train,tset"), "split: 'tset'"),
+  "no weights": (dict(features="inception", inception_weights="/nowhere"), "inception_weights: .*/nowhere"),
+  "samples of precision": (dict(evaluate_samples=3), "evaluate_samples: 3 are too few for precision_recall; use 4"),
+  "images of density": (
+    dict(reference_split="test", measures=("density_coverage",)),
+    "measures: density_coverage needs 6 images, and pictures has 5; leave it out",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_measured(tmp_path, monkeypatch, name):
+  changes, message = BAD[name]
+  if name == "images of density":
+    monkeypatch.setattr(evaluate_lib, "open_source", lambda data: pictures(number=5))
+  with pytest.raises(UserError, match=message) as caught:
+    check(config_of(**changes), tmp_path, pictures())
+  assert "\n" not in str(caught.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_junk_for_weights(tmp_path):
+  (tmp_path / "junk").write_bytes(b"\x10\0\0\0\0\0\0\0{}              junk")
+  with pytest.raises(UserError, match="inception_weights: ") as caught:
+    check(config_of(features="inception", inception_weights=str(tmp_path / "junk")), tmp_path, pictures())
+  assert "\n" not in str(caught.value)
+
+
+def test_no_labels(tmp_path):
+  bare = dataclasses.replace(pictures(), labels=None)
+  with pytest.raises(UserError, match="features: 'classifier' needs labels, and pictures has none"):
+    check(config_of(), tmp_path, bare)
+  check(config_of(measures=("bound",)), tmp_path, bare)
+
+
+def test_labels_that_cannot_be_read(tmp_path):
+  def labels():
+    raise UserError("features: no labels")
+
+  with pytest.raises(UserError, match="no labels"):
+    check(config_of(), tmp_path, dataclasses.replace(pictures(), labels=labels))
+
+
+def test_more_samples_than_the_disk_takes(tmp_path, monkeypatch):
+  monkeypatch.setattr(drawn.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=21 * 64 - 1))
+  with pytest.raises(UserError, match="21 images need up to"):
+    check(config_of(), tmp_path / "not" / "there", pictures())
+  check(config_of(measures=("bound",)), tmp_path, pictures())
+  check(config_of(evaluate_samples=20), tmp_path, pictures())
+
+
+def test_one_image_has_no_neighbours(tmp_path):
+  one = pictures(number=1)
+  with pytest.raises(UserError, match="measures: frechet needs 2 images, and pictures has 1"):
+    check(config_of(measures=("frechet",)), tmp_path, one)
+  with pytest.raises(UserError, match="measures: neighbours needs 2 images"):
+    check(config_of(measures=("neighbours",)), tmp_path, one)
+
+
+# The run.
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  """A run with a checkpoint after three updates that nobody made."""
+  folder, config = tmp_path_factory.mktemp("run") / "run", tiny_config(**LITTLE)
+  workdir_lib.create(folder, config)
+  facts = {"image_shape": [8, 8, 1], "config": json.loads(config_lib.to_json(config)), "data": {}, "data_changes": []}
+  checkpoints = Checkpoints(folder / "checkpoints", keep=1)
+  checkpoints.save(tiny_run(config).initial_state(), 3, facts)
+  checkpoints.wait()
+  checkpoints.close()
+  return folder
+
+
+def listing(folder):
+  return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_the_run_writes_what_it_prints(workdir, monkeypatch, capsys):
+  monkeypatch.setattr(evaluation_run, "open_source", open_split)
+  evaluation_run.evaluate(config_of(measures=("frechet",)), workdir)
+  out = capsys.readouterr().out
+  result = json.loads((workdir / "eval" / "3.json").read_text())
+  assert "evaluating the ema weights after update 3: frechet" in out
+  assert f"classifier_distance          {result['measures']['classifier_distance']:.5g}" in out
+  assert f"done: {workdir / 'eval' / '3.json'} and {workdir / 'report.html'}" in out
+  assert "classifier" in (workdir / "report.html").read_text()
+
+
+def test_what_the_run_refuses_leaves_no_trace(workdir, tmp_path, monkeypatch):
+  monkeypatch.setattr(evaluation_run, "open_source", open_split)
+  before = listing(workdir)
+  for changes, message in (
+    (dict(likelihood_splits="tset"), "split: 'tset'"),
+    (dict(checkpoint="best"), "holds no best checkpoint yet; let training keep one with --evaluate_every"),
+    (dict(checkpoint="4"), "checkpoint: .* has no 4, only 3"),
+  ):
+    with pytest.raises(UserError, match=message):
+      evaluation_run.evaluate(config_of(**changes), workdir)
+  small = dataclasses.replace(pictures(), image_shape=(4, 4, 1))
+  monkeypatch.setattr(evaluation_run, "open_source", lambda data: small)
+  with pytest.raises(UserError, match="dataset: the images of pictures are not of the size that the model draws"):
+    evaluation_run.evaluate(config_of(), workdir)
+  assert listing(workdir) == before
+  workdir_lib.create(tmp_path / "empty", tiny_config(**LITTLE))
+  before = listing(tmp_path)
+  with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
+    evaluation_run.evaluate(config_of(), tmp_path / "empty")
+  assert listing(tmp_path) == before
