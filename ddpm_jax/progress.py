@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import tqdm
 
-
 _LINE_EVERY_S = 10.0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import os
 import pathlib
 
@@ -29,9 +31,29 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
 class Records:
   """A file that grows by whole records, in order and each once, however often writing fails in between."""
 
-  def __init__(self, path: pathlib.Path, flags: int = 0):
-    """Opens or creates a file; `flags` are more of `os.open`. Raises OSError."""
+  def __init__(self, path: pathlib.Path, flags: int = 0, *, unit: int = 1, exclusive: bool = False):
+    """Opens or creates a file.
+
+    Args:
+      path: of the file.
+      flags: more of `os.open`.
+      unit: records are whole multiples of that many bytes; what a kill cut short is taken off.
+      exclusive: no second process may write the file so, where the file system has locks.
+
+    Raises:
+      OSError: if it cannot be opened; BlockingIOError if another process has it.
+    """
     self._file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
+    try:
+      if exclusive:
+        fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      size = os.fstat(self._file).st_size
+      if size % unit:
+        os.ftruncate(self._file, size - size % unit)
+    except OSError as error:
+      if not exclusive or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+        os.close(self._file)
+        raise
     self._length = self._safe_length = os.fstat(self._file).st_size  # of what is written, and of what survives
     self._pending: list[bytes] = []  # not written yet
     self._unsafe: list[bytes] = []  # written, but some storage says only at fsync that it could not keep it

@@ -35,6 +35,7 @@ _BATCH = 128
 _EPOCHS, _LEAST, _MOST = 5, 300, 2000  # the number of updates: that many epochs, but at least and at most
 _RATE, _WARMUP = 3e-3, 50
 _HOLD_OUT = 10  # one image of that many
+_BEAT_EVERY = 50  # updates
 _RECIPE = [_NETWORK, _BATCH, _RATE, _WARMUP, _HOLD_OUT, "adam, cosine"]
 
 
@@ -54,6 +55,7 @@ def classifier_features(
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
+  beat: Callable[[str], None] = lambda what: None,
   updates: int = 0,
 ) -> Features:
   """Features and class probabilities of a classifier that is trained on `source`, or was before.
@@ -74,6 +76,7 @@ def classifier_features(
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights and of the order of the images.
     say: takes a line about what is done.
+    beat: called now and then while it trains, on every process alike; what it raises ends the training.
     updates: of 128 images each; 0: a number that follows from that of the images.
 
   Returns:
@@ -100,7 +103,7 @@ def classifier_features(
   else:
     say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {updates} updates")
     began = time.perf_counter()
-    weights = _train(model, source, labels, training, updates, seed)
+    weights = _train(model, source, labels, training, updates, seed, beat)
     trained = _from_first_process(_Trained(weights, 0, 0))
     extract = _extractor(model, trained.weights, parallel, batch_size)
     trained = trained._replace(**_ask(source, labels, held_out, extract, batch_size))
@@ -151,7 +154,13 @@ def _forward(model: Classifier, params: Any, batch: jax.Array) -> tuple[jax.Arra
 
 
 def _train(
-  model: Classifier, source: Source, labels: np.ndarray, training: np.ndarray, updates: int, seed: int
+  model: Classifier,
+  source: Source,
+  labels: np.ndarray,
+  training: np.ndarray,
+  updates: int,
+  seed: int,
+  beat: Callable[[str], None],
 ) -> Weights:
   """The weights after training on the images `training` int [N] of the source, on the first device of this process."""
   optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, _RATE, min(_WARMUP, updates // 2), updates))
@@ -180,6 +189,8 @@ def _train(
         before = loss
         params, state, loss = update(params, state, batch)
         before.block_until_ready()  # one update runs ahead, and no more batches wait on the device
+        if step % _BEAT_EVERY == 0:
+          beat(f"update {step} of the classifier")
   return {name: np.asarray(leaf) for name, leaf in _flat(params).items()}
 
 

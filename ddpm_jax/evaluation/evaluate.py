@@ -208,7 +208,12 @@ def _features(config: Config, weights: Weights, train: Source, around: Surroundi
       )
     case "classifier":
       return classifier_features(
-        train, cache=around.cache, parallel=parallel, batch_size=options.evaluate_batch_size, say=around.say
+        train,
+        cache=around.cache,
+        parallel=parallel,
+        batch_size=options.evaluate_batch_size,
+        say=around.say,
+        beat=around.beat,
       )
     case name:
       raise ValueError(f"unknown features {name!r}")

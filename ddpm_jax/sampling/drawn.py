@@ -34,7 +34,7 @@ class Drawn:
   """
 
   def __init__(self, weights: Weights, config: Config, folder: pathlib.Path):
-    """Opens or creates the file in `folder`. Raises RunError if it cannot."""
+    """Opens or creates the file in `folder`. Raises RunError if it cannot, UserError if another process draws there."""
     self._weights, self._config = weights, config
     self.settings = settings(config, weights)
     run = weights.run
@@ -47,11 +47,12 @@ class Drawn:
     if jax.process_index() == 0:
       try:
         folder.mkdir(exist_ok=True)
-        if self.path.exists():  # a kill may have cut the last image short
-          with self.path.open("r+b") as file:
-            file.truncate(self.path.stat().st_size // self._image_bytes * self._image_bytes)
-        self._records = Records(self.path)
+        self._records = Records(self.path, unit=self._image_bytes, exclusive=True)
         self._done = self.path.stat().st_size // self._image_bytes
+      except BlockingIOError:
+        raise UserError(
+          f"workdir: another process is drawing the same images in {folder}; wait for it, or use another --sample_seed"
+        ) from None
       except OSError as error:
         raise _cannot_write(folder, error) from error
     self._done = int(from_all_processes(np.asarray(self._done))[0])

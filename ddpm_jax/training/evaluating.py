@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result
+from ddpm_jax.evaluation.results import Result, keep_best, measure_of, read_result, scalars, write_result
 from ddpm_jax.run import Run
 from ddpm_jax.sampling.weights import Weights, identity_of
 from ddpm_jax.stop import StopRequest
@@ -62,9 +65,11 @@ class Evaluations:
   def make(self, state: TrainState, step: int) -> bool:
     """Measures the state, whose checkpoint is on disk. Returns whether it was asked to stop meanwhile.
 
+    Where the results cannot be written, it says so.
+
     Raises:
       UserError: data, labels or weights are missing.
-      RunError: the results cannot be written.
+      RunError: the images that are drawn cannot be written.
     """
     options, alone = self._run.config, jax.process_count() == 1
     which = options.sample.sample_weights
@@ -88,10 +93,19 @@ class Evaluations:
         result, pictures = evaluate_lib.evaluate(options, weights, self._source, around)
     except evaluate_lib.Abandoned:
       return True
-    if first:  # the result last: that it is there says that all of this was done
-      best = keep_best(self._workdir, result, options.train.best_measure)
-      self._reports.evaluated(step, scalars(result))
-      write_result(self._workdir, result, pictures)
-      value = measure_of(result, options.train.best_measure)
-      around.say(f"evaluated update {step}: {options.train.best_measure} {value:.5g}{', the best so far' * best}")
+    if first:
+      try:
+        self._keep(result, pictures)
+      except RunError as error:  # the checkpoint is safe, and the same command can evaluate it
+        print(f"warning: {error}; update {step} counts as not evaluated", file=sys.stderr, flush=True)
     return False
+
+  def _keep(self, result: Result, pictures: dict[str, np.ndarray]) -> None:
+    """Writes what was measured; the result last: that it is there says that all of this was done. Raises RunError."""
+    measure, step = self._run.config.train.best_measure, result["step"]
+    best = keep_best(self._workdir, result, measure)
+    self._reports.evaluated(step, scalars(result))
+    write_result(self._workdir, result, pictures)
+    print(
+      f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{', the best so far' * best}", flush=True
+    )
