@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -123,12 +124,17 @@ def _check_png_folder(folder: pathlib.Path) -> None:
 
 
 def _save_pngs(folder: pathlib.Path, images: np.ndarray) -> None:
+  """Writes a folder of files, whole or not at all. Raises RunError."""
+  new = folder.with_name(f".{folder.name}.new")
   try:
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)  # of an earlier try
+    new.mkdir(parents=True)
     for i, image in enumerate(images):
       grey = image[:, :, 0] if image.shape[-1] == 1 else image
-      Image.fromarray(np.asarray(grey)).save(folder / f"{i:06d}.png")
+      Image.fromarray(np.asarray(grey)).save(new / f"{i:06d}.png")
+    new.replace(folder)
   except OSError as error:
+    shutil.rmtree(new, ignore_errors=True)
     raise RunError(f"sample_png_dir: cannot write {folder} ({error.strerror or error}); make room") from error
   print(f"{len(images)} PNG files in {folder}")
 

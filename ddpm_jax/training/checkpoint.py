@@ -169,6 +169,8 @@ class Checkpoints:
       else:
         return Restored(step, state, manifest, damaged)
     if damaged:
+      if only is not None:
+        raise UserError(f"checkpoint: {only} in {self._directory} is damaged: {damaged[only]}; use another one")
       listed = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
       raise UserError(f"workdir: no checkpoint in {self._directory} is intact ({listed}); restore one from a copy")
     return None

@@ -1,5 +1,6 @@
 """Many images: the same ones whatever they are drawn with, and no more than once each."""
 
+import contextlib
 import shutil
 
 import jax
@@ -104,7 +105,19 @@ def stop_after(perfect, config, folder, number, images):
   drawn = Drawn(perfect, config, folder)
   with pytest.raises(Killed):
     drawn.draw(number, done=done, say=nothing)
+  drawn.close()
   return drawn.path
+
+
+def test_two_processes_do_not_draw_the_same_images(perfect, config, tmp_path):
+  first = Drawn(perfect, config, tmp_path)
+  with pytest.raises(UserError, match=r"workdir: another process is drawing the same images in .*--sample_seed"):
+    Drawn(perfect, config, tmp_path)
+  other = Drawn(perfect, having(config, sample_seed=1), tmp_path)
+  first.forget()
+  again = Drawn(perfect, config, tmp_path)
+  for drawn in (other, again):
+    drawn.close()
 
 
 @pytest.mark.parametrize("torn", [0, -10, 30])
@@ -154,7 +167,10 @@ def test_nothing_is_drawn_twice(perfect, config, twenty, tmp_path, monkeypatch):
 
 
 def test_other_settings_use_another_file(perfect, config, tmp_path):
-  path = lambda perfect=perfect, **changes: Drawn(perfect, having(config, **changes), tmp_path).path  # noqa: E731
+  def path(perfect=perfect, **changes):
+    with contextlib.closing(Drawn(perfect, having(config, **changes), tmp_path)) as drawn:
+      return drawn.path
+
   ours = path()
   free = [{"num_samples": 9}, {"sample_batch_size": 3}, {"sample_png_dir": "x"}, {"checkpoint": "5"}]
   assert {path(**changes) for changes in free} | {path(perfect._replace(step=9))} == {ours}
