@@ -134,36 +134,49 @@ def eps_predictor(
   return lambda xt, t: jax.vmap(convert)(network(xt, t).astype(jnp.float32), xt, t)
 
 
-class OdeTable(typing.NamedTuple):
-  """How the ODE is solved. One row for each of the n + 1 points of the grid, 0 first and T last.
+_BELOW_1 = 8  # steps on [0, sbar_1]
 
-  At row i the state is xbar_i; `t` int64 [n + 1], the others float64 [n + 1].
+
+class OdeTable(typing.NamedTuple):
+  """How the ODE is solved. One row for each of the n + 8 points of the grid, sbar = 0 first and sbar_T last.
+
+  At row i the state is xbar_i; `t` int64 [n + 8], the others float64 [n + 8].
   """
 
-  t: np.ndarray  # what the network is told: the timestep, but 1 at timestep 0
-  scale: np.ndarray  # sqrt(alpha_bar): x_t = scale xbar
+  t: np.ndarray  # what the network is told: the timestep, but 1 below timestep 1
+  scale: np.ndarray  # 1 / sqrt(1 + sbar^2), which is sqrt(alpha_bar): x_t = scale xbar
   step: np.ndarray  # sbar of the next row minus that of this one; 0 in the last row
   weight: np.ndarray  # of the divergence at this point in its integral over sbar
 
 
 def ode_table(schedule: NoiseSchedule, num_steps: int) -> OdeTable:
-  """n steps from t = 0 over t = 1 to T, even in log SNR as far as whole timesteps are.
+  """8 steps on [0, sbar_1] and n - 1 from t = 1 to T, even in log SNR as far as whole timesteps are.
 
   The integral of the divergence is by the trapezoidal rule in log sbar, in which sbar times the divergence goes from
   one constant to another: its error is far below that of the rule in sbar. On [0, sbar_1] there is no logarithm: there
-  it is in sbar.
+  it is in sbar, and the network, which is not defined at t = 0, is that of t = 1. Of pixels that hardly vary it is
+  steep there: with one step the result would be 0.12 bits/dim away from that of a density, with 8 it is 0.003.
 
   Raises:
     ValueError: unless 1 <= num_steps <= T.
   """
-  times = time_grid(schedule, num_steps, "logsnr")[::-1]
-  sbar = np.sqrt(1.0 / schedule.snr[times])
-  width = np.diff(np.log(sbar[1:]))
-  weight = np.append(sbar[1] / 2, np.zeros(num_steps))
-  weight[1] += sbar[1] / 2
-  weight[1:-1] += width * sbar[1:-1] / 2
-  weight[2:] += width * sbar[2:] / 2
-  return OdeTable(np.maximum(times, 1), schedule.sqrt_alpha_bar[times], np.diff(sbar, append=sbar[-1]), weight)
+  times = time_grid(schedule, num_steps, "logsnr")[-2::-1]
+  sbar_above = np.sqrt(1.0 / schedule.snr[times])
+  sbar_below = sbar_above[0] * np.arange(_BELOW_1) / _BELOW_1
+  sbar = np.concatenate([sbar_below, sbar_above])
+  t = np.concatenate([np.ones(_BELOW_1, np.int64), times])
+  width = np.diff(np.log(sbar_above)) / 2
+  weight = np.zeros(len(sbar))
+  weight[:_BELOW_1] += sbar_above[0] / _BELOW_1 / 2
+  weight[1 : _BELOW_1 + 1] += sbar_above[0] / _BELOW_1 / 2
+  weight[_BELOW_1:-1] += width * sbar_above[:-1]
+  weight[_BELOW_1 + 1 :] += width * sbar_above[1:]
+  return OdeTable(t, 1.0 / np.sqrt(1.0 + sbar**2), np.diff(sbar, append=sbar[-1]), weight)
+
+
+def ode_evaluations(num_steps: int) -> int:
+  """How often `ode_log_density` evaluates the network."""
+  return 2 * (num_steps + _BELOW_1)
 
 
 def ode_log_density(
@@ -185,11 +198,12 @@ def ode_log_density(
     predict_eps: (x_t float32 [B, ...], t int32 [B]) -> eps_hat float32 [B, ...].
     x0: float32 [B, ...].
     keys: B random keys, for the vectors v; the result for x0[i] depends on keys[i] alone.
-    num_steps: n in 1..T. `predict_eps` is evaluated 2 (n + 1) times, half of them with `num_probes` derivatives.
+    num_steps: n in 1..T, see `ode_table`. `predict_eps` is evaluated `ode_evaluations(n)` times, half of them with
+      `num_probes` derivatives.
     num_probes: vectors v for each example.
 
   Returns:
-    float32 [B], nats per example. Its error falls with the square of n.
+    float32 [B], nats per example. Its error falls with the square of n, down to that of the steps on [0, sbar_1].
   """
   dimensions = tuple(range(1, x0.ndim))
   probes = jax.vmap(lambda key: jax.random.rademacher(key, (num_probes, *x0.shape[1:]), x0.dtype), out_axes=1)(keys)
@@ -207,7 +221,7 @@ def ode_log_density(
     return (xbar + step / 2 * (eps[0] + ahead), integral + weight * divergence), None
 
   table = ode_table(schedule, num_steps)
-  later = np.minimum(np.arange(num_steps + 1) + 1, num_steps)
+  later = np.minimum(np.arange(len(table.t)) + 1, len(table.t) - 1)
   columns = (table.t, table.scale, table.t[later], table.scale[later], table.step, table.weight)
   rows = tuple(jnp.asarray(c, jnp.int32 if c.dtype == np.int64 else jnp.float32) for c in columns)
   (xbar, integral), _ = jax.lax.scan(move, (x0, jnp.zeros(len(x0))), rows)

@@ -58,27 +58,29 @@ def see(features: Features, images: np.ndarray, batch_size: int, done: Callable[
 def compare(names: Sequence[str], extractor: str, reference: Reference, seen: Seen) -> dict[str, float | int]:
   """The measures `names` between samples and data, under names that say which extractor they are of.
 
-  Of the sets of features that KID, precision, recall, density and coverage compare, "set_size" says how large they are.
+  KID, precision, recall, density and coverage compare sets of features of equal size, "set_size": with more real ones
+  than samples, most would have no sample near, and coverage and recall would say how many samples there are.
   """
   found: dict[str, float | int] = {}
   called = NAMES[extractor]
-  real = reference.features[evenly_spaced(len(reference.features), _SET)]
+  size = min(len(reference.features), len(seen.features), _SET)
+  real, fake = (kept[evenly_spaced(len(kept), size)] for kept in (reference.features, seen.features))
   if "frechet" in names:
     found[called["frechet"]] = measures.frechet_distance(
       seen.moments.mean, covariance(seen.moments), reference.moments.mean, covariance(reference.moments)
     )
   if "kid" in names:
-    mean, deviation = measures.kid(seen.features, real)
+    mean, deviation = measures.kid(fake, real)
     found |= {called["kid"]: mean, f"{called['kid']}_std": deviation}
   if "score" in names:
     mean, deviation = measures.inception_score(seen.probabilities)
     found |= {called["score"]: mean, f"{called['score']}_std": deviation}
   if "precision_recall" in names:
-    found["precision"], found["recall"] = measures.precision_recall(real, seen.features)
+    found["precision"], found["recall"] = measures.precision_recall(real, fake)
   if "density_coverage" in names:
-    found["density"], found["coverage"] = measures.density_coverage(real, seen.features)
+    found["density"], found["coverage"] = measures.density_coverage(real, fake)
   if any(name in names for name in ("kid", "precision_recall", "density_coverage")):
-    found["set_size"] = min(len(real), len(seen.features))
+    found["set_size"] = size
   return found
 
 

@@ -284,19 +284,29 @@ def test_ode_is_the_same_whatever_is_predicted(prediction):
 
 def test_the_grid_of_the_ode():
   table = likelihood.ode_table(LINEAR, 60)
-  times = np.concatenate([[0], table.t[1:]])
-  assert len(times) == 61 and (np.diff(times) > 0).all() and times[1] == 1 and times[-1] == 1000
-  assert table.t[0] == 1  # the network is not defined at 0
-  np.testing.assert_allclose(table.scale, LINEAR.sqrt_alpha_bar[times])
-  sbar = np.sqrt((1 - LINEAR.alpha_bar) / LINEAR.alpha_bar)[times]
-  np.testing.assert_allclose(np.cumsum(table.step)[:-1], sbar[1:], rtol=1e-9)
+  assert (table.t[:8] == 1).all()  # the network is not defined at 0
+  times = table.t[8:]
+  assert len(times) == 60 and (np.diff(times) > 0).all() and times[0] == 1 and times[-1] == 1000
+  sbar = np.concatenate([[0], np.cumsum(table.step)[:-1]])
+  np.testing.assert_allclose(sbar[8:], np.sqrt((1 - LINEAR.alpha_bar) / LINEAR.alpha_bar)[times], rtol=1e-9)
+  np.testing.assert_allclose(sbar[:9], sbar[8] * np.arange(9) / 8, rtol=1e-9)
+  np.testing.assert_allclose(table.scale[8:], LINEAR.sqrt_alpha_bar[times])
+  np.testing.assert_allclose(table.scale[:8], 1 / np.sqrt(1 + sbar[:8] ** 2))
   assert table.step[-1] == 0
   # Exact for a divergence of 1 / sbar, whose integral over [sbar_1, sbar_T] is a logarithm, and of 1 / sbar_1 before.
-  inverse = np.concatenate([[1 / sbar[1]], 1 / sbar[1:]])
-  np.testing.assert_allclose(np.sum(table.weight * inverse), 1 + np.log(sbar[-1] / sbar[1]), rtol=1e-9)
-  assert likelihood.ode_table(LINEAR, 1).weight.tolist() == pytest.approx([sbar[-1] / 2] * 2)
+  inverse = np.concatenate([np.full(8, 1 / sbar[8]), 1 / sbar[8:]])
+  np.testing.assert_allclose(np.sum(table.weight * inverse), 1 + np.log(sbar[-1] / sbar[8]), rtol=1e-9)
+  assert len(likelihood.ode_table(LINEAR, 1).t) == 9
   with pytest.raises(ValueError, match="num_steps"):
     likelihood.ode_table(LINEAR, 1001)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.01, 0.1])
+def test_ode_of_pixels_that_hardly_vary_is_a_density(std):
+  """The network of t = 1 is steep there. The integral over all x_0 is 1, whatever the network says below t = 1."""
+  x0 = np.linspace(-1, 1, 2001)[:, None] * max(6 * std, 0.06)
+  got = evaluate(LINEAR, gaussian_eps(LINEAR, 0.0, std), x0, 200)
+  np.testing.assert_allclose(np.trapezoid(np.exp(got), x0[:, 0]), 1, atol=6e-3)
 
 
 def test_density_of_no_noise_at_all():

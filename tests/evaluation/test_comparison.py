@@ -6,9 +6,10 @@ import pytest
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import comparison, measures, neighbours
-from ddpm_jax.evaluation.comparison import NAMES, compare, look_up, see
+from ddpm_jax.evaluation.comparison import NAMES, Seen, compare, look_up, see
 from ddpm_jax.evaluation.features import Extracted, Features
-from ddpm_jax.evaluation.reference import measure_reference
+from ddpm_jax.evaluation.moments import add, no_moments
+from ddpm_jax.evaluation.reference import Reference, measure_reference
 
 SHAPE = (4, 4, 1)
 PROJECT = np.random.default_rng(1).normal(size=(16, 3)) / 255
@@ -82,12 +83,23 @@ def test_values_are_those_of_the_measures(both):
   a, b = project(fake).astype(np.float64), project(real).astype(np.float64)
   found = compare(ALL, "inception", reference, seen)
   assert found["fid"] == pytest.approx(measures.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)))
-  assert (found["kid"], found["kid_std"]) == measures.kid(project(fake), project(real))
+  as_many = project(real)[np.arange(45) * len(real) // 45]
+  assert (found["kid"], found["kid_std"]) == measures.kid(project(fake), as_many)
   assert (found["inception_score"], found["inception_score_std"]) == measures.inception_score(guess(fake))
-  assert (found["precision"], found["recall"]) == measures.precision_recall(project(real), project(fake))
-  assert (found["density"], found["coverage"]) == measures.density_coverage(project(real), project(fake))
+  assert (found["precision"], found["recall"]) == measures.precision_recall(as_many, project(fake))
+  assert (found["density"], found["coverage"]) == measures.density_coverage(as_many, project(fake))
   assert found["set_size"] == 45
   assert len(found) == 10 and all(type(value) in (int, float) for value in found.values())
+
+
+def test_coverage_does_not_tell_how_many_samples_there_are():
+  """Of one and the same distribution nearly all is covered, also by few samples beside many images."""
+  rng = np.random.default_rng(0)
+  real, fake = (rng.standard_normal((number, 8)).astype(np.float32) for number in (5000, 200))
+  reference = Reference(add(no_moments(8), real), np.arange(5000), real)
+  seen = Seen(add(no_moments(8), fake), np.full((200, 2), 0.5, np.float32), np.arange(200), fake)
+  found = compare(["density_coverage", "precision_recall"], "classifier", reference, seen)
+  assert found["coverage"] > 0.9 and found["recall"] > 0.8 and found["set_size"] == 200
 
 
 def test_only_inception_gives_an_fid(both):
