@@ -206,8 +206,8 @@ class EvaluateConfig:
                                   may_change=True)
   bound_timesteps: int = knob(100, "Timesteps at which the bound of each image is evaluated, drawn from as many "
                               "strata: an unbiased estimate (0: all T).", minimum=0, may_change=True)
-  ode_steps: int = knob(100, "Steps of Heun's method for ode, two network evaluations each, and 8 more near t = 0.", minimum=1,
-                        may_change=True)
+  ode_steps: int = knob(100, "Steps of Heun's method for ode, two network evaluations each, and 8 more near t = 0.",
+                        minimum=1, may_change=True)
   ode_probes: int = knob(1, "Random vectors of Hutchinson's estimator for ode.", minimum=1, may_change=True)
   evaluate_batch_size: int = knob(100, "Images whose features or likelihoods are computed at once, over all devices.",
                                   minimum=1, may_change=True)
