@@ -128,15 +128,18 @@ def drawn(folder, whole):
 
 @pytest.mark.parametrize("phase", ["restoring", "drawing"])
 def test_sampling_that_is_stopped_leaves_earlier_samples_as_they_were(drawn, launch, phase):
+  """What it has drawn by then stays under a name of its own, and is not drawn again."""
   before = {path: path.read_bytes() for path in drawn.iterdir()}
   heard = launch("whole", "--mode=sample", "--num_samples=100000")
   if phase == "drawing":
-    heard.wait_for("image 128/")
+    heard.wait_until(lambda: any(path.stat().st_size for path in drawn.glob(".drawn-*")))
   else:
     wait_until_it_hears(heard)
     time.sleep(1.5)
   stop(heard, signal.SIGTERM, 128 + signal.SIGTERM)
-  assert {path: path.read_bytes() for path in drawn.iterdir()} == before
+  assert {path: path.read_bytes() for path in drawn.iterdir() if not path.name.startswith(".drawn-")} == before
+  for path in drawn.glob(".drawn-*"):
+    path.unlink()
 
 
 def test_sampling_that_is_stopped_while_it_writes_leaves_no_half_file(drawn, launch):

@@ -84,13 +84,15 @@ def test_a_loss_curve_that_cannot_be_written_is_no_failure(folder, whole, launch
 def test_samples_that_cannot_be_written(folder, whole, launch, copy):
   workdir = copy("whole", "samples")
   before = set((workdir / "samples").iterdir())
-  heard = launch("samples", "--mode=sample", "--num_samples=640", "--sampling_steps=5", **READ_ONLY)
-  heard.wait_for("image 64/")
+  heard = launch("samples", "--mode=sample", "--num_samples=100000", "--sampling_steps=5", **READ_ONLY)
+  drawn = lambda: list((workdir / "samples").glob(".drawn-*"))  # noqa: E731
+  heard.wait_until(lambda: any(path.stat().st_size for path in drawn()))
   limit(heard, 1000)
   _, err = heard.finish(1)
   only(err, "error: ")
   assert err.count("\n") == 1 and "File too large" in err, err
-  assert set((workdir / "samples").iterdir()) == before, "half a file is left"
+  assert set((workdir / "samples").iterdir()) == before | set(drawn()), "half a file is left"
+  assert all(path.stat().st_size % 64 == 0 for path in drawn()), "half an image is left"
 
 
 def test_a_second_trainer_is_refused_and_the_first_does_not_notice(folder, whole, launch, complete):

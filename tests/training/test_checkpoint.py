@@ -166,7 +166,9 @@ def test_the_one_checkpoint_that_was_asked_for(copy):
   step, state, manifest, damaged = restore(directory, only=5)
   assert (step, manifest["step"], damaged) == (5, 5, {})
   chex.assert_trees_all_equal(host(state), older)
-  with pytest.raises(UserError, match=r"9: "):  # no other one stands in for it
+  with pytest.raises(
+    UserError, match=r"checkpoint: 9 in .* is damaged: .*; use another one"
+  ):  # no other one stands in for it
     restore(directory, only=9)
 
 
