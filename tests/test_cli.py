@@ -108,6 +108,12 @@ def test_two_processes_are_one(folder, uninterrupted):
   sample(folder, "pair", "--num_samples=5", "--sampling_steps=10")
   with np.load(uninterrupted / "samples" / "samples.1.npz") as first:
     assert np.abs(drawn(folder / "pair").astype(int) - first["images"]).mean() < 0.5
+  alone = drawn(folder / "pair")
+  job = start_job(folder, "pair", "--mode=sample", "--num_samples=5", "--sampling_steps=10")
+  (out, _), (quiet, _) = (finish(process) for process in job)
+  assert "5 images at once" in out  # both know how much memory there is
+  assert "image" not in quiet
+  assert np.abs(drawn(folder / "pair").astype(int) - alone).max() <= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

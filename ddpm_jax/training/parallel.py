@@ -188,10 +188,13 @@ def gather(array: jax.Array) -> np.ndarray:
 
 
 def from_all_processes(value: np.ndarray) -> np.ndarray:
-  """[processes, ...]: an array of the same shape from every process, on every process; all must call it."""
+  """[processes, ...]: an array of the same shape and type from every process, on every process; all must call it."""
   if jax.process_count() == 1:
     return value[None]
-  return np.asarray(multihost_utils.process_allgather(value))
+  # As bytes: JAX would make 32-bit numbers of 64-bit ones.
+  raw = np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8)
+  gathered = np.asarray(multihost_utils.process_allgather(raw))
+  return np.frombuffer(gathered.tobytes(), value.dtype).reshape(-1, *value.shape)
 
 
 def on_any_process(fact: bool) -> bool:
