@@ -70,7 +70,8 @@ def compare(names: Sequence[str], extractor: str, reference: Reference, seen: Se
       seen.moments.mean, covariance(seen.moments), reference.moments.mean, covariance(reference.moments)
     )
   if "kid" in names:
-    mean, deviation = measures.kid(fake, real)
+    # Subsets smaller than the sets, or their spread would be nothing.
+    mean, deviation = measures.kid(fake, real, subset_size=min(1000, max(2, size // 2)))
     found |= {called["kid"]: mean, f"{called['kid']}_std": deviation}
   if "score" in names:
     mean, deviation = measures.inception_score(seen.probabilities)

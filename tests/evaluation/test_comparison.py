@@ -73,7 +73,7 @@ def test_only_so_many_features_are_kept_of_either_side(both, monkeypatch):
   assert seen.moments.count == len(seen.probabilities) == 45, "moments and scores are of all"
   found = compare(["kid", "precision_recall"], "classifier", reference, seen)
   real = reference.features[np.arange(10) * 6]
-  assert found["classifier_kid"] == measures.kid(seen.features, real)[0]
+  assert found["classifier_kid"] == measures.kid(seen.features, real, subset_size=5)[0]
   assert (found["precision"], found["recall"]) == measures.precision_recall(real, seen.features)
   assert found["set_size"] == 10
 
@@ -84,7 +84,7 @@ def test_values_are_those_of_the_measures(both):
   found = compare(ALL, "inception", reference, seen)
   assert found["fid"] == pytest.approx(measures.frechet_distance(a.mean(0), np.cov(a.T), b.mean(0), np.cov(b.T)))
   as_many = project(real)[np.arange(45) * len(real) // 45]
-  assert (found["kid"], found["kid_std"]) == measures.kid(project(fake), as_many)
+  assert (found["kid"], found["kid_std"]) == measures.kid(project(fake), as_many, subset_size=22)
   assert (found["inception_score"], found["inception_score_std"]) == measures.inception_score(guess(fake))
   assert (found["precision"], found["recall"]) == measures.precision_recall(as_many, project(fake))
   assert (found["density"], found["coverage"]) == measures.density_coverage(as_many, project(fake))
