@@ -28,6 +28,15 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     raise
 
 
+def sync_file(path: pathlib.Path) -> None:
+  """Waits until a loss of power cannot take what a file holds. Raises OSError."""
+  file = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(file)
+  finally:
+    os.close(file)
+
+
 class Records:
   """A file that grows by whole records, in order and each once, however often writing fails in between."""
 

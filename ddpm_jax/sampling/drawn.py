@@ -54,7 +54,7 @@ class Drawn:
           f"workdir: another process is drawing the same images in {folder}; wait for it, or use another --sample_seed"
         ) from None
       except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     self._done = int(from_all_processes(np.asarray(self._done))[0])
 
   def draw(self, number: int, *, done: Callable[[int], None], say: Callable[[str], None]) -> None:
@@ -96,7 +96,7 @@ class Drawn:
           self._records.add(images.tobytes())
           self._records.sync()
         except OSError as error:
-          raise _cannot_write(self.path.parent, error) from error
+          raise cannot_write(self.path.parent, error) from error
       self._done = first + len(index)
       done(self._done)
 
@@ -144,5 +144,6 @@ def _size(number: int) -> str:
   return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
-def _cannot_write(folder: pathlib.Path, error: OSError) -> RunError:
+def cannot_write(folder: pathlib.Path, error: OSError) -> RunError:
+  """What to raise where `folder` takes no more samples."""
   return RunError(f"workdir: cannot write the samples into {folder} ({error.strerror}); make room and draw again")

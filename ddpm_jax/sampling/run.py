@@ -18,8 +18,9 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.progress import counted
 from ddpm_jax.sampling import inputs, tasks
-from ddpm_jax.sampling.drawn import Drawn, check_room, settings
+from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, settings
 from ddpm_jax.sampling.weights import Weights, load_weights
+from ddpm_jax.storage import sync_file
 
 _GRID_IMAGES = 256  # more than that is no picture any more
 _FRAME_MS = 100
@@ -157,6 +158,7 @@ def _write(folder: pathlib.Path, name: str, files: Written) -> None:
     folder.mkdir(exist_ok=True)
     for suffix, write in files.items():
       write(new[suffix])
+      sync_file(new[suffix])  # what was drawn is forgotten afterwards
     _set_aside(folder, name, tuple(files))
     for suffix, file in new.items():
       file.replace(folder / f"{name}{suffix}")
@@ -164,9 +166,7 @@ def _write(folder: pathlib.Path, name: str, files: Written) -> None:
     for file in new.values():
       with contextlib.suppress(OSError):
         file.unlink()
-    raise RunError(
-      f"workdir: cannot write the samples into {folder} ({error.strerror}); make room and draw again"
-    ) from error
+    raise cannot_write(folder, error) from error
 
 
 def _set_aside(folder: pathlib.Path, name: str, suffixes: tuple[str, ...]) -> None:
