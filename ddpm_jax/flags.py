@@ -14,27 +14,19 @@ from ddpm_jax.errors import UserError
 MODES = ("train", "sample", "evaluate")
 
 
-class _WordsParser(flags.ArgumentParser):
-  """Parses 'kid,bound' into a tuple of texts; the empty text is the empty tuple."""
+class _TupleParser(flags.ArgumentParser):
+  """Parses '1,2,2,2' or 'kid,bound' into a tuple; the empty text is the empty tuple."""
 
   syntactic_help = "a comma separated list"
 
-  def parse(self, argument: str | tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(argument, tuple):
-      return argument
-    return tuple(part.strip() for part in argument.split(",")) if argument else ()
+  def __init__(self, item: type[int] | type[str]):
+    self._item = item
 
-
-class _IntsParser(flags.ArgumentParser):
-  """Parses '1,2,2,2' into a tuple of ints; the empty text is the empty tuple."""
-
-  syntactic_help = "a comma separated list of integers"
-
-  def parse(self, argument: str | tuple[int, ...]) -> tuple[int, ...]:
+  def parse(self, argument: str | tuple) -> tuple:
     if isinstance(argument, tuple):
       return argument
     try:
-      return tuple(int(part) for part in argument.split(",")) if argument else ()
+      return tuple(self._item(part.strip()) for part in argument.split(",")) if argument else ()
     except ValueError:
       raise ValueError("expected integers separated by commas, such as 1,2,2,2") from None
 
@@ -64,7 +56,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
   for _, field, default in config_lib.knobs(Config()):
     text = field.metadata["help"]
     if field.metadata["choices"] and isinstance(default, tuple):
-      flags.DEFINE(_WordsParser(), field.name, default, text, registry, _TupleSerializer())
+      flags.DEFINE(_TupleParser(str), field.name, default, text, registry, _TupleSerializer())
     elif field.metadata["choices"]:
       flags.DEFINE_enum(field.name, default, field.metadata["choices"], text, flag_values=registry)
     elif isinstance(default, bool):
@@ -74,7 +66,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     elif isinstance(default, float):
       flags.DEFINE_float(field.name, default, text, flag_values=registry)
     elif isinstance(default, tuple):
-      flags.DEFINE(_IntsParser(), field.name, default, text, registry, _TupleSerializer())
+      flags.DEFINE(_TupleParser(int), field.name, default, text, registry, _TupleSerializer())
     else:
       flags.DEFINE_string(field.name, default, text, flag_values=registry)
 

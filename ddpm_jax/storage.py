@@ -28,6 +28,11 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
     raise
 
 
+def size_text(number: int) -> str:
+  """A number of bytes for people."""
+  return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
 def sync_file(path: pathlib.Path) -> None:
   """Waits until a loss of power cannot take what a file holds. Raises OSError."""
   file = os.open(path, os.O_RDONLY)

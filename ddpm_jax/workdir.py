@@ -10,7 +10,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import lock
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.storage import write_whole
+from ddpm_jax.storage import size_text, write_whole
 
 # What a kill between the lock and the end of `create` may leave behind.
 _UNFINISHED = (lock.NAME, ".config.json.tmp", ".flags.txt.tmp", "samples")
@@ -114,14 +114,11 @@ def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: 
     number = min(number, saves)
   if disk.total and free < number * checkpoint_bytes:
     raise UserError(
-      f"workdir: {workdir} has {_size(free)} of free space, but {number} more checkpoints of "
-      f"{_size(checkpoint_bytes)} are to be written before an old one is deleted, {_size(number * checkpoint_bytes)}; "
-      f"make room, lower --keep_checkpoints={keep}, or use a --workdir on another disk"
+      f"workdir: {workdir} has {size_text(free)} of free space, but {number} more checkpoints of "
+      f"{size_text(checkpoint_bytes)} are to be written before an old one is deleted, "
+      f"{size_text(number * checkpoint_bytes)}; make room, lower --keep_checkpoints={keep}, or use a --workdir on "
+      "another disk"
     )
-
-
-def _size(number: int) -> str:
-  return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def _check_name(workdir: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -69,7 +70,7 @@ def open_source(data: DataConfig) -> Source:
     length=encoded.length,
     read=read,
     fingerprint=fingerprint.take(encoded, read, everything),
-    labels=encoded.classes,
+    labels=encoded.classes and functools.cache(encoded.classes),  # all records are read for them
   )
 
 

@@ -80,7 +80,7 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
   """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training."""
   options = config.evaluate
   if _needs_samples(config):
-    check_room(workdir, train.image_shape, options.evaluate_samples, copies=1)
+    check_room("evaluate_samples", workdir, train.image_shape, options.evaluate_samples, copies=1)
     if options.features == "inception":
       inception.read_weights(options.inception_weights)
     elif train.labels is None:

@@ -20,7 +20,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.storage import Records
+from ddpm_jax.storage import Records, size_text
 from ddpm_jax.training.parallel import ByRows, from_all_processes
 
 # Knobs of the section `sample` that do not change image i.
@@ -128,20 +128,16 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
   return own | {"checkpoint": weights.step, "variance": config.diffusion.variance}
 
 
-def check_room(folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:
-  """Raises UserError if the disk has no room for `copies` of that many images."""
+def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:
+  """Raises UserError, which names the flag, if the disk has no room for `copies` of that many images."""
   needed = number * math.prod(image_shape) * copies
   exists = next(parent for parent in (folder, *folder.parents) if parent.exists())
   free = shutil.disk_usage(exists).free
   if free < needed:
     raise UserError(
-      f"num_samples: {number} images need up to {_size(needed)} in {folder}, which has {_size(free)}; draw fewer, or "
-      "make room"
+      f"{flag}: {number} images need up to {size_text(needed)} in {folder}, which has {size_text(free)}; draw fewer, "
+      "or make room"
     )
-
-
-def _size(number: int) -> str:
-  return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def cannot_write(folder: pathlib.Path, error: OSError) -> RunError:

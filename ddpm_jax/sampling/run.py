@@ -50,8 +50,10 @@ def _draw_images(config: Config, weights: Weights, folder: pathlib.Path) -> None
   png_folder = pathlib.Path(options.sample_png_dir).expanduser() if options.sample_png_dir else None
   if png_folder is not None:
     _check_png_folder(png_folder)
-    check_room(png_folder, shape, options.num_samples, copies=1)
-  check_room(folder, shape, options.num_samples, copies=2)  # while they are drawn, and then in the archive
+    check_room("num_samples", png_folder, shape, options.num_samples, copies=1)
+  check_room(
+    "num_samples", folder, shape, options.num_samples, copies=2
+  )  # while they are drawn, and then in the archive
   drawn = Drawn(weights, config, folder)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):

@@ -1,6 +1,7 @@
 """What else can be drawn: how an image appears, what lies between two, what a mask covers, what noise an image is.
 
-Each task is a function (parts, what it is given) -> Outcome: arrays for the npz file and a picture, some with an animation.
+Each task is a function (parts, what it is given) -> Outcome: arrays for the npz file and a picture, some with an
+animation.
 """
 
 from __future__ import annotations
