@@ -146,33 +146,19 @@ def heun_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> Sampler
   return SamplerTable(*(alternate(mine, theirs) for mine, theirs in zip(predict, correct, strict=True)))
 
 
-def make_sampler(
-  schedule: NoiseSchedule,
-  name: str,
-  *,
-  num_steps: int = 0,
-  grid: str = "auto",
-  eta: float = 0.0,
-  variance: str = "fixed_large",
-  first: int = 0,
+def steps_table(
+  schedule: NoiseSchedule, name: str, t: np.ndarray, s: np.ndarray, *, eta: float, variance: str
 ) -> SamplerTable:
-  """The table of the sampler of that name; the one place where names become samplers.
+  """The steps t -> s of the sampler of that name; the one place where names become samplers.
 
   Args:
     schedule: the noise schedule.
     name: 'ddpm' (uses `variance`), 'ddim' or 'dpmpp' (use `eta`), or 'heun'.
-    num_steps: network evaluations; 0 for T, and at most `first`. Heun's method makes one less if the number is even.
-    grid: where they are, see `time_grid`; 'auto' is 'logsnr' for those of second order, 'trailing' for the others.
+    t: integers, where the steps begin.
+    s: integers, where they end.
     eta: noise of DDIM and DPM-Solver++, 0..1.
     variance: 'fixed_small' or 'fixed_large'.
-    first: the timestep of the state that the sampler starts from; 0 for T. Limits num_steps.
   """
-  first = first or schedule.num_timesteps
-  evaluations = min(num_steps or first, first)
-  if grid == "auto":
-    grid = "logsnr" if name in ("dpmpp", "heun") else "trailing"
-  times = time_grid(schedule, (evaluations + 1) // 2 if name == "heun" else evaluations, grid, first)
-  t, s = times[:-1], times[1:]
   match name:
     case "ddpm":
       return ancestral_table(schedule, t, s, variance)
@@ -184,6 +170,42 @@ def make_sampler(
       return heun_table(schedule, t, s)
     case _:
       raise ValueError(f"unknown sampler {name!r}")
+
+
+def sampler_grid(
+  schedule: NoiseSchedule, name: str, *, num_steps: int = 0, grid: str = "auto", first: int = 0
+) -> np.ndarray:
+  """The falling timesteps of a sampler of that name: `time_grid` for the arguments of `make_sampler`."""
+  first = first or schedule.num_timesteps
+  evaluations = min(num_steps or first, first)
+  if grid == "auto":
+    grid = "logsnr" if name in ("dpmpp", "heun") else "trailing"
+  return time_grid(schedule, (evaluations + 1) // 2 if name == "heun" else evaluations, grid, first)
+
+
+def make_sampler(
+  schedule: NoiseSchedule,
+  name: str,
+  *,
+  num_steps: int = 0,
+  grid: str = "auto",
+  eta: float = 0.0,
+  variance: str = "fixed_large",
+  first: int = 0,
+) -> SamplerTable:
+  """The table of the sampler of that name, see `steps_table`.
+
+  Args:
+    schedule: the noise schedule.
+    name: 'ddpm', 'ddim', 'dpmpp' or 'heun'.
+    num_steps: network evaluations; 0 for T, and at most `first`. Heun's method makes one less if the number is even.
+    grid: where they are, see `time_grid`; 'auto' is 'logsnr' for those of second order, 'trailing' for the others.
+    eta: noise of DDIM and DPM-Solver++, 0..1.
+    variance: 'fixed_small' or 'fixed_large'.
+    first: the timestep of the state that the sampler starts from; 0 for T. Limits num_steps.
+  """
+  times = sampler_grid(schedule, name, num_steps=num_steps, grid=grid, first=first)
+  return steps_table(schedule, name, times[:-1], times[1:], eta=eta, variance=variance)
 
 
 def threshold_x0(x0_hat: jax.Array, how: str, quantile: float) -> jax.Array:

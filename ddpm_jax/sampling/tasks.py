@@ -22,11 +22,12 @@ from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
 from ddpm_jax.diffusion.samplers import (
-  ancestral_table,
   ddim_table,
   encoding_table,
   numbered_noise,
   sample,
+  sampler_grid,
+  steps_table,
   time_grid,
 )
 from ddpm_jax.keys import indexed_keys, stream_key
@@ -161,16 +162,10 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
     mask: bool [H, W], true where pixels are drawn.
   """
   run, schedule, options = parts.run, parts.run.schedule, parts.options
-  grid = "trailing" if options.time_grid == "auto" else options.time_grid
-  jumps = repaint_jumps(
-    time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid),
-    options.repaint_jump,
-    options.repaint_resamples,
-  )
-  if options.sampler == "ddpm":
-    table = ancestral_table(schedule, jumps.t, jumps.s, parts.config.diffusion.variance)
-  else:
-    table = ddim_table(schedule, jumps.t, jumps.s, options.eta)
+  times = sampler_grid(schedule, options.sampler, num_steps=options.sampling_steps, grid=options.time_grid)
+  jumps = repaint_jumps(times, options.repaint_jump, options.repaint_resamples)
+  variance = parts.config.diffusion.variance
+  table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
   drawn_here = mask[:, :, None]
 
   def rows(params: Params, index: jax.Array, known: jax.Array) -> jax.Array:
@@ -200,7 +195,7 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   given: uint8 [N, H, W, C]. The picture has the image, its noise, what came back, and ten times the difference.
   """
   run, schedule, options = parts.run, parts.run.schedule, parts.options
-  grid = "uniform" if options.time_grid == "auto" else options.time_grid
+  grid = "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
   unclipped = dataclasses.replace(options, threshold="none")
