@@ -93,13 +93,15 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows, params: Params, number: int) -> int:
-  """How many of `number` images to draw at once where the user leaves it open; the same on every process."""
+def fit_batch(draw: ByRows, params: Params, *columns: np.ndarray, number: int) -> int:
+  """How many of `number` images to draw at once where the user leaves it open; the same on every process.
+
+  columns: arrays like those that `draw` takes beside the weights, of at least one row.
+  """
   devices = jax.device_count()
   on_cpu = jax.devices()[0].platform == "cpu"
   most = min(number, devices * (_MOST_ON_A_CPU if on_cpu else _MOST_ON_A_DEVICE))
-  index = np.zeros(1, np.int32)
   free = int(from_all_processes(np.asarray(free_memory())).min())
   return largest_batch(
-    lambda size: draw.bytes_needed(params, index, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
+    lambda size: draw.bytes_needed(params, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
   )

@@ -102,7 +102,7 @@ class Drawn:
 
   def _batch_size(self, draw: ByRows, params: Params, number: int) -> int:
     asked = self._config.sample.sample_batch_size
-    return min(asked, number) if asked else fit_batch(draw, params, number)
+    return min(asked, number) if asked else fit_batch(draw, params, np.zeros(1, np.int32), number=number)
 
   def images(self, number: int) -> np.ndarray:
     """The first `number` images, uint8 [number, H, W, C], read from disk as they are used."""

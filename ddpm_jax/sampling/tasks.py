@@ -33,7 +33,7 @@ from ddpm_jax.diffusion.samplers import (
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Params
 from ddpm_jax.run import Run
-from ddpm_jax.sampling.draw import Predictor, make_predictor, table_of
+from ddpm_jax.sampling.draw import Predictor, fit_batch, make_predictor, table_of
 
 _SHARES = 9  # points from one end of an interpolation to the other
 _FRAMES = 50  # of the animation of a progressive draw
@@ -81,7 +81,8 @@ def make_parts(run: Run, params: Params, config: Config, done: Callable[[int], N
 
   def by_rows(function: Callable[..., Any], *columns: np.ndarray) -> Any:
     shared, number = run.parallel.by_rows(function), len(columns[0])
-    size = min(config.sample.sample_batch_size or 32 * run.parallel.num_devices, number)
+    asked = config.sample.sample_batch_size
+    size = min(asked, number) if asked else fit_batch(shared, params, *columns, number=number)
     batches = []
     for first in range(0, number, size):
       batches.append(shared(params, *(column[first : first + size] for column in columns), size=size))

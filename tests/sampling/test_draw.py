@@ -243,11 +243,11 @@ def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
   needed = function.bytes_needed(perfect.params, np.zeros(1, np.int32), size=64)
   assert needed > 64 * 64 / 8  # its share of the state at least
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: 10 * needed)
-  assert fit_batch(function, perfect.params, 64) == 64
+  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) == 64
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: needed // 2)
-  assert fit_batch(function, perfect.params, 64) in (26, 27)  # 0.85 / 2 of 64
+  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) in (26, 27)  # 0.85 / 2 of 64
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: 0)
-  assert fit_batch(function, perfect.params, 64) == 1
+  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) == 1
 
 
 @pytest.mark.parametrize("png", [False, True])
