@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,16 +26,26 @@ Tree = Any
 class Parallel:
   """A mesh over all devices of all processes, and the placements that follow from `--parallel`."""
 
-  def __init__(self, mode: str):
-    """mode: 'pmap' or 'fsdp'."""
+  def __init__(self, mode: str, devices: Sequence[jax.Device] | None = None):
+    """Args:
+      mode: 'pmap' or 'fsdp'.
+      devices: the mesh; None: all that JAX has. For others, such as those of a topology that is not here, a step can be
+        compiled, but they hold no arrays.
+
+    Raises:
+      UserError: if JAX has no device.
+    """
     self.mode = mode
-    try:
-      self.num_devices = jax.device_count()
-    except RuntimeError as error:
-      reason = str(error).splitlines()[0]
-      raise UserError(f"JAX finds no device ({reason}); mend JAX_PLATFORMS or the installation of JAX") from error
+    self._elsewhere = devices is not None
+    if devices is None:
+      try:
+        devices = jax.devices()
+      except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"JAX finds no device ({reason}); mend JAX_PLATFORMS or the installation of JAX") from error
+    self.num_devices = len(devices)
     # In the order of pmap. jax.make_mesh may choose another one on a TPU, and the state would move at every update.
-    self.mesh = Mesh(np.asarray(jax.devices()), (AXIS,), axis_types=(AxisType.Auto,))
+    self.mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
 
@@ -75,7 +85,14 @@ class Parallel:
         def mapped(state: Tree, batch: Tree, vote: jax.Array):
           return *train_step(state, batch, axis_name=AXIS), jax.lax.pmax(vote, AXIS)
 
-        return jax.pmap(mapped, axis_name=AXIS, in_axes=(None, 0, 0), out_axes=None, donate_argnums=0)
+        return jax.pmap(
+          mapped,
+          axis_name=AXIS,
+          in_axes=(None, 0, 0),
+          out_axes=None,
+          donate_argnums=0,
+          devices=list(self.mesh.devices.flat) if self._elsewhere else None,
+        )
       case "fsdp":
         shardings = self.state_shardings(abstract_state)
         return jax.jit(
