@@ -51,7 +51,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
     num_groups=config.norm_groups or num_norm_groups(config.channels),
     dropout=config.dropout,
     dtype=jnp.dtype(config.dtype),
-    remat=config.remat == "blocks",
+    remat=config.remat,
   )
 
 

@@ -8,11 +8,16 @@ import zlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
+
+from ddpm_jax.models.convolution import Conv3x3
 
 # Uniform Glorot, the initialisation of every layer in the authors' code that is not a last one.
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()  # where the authors' code has a variance of 1e-10
+
+CONVOLUTION = "convolution"  # the name of what a convolution has computed, for rules on what to keep
 
 
 def num_norm_groups(channels: int) -> int:
@@ -73,12 +78,12 @@ class ResBlock(nn.Module):
   def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
     """x [B, H, W, C], temb [B, E] after swish, dropout_keys [B] or None -> [B, H, W, features]."""
     h = nn.swish(nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm1")(x))
-    h = nn.Conv(self.features, (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv1")(h)
+    h = checkpoint_name(Conv3x3(self.features, default_init, self.dtype, name="conv1")(h), CONVOLUTION)
     temb = nn.Dense(self.features, kernel_init=default_init, dtype=self.dtype, name="temb_proj")(temb)
     h = h + temb[:, None, None, :]
     h = nn.swish(nn.GroupNorm(self.num_groups, dtype=self.dtype, name="norm2")(h))
     h = Dropout(self.dropout, name="dropout")(h, dropout_keys)
-    h = nn.Conv(self.features, (3, 3), kernel_init=zeros_init, dtype=self.dtype, name="conv2")(h)
+    h = Conv3x3(self.features, zeros_init, self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, kernel_init=default_init, dtype=self.dtype, name="shortcut")(x)
     return x + h
@@ -123,5 +128,4 @@ class Upsample(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, 2H, 2W, C]."""
-    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    return nn.Conv(x.shape[-1], (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv")(x)
+    return Conv3x3(x.shape[-1], default_init, self.dtype, upsampled=True, name="conv")(x)

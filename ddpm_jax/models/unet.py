@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from ddpm_jax.models.convolution import Conv3x3
 from ddpm_jax.models.layers import (
+  CONVOLUTION,
   Downsample,
   ResBlock,
   SelfAttention,
@@ -30,7 +32,8 @@ class UNet(nn.Module):
     num_groups: groups of GroupNorm; divides `channels`.
     dropout: rate inside the residual blocks.
     dtype: of the activations; parameters, the last norm and convolution, and the output are float32.
-    remat: recompute each residual block in the backward pass.
+    remat: 'none' keeps all that the backward pass needs; 'norms' keeps of a residual block its input and its first
+      convolution, and recomputes norms, swish and dropout; 'blocks' keeps the input alone.
   """
 
   out_channels: int
@@ -41,7 +44,7 @@ class UNet(nn.Module):
   num_groups: int = 32
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
-  remat: bool = False
+  remat: str = "none"
 
   @nn.compact
   def __call__(self, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -55,7 +58,16 @@ class UNet(nn.Module):
     Returns:
       float32 [B, H, W, out_channels]; zero at initialisation.
     """
-    block_class = nn.remat(ResBlock) if self.remat else ResBlock
+    match self.remat:
+      case "none":
+        block_class = ResBlock
+      case "norms":
+        keep = jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
+        block_class = nn.remat(ResBlock, policy=keep)
+      case "blocks":
+        block_class = nn.remat(ResBlock)
+      case _:
+        raise ValueError(f"unknown remat {self.remat!r}")
 
     def block(h: jax.Array, features: int, name: str) -> jax.Array:
       h = block_class(features, self.num_groups, self.dropout, self.dtype, name=name)(h, temb, dropout_keys)
@@ -72,9 +84,7 @@ class UNet(nn.Module):
 
     # Down.
     levels = len(self.channel_multipliers)
-    h = nn.Conv(self.channels, (3, 3), kernel_init=default_init, dtype=self.dtype, name="conv_in")(
-      xt.astype(self.dtype)
-    )
+    h = Conv3x3(self.channels, default_init, self.dtype, name="conv_in")(xt)
     skips = [h]
     for level, multiplier in enumerate(self.channel_multipliers):
       for i in range(self.num_res_blocks):
@@ -101,4 +111,4 @@ class UNet(nn.Module):
 
     # End, in float32: where the samplers divide by sqrt(alpha_bar_t), a rounding to bfloat16 would be multiplied too.
     h = nn.swish(nn.GroupNorm(self.num_groups, dtype=jnp.float32, name="norm_out")(h))
-    return nn.Conv(self.out_channels, (3, 3), kernel_init=zeros_init, dtype=jnp.float32, name="conv_out")(h)
+    return Conv3x3(self.out_channels, zeros_init, jnp.float32, name="conv_out")(h)

@@ -218,14 +218,31 @@ def test_bfloat16_keeps_float32_parameters_and_output(tiny):
   assert (narrow != narrow.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
 
 
-def test_remat_changes_nothing(tiny):
+@pytest.mark.parametrize("remat", ["norms", "blocks"])
+def test_remat_changes_nothing(tiny, remat):
   network, params = tiny
   params = randomize(params)
-  remat = network_of(build_model(ModelConfig(**{**vars(TINY), "remat": "blocks"}), (8, 8, 1)))
+  remat = network_of(build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1)))
   keys = jax.random.split(jax.random.key(3), 2)
   xt, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.asarray([5, 900])
   gradient = lambda f: jax.jit(jax.grad(lambda p: jnp.sum(f(p, xt, t, keys) ** 2)))(params)  # noqa: E731
   chex.assert_trees_all_close(gradient(network), gradient(remat), rtol=1e-3, atol=1e-3)
+
+
+def test_what_remat_computes_again():
+  """By the products of a gradient, forward and backward: 'norms' makes no convolution twice, 'blocks' most of them."""
+
+  def products(remat):
+    model = build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1))
+    shapes = shapes_of(TINY, (8, 8, 1))
+    xt, t = jnp.zeros((2, 8, 8, 1)), jnp.asarray([5, 900])
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(network_of(model)(params, xt, t, None) ** 2)))
+    text = gradient.trace(shapes).lower(lowering_platforms=("tpu",)).as_text()
+    return text.count("stablehlo.convolution"), text.count("stablehlo.rsqrt")
+
+  (convolutions, norms), (same, more_norms), (more, _) = (products(remat) for remat in ("none", "norms", "blocks"))
+  assert same == convolutions < more
+  assert more_norms > norms
 
 
 @pytest.mark.parametrize(
