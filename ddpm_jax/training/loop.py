@@ -11,7 +11,7 @@ import contextlib
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from ddpm_jax import grids, plots
 from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.config import Config
+from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
@@ -43,7 +43,7 @@ from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics, make_loss, train_step
 from ddpm_jax.watchdog import Watchdog
 
-_RUN_AHEAD = 2  # updates that may wait on the device while the host prepares the next batch
+_RUN_AHEAD = 2  # calls that may wait on the device while the host prepares the next batch
 
 
 def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
@@ -158,34 +158,40 @@ def _train(run: Run, source: Source, state: TrainState, start: int, around: _Aro
   reports, saver, evaluations, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
     return start
-  step_fn = parallel.compile(make_train_step(run), run.abstract_state)
+  step_fns = {
+    updates: parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
+    for updates in {1, options.steps_per_dispatch}
+  }
   preview = make_preview(run)
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
-  in_flight: collections.deque[tuple[int, Metrics, jax.Array]] = collections.deque()
+  in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
   stopping = False
 
   with contextlib.closing(host_batches):
 
     def settle(at_most: int) -> bool:
-      """Waits until that many updates are in flight, and reports the others. Whether any of them was asked to stop."""
+      """Waits until that many calls are in flight, and reports the others. Whether any of them was asked to stop."""
       asked = False
       while len(in_flight) > at_most:
-        done, metrics, vote = in_flight.popleft()
-        reports.check(done, metrics)
+        made, metrics, vote = in_flight.popleft()
+        reports.check(made, metrics)
+        done = made[-1]
         if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
           reports.metrics(done, metrics)
         asked |= not alone and bool(to_host(vote))
         watchdog.beat(f"update {done}")
       return asked
 
-    for step in range(start + 1, options.num_steps + 1):
-      batch, vote = parallel.put_batch(next(host_batches)), parallel.put_vote(stop.requested is not None)
+    for steps in dispatches(options, start):
+      step = steps[-1]
+      placed = parallel.put_batches([next(host_batches) for _ in steps])
+      vote = parallel.put_vote(stop.requested is not None)
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-        state, *outputs = step_fn(state, batch, vote)
-      progress.advance()
-      in_flight.append((step, *outputs))
-      if step == start + 1:
+        state, *outputs = step_fns[len(steps)](state, placed, vote)
+      progress.advance(len(steps))
+      in_flight.append((steps, *outputs))
+      if steps[0] == start + 1:
         stop.defer()  # from now on there is something to save
         jax.block_until_ready(outputs)
         reports.compiled(step)
@@ -214,6 +220,24 @@ def _train(run: Run, source: Source, state: TrainState, start: int, around: _Aro
         break
     saver.finish(step)
   return step
+
+
+def dispatches(options: TrainConfig, start: int) -> Iterator[range]:
+  """The updates after `start`, in the calls that the device gets them in: `steps_per_dispatch` of them, or one.
+
+  A call ends where something is written, and at every multiple of `steps_per_dispatch`: so a run that was stopped goes
+  on in the same calls.
+  """
+  size = options.steps_per_dispatch
+  points = (size, options.log_every, options.checkpoint_every, options.sample_every, options.evaluate_every)
+  step = start
+  while step < options.num_steps:
+    end = min(options.num_steps, *(step + every - step % every for every in points if every))
+    if end - step == size:
+      yield range(step + 1, end + 1)
+    else:
+      yield from (range(one, one + 1) for one in range(step + 1, end + 1))
+    step = end
 
 
 def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, None, None]:

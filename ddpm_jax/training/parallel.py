@@ -71,19 +71,29 @@ class Parallel:
           return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, AXIS))
     return self.replicated
 
-  def compile(self, train_step: Callable, abstract_state: Tree) -> Callable:
+  def compile(self, train_step: Callable, abstract_state: Tree, *, updates: int = 1) -> Callable:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
+    Args:
+      train_step: one update.
+      abstract_state: shapes and types of the state.
+      updates: how many are made in one call. If more than one, the metrics have a leading axis [updates].
+
     Returns:
-      (state, batch, vote) -> (state, metrics, whether any process votes yes). The vote, of `put_vote`, is how the
-      processes agree on when to stop: it costs no message of its own.
+      (state, batches, vote) -> (state, metrics, whether any process votes yes). The batches are those of `put_batches`.
+      The vote, of `put_vote`, is how the processes agree on when to stop: it costs no message of its own.
     """
+
+    def make_updates(state: Tree, batches: Tree, axis_name: str | None):
+      step = functools.partial(train_step, axis_name=axis_name)
+      return step(state, batches) if updates == 1 else jax.lax.scan(step, state, batches)
+
     match self.mode:
       case "pmap":
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
-        def mapped(state: Tree, batch: Tree, vote: jax.Array):
-          return *train_step(state, batch, axis_name=AXIS), jax.lax.pmax(vote, AXIS)
+        def mapped(state: Tree, batches: Tree, vote: jax.Array):
+          return *make_updates(state, batches, AXIS), jax.lax.pmax(vote, AXIS)
 
         return jax.pmap(
           mapped,
@@ -96,23 +106,33 @@ class Parallel:
       case "fsdp":
         shardings = self.state_shardings(abstract_state)
         return jax.jit(
-          lambda state, batch, vote: (*train_step(state, batch, axis_name=None), jnp.max(vote)),
-          in_shardings=(shardings, self.split, self.split),
+          lambda state, batches, vote: (*make_updates(state, batches, None), jnp.max(vote)),
+          in_shardings=(shardings, self._batches_sharding(updates), self.split),
           out_shardings=(shardings, self.replicated, self.replicated),
           donate_argnums=0,
         )
       case _:
         raise ValueError(f"unknown parallelism {self.mode!r}")
 
-  def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of the global batch [B / processes, ...] as the compiled step takes them."""
+  def put_batches(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
+    """This process's rows [B / processes, ...] of the next global batches, as the compiled step takes them."""
 
-    def put(rows: np.ndarray) -> jax.Array:
+    def put(*rows: np.ndarray) -> jax.Array:
       if self.mode == "pmap":  # pmap wants a leading axis of devices
-        rows = rows.reshape(jax.local_device_count(), -1, *rows.shape[1:])
-      return jax.make_array_from_process_local_data(self.split, rows)
+        rows = tuple(part.reshape(jax.local_device_count(), -1, *part.shape[1:]) for part in rows)
+        together = rows[0] if len(rows) == 1 else np.stack(rows, axis=1)
+        return jax.make_array_from_process_local_data(self.split, together)
+      together = rows[0] if len(rows) == 1 else np.stack(rows)
+      return jax.make_array_from_process_local_data(self._batches_sharding(len(rows)), together)
 
-    return jax.tree.map(put, batch)
+    return jax.tree.map(put, *batches)
+
+  def _batches_sharding(self, updates: int) -> NamedSharding:
+    return self.split if updates == 1 else NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+
+  def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """`put_batches` of one."""
+    return self.put_batches([batch])
 
   @functools.cached_property
   def _votes(self) -> dict[bool, jax.Array]:

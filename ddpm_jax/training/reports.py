@@ -56,16 +56,18 @@ class Reports:
     self._progress.say(f"compiled and made update {step} in {self._clock.start(step):.1f} s")
     self._progress.unpause()
 
-  def check(self, step: int, metrics: Metrics) -> None:
-    """Waits for update `step`, and looks whether it was finite.
+  def check(self, steps: range, metrics: Metrics) -> None:
+    """Waits for the updates `steps`, made in one call, and looks whether they were finite.
 
     Raises:
-      NonFiniteError: if it was not, and no more such updates are put up with.
+      NonFiniteError: if one was not, and no more such updates are put up with.
     """
-    in_row = int(to_host(metrics["nonfinite_in_row"]))
-    if not in_row:
-      return
-    loss, norm = (float(to_host(metrics[name])) for name in ("loss", "grad_norm"))
+    for step, in_row in zip(steps, np.atleast_1d(to_host(metrics["nonfinite_in_row"])), strict=True):
+      if in_row:
+        loss, norm = (float(np.atleast_1d(to_host(metrics[name]))[step - steps[0]]) for name in ("loss", "grad_norm"))
+        self._nonfinite(step, int(in_row), loss, norm)
+
+  def _nonfinite(self, step: int, in_row: int, loss: float, norm: float) -> None:
     what = f"update {step}: loss {loss}, gradient norm {norm}"
     indices = " ".join(map(str, self._images(step)))
     if in_row < self._max_nonfinite:
@@ -78,8 +80,8 @@ class Reports:
     )
 
   def metrics(self, step: int, metrics: Metrics) -> None:
-    """Writes and shows the metrics of update `step`."""
-    values = {name: to_host(value).item() for name, value in metrics.items()}
+    """Writes and shows the metrics of update `step`, the last one of the call that `metrics` are from."""
+    values = {name: np.atleast_1d(to_host(value))[-1].item() for name, value in metrics.items()}
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}

@@ -354,3 +354,50 @@ def test_another_configuration_is_refused_before_anything_is_written(uninterrupt
   with pytest.raises(UserError, match=r"channels: .* was trained with '8', this command says '16'"):
     train(uninterrupted, channels=16, sample_every=6)
   assert (uninterrupted / "config.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+  ("start", "changes", "want"),
+  [
+    (0, {"steps_per_dispatch": 1, "num_steps": 3}, [1, 1, 1]),
+    (0, {"steps_per_dispatch": 4, "num_steps": 8, "log_every": 4}, [4, 4]),
+    (0, {"steps_per_dispatch": 4, "num_steps": 10, "log_every": 8, "checkpoint_every": 8}, [4, 4, 1, 1]),
+    (
+      0,
+      {"steps_per_dispatch": 2, "num_steps": 6, "log_every": 6, "checkpoint_every": 6, "sample_every": 3},
+      [2, 1, 1, 2],
+    ),
+    (0, {"steps_per_dispatch": 3, "num_steps": 6, "log_every": 6, "checkpoint_every": 6, "evaluate_every": 2}, [1] * 6),
+    (5, {"steps_per_dispatch": 4, "num_steps": 12, "log_every": 4}, [1, 1, 1, 4]),
+    (8, {"steps_per_dispatch": 4, "num_steps": 8}, []),
+  ],
+)
+def test_calls_end_where_something_is_written(start, changes, want):
+  calls = list(loop.dispatches(tiny_config(**changes).train, start))
+  assert [len(steps) for steps in calls] == want
+  assert [step for steps in calls for step in steps] == list(range(start + 1, changes["num_steps"] + 1))
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
+def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path, parallel):
+  options = dict(steps_per_dispatch=2, log_every=2, parallel=parallel)
+  train(tmp_path / "run", **options)
+  logged = [line for line in metrics(uninterrupted) if line["step"] % 2 == 0]
+  for mine, theirs in zip(metrics(tmp_path / "run"), logged, strict=True):
+    assert mine == {name: pytest.approx(value, rel=2e-5) for name, value in theirs.items()}
+
+  # Stopped and resumed it is the same to the last bit.
+  train(tmp_path / "again", **options, num_steps=4)
+  train(tmp_path / "again", **options)
+  chex.assert_trees_all_equal(restore(tmp_path / "again", **options), restore(tmp_path / "run", **options))
+  assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
+
+
+def test_an_update_inside_a_call_is_named(tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(loop, "make_train_step", poisoned([6]))
+  options = dict(steps_per_dispatch=4, log_every=4, num_steps=8)
+  with pytest.raises(NonFiniteError, match=r"^update 6: loss nan"):
+    train_little(tmp_path / "halt", **options)
+  train_little(tmp_path / "skip", **options, on_nonfinite="skip")
+  assert "update 6: loss nan" in capsys.readouterr().out
+  assert metrics(tmp_path / "skip")[-1]["nonfinite"] == 1
