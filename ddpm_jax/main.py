@@ -65,8 +65,10 @@ def main(argv: Sequence[str]) -> int:
         terminal.quiet()
       folder = flags.workdir()
       config = resolve_config(mode, flags.given(), folder)
-      from ddpm_jax import distributed  # with JAX: after what can be said without it
+      from ddpm_jax import compilation, distributed  # with JAX: after what can be said without it
 
+      compilation.set_xla_flags()
+      compilation.keep_compiled_programs(config.train.compilation_cache)
       job = distributed.initialize(config.train.distributed, config.train.heartbeat_timeout)
     except (UserError, RunError) as error:
       return _exit_code(error)

@@ -73,8 +73,9 @@ class ModelConfig:
   dropout: float = knob(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
   dtype: str = knob("float32", "Type of the activations; parameters, loss and optimiser are float32 always.",
                     choices=("float32", "bfloat16"))
-  remat: str = knob("none", "'blocks' recomputes each residual block in the backward pass: less memory, a third more "
-                    "arithmetic.", choices=("none", "blocks"), may_change=True)
+  remat: str = knob("none", "What the backward pass computes again, to save memory: 'norms' what lies between the "
+                    "convolutions of a residual block, 'blocks' the whole block, a third more arithmetic.",
+                    choices=("none", "norms", "blocks"), may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +131,12 @@ class TrainConfig:
   distributed: str = knob("auto", "'auto' joins the other processes of a Cloud TPU, Slurm, Open MPI or Kubernetes "
                           "job, or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe; "
                           "'off' trains alone.", choices=("auto", "off"), may_change=True)
+  steps_per_dispatch: int = knob(1, "Updates that the device makes without hearing from the host in between: faster "
+                                 "where a small network's updates take less time than starting them.", minimum=1,
+                                 may_change=True)
+  compilation_cache: str = knob("auto", "Folder that keeps compiled programs for the next start: 'auto' is "
+                                "JAX_COMPILATION_CACHE_DIR, or else ddpm_jax/ in ~/.cache; 'off' keeps none.",
+                                may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,19 @@ def test_config_is_standard_library_only():
   assert importers("ddpm_jax.sections") == {"config.py"}
 
 
-SERVICES = ["distributed", "flags", "grids", "keys", "lock", "plots", "progress", "stop", "terminal", "watchdog"]
+SERVICES = [
+  "compilation",
+  "distributed",
+  "flags",
+  "grids",
+  "keys",
+  "lock",
+  "plots",
+  "progress",
+  "stop",
+  "terminal",
+  "watchdog",
+]
 FILING = ["storage", "workdir", "writers"]
 
 

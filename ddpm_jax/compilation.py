@@ -1,0 +1,124 @@
+"""What is arranged with XLA before it compiles: where compiled programs are kept, and its flags that matter here."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import warnings
+
+from ddpm_jax.errors import UserError
+
+MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`; the programs of the default run take some 3 MB
+
+# The dot products, element-wise operations and reductions of XLA's CPU backend by the library YNNPACK, as for
+# convolutions: the default since JAX 0.12. benchmarks/README.md has what it brings.
+_CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type"
+_CPU_FLAG_VALUE = "individual_convolution,individual_dot,dot,eltwise,reduce"
+
+
+def set_xla_flags() -> None:
+  """Adds to XLA_FLAGS what makes programs faster on CPUs. Before JAX starts; what the user has set stays."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  # XLA ends the process at a flag that it does not know: only for the versions that were tried.
+  version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+  if (0, 10) <= version < (0, 12) and _CPU_FLAG not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --{_CPU_FLAG}={_CPU_FLAG_VALUE}".strip()
+
+
+def keep_compiled_programs(where: str) -> None:
+  """Lets JAX keep what it compiles, so that a later process with the same program need not compile it again.
+
+  A damaged entry is noticed (entries are compressed with a checksum); its program is then compiled again, and the
+  folder of `auto` emptied, as JAX would not write that entry anew.
+
+  Args:
+    where: 'off'; a folder; or 'auto': JAX_COMPILATION_CACHE_DIR if it is set, else `default_folder()`, held below
+      `MAX_CACHE_BYTES`. Without a folder that can be written, 'auto' is 'off'.
+
+  Raises:
+    UserError: if the folder that was named cannot be written.
+  """
+  import jax
+
+  if where == "off":
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
+  if where == "auto" and jax.config.jax_compilation_cache_dir:
+    return  # as the user has set it, with its limits
+  folder = default_folder() if where == "auto" else pathlib.Path(where)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+      raise PermissionError(13, "Permission denied", str(folder))
+  except OSError as error:
+    if where == "auto":
+      jax.config.update("jax_enable_compilation_cache", False)
+      return
+    raise UserError(
+      f"compilation_cache: cannot write to {folder} ({error.strerror}); name another folder, or 'off'"
+    ) from error
+  if where == "auto":
+    _prune(folder)
+    _empty_when_damaged(folder)
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take seconds together
+
+
+def default_folder() -> pathlib.Path:
+  """`ddpm_jax/MACHINE` in XDG_CACHE_HOME or ~/.cache.
+
+  A program for a CPU uses what that CPU can do, and divides its work among the cores that it has; a home directory may
+  be shared by machines of several kinds. MACHINE tells them apart.
+  """
+  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  return pathlib.Path(base) / "ddpm_jax" / _machine()
+
+
+def _machine() -> str:
+  """A short digest of the kind of CPU, what it can do, and the number of cores that this process may use."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+  facts = [platform.machine(), platform.processor(), str(cores)]
+  try:
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []  # no Linux
+  for name in ("model name", "flags", "Features"):
+    facts += [line for line in lines if line.startswith(name)][:1]
+  return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
+
+
+def _prune(folder: pathlib.Path) -> None:
+  """Removes the programs that were not used for longest, until the others take less than half of what is allowed."""
+  entries = []
+  for path in folder.iterdir():
+    try:
+      entries.append((path.stat(), path))
+    except FileNotFoundError:
+      continue  # another process has removed it
+  total = sum(stat.st_size for stat, _ in entries)
+  if total <= MAX_CACHE_BYTES:
+    return
+  for stat, path in sorted(entries, key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime)):
+    path.unlink(missing_ok=True)
+    total -= stat.st_size
+    if total <= MAX_CACHE_BYTES // 2:
+      return
+
+
+def _empty_when_damaged(folder: pathlib.Path) -> None:
+  """When JAX warns that it cannot read an entry, removes all of them. JAX's warning does not say which file it is."""
+  usual = warnings.showwarning
+
+  def show(message, category, *where, **more) -> None:
+    if str(message).startswith("Error reading persistent compilation cache entry"):
+      for path in folder.iterdir():
+        path.unlink(missing_ok=True)
+    elif not str(message).startswith(
+      "Error writing persistent compilation cache entry"
+    ):  # a full disk is told elsewhere
+      usual(message, category, *where, **more)
+
+  warnings.showwarning = show

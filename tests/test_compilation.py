@@ -1,0 +1,126 @@
+"""Where compiled programs are kept, and the flags of XLA."""
+
+import importlib.metadata
+import os
+import pathlib
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax import compilation
+from ddpm_jax.errors import UserError
+
+OPTIONS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch, tmp_path):
+  """A home of its own, no folder chosen; JAX's settings and Python's warnings are put back."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+  monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+  before = {name: getattr(jax.config, name) for name in OPTIONS}
+  jax.config.update("jax_compilation_cache_dir", None)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+def test_auto_is_a_folder_of_this_machine(tmp_path, monkeypatch):
+  compilation.keep_compiled_programs("auto")
+  folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  assert folder.is_dir()
+  assert folder.parent == tmp_path / "home" / "ddpm_jax"
+  assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+  # A program that was compiled for other cores is not taken.
+  monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(77)), raising=False)
+  assert compilation.default_folder() != folder
+  monkeypatch.delenv("XDG_CACHE_HOME")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert compilation.default_folder().parent == tmp_path / ".cache" / "ddpm_jax"
+
+
+def test_auto_leaves_what_the_user_has_set(tmp_path):
+  jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
+  compilation.keep_compiled_programs("auto")
+  assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+  assert jax.config.jax_persistent_cache_min_compile_time_secs == 7
+  assert not (tmp_path / "home").exists()
+
+
+def test_off_and_a_folder(tmp_path):
+  compilation.keep_compiled_programs(str(tmp_path / "a" / "b"))
+  assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
+  assert (tmp_path / "a" / "b").is_dir()
+  compilation.keep_compiled_programs("off")
+  assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match=r"^compilation_cache: cannot write to .*/file/x \(Not a directory\); name "):
+    compilation.keep_compiled_programs(str(tmp_path / "file" / "x"))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+  compilation.keep_compiled_programs("auto")  # not worth failing for
+  assert not jax.config.jax_enable_compilation_cache
+
+
+def test_what_was_not_used_for_longest_goes_first(monkeypatch):
+  folder = compilation.default_folder()
+  folder.mkdir(parents=True)
+  for age in range(10):
+    (folder / str(age)).write_bytes(bytes(10))
+    os.utime(folder / str(age), (1000 - age, 500))
+  monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 100)
+  compilation.keep_compiled_programs("auto")
+  assert len(list(folder.iterdir())) == 10
+  jax.config.update("jax_compilation_cache_dir", None)  # as at the next start
+  monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 99)
+  compilation.keep_compiled_programs("auto")
+  assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "2", "3"]
+
+
+def test_a_damaged_entry_is_compiled_again_and_all_are_removed():
+  def entries():
+    return [path for path in folder.iterdir() if path.name.startswith("jit_triple")]
+
+  def triple(x):
+    return x * 3 + 0.125
+
+  compilation.keep_compiled_programs("auto")
+  folder = compilation.default_folder()
+  jax._src.compilation_cache.reset_cache()
+  x = jnp.arange(5.0)
+  want = jax.jit(triple)(x)
+  (entry,) = entries()
+  entry.write_bytes(entry.read_bytes()[:-20])
+  jax.clear_caches()
+  with warnings.catch_warnings():
+    warnings.simplefilter("default")
+    compilation._empty_when_damaged(folder)  # catch_warnings has put Python's own back
+    assert jnp.all(jax.jit(triple)(x) == want)
+  jax.clear_caches()
+  assert jnp.all(jax.jit(triple)(x) == want)  # warnings are errors here: it was read whole, or compiled
+  assert len(entries()) == 1
+  jax._src.compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+  ("version", "before", "after"),
+  [
+    ("0.10.2", "", "--FLAG=VALUE"),
+    ("0.11.0", "--xla_x=1", "--xla_x=1 --FLAG=VALUE"),
+    ("0.10.2", "--FLAG=dot", "--FLAG=dot"),
+    ("0.12.0.1", "--xla_x=1", "--xla_x=1"),
+  ],
+)
+def test_flags_of_xla(version, before, after, monkeypatch):
+  def text(flags):
+    return flags.replace("FLAG", compilation._CPU_FLAG).replace("VALUE", compilation._CPU_FLAG_VALUE)
+
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "jaxlib" else "")
+  monkeypatch.setenv("XLA_FLAGS", text(before))
+  compilation.set_xla_flags()
+  assert os.environ["XLA_FLAGS"] == text(after)
