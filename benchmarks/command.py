@@ -60,8 +60,8 @@ class Parser(argparse.ArgumentParser):
       "--flagfile=experiments/fashion_mnist.flags --dtype=bfloat16.",
     )
     self.add_argument("--json", default="", metavar="FILE", help="also write everything that was measured to FILE")
-    self.add_argument("--rounds", type=_positive(int), default=6, help="turns of each setting (6)")
-    self.add_argument("--block_seconds", type=_positive(float), default=5, help="about how long a turn takes (5)")
+    self.add_argument("--rounds", type=positive(int), default=6, help="turns of each setting (6)")
+    self.add_argument("--block_seconds", type=positive(float), default=5, help="about how long a turn takes (5)")
     self.add_argument("--image_shape", type=_shape, metavar="H,W,C", help="of the images, if it is not known")
 
   def add_comparison(self) -> None:
@@ -171,7 +171,9 @@ def _split(option: str, text: str) -> list[str]:
     raise UserError(f"{option}: {text!r} cannot be split into words ({error}); close the quotes") from error
 
 
-def _positive(kind: type) -> Callable[[str], Any]:
+def positive(kind: type) -> Callable[[str], Any]:
+  """How argparse reads a number above 0."""
+
   def parse_number(text: str) -> Any:
     value = kind(text)
     if value <= 0:

@@ -46,7 +46,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
       image_shape=run.image_shape,
       parallel=run.parallel,
       seed=options.sample_seed,
-      stream="samples",
+      stream="sample",
     )
     began = time.perf_counter()
     planned = draws[case].bytes_needed(params, index, size=size)

@@ -77,10 +77,15 @@ def describe() -> dict[str, Any]:
   """The machine, without its name."""
   return {
     "cpu": _cpu_model(),
-    "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+    "cores": cores(),
     "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
     "system": platform.system(),
   }
+
+
+def cores() -> int:
+  """Those that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:
@@ -103,5 +108,9 @@ def versions(*packages: str) -> dict[str, str]:
 
 def peak_rss() -> int:
   """Bytes of memory that this process has used at most."""
+  status = pathlib.Path("/proc/self/status")
+  if status.exists():  # what getrusage says there, a child has from its parent
+    peaks = [line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:")]
+    return int(peaks[0].split()[1]) * 1024
   most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return most if sys.platform == "darwin" else most * 1024

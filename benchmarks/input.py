@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import command, report
-from benchmarks.alternate import Block, block_size, rates, run_blocks, spread
+from benchmarks.alternate import Block, block_size, rates, run_blocks, speed_ratio
 from ddpm_jax import config as config_lib
 
 CASES = {
@@ -31,13 +31,20 @@ CASES = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-  """Measures and prints."""
+def make_parser() -> command.Parser:
+  """The options."""
   parser = command.Parser("input", "Measures the data pipeline, and the training step that it has to feed.")
   parser.add_comparison()
-  parser.add_argument("--images", type=int, default=2048, help="PNG files to generate and read (2048)")
+  parser.add_argument(
+    "--images", type=command.positive(int), default=2048, help="PNG files to generate and read (2048)"
+  )
   parser.add_argument("--own_data", action="store_true", help="read the data set of the flags, and no generated one")
-  options, settings = command.parse(parser, argv)
+  return parser
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures and prints."""
+  options, settings = command.parse(make_parser(), argv)
   shapes = {setting.name: command.image_shape(setting.config, options.image_shape) for setting in settings}
   facts, counts, runs = {}, {}, {}
   works = {setting.name: ("read_work", setting.env) for setting in settings}
@@ -65,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
   for setting in settings:
     fact, what = facts[setting.name], "x".join(map(str, facts[setting.name]["image_shape"]))
     data = setting.config.data.dataset if options.own_data else "generated"
-    print(f"{setting.name}: {setting}\n   {fact['images']} images {what}, {data}")
+    print(report.heading(f"{setting.name}: {setting}") + f"\n   {fact['images']} images {what}, {data}")
   print(f"\n{text(results)}")
   about = {s.name: {"flags": s.flags, "env": s.env, "image_shape": shapes[s.name]} for s in settings}
   report.write_json(options.json, report.document("input", about, facts, blocks, results))
@@ -98,13 +105,8 @@ def summary(names: Sequence[str], blocks: Sequence[Block]) -> dict[str, Any]:
       results[name][case] = {"images_per_second": delivered, "times_the_step": delivered.median / step.median}
   if "B" in names:
     for case in CASES:
-      results["B"][case]["speed of B over A"] = spread(_ratios(blocks, case))
+      results["B"][case]["speed of B over A"] = speed_ratio(blocks, f"B: {case}", f"A: {case}")
   return results
-
-
-def _ratios(blocks: Sequence[Block], case: str) -> list[float]:
-  turns = {(block.round, block.setting): block.rate for block in blocks}
-  return [turns[number, f"B: {case}"] / rate for (number, name), rate in turns.items() if name == f"A: {case}"]
 
 
 def text(results: dict[str, Any]) -> str:

@@ -3,9 +3,9 @@
   python -m benchmarks.loop --data_dir=DIR
   python -m benchmarks.loop --flagfile=experiments/fashion_mnist.flags --num_steps=500 --rounds=2
 
-In each round the bare step runs, then the program twice in new folders, then the bare step again. The first of the two
-starts with an empty compilation cache, the second with what the first left there. A run is timed from its first update
-to its last checkpoint and sample grid, on the clock of the machine; what comes before is the start.
+In each round the program runs twice in new folders, with blocks of the bare step before, between and after. The first
+of the two starts with an empty compilation cache, the second with what the first left there. A run is timed from its
+first update to its last checkpoint and sample grid; what comes before is the start. It is compared with its neighbours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks import command, report
 from benchmarks.alternate import Block, block_size, spread
-from benchmarks.worker import ROOT
+from benchmarks.worker import ROOT, last_words
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError
@@ -31,10 +31,16 @@ _COMPILED = "compiled and made update"
 _STARTS = ("cold", "warm")
 
 
+def make_parser() -> command.Parser:
+  """The options."""
+  parser = command.Parser("loop", "Measures whole runs of ddpm_jax.main beside the bare training step.")
+  parser.set_defaults(rounds=2, block_seconds=20)
+  return parser
+
+
 def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
-  parser = command.Parser("loop", "Measures whole runs of ddpm_jax.main beside the bare training step.")
-  options, (setting,) = command.parse(parser, argv)
+  options, (setting,) = command.parse(make_parser(), argv)
   config, blocks = setting.config, []
   shape = command.image_shape(config, options.image_shape)
   with command.workers({"bare": ("step_work", {})}) as workers:
@@ -47,14 +53,15 @@ def main(argv: Sequence[str]) -> None:
     count = block_size(bare, options.block_seconds)
     for number in range(options.rounds):
       command.say(f"round {number + 1} of {options.rounds}: {count} bare updates, 2 x {config.train.num_steps} whole")
-      blocks.append(Block(number, "bare", count, bare(count)))
       with tempfile.TemporaryDirectory(prefix="ddpm_jax_benchmark_") as folder:
         for start in _STARTS:
+          blocks.append(Block(number, "bare", count, bare(count)))
           blocks.append(Block(number, start, config.train.num_steps, whole_run(config, pathlib.Path(folder), start)))
       blocks.append(Block(number, "bare", count, bare(count)))
   results = summary(config, blocks)
+  print(report.heading(str(setting)))
   print(
-    f"{setting}\n   {config.train.num_steps} updates of {config.data.batch_size} images, {facts['devices']}; "
+    f"   {config.train.num_steps} updates of {config.data.batch_size} images, {facts['devices']}; "
     f"a checkpoint every {config.train.checkpoint_every}, a grid every {config.train.sample_every}\n"
   )
   print(text(results))
@@ -82,19 +89,17 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   words = [sys.executable, "-m", "ddpm_jax.main", f"--flagfile={flagfile}", f"--workdir={workdir}"]
-  began, first, said = time.time(), 0.0, []
+  began, first = time.time(), 0.0
   with (folder / "errors.txt").open("w") as errors:
-    process = subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors)
-    assert process.stdout
-    for line in process.stdout:
-      said.append(line)
-      if line.startswith(_COMPILED):
-        first = time.time()
-    process.wait()
+    with subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors) as process:
+      assert process.stdout
+      for line in process.stdout:
+        if line.startswith(_COMPILED):
+          first = time.time()
   ended = time.time()
   if process.returncode or not first:
-    why = (folder / "errors.txt").read_text(errors="replace").strip().splitlines() or said
-    raise RunError(f"the run ended with exit code {process.returncode}: {why[-1].strip() if why else 'no word'}")
+    why = last_words((folder / "errors.txt").read_text(errors="replace"))
+    raise RunError(f"the run ended with exit code {process.returncode}: {why}")
   last = last_written(workdir, config.train.num_steps)
   return {
     "to_first_update": first - began,
@@ -126,13 +131,13 @@ def seconds_in_updates(metrics: pathlib.Path) -> float:
 def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
   """Overheads in percent of the bare step: each whole run against the two bare blocks around it."""
   size, results = config.data.batch_size, {}
-  bare = {
-    number: [block.measured["seconds"] / block.count for block in blocks if block[:2] == (number, "bare")]
-    for number in {block.round for block in blocks}
-  }
-  results["bare_seconds"] = spread([seconds for both in bare.values() for seconds in both])
+  results["bare_seconds"] = spread([_update_seconds(block) for block in blocks if block.setting == "bare"])
   for start in _STARTS:
-    runs = [(block, sum(bare[block.round]) / 2) for block in blocks if block.setting == start]
+    runs = [
+      (block, (_update_seconds(blocks[i - 1]) + _update_seconds(blocks[i + 1])) / 2)
+      for i, block in enumerate(blocks)
+      if block.setting == start
+    ]
     updates = [block.measured["images"] / size for block, _ in runs]
     pairs = list(zip(runs, updates, strict=True))
     results[start] = {
@@ -145,6 +150,10 @@ def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
       "after_seconds": spread([run.measured["after"] for run, _ in runs]),
     }
   return results
+
+
+def _update_seconds(bare: Block) -> float:
+  return bare.measured["seconds"] / bare.count
 
 
 def text(results: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,11 @@ def with_spread(values: Spread, scale: float = 1.0) -> str:
   """'median (lower quartile to upper quartile)'."""
   low, median, high = (number(value * scale) for value in values)
   return f"{median} ({low} to {high})"
+
+
+def heading(text: str) -> str:
+  """What was measured, in lines of at most WIDTH."""
+  return textwrap.fill(text, WIDTH, subsequent_indent="   ", break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

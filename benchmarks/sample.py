@@ -16,14 +16,19 @@ from ddpm_jax.errors import UserError
 _DEFAULT = "ddpm:50,ddim:50,heun:49,dpmpp:50"
 
 
-def main(argv: Sequence[str]) -> None:
-  """Measures and prints."""
+def make_parser() -> command.Parser:
+  """The options."""
   parser = command.Parser("sample", "Measures drawing with weights that were never trained, which takes as long.")
   parser.add_comparison()
   parser.add_argument(
     "--samplers", default=_DEFAULT, help=f"samplers, with the evaluations for each image ({_DEFAULT})"
   )
-  options, settings = command.parse(parser, argv)
+  return parser
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures and prints."""
+  options, settings = command.parse(make_parser(), argv)
   cases = parse_samplers(options.samplers, settings)
   shapes = {setting.name: command.image_shape(setting.config, options.image_shape) for setting in settings}
   facts, counts, runs = {}, {}, {}
@@ -41,7 +46,8 @@ def main(argv: Sequence[str]) -> None:
   results = summary(list(facts), cases, blocks)
   for setting in settings:
     fact = facts[setting.name]
-    print(f"{setting.name}: {setting}\n   batches of {fact['batch_size']} images, {fact['devices']}")
+    print(report.heading(f"{setting.name}: {setting}"))
+    print(f"   batches of {fact['batch_size']} images, {fact['devices']}")
   print(f"\n{text(facts, results)}")
   about = {s.name: {"flags": s.flags, "env": s.env, "image_shape": shapes[s.name]} for s in settings}
   report.write_json(options.json, report.document("sample", about, facts, blocks, results))
@@ -70,21 +76,15 @@ def summary(names: Sequence[str], cases: Sequence[str], blocks: Sequence[Block])
 
 def text(facts: dict[str, Any], results: dict[str, Any]) -> str:
   """The table."""
-  header = ["sample", "evaluations"]
-  for name in facts:
-    header += [f"compile {name}, s", f"images/s of {name}"]
-  if "B" in facts:
-    header.append("B over A")
   rows = []
   for case, result in results.items():
-    of_one = facts["A"]["samplers"][case]
-    row = [case.partition(":")[0], str(of_one["evaluations"])]
     for name, fact in facts.items():
-      row += [report.number(fact["samplers"][case]["compile_seconds"]), report.with_spread(result[name])]
-    if "B" in facts:
-      row.append(report.with_spread(result["speed of B over A"]))
-    rows.append(row)
-  return report.table(header, rows)
+      about = fact["samplers"][case]
+      compiled, speed = report.number(about["compile_seconds"]), report.with_spread(result[name])
+      ratio = report.with_spread(result["speed of B over A"]) if name == "B" else ""
+      rows.append([f"{name}: {case.partition(':')[0]}", str(about["evaluations"]), compiled, speed, ratio])
+  header = ["sample", "evaluations", "compile, s", "images/s: median (quartiles)", "speed of B over A"]
+  return report.table(header, rows) if "B" in facts else report.table(header[:-1], [row[:-1] for row in rows])
 
 
 if __name__ == "__main__":

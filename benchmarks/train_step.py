@@ -16,11 +16,16 @@ from benchmarks.alternate import Block, block_size, rates, run_blocks, speed_rat
 _MIB, _G = 2**-20, 1e-9
 
 
-def main(argv: Sequence[str]) -> None:
-  """Measures and prints."""
+def make_parser() -> command.Parser:
+  """The options."""
   parser = command.Parser("train_step", "Measures the training step; with a setting B, the two take turns.")
   parser.add_comparison()
-  options, settings = command.parse(parser, argv)
+  return parser
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures and prints."""
+  options, settings = command.parse(make_parser(), argv)
   shapes = {setting.name: command.image_shape(setting.config, options.image_shape) for setting in settings}
   facts, counts = {}, {}
   with command.workers({setting.name: ("step_work", setting.env) for setting in settings}) as workers:
@@ -86,7 +91,7 @@ def text(settings: Sequence[command.Setting], shapes: dict, facts: dict[str, Any
   lines = []
   for setting in settings:
     fact, shape = facts[setting.name], "x".join(map(str, shapes[setting.name]))
-    lines.append(f"{setting.name}: {setting}")
+    lines.append(report.heading(f"{setting.name}: {setting}"))
     lines.append(f"   {shape}, batch {setting.config.data.batch_size}, {fact['devices']}; peak {fact['peak_source']}")
   lines += ["", report.table(["train_step: median (quartiles)", *names], rows)]
   if "speed of B over A" in results:

@@ -12,9 +12,11 @@ import importlib
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,7 +68,11 @@ class Worker:
     return self._ask(job)
 
   def block(self, case: str, count: int) -> dict[str, Any]:
-    """Lets it run `count` units of work. Returns the measurement; at least `seconds` and `images`."""
+    """Lets it run `count` units of work. Returns the measurement.
+
+    At least `seconds` and `images`; and `cpu_seconds`, of all cores and with what is not timed, such as an update to be
+    warm.
+    """
     return self._ask({"case": case, "count": count})
 
   def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +85,8 @@ class Worker:
     if not answer:
       self._process.wait()
       self._log.seek(0)
-      said = self._log.read().strip().splitlines()
-      last = said[-1] if said else "it said nothing"
-      raise RunError(f"the worker of {self.name} ended with exit code {self._process.returncode}: {last}")
+      code, why = self._process.returncode, last_words(self._log.read())
+      raise RunError(f"the worker of {self.name} ended with exit code {code}: {why}")
     parsed = json.loads(answer)
     if "refused" in parsed:
       raise UserError(parsed["refused"])
@@ -101,13 +106,22 @@ class Worker:
     self._log.close()
 
 
+def last_words(said: str) -> str:
+  """The line of a dead process's standard error that tells most: that of its last exception, or else the last one."""
+  lines = said.strip().splitlines()
+  errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+  return [*lines, *errors][-1].strip() if lines else "it said nothing"
+
+
 def serve(prepare: Callable, requests: Iterator[str], answer: Callable[[dict], None]) -> None:
   """The child's side: the first line is the job, each other one a block, until there are no more."""
   try:
     facts, block = prepare(json.loads(next(requests)))
     answer(facts)
     for line in requests:
-      answer(block(**json.loads(line)))
+      began = time.process_time()
+      measured = block(**json.loads(line))
+      answer({**measured, "cpu_seconds": time.process_time() - began})
   except UserError as error:
     answer({"refused": str(error)})
 

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+
+from benchmarks import worker
+from benchmarks.worker import Worker, last_words, serve
+from ddpm_jax.errors import RunError, UserError
+
+
+def test_the_first_line_is_the_job_and_each_other_one_a_block():
+  answers = []
+
+  def prepare(job):
+    return {"ready": job["config"]}, lambda case, count: {"seconds": count * 2, "case": case}
+
+  lines = [{"config": "x"}, {"case": "a", "count": 1}, {"case": "b", "count": 3}]
+  serve(prepare, iter(map(json.dumps, lines)), answers.append)
+  assert answers[0] == {"ready": "x"}
+  assert [(answer["case"], answer["seconds"]) for answer in answers[1:]] == [("a", 2), ("b", 6)]
+  assert all(0 <= answer["cpu_seconds"] < 1 for answer in answers[1:])
+
+
+def test_what_a_worker_refuses_is_the_users_error():
+  def prepare(job):
+    raise UserError("batch_size: no")
+
+  answers = []
+  serve(prepare, iter(["{}"]), answers.append)
+  assert answers == [{"refused": "batch_size: no"}]
+
+
+def test_a_worker_runs_in_a_process_of_its_own_and_tells_how_it_died(tmp_path):
+  lines = ["import os", "print('what libraries print is no answer')", "raise ValueError(os.environ['SET_FOR_IT'])"]
+  (tmp_path / "torch.py").write_text("\n".join(lines))
+  own = Worker("A", "torch_loop", env={"PYTHONPATH": str(tmp_path), "SET_FOR_IT": "why"})
+  try:
+    with pytest.raises(RunError, match="the worker of A ended with exit code 1: ValueError: why"):
+      own.prepare({})
+  finally:
+    own.close()
+
+
+def test_last_words():
+  assert last_words("Traceback\n  x\nValueError: why\n-----\nFor simplicity, JAX ...\n") == "ValueError: why"
+  assert last_words("a\nErrors are rare\n") == "Errors are rare"
+  assert last_words("\n") == "it said nothing"
+
+
+def test_an_interpreter_that_is_not_there():
+  with pytest.raises(UserError, match="cannot start '/nowhere/python'"):
+    Worker("A", "step_work", python="/nowhere/python")
+
+
+def test_children_do_not_find_compiled_programs():
+  assert worker.ENVIRONMENT["JAX_ENABLE_COMPILATION_CACHE"] == "false"
