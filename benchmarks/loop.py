@@ -90,12 +90,14 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
   }
   words = [sys.executable, "-m", "ddpm_jax.main", f"--flagfile={flagfile}", f"--workdir={workdir}"]
   began, first = time.time(), 0.0
-  with (folder / "errors.txt").open("w") as errors:
-    with subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors) as process:
-      assert process.stdout
-      for line in process.stdout:
-        if line.startswith(_COMPILED):
-          first = time.time()
+  with (
+    (folder / "errors.txt").open("w") as errors,
+    subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors) as process,
+  ):
+    assert process.stdout
+    for line in process.stdout:
+      if line.startswith(_COMPILED):
+        first = time.time()
   ended = time.time()
   if process.returncode or not first:
     why = last_words((folder / "errors.txt").read_text(errors="replace"))
