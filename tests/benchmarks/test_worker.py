@@ -29,7 +29,8 @@ def test_what_a_worker_refuses_is_the_users_error():
   assert answers == [{"refused": "batch_size: no"}]
 
 
-def test_a_worker_runs_in_a_process_of_its_own_and_tells_how_it_died(tmp_path):
+def test_a_worker_runs_in_a_process_of_its_own_and_tells_how_it_died(tmp_path, monkeypatch):
+  monkeypatch.setenv("SET_FOR_IT", "what the parent has")
   lines = ["import os", "print('what libraries print is no answer')", "raise ValueError(os.environ['SET_FOR_IT'])"]
   (tmp_path / "torch.py").write_text("\n".join(lines))
   own = Worker("A", "torch_loop", env={"PYTHONPATH": str(tmp_path), "SET_FOR_IT": "why"})
