@@ -54,3 +54,13 @@ def test_an_interpreter_that_is_not_there():
 
 def test_children_do_not_find_compiled_programs():
   assert worker.ENVIRONMENT["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+
+def test_what_a_worker_refuses_reaches_the_user(tmp_path):
+  (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(name='torch')")
+  own = Worker("PyTorch", "torch_loop", env={"PYTHONPATH": str(tmp_path)})
+  try:
+    with pytest.raises(UserError, match="torch_python: this Python has no torch"):
+      own.prepare({})
+  finally:
+    own.close()
