@@ -80,6 +80,7 @@ def describe() -> dict[str, Any]:
     "cores": cores(),
     "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
     "system": platform.system(),
+    "load": round(os.getloadavg()[0], 1),  # of the last minute; more than the cores: others were at work too
   }
 
 

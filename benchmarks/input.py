@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
     data = setting.config.data.dataset if options.own_data else "generated"
     print(report.heading(f"{setting.name}: {setting}") + f"\n   {fact['images']} images {what}, {data}")
   print(f"\n{text(results)}")
+  print(report.machine())
   about = {s.name: {"flags": s.flags, "env": s.env, "image_shape": shapes[s.name]} for s in settings}
   report.write_json(options.json, report.document("input", about, facts, blocks, results))
 

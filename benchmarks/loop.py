@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
     f"a checkpoint every {config.train.checkpoint_every}, a grid every {config.train.sample_every}\n"
   )
   print(text(results))
+  print(report.machine())
   about = {"whole and bare": {"flags": setting.flags, "image_shape": shape}}
   report.write_json(options.json, report.document("loop", about, {"bare": facts}, blocks, results))
 

@@ -90,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
     "same number of parameters": facts["PyTorch"]["parameters"] == facts["ddpm_jax"]["parameters"],
   }
   print(text(setting, shape, facts, results))
+  print(report.machine())
   about = {"both": {"flags": setting.flags, "image_shape": shape, "unet": job["unet"]}}
   report.write_json(options.json, report.document("pytorch", about, facts, blocks, results))
 

@@ -74,6 +74,12 @@ def document(
   }
 
 
+def machine() -> str:
+  """The machine in a line, and how busy it is."""
+  about = hardware.describe()
+  return f"{about['cpu']}, {about['cores']} cores; load in the last minute {about['load']}"
+
+
 def check_writable(path: str) -> None:
   """Raises UserError if the folder of a file that will be written is not there: before hours of measuring."""
   if path and not pathlib.Path(path).absolute().parent.is_dir():

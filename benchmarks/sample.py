@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
     print(report.heading(f"{setting.name}: {setting}"))
     print(f"   batches of {fact['batch_size']} images, {fact['devices']}")
   print(f"\n{text(facts, results)}")
+  print(report.machine())
   about = {s.name: {"flags": s.flags, "env": s.env, "image_shape": shapes[s.name]} for s in settings}
   report.write_json(options.json, report.document("sample", about, facts, blocks, results))
 

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     blocks = run_blocks(runs, counts, options.rounds)
   results = summary(facts, blocks)
   print(text(settings, shapes, facts, results))
+  print(report.machine())
   about = {s.name: {"flags": s.flags, "env": s.env, "image_shape": shapes[s.name]} for s in settings}
   report.write_json(options.json, report.document("train_step", about, facts, blocks, results))
 

@@ -59,6 +59,8 @@ def test_the_document_has_every_measurement_and_no_name_of_the_machine(tmp_path)
   assert read["settings"]["A"]["flags"] == ["--dtype=bfloat16"]
   assert read["results"]["A"] == [1, 2, 3]
   assert read["machine"]["cores"] >= 1
+  assert read["machine"]["load"] >= 0
+  assert f"{read['machine']['cores']} cores; load in the last minute " in report.machine()
   assert read["date"].endswith("+00:00")
   assert platform.node() not in text.replace("localhost", "") or not platform.node()
 

@@ -50,7 +50,7 @@ def test_settings_take_turns_with_each_sampler(monkeypatch, capsys, tmp_path):
   assert made["A"].jobs[0]["batch_size"] == 4
   assert "".join(name for name, _ in machine.turns[-8:]) == "ABABBABA"
   lines = capsys.readouterr().out.splitlines()
-  rows = [" ".join(line.split()) for line in lines[-4:]]
+  rows = [" ".join(line.split()) for line in lines[-5:-1]]
   assert rows[0] == "A: ddpm 9 1.00 50.0 (50.0 to 50.0)"
   assert rows[3] == "B: heun 9 2.00 75.0 (75.0 to 75.0) 1.50 (1.50 to 1.50)"
   assert max(map(len, lines)) <= 110

@@ -151,7 +151,7 @@ def test_a_person_compares_two_settings(tmp_path):
   lines = done.stdout.splitlines()
   assert max(map(len, lines)) <= 110
   assert lines[0].startswith("A: XLA_FLAGS=")
-  assert lines[-1].startswith("speed of B over A: ")
+  assert lines[-2].startswith("speed of B over A: ")
   for label in ("images/s", "step, ms", "lower + compile, s", "utilisation, %"):
     assert any(line.startswith(label) for line in lines)
 
