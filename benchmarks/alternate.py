@@ -72,6 +72,12 @@ def rates(blocks: Sequence[Block], setting: str) -> Spread:
   return spread([block.rate for block in blocks if block.setting == setting])
 
 
+def cpu_seconds(blocks: Sequence[Block], setting: str) -> Spread:
+  """Time of all cores for an image, over the blocks of a setting. Other work on the machine hardly changes it."""
+  own = [block.measured for block in blocks if block.setting == setting]
+  return spread([measured["cpu_seconds"] / measured["images"] for measured in own])
+
+
 def speed_ratio(blocks: Sequence[Block], over: str, under: str) -> Spread:
   """How many times as fast `over` is as `under`: the median and quartiles of the ratios of the rounds.
 

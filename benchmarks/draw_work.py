@@ -57,9 +57,10 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     }
 
   def block(case: str, count: int) -> dict[str, Any]:
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for number in range(count):
       draws[case](params, index + number * size)
-    return {"seconds": time.perf_counter() - began, "images": count * size, **memory_used()}
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": count * size, **memory_used()}
 
   return {**device_facts(config), "batch_size": size, "samplers": samplers}, block

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command, report
-from benchmarks.alternate import block_size, rates, run_blocks, speed_ratio
+from benchmarks.alternate import block_size, cpu_seconds, rates, run_blocks, speed_ratio
 from benchmarks.torch_loop import VARIANTS
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.errors import UserError
@@ -87,6 +87,7 @@ def main(argv: Sequence[str]) -> None:
   results = {
     **{name: rates(blocks, name) for name in works},
     "speed of ddpm_jax over PyTorch": speed_ratio(blocks, "ddpm_jax", "PyTorch"),
+    "cpu_seconds_of_an_image": {name: cpu_seconds(blocks, name) for name in works},
     "same number of parameters": facts["PyTorch"]["parameters"] == facts["ddpm_jax"]["parameters"],
   }
   print(text(setting, shape, facts, results))
@@ -108,10 +109,11 @@ def text(setting: command.Setting, shape: Sequence[int], facts: dict[str, Any], 
   rows = []
   for variant, tried in torch["tried"].items():
     speed = report.number(tried["images_per_second"]) if "failed" not in tried else tried["failed"][:50]
-    rows.append([f"  tried: {variant}", speed, ""])
-  rows.append([f"PyTorch {torch['variant']}", report.with_spread(results["PyTorch"]), f"{torch['parameters']:,}"])
-  rows.append(["ddpm_jax", report.with_spread(results["ddpm_jax"]), f"{jax['parameters']:,}"])
-  lines.append(report.table(["pytorch", "images/s: median (quartiles)", "parameters"], rows))
+    rows.append([f"  tried: {variant}", speed, "", ""])
+  for name, label in (("PyTorch", f"PyTorch {torch['variant']}"), ("ddpm_jax", "ddpm_jax")):
+    cpu = report.with_spread(results["cpu_seconds_of_an_image"][name], 1e3)
+    rows.append([label, report.with_spread(results[name]), cpu, f"{facts[name]['parameters']:,}"])
+  lines.append(report.table(["pytorch: median (quartiles)", "images/s", "CPU ms/image", "parameters"], rows))
   ratio = results["speed of ddpm_jax over PyTorch"]
   lines += ["", f"speed of ddpm_jax over PyTorch {torch['variant']}: {report.with_spread(ratio)}"]
   if not results["same number of parameters"]:

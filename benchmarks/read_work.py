@@ -42,15 +42,16 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
   def block(case: str, count: int) -> dict[str, Any]:
     way, _, first = case.partition(", ")
-    seconds = images = 0
+    seconds = cpu_seconds = images = 0
     for _ in range(count if first else 1):
       if first:
         forget(ways[way].dataset)
-      began = time.perf_counter()
+      began, cpu = time.perf_counter(), time.process_time()
       source = open_source(ways[way]) if first else sources[way]
       images += read(source, -(-len(source) // size) if first else count)
       seconds += time.perf_counter() - began
-    return {"seconds": seconds, "images": images, "process_bytes": hardware.peak_rss()}
+      cpu_seconds += time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": images, "process_bytes": hardware.peak_rss()}
 
   source = sources["disk"]
   return {"images": len(source), "image_shape": source.image_shape, "versions": hardware.versions("grain")}, block

@@ -64,7 +64,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     in_flight, ends = collections.deque(), []
     state, *outputs = step(state, parallel.put_batch(next(endless)), no)  # to be warm
     jax.block_until_ready(outputs)
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
       state, *outputs = step(state, parallel.put_batch(next(endless)), no)
       in_flight.append(outputs)
@@ -76,6 +76,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
       ends.append(time.perf_counter())
     return {
       "seconds": ends[-1] - began,
+      "cpu_seconds": time.process_time() - cpu,
       "images": count * config.data.batch_size,
       "steps": np.diff([began, *ends]).tolist(),
       **memory_used(),

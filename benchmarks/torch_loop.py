@@ -143,11 +143,15 @@ class Step:
     self._torch.set_num_threads(self.threads)
     self.update()
     wait()
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
       self.update()
     wait()
-    measured = {"seconds": time.perf_counter() - began, "images": count * self._config.data.batch_size}
+    measured = {
+      "seconds": time.perf_counter() - began,
+      "cpu_seconds": time.process_time() - cpu,
+      "images": count * self._config.data.batch_size,
+    }
     if self.device.type == "cuda":
       measured["device_bytes"] = self._torch.cuda.max_memory_allocated()
     return {**measured, "process_bytes": hardware.peak_rss()}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command, report
-from benchmarks.alternate import Block, block_size, rates, run_blocks, speed_ratio, spread
+from benchmarks.alternate import Block, block_size, cpu_seconds, rates, run_blocks, speed_ratio, spread
 
 _MIB, _G = 2**-20, 1e-9
 
@@ -57,6 +57,7 @@ def summary(facts: dict[str, Any], blocks: Sequence[Block]) -> dict[str, Any]:
     results[name] = {
       "images_per_second": images,
       "step_seconds": step,
+      "cpu_seconds_of_an_image": cpu_seconds(blocks, name),
       "achieved_flops": achieved,
       "peak_flops": peak,
       "utilisation": achieved / peak,
@@ -79,6 +80,7 @@ def text(settings: Sequence[command.Setting], shapes: dict, facts: dict[str, Any
   rows = [
     row("images/s", lambda _, r: with_spread(r["images_per_second"])),
     row("step, ms", lambda _, r: with_spread(r["step_seconds"], 1e3)),
+    row("CPU time of an image, ms", lambda _, r: with_spread(r["cpu_seconds_of_an_image"], 1e3)),
     row("lower + compile, s", lambda f, _: f"{number(f['lower_seconds'])} + {number(f['compile_seconds'])}"),
     row("peak of a device, MiB", lambda _, r: number(r["device_bytes"] * _MIB) if r["device_bytes"] else "not told"),
     row("planned by XLA for a device, MiB", lambda f, _: number(f["plan_bytes"] * _MIB)),

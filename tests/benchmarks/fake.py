@@ -16,7 +16,13 @@ class Machine:
       self.turns.append((name, count))
       self.slow *= self._drift
       seconds = count * size / rate * self.slow
-      return {"seconds": seconds, "images": count * size, "steps": [seconds / count] * count, "process_bytes": 2**20}
+      return {
+        "seconds": seconds,
+        "cpu_seconds": count * size / rate,
+        "images": count * size,
+        "steps": [seconds / count] * count,
+        "process_bytes": 2**20,
+      }
 
     return block
 

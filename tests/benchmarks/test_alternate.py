@@ -2,7 +2,7 @@ import statistics
 
 import pytest
 
-from benchmarks.alternate import Block, Spread, block_size, rates, run_blocks, speed_ratio, spread, turns
+from benchmarks.alternate import Block, Spread, block_size, cpu_seconds, rates, run_blocks, speed_ratio, spread, turns
 from tests.benchmarks.fake import Machine
 
 
@@ -37,6 +37,7 @@ def test_a_machine_that_slows_down_does_not_decide():
   assert ratio.high == pytest.approx(1.3 * 1.05, rel=0.01)
   by_name = {name: statistics.median(block.rate for block in blocks if block.setting == name) for name in "AB"}
   assert rates(blocks, "A").median == by_name["A"] < 75  # what a comparison over time would have said
+  assert cpu_seconds(blocks, "A").median == pytest.approx(1 / 100)
 
 
 def test_a_ratio_takes_the_blocks_of_a_round():

@@ -40,7 +40,8 @@ def test_both_ways_read_all_images():
 
 
 def test_the_two_ways_are_memory_and_disk(monkeypatch):
-  opened = []
+  opened, forgotten = [], []
+  monkeypatch.setattr(read_work, "forget", forgotten.append)
   usual = read_work.open_source
   monkeypatch.setattr(read_work, "open_source", lambda data: opened.append(data.cache_gib) or usual(data))
   with input_benchmark.generated(4, (8, 8, 1)) as folder:
@@ -49,9 +50,11 @@ def test_the_two_ways_are_memory_and_disk(monkeypatch):
     assert opened == [read_work.IN_MEMORY, 0]
     block("disk", 2)
     assert len(opened) == 2  # warm: it stays open
+    assert not forgotten
     block("disk, first pass", 1)
     block("memory, first pass", 1)
     assert opened[2:] == [0, read_work.IN_MEMORY]
+    assert forgotten == [f"folder:{folder}"] * 2
 
 
 def test_files_are_forgotten_before_a_first_pass(monkeypatch):

@@ -31,6 +31,15 @@ def test_a_run_that_fails_is_told_in_a_line(tmp_path):
     loop.whole_run(config, tmp_path, "cold")
 
 
+def test_a_run_that_fails_later_is_told_too(tmp_path, monkeypatch):
+  program = tmp_path / "python"
+  program.write_text("#!/bin/sh\necho compiled and made update 1 in 2 s\necho 'error: disk full' >&2\nexit 1\n")
+  program.chmod(0o755)
+  monkeypatch.setattr(loop.sys, "executable", str(program))
+  with pytest.raises(RunError, match="the run ended with exit code 1: error: disk full"):
+    loop.whole_run(Config(), tmp_path, "cold")
+
+
 def test_the_end_is_when_the_last_file_was_written(tmp_path):
   state = tmp_path / "checkpoints" / "8" / "state"
   state.mkdir(parents=True)

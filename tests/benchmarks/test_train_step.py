@@ -38,6 +38,7 @@ def test_the_step_is_made_as_often_as_asked(no_peak):
   measured = block("", 3)
   assert measured["images"] == 3 * 16
   assert len(measured["steps"]) == 3
+  assert measured["cpu_seconds"] > 0
   assert sum(measured["steps"]) == pytest.approx(measured["seconds"])
   assert measured["process_bytes"] > 100 << 20
 
@@ -108,7 +109,14 @@ def fact(flops, peak, source="measured"):
 
 
 def measured(seconds, **more):
-  return {"seconds": seconds, "images": 20, "steps": [seconds / 2] * 2, "process_bytes": 7 << 20, **more}
+  return {
+    "seconds": seconds,
+    "cpu_seconds": 0.5,
+    "images": 20,
+    "steps": [seconds / 2] * 2,
+    "process_bytes": 7 << 20,
+    **more,
+  }
 
 
 def test_summary():
@@ -119,6 +127,7 @@ def test_summary():
   ]
   results = train_step.summary(facts, blocks)
   assert results["A"]["images_per_second"].median == 7.5  # 10 and 5
+  assert results["A"]["cpu_seconds_of_an_image"].median == 0.025
   assert results["A"]["step_seconds"].median == 1.5  # 1, 1, 2, 2
   assert results["A"]["achieved_flops"] == 75.0  # 10 images are 100 FLOPs
   assert results["A"]["utilisation"] == 75.0 / 2000  # the peak is at least what was measured once

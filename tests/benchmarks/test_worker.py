@@ -16,8 +16,7 @@ def test_the_first_line_is_the_job_and_each_other_one_a_block():
   lines = [{"config": "x"}, {"case": "a", "count": 1}, {"case": "b", "count": 3}]
   serve(prepare, iter(map(json.dumps, lines)), answers.append)
   assert answers[0] == {"ready": "x"}
-  assert [(answer["case"], answer["seconds"]) for answer in answers[1:]] == [("a", 2), ("b", 6)]
-  assert all(0 <= answer["cpu_seconds"] < 1 for answer in answers[1:])
+  assert answers[1:] == [{"case": "a", "seconds": 2}, {"case": "b", "seconds": 6}]
 
 
 def test_what_a_worker_refuses_is_the_users_error():
