@@ -34,6 +34,7 @@ OTHER_FLAGS = {
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops"),  # XLA
   *("dist",),  # pytest-xdist
+  *("b",),  # benchmarks
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.

@@ -19,6 +19,9 @@ def module_name(file: str) -> str:
 
 
 MODULES = {module_name(file): file for file in FILES}
+BENCHMARKS = {f"benchmarks/{path.name}": path for path in sorted((ROOT.parent / "benchmarks").glob("*.py"))}
+ALL_FILES = FILES | BENCHMARKS
+ALL_TREES = TREES | {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in BENCHMARKS.items()}
 
 
 def imports(node: ast.AST) -> set[str]:
@@ -140,10 +143,38 @@ def test_one_module_for_each_library_behind_a_wall():
 
 
 def test_what_nothing_imports():
-  names = ("tensorflow", "torch", "experiments", "tests", "utils")
+  names = ("tensorflow", "torch", "benchmarks", "experiments", "tests", "utils")
   unpickle = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
   unpack = ("tarfile", "zipfile")
   assert importers(*names, *unpickle, *unpack) == set()
+
+
+def test_the_benchmarks_stand_above_the_package():
+  assert len(BENCHMARKS) > 10
+  found = {file: imports(ALL_TREES[file]) for file in BENCHMARKS}
+  assert all("ddpm_jax" in set(map(top, names)) for file, names in found.items() if file.endswith("_work.py"))
+  assert not {name for names in found.values() for name in names if top(name) in ("tests", "experiments", "torch")}
+
+
+def test_a_worker_with_pytorch_needs_nothing_else():
+  """It runs with another Python, which has no JAX."""
+  todo, seen = ["benchmarks.torch_loop", "benchmarks.worker"], set()
+  while todo:
+    file = todo.pop().replace(".", "/").removeprefix("ddpm_jax/") + ".py"
+    if file in ALL_TREES and file not in seen:
+      seen.add(file)
+      outside = [node for node in ast.walk(ALL_TREES[file]) if isinstance(node, ast.FunctionDef)]
+      lazy = {id(part) for function in outside for part in ast.walk(function)}
+      found = set()
+      for part in ast.walk(ALL_TREES[file]):
+        if isinstance(part, ast.Import | ast.ImportFrom) and id(part) not in lazy:
+          found |= imports(part)
+      assert {top(name) for name in found} <= set(sys.stdlib_module_names) | {"ddpm_jax", "benchmarks"}, file
+      todo += sorted({name for each in found for name in (each, each.rpartition(".")[0])})
+  assert seen == {
+    *("benchmarks/torch_loop.py", "benchmarks/worker.py", "benchmarks/hardware.py"),
+    *("config.py", "sections.py", "knob.py", "errors.py"),
+  }
 
 
 def test_no_cycle_at_import_time():
@@ -175,9 +206,9 @@ def test_main_imports_a_run_only_when_it_starts():
   assert {top(name) for name in names} - set(sys.stdlib_module_names) <= {"absl", "ddpm_jax"}
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALL_FILES)
 def test_nothing_runs_text_unpickles_or_unpacks(file):
-  for node in ast.walk(TREES[file]):
+  for node in ast.walk(ALL_TREES[file]):
     assert not (isinstance(node, ast.Attribute) and node.attr in ("extractall", "unpack_archive")), node.lineno
     if isinstance(node, ast.Call):
       assert not (isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__")), node.lineno
@@ -186,23 +217,23 @@ def test_nothing_runs_text_unpickles_or_unpacks(file):
         assert not (keyword.arg in ("allow_pickle", "shell") and on), node.lineno
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALL_FILES)
 def test_only_named_errors_are_caught(file):
-  for node in ast.walk(TREES[file]):
+  for node in ast.walk(ALL_TREES[file]):
     if isinstance(node, ast.ExceptHandler):
       caught = {"everything"} if node.type is None else {part.id for part in ast.walk(node.type) if hasattr(part, "id")}
       assert not caught & {"everything", "Exception", "BaseException"}, node.lineno
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALL_FILES)
 def test_files_and_functions_are_short(file):
-  assert len(FILES[file].read_text(encoding="utf-8").splitlines()) <= 350
-  for node in ast.walk(TREES[file]):
+  assert len(ALL_FILES[file].read_text(encoding="utf-8").splitlines()) <= 350
+  for node in ast.walk(ALL_TREES[file]):
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
       assert node.end_lineno - node.lineno + 1 <= 80, node.name
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", ALL_FILES)
 def test_every_module_says_what_it_is(file):
-  assert ast.get_docstring(TREES[file])
+  assert ast.get_docstring(ALL_TREES[file])
   assert pathlib.PurePath(file).stem not in ("utils", "util", "helpers", "misc", "common")

@@ -1,0 +1,66 @@
+"""A worker's work: drawing images with samplers, each compiled once, from weights that were never trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.step_work import device_facts, memory_used
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.run import build_run
+from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.training.parallel import Parallel
+
+
+def with_sampler(config: Config, case: str) -> Config:
+  """The run with the sampler of a case, such as 'heun:20'. Raises UserError if they do not fit together."""
+  name, _, evaluations = case.partition(":")
+  return config_lib.override(config, {"sampler": name, "sampling_steps": int(evaluations)})
+
+
+def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
+  """Compiles a function for each sampler.
+
+  Args:
+    job: `config`, as JSON; `image_shape`; `cases`: samplers, such as ['ddpm:50', 'heun:20']; `batch_size`.
+
+  Returns:
+    Facts, and a function that draws batches with the sampler that is its case.
+  """
+  config = config_lib.from_json(job["config"])
+  run = build_run(config, tuple(job["image_shape"]), Parallel(config.train.parallel))
+  size = job["batch_size"]
+  index = np.arange(size, dtype=np.int32)
+  params = run.initial_state().ema_params
+  draws, samplers = {}, {}
+  for case in job["cases"]:
+    options = with_sampler(config, case).sample
+    table = table_of(options, run.schedule, config.diffusion.variance)
+    draws[case] = make_draw(
+      make_predictor(run.network, run.schedule, config.diffusion.prediction, options),
+      table,
+      image_shape=run.image_shape,
+      parallel=run.parallel,
+      seed=options.sample_seed,
+      stream="sample",
+    )
+    began = time.perf_counter()
+    planned = draws[case].bytes_needed(params, index, size=size)
+    samplers[case] = {
+      "compile_seconds": time.perf_counter() - began,
+      "evaluations": len(table.t),
+      "plan_bytes": planned,
+    }
+
+  def block(case: str, count: int) -> dict[str, Any]:
+    began, cpu = time.perf_counter(), time.process_time()
+    for number in range(count):
+      draws[case](params, index + number * size)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": count * size, **memory_used()}
+
+  return {**device_facts(config), "batch_size": size, "samplers": samplers}, block

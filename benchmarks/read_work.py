@@ -1,0 +1,67 @@
+"""A worker's work: reading batches as training does, without training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import hardware
+from ddpm_jax import config as config_lib
+from ddpm_jax.data import folder
+from ddpm_jax.data.pipeline import batches
+from ddpm_jax.data.sources import open_source
+
+IN_MEMORY = 1e6  # GiB of --cache_gib: everything is kept
+
+
+def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
+  """Opens the data set in both ways.
+
+  Args:
+    job: `config`, as JSON.
+
+  Returns:
+    Facts, and a function for the cases 'memory' and 'disk', where `count` batches are read of an opened data set, and
+    'memory, first pass' and 'disk, first pass', where `count` times the data set is opened and read once.
+  """
+  config = config_lib.from_json(job["config"])
+  ways = {
+    name: config_lib.override(config, {"cache_gib": gib}).data for name, gib in (("memory", IN_MEMORY), ("disk", 0.0))
+  }
+  sources = {name: open_source(data) for name, data in ways.items()}
+  size = config.data.batch_size
+
+  def read(source: Any, count: int) -> int:
+    stream = batches(source, batch_size=size, seed=config.train.seed, start_step=0, threads=config.data.data_threads)
+    with contextlib.closing(stream):
+      return sum(len(next(stream)["image"]) for _ in range(count))
+
+  def block(case: str, count: int) -> dict[str, Any]:
+    way, _, first = case.partition(", ")
+    seconds = cpu_seconds = images = 0
+    for _ in range(count if first else 1):
+      if first:
+        forget(ways[way].dataset)
+      began, cpu = time.perf_counter(), time.process_time()
+      source = open_source(ways[way]) if first else sources[way]
+      images += read(source, -(-len(source) // size) if first else count)
+      seconds += time.perf_counter() - began
+      cpu_seconds += time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": images, "process_bytes": hardware.peak_rss()}
+
+  source = sources["disk"]
+  return {"images": len(source), "image_shape": source.image_shape, "versions": hardware.versions("grain")}, block
+
+
+def forget(dataset: str) -> None:
+  """Asks the system to drop the files of 'folder:PATH' from its cache, so that they come from the disk again."""
+  if not dataset.startswith(folder.PREFIX) or not hasattr(os, "posix_fadvise"):
+    return
+  for path in pathlib.Path(dataset.removeprefix(folder.PREFIX)).rglob("*"):
+    if path.is_file():
+      with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -1,0 +1,98 @@
+import json
+import sys
+
+import pytest
+
+from benchmarks import command, pytorch, torch_loop
+from benchmarks.worker import ROOT
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
+from tests.benchmarks import fake
+
+LIKE_OURS = {
+  "attention_head_dim": None, "norm_eps": 1e-6, "dropout": 0.0, "downsample_padding": 0, "flip_sin_to_cos": False,
+  "freq_shift": 1,
+}  # fmt: skip
+# In the order of the levels, A where a block has attention. cifar10 and the 256x256 models as published on the Hugging
+# Face hub (google/ddpm-cifar10-32, google/ddpm-celebahq-256); the others give the same number of parameters as ours.
+PRESETS = {
+  "digits": ((8, 8, 1), 1, [32, 64], " A", 8, {}),
+  "fashion_mnist": ((28, 28, 1), 1, [32, 64, 64], "  A", 8, {}),
+  "cifar10": ((32, 32, 3), 2, [128, 256, 256, 256], " A  ", 32, {"dropout": 0.1}),
+  "celebahq256": ((256, 256, 3), 2, [128, 128, 256, 256, 512, 512], "    A ", 32, {}),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_unet_of_diffusers(name):
+  shape, blocks, channels, attention, groups, more = PRESETS[name]
+  _, (setting,) = command.parse(pytorch.make_parser(), [f"--flagfile={ROOT}/experiments/{name}.flags"])
+  assert command.image_shape(setting.config, None) == shape
+  assert pytorch.unet_kwargs(setting.config.model, shape) == LIKE_OURS | more | {
+    "sample_size": shape[0],
+    "in_channels": shape[2],
+    "out_channels": shape[2],
+    "layers_per_block": blocks,
+    "block_out_channels": channels,
+    "down_block_types": ["AttnDownBlock2D" if level == "A" else "DownBlock2D" for level in attention],
+    "up_block_types": ["AttnUpBlock2D" if level == "A" else "UpBlock2D" for level in reversed(attention)],
+    "norm_num_groups": groups,
+  }
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (["--remat=blocks"], "remat: the PyTorch loop has none only; leave --remat out"),
+    (["--grad_accum_steps=2"], "grad_accum_steps: the PyTorch loop has 1 only"),
+    (["--prediction=v"], "prediction: the PyTorch loop has eps only"),
+    (["--loss=l1"], "loss: the PyTorch loop has l2 only"),
+    (["--variants=eager,fast"], "variants: 'fast' is none of eager,channels_last"),
+  ],
+)
+def test_what_the_other_loop_cannot_do(words, message):
+  with pytest.raises(UserError, match=message):
+    pytorch.main(words)
+
+
+def test_without_pytorch_it_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  with pytest.raises(UserError, match=r"this Python has no torch; pip install -e '.\[benchmark\]'"):
+    torch_loop.prepare({})
+
+
+def compare(monkeypatch, *words, parameters=10, devices="1 x cpu", failed=False):
+  machine = fake.Machine()
+  tried = {"eager": {"images_per_second": 40.0}, "compiled": {"failed": "BackendCompilerFailed: no compiler"}}
+  theirs = {
+    "parameters": parameters, "variant": "eager", "tried": tried, "versions": {"torch": "9.9"}, "device": "cpu"
+  }  # fmt: skip
+  ours = {"parameters": 10, "devices": devices, "versions": {"jax": "8.8"}}
+  made = {"PyTorch": fake.Worker(theirs, machine.run("T", 50)), "ddpm_jax": fake.Worker(ours, machine.run("J", 75))}
+  monkeypatch.setattr(command, "workers", fake.workers(made))
+  pytorch.main(["--rounds=4", *words])
+  return machine, made
+
+
+def test_the_two_take_turns(monkeypatch, capsys, tmp_path):
+  machine, made = compare(monkeypatch, f"--json={tmp_path / 'out.json'}", "--variants=eager,compiled")
+  assert "".join(name for name, _ in machine.turns[-8:]) == "TJJTTJJT"
+  assert made["PyTorch"].jobs[0]["unet"] == pytorch.unet_kwargs(Config().model, (8, 8, 1))
+  assert made["PyTorch"].jobs[0]["variants"] == ["eager", "compiled"]
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[-2] == "speed of ddpm_jax over PyTorch eager: 1.50 (1.50 to 1.50)"
+  assert any("BackendCompilerFailed" in line for line in lines)
+  assert "PyTorch 9.9 on cpu, JAX 8.8 on 1 x cpu" in lines[1]
+  content = json.loads((tmp_path / "out.json").read_text())
+  assert content["results"]["same number of parameters"] is True
+  assert content["results"]["speed of ddpm_jax over PyTorch"] == [1.5, 1.5, 1.5]
+
+
+def test_networks_that_differ_are_said_to(monkeypatch, capsys):
+  compare(monkeypatch, parameters=11)
+  assert capsys.readouterr().out.splitlines()[-2].endswith("not the same number of parameters.")
+
+
+def test_one_device_against_one(monkeypatch):
+  with pytest.raises(UserError, match="PyTorch runs on one device, JAX on 8 x cpu"):
+    compare(monkeypatch, devices="8 x cpu")
