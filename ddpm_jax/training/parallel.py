@@ -26,11 +26,11 @@ Tree = Any
 class Parallel:
   """A mesh over all devices of all processes, and the placements that follow from `--parallel`."""
 
-  def __init__(self, mode: str, devices: Sequence[jax.Device] | None = None):
+  def __init__(self, mode: str, devices: Sequence[Any] | None = None):
     """Args:
       mode: 'pmap' or 'fsdp'.
-      devices: the mesh; None: all that JAX has. For others, such as those of a topology that is not here, a step can be
-        compiled, but they hold no arrays.
+      devices: JAX's, for the mesh; None: all that JAX has. For others, such as those of a topology that is not here, a
+        step can be compiled, but they hold no arrays.
 
     Raises:
       UserError: if JAX has no device.
@@ -108,11 +108,24 @@ class Parallel:
     """This process's rows of the global batch [B / processes, ...] as the compiled step takes them."""
 
     def put(rows: np.ndarray) -> jax.Array:
-      if self.mode == "pmap":  # pmap wants a leading axis of devices
-        rows = rows.reshape(jax.local_device_count(), -1, *rows.shape[1:])
+      rows = rows.reshape(self._rows_shape(rows.shape, jax.local_device_count()))
       return jax.make_array_from_process_local_data(self.split, rows)
 
     return jax.tree.map(put, batch)
+
+  def _rows_shape(self, shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
+    """[B, ...] as the compiled step takes it: pmap wants a leading axis of devices."""
+    return (devices, shape[0] // devices, *shape[1:]) if self.mode == "pmap" else shape
+
+  def abstract_inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, Any], jax.ShapeDtypeStruct]:
+    """The global batch [B, ...] and the vote as the compiled step takes them: to lower it where there are no arrays."""
+
+    def place(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+      shape = self._rows_shape(rows.shape, self.num_devices)
+      return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=self.split)
+
+    vote = jax.ShapeDtypeStruct((self.num_devices,), jnp.int32, sharding=self.split)
+    return jax.tree.map(place, batch), vote
 
   @functools.cached_property
   def _votes(self) -> dict[bool, jax.Array]:
