@@ -212,6 +212,20 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, uninterrupted, cases):
     assert not (folder / f"bad{flag}").exists()
 
 
+def test_a_plan_of_a_run_and_of_none(folder, uninterrupted):
+  """The stored run, and another batch; then flags alone. Nothing is written."""
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+  process = start(folder, "whole", "--mode=plan", "--topology=cpu", "--batch_size=32")
+  alone = start(folder, "unplanned", "--mode=plan", "--topology=v9", "--workdir=")
+  out, err = finish(process)
+  assert "8x8x1 (digits), 32 in an update" in out and "cpu: 2 x cpu" in out and "24 updates" in out
+  assert "fits: " in out and "largest batch" in out
+  assert all(line.startswith("compiling the step for a batch of ") for line in err.splitlines())
+  _, err = finish(alone, code=2)
+  assert err.startswith("error: topology: 'v9'") and err.count("\n") == 1
+  assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_workdir_of_another_run_is_refused(folder, uninterrupted):
   before = {path: path.read_bytes() for path in uninterrupted.glob("*.*")}
   _, err = finish(start(folder, "whole", "--seed=1"), code=2)

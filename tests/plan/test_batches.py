@@ -64,7 +64,9 @@ def test_a_batch_that_does_not_fit_leads_down():
 
 
 def test_a_refusal_without_numbers_leads_to_the_smallest():
-  refuses = lambda size: math.inf if size > 200 else 100 + 5.0 * size
+  def refuses(size):
+    return math.inf if size > 200 else 100 + 5.0 * size
+
   found, compiled = search(refuses, start=4096)
   assert compiled[0] == 16 and found.size == 128
   everything, compiled = search(lambda _: math.inf)
@@ -77,7 +79,10 @@ def test_the_smallest_is_refused_itself():
 
 def test_memory_that_does_not_grow_at_first():
   """All on the chip up to a size; then it grows."""
-  memory = lambda size: 150.0 if size <= 4096 else 150 + 0.05 * (size - 4096)
+
+  def memory(size):
+    return 150.0 if size <= 4096 else 150 + 0.05 * (size - 4096)
+
   found, compiled = search(memory, fixed=150.0)
   assert compiled[0] == 128 * 64 and (found.size, found.settled) == (16384, True)
 
@@ -93,7 +98,9 @@ def test_a_search_that_is_cut_short_says_so():
 
 
 def test_a_compiler_that_refuses_more_than_was_predicted():
-  memory = lambda size: 100 + 1.0 * size if size < 512 else math.inf
+  def memory(size):
+    return 100 + 1.0 * size if size < 512 else math.inf
+
   found, compiled = search(memory, limit=2000)
   assert found.size == 256 and found.next_size == 512 and math.isinf(found.next_bytes) and compiled[0] == 1024
 

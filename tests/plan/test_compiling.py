@@ -55,7 +55,10 @@ def test_memory_by_kind_is_that_of_the_arrays(mode):
   """On a CPU nothing is padded: each kind is the bytes of the arrays that training puts on one device."""
   step, run = planned(mode)
   state = run.initial_state()
-  on_one = lambda tree: sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+  def on_one(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
   memory = step.memory
   assert memory.parameters == on_one(state.params) > 0
   assert memory.average == memory.parameters
