@@ -58,6 +58,7 @@ def test_a_tpu_that_is_not_here(libtpu):
   assert found.memory == int(15.75 * 2**30)
   assert libtpu.asked == [("tpu", "v5e:2x2", {})]
   assert libtpu.environment == topology._QUIET  # before the library is loaded
+  assert (libtpu.environment["TPU_SKIP_MDS_QUERY"], libtpu.environment["TPU_LOG_DIR"]) == ("1", "disabled")
 
 
 def test_what_the_user_has_set_stays(libtpu, monkeypatch):
