@@ -59,6 +59,10 @@ def test_a_step_with_and_without_peaks():
   assert "1202.7 FLOP for each byte" in text
   assert "all-reduce     1 of 1 GB in all; each device sends 1 GB" in text
   assert "1 of them in a loop of unknown length, counted once" in text
+  often = report.step_table(
+    STEP._replace(collectives=[Collective("all-gather", 10**6, 2, n) for n in (1, 4)]), None, None
+  )
+  assert "all-gather     5 of 5 MB in all; each device sends 2.5 MB" in often and "unknown" not in often
   bare = report.step_table(STEP, None, None)
   assert "1.97 TFLOP\n" in bare and "/s" not in bare
   alone = report.step_table(STEP._replace(collectives=[]), PEAKS, times)
