@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.command import STEPS, checkpoints, digests, finish, metrics, start, start_job, wait_for
+from tests.command import STEPS, checkpoints, digests, finish, metrics, start, start_job, wait_for, wait_for_line
 
 
 @pytest.fixture(scope="module")
@@ -217,10 +217,11 @@ def test_a_plan_of_a_run_and_of_none(folder, uninterrupted):
   before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
   process = start(folder, "whole", "--mode=plan", "--topology=cpu", "--batch_size=32")
   alone = start(folder, "unplanned", "--mode=plan", "--topology=v9", "--workdir=")
-  out, err = finish(process)
-  assert "8x8x1 (digits), 32 in an update" in out and "cpu: 2 x cpu" in out and "24 updates" in out
-  assert "fits: " in out and "largest batch" in out
-  assert all(line.startswith("compiling the step for a batch of ") for line in err.splitlines())
+  out = wait_for_line(process, "24 updates")
+  assert "8x8x1 (digits), 32 in an update" in out and "cpu: 2 x cpu" in out and "fits: " in out
+  process.send_signal(signal.SIGTERM)  # the largest batch is not waited for
+  _, err = finish(process, code=128 + signal.SIGTERM)
+  assert err.startswith("compiling the step for a batch of 32 ... ") and "Traceback" not in err
   _, err = finish(alone, code=2)
   assert err.startswith("error: topology: 'v9'") and err.count("\n") == 1
   assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
