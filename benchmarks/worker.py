@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ddpm_jax import compilation
 from ddpm_jax.errors import RunError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -133,6 +134,8 @@ def main() -> None:
       answers.write(json.dumps(facts) + "\n")
       answers.flush()
 
+    if work != "torch_loop":
+      compilation.set_xla_flags()  # as the command does
     serve(importlib.import_module(f"benchmarks.{work}").prepare, sys.stdin, answer)
 
 

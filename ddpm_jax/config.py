@@ -22,6 +22,7 @@ from ddpm_jax.sections import (
   EvaluateConfig,
   ModelConfig,
   OptimizerConfig,
+  PlanConfig,
   SampleConfig,
   TrainConfig,
 )
@@ -38,6 +39,7 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+  plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
 
   def __post_init__(self):
     for _, field, value in knobs(self):

@@ -11,7 +11,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
-MODES = ("train", "sample", "evaluate")
+MODES = ("train", "sample", "evaluate", "plan")
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -50,7 +50,8 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "mode",
     "train",
     MODES,
-    "train: train, or go on training. sample: draw images from a workdir. evaluate: measure a workdir's model.",
+    "train: train, or go on training. sample: draw images from a workdir. evaluate: measure a workdir's model. plan: "
+    "say what training would need on --topology, and how fast it could be.",
     flag_values=registry,
   )
   for _, field, default in config_lib.knobs(Config()):
@@ -74,6 +75,11 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
   """The knobs that the command line or a flagfile names, with their values."""
   return {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
+
+
+def has_workdir(registry: flags.FlagValues = flags.FLAGS) -> bool:
+  """Whether the command names a workdir."""
+  return bool(registry["workdir"].value)
 
 
 def workdir(registry: flags.FlagValues = flags.FLAGS) -> pathlib.Path:

@@ -1,9 +1,10 @@
-"""Trains a denoising diffusion model, draws images from one, or measures it.
+"""Trains a denoising diffusion model, draws images from one, measures it, or plans its training.
 
   python -m ddpm_jax.main --workdir=runs/digits
   python -m ddpm_jax.main --workdir=runs/cifar10 --flagfile=experiments/cifar10.flags
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=sample
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=evaluate
+  python -m ddpm_jax.main --flagfile=experiments/cifar10.flags --mode=plan --topology=v5e:4x4
 
 The same command goes on where it stopped.
 """
@@ -33,11 +34,17 @@ if TYPE_CHECKING:
 def resolve_config(mode: str, given: dict, folder) -> Config:
   """The run that a command means: for training its flags over the defaults, else its flags over the workdir's config.
 
+  A plan may change everything, as it trains nothing, and needs no workdir: without a run its flags are over the
+  defaults.
+
   Raises:
     UserError: if a flag would change what the workdir was trained with.
   """
   if mode == "train":
     return config_lib.override(Config(), given)
+  if mode == "plan":
+    stored = workdir.load_config(folder) if folder and (folder / "config.json").exists() else Config()
+    return config_lib.override(stored, given)
   stored = workdir.load_config(folder)
   config = config_lib.override(stored, given)
   if "variance" in given and config.sample.sampler != "ddpm":
@@ -63,13 +70,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
       if not absl_flags.FLAGS["verbosity"].present:
         terminal.quiet()
-      folder = flags.workdir()
+      folder = flags.workdir() if mode != "plan" or flags.has_workdir() else None
       config = resolve_config(mode, flags.given(), folder)
       from ddpm_jax import compilation, distributed  # with JAX: after what can be said without it
 
       compilation.set_xla_flags()
       compilation.keep_compiled_programs(config.train.compilation_cache)
-      job = distributed.initialize(config.train.distributed, config.train.heartbeat_timeout)
+      together = "off" if mode == "plan" else config.train.distributed
+      job = distributed.initialize(together, config.train.heartbeat_timeout)
     except (UserError, RunError) as error:
       return _exit_code(error)
     stop.again()
@@ -84,7 +92,13 @@ def main(argv: Sequence[str]) -> int:
   return code
 
 
-def _run(mode: str, config: Config, folder: pathlib.Path, stop: StopRequest, job: Job) -> None:
+def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> None:
+  if mode == "plan":
+    from ddpm_jax.plan import run as plan_run
+
+    plan_run.plan(config)
+    return
+  assert folder  # only a plan does without
   match mode:
     case "train":
       from ddpm_jax.training import loop

@@ -218,4 +218,12 @@ class EvaluateConfig:
   ode_probes: int = knob(1, "Random vectors of Hutchinson's estimator for ode.", minimum=1, may_change=True)
   evaluate_batch_size: int = knob(100, "Images whose features or likelihoods are computed at once, over all devices.",
                                   minimum=1, may_change=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanConfig:
+  """What --mode=plan plans for."""
+
+  topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4', 'v5p:2x2x2' or "
+                       "'v6e:2x4', which need not be here, or 'cpu', the CPU of this machine.", may_change=True)
 # fmt: on

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.command import STEPS, checkpoints, digests, finish, metrics, start, start_job, wait_for
+from tests.command import STEPS, checkpoints, digests, finish, metrics, start, start_job, wait_for, wait_for_line
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +210,21 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, uninterrupted, cases):
     _, err = finish(process, code=2)
     assert message in err and err.startswith("error: ") and err.count("\n") == 1, err
     assert not (folder / f"bad{flag}").exists()
+
+
+def test_a_plan_of_a_run_and_of_none(folder, uninterrupted):
+  """The stored run, and another batch; then flags alone. Nothing is written."""
+  before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+  process = start(folder, "whole", "--mode=plan", "--topology=cpu", "--batch_size=32")
+  alone = start(folder, "unplanned", "--mode=plan", "--topology=v9", "--workdir=")
+  out = wait_for_line(process, "24 updates")
+  assert "8x8x1 (digits), 32 in an update" in out and "cpu: 2 x cpu" in out and "fits: " in out
+  process.send_signal(signal.SIGTERM)  # the largest batch is not waited for
+  _, err = finish(process, code=128 + signal.SIGTERM)
+  assert err.startswith("compiling the step for a batch of 32 ... ") and "Traceback" not in err
+  _, err = finish(alone, code=2)
+  assert err.startswith("error: topology: 'v9'") and err.count("\n") == 1
+  assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_workdir_of_another_run_is_refused(folder, uninterrupted):

@@ -155,6 +155,7 @@ OTHER = {
   "ode_steps": 20,
   "ode_probes": 2,
   "evaluate_batch_size": 40,
+  "topology": "v5e:4x4",
 }
 INPAINT_ALONE = ("mask", "repaint_jump", "repaint_resamples")
 # The same with another task: its own knobs.
@@ -387,7 +388,7 @@ def test_json_round_trip(config):
 
 def test_json_is_plain_and_by_section():
   tree = json.loads(config_lib.to_json(make()))
-  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate"]
+  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan"]
   assert tree["model"]["channel_multipliers"] == [1, 2, 2]
   assert tree["optimizer"]["learning_rate"] == 0.001
 
@@ -476,6 +477,7 @@ MAY_CHANGE = {
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
   *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
+  *("topology",),
 }
 
 
@@ -499,7 +501,7 @@ def test_num_steps_is_fixed_where_the_learning_rate_depends_on_it(schedule, refu
 
 # One knob, one reader.
 
-_OWNERS = {"config", "options", "d", "data", "diffusion", "model", "optimizer", "train", "sample", "evaluate"}
+_OWNERS = {"config", "options", "d", "data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan"}
 
 
 def knob_reads(root: pathlib.Path) -> set[str]:

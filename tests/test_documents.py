@@ -83,7 +83,7 @@ def parse(*arguments: str) -> tuple[str, dict]:
   flags.define(registry)
   arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
   assert registry(["ddpm_jax.main", *arguments]) == ["ddpm_jax.main"]
-  assert registry["workdir"].value
+  assert registry["workdir"].value or registry["mode"].value == "plan"
   return registry["mode"].value, flags.given(registry)
 
 
@@ -175,7 +175,7 @@ def test_commands_parse():
   assert len(commands) >= 8
   for words in commands:
     mode, given = parse(*words)
-    if mode == "train":
+    if mode in ("train", "plan"):
       config_lib.override(Config(), given)
     else:
       assert all(KNOBS[name].metadata["may_change"] for name in given), words
@@ -292,9 +292,9 @@ def test_what_may_change_is_what_the_code_says():
   may_change = {name for name, field in KNOBS.items() if field.metadata["may_change"]}
   table = marked(WORKSPACE, "may-change")
   assert set(re.findall(r"`(\w+)`", table)) == may_change
-  groups = {field.name for part, field, _ in config_lib.knobs(Config()) if part in ("sample", "evaluate")}
+  groups = {field.name for part, field, _ in config_lib.knobs(Config()) if part in ("sample", "evaluate", "plan")}
   assert named_flags(marked(README, "may-change")) == may_change - groups
-  assert groups <= may_change  # README.md says so of the two groups as a whole
+  assert groups <= may_change  # README.md says so of the three groups as a whole
 
 
 def test_the_lock_was_made_with_the_command_of_this_page():

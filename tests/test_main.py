@@ -9,6 +9,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 import ddpm_jax.evaluation
+import ddpm_jax.plan
 import ddpm_jax.sampling
 import ddpm_jax.training
 from ddpm_jax import config as config_lib
@@ -37,6 +38,8 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   monkeypatch.setattr(ddpm_jax.sampling, "run", types.SimpleNamespace(sample=run("sample")), raising=False)
   measured = types.SimpleNamespace(evaluate=run("evaluate"))
   monkeypatch.setattr(ddpm_jax.evaluation, "run", measured, raising=False)
+  planned = types.SimpleNamespace(plan=lambda config: run("plan")(config, None))
+  monkeypatch.setattr(ddpm_jax.plan, "run", planned, raising=False)
   monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another
   monkeypatch.setattr(main.terminal, "quiet", lambda: None)
 
@@ -100,11 +103,30 @@ def test_evaluate_takes_the_stored_config(runs, command, tmp_path):
   assert runs.calls[-1] == ("evaluate", expected, tmp_path)
 
 
+def test_a_plan_needs_no_workdir_joins_no_job_and_writes_nothing(runs, command, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert command("--mode=plan", "--topology=v5e:4x4", "--channels=64", "--distributed=auto") == 0
+  expected = config_lib.override(Config(), {"channels": 64, "topology": "v5e:4x4"})
+  assert runs.calls == [("distributed", "off", 100), ("plan", expected, None)]
+  assert command("--mode=plan", f"--workdir={tmp_path / 'later'}", "--channels=64", "--topology=v5e:4x4") == 0
+  assert runs.calls[-1] == ("plan", expected, None)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_a_run_may_change_all_of_it(runs, command, tmp_path):
+  stored = config_lib.override(Config(), {"channels": 64, "num_steps": 777})
+  workdir.create(tmp_path, stored)
+  before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+  assert command("--mode=plan", f"--workdir={tmp_path}", "--batch_size=256", "--dtype=bfloat16") == 0
+  assert runs.calls[-1] == ("plan", config_lib.override(stored, {"batch_size": 256, "dtype": "bfloat16"}), None)
+  assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 @pytest.mark.parametrize(
   ("error", "code"),
   [(UserError("a: b"), 2), (BadRecord("image 3", "mend"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
 )
-@pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate", "plan"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   if mode != "train":
     workdir.create(tmp_path, Config())

@@ -119,7 +119,11 @@ def test_the_data_know_no_model(file):
 
 def test_nothing_imports_main_and_only_main_starts_a_run():
   assert importers("ddpm_jax.main") == set()
-  assert importers("ddpm_jax.training.loop", "ddpm_jax.sampling.run", "ddpm_jax.evaluation.run") == {"main.py"}
+  runs = ("ddpm_jax.sampling.run", "ddpm_jax.evaluation.run", "ddpm_jax.plan.run", "ddpm_jax.training.loop.train")
+  assert importers(*runs) == {"main.py"}
+  # A plan compiles the step of the training loop itself, and runs none.
+  assert importers("ddpm_jax.training.loop") == {"main.py", "plan/compiling.py"}
+  assert importers("ddpm_jax.training.loop.make_train_step") == {"plan/compiling.py"}
 
 
 @pytest.mark.parametrize("file", below("report"))
@@ -198,6 +202,7 @@ def test_main_imports_a_run_only_when_it_starts():
     "ddpm_jax.training",
     "ddpm_jax.sampling",
     "ddpm_jax.evaluation",
+    "ddpm_jax.plan",
     "ddpm_jax.data",
     "ddpm_jax.models",
     "ddpm_jax.run",

@@ -18,6 +18,12 @@ PREFIX = "folder:"
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
+def exists(data: DataConfig) -> bool:
+  """Whether there is a folder of that name."""
+  path = data.dataset.removeprefix(PREFIX)
+  return bool(path) and pathlib.Path(path).expanduser().is_dir()
+
+
 def open_folder(data: DataConfig) -> EncodedImages:
   """The images below a folder, in the order of their relative paths, the same on every machine.
 
@@ -29,9 +35,8 @@ def open_folder(data: DataConfig) -> EncodedImages:
       skip: all are not), a split that a folder does not have, or images of different sizes, or not square, where
       `data.image_size` is 0.
   """
-  path = data.dataset.removeprefix(PREFIX)
-  root = pathlib.Path(path).expanduser()
-  if not path or not root.is_dir():
+  root = pathlib.Path(data.dataset.removeprefix(PREFIX)).expanduser()
+  if not exists(data):
     raise UserError(f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images")
   if data.split != "train":
     raise UserError(

@@ -51,7 +51,7 @@ def open_prepared(data: DataConfig) -> EncodedImages:
   return EncodedImages(
     name=data.dataset,
     length=len(records),
-    shape=(*size, 1 if channels in (1, 2) else 3),
+    shape=(*size, _decoded_channels(channels)),
     resize=data.image_size > 0,
     identity=f"{builder.info.full_name} {data.split}",
     listing=fingerprint.digest(
@@ -65,6 +65,22 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     label=label,
     classes=functools.partial(_classes, data, builder, class_feature, label, remedy) if class_feature else None,
   )
+
+
+def image_shape(data: DataConfig) -> tuple[int, int, int]:
+  """(H, W, C) of the decoded images, as the builder describes them: the data set need not be prepared.
+
+  Raises:
+    UserError: no such data set, no images in it; images of different sizes, or not square, where `data.image_size` is
+      0.
+  """
+  _, (height, width, channels) = _image_feature(data, make_builder(data))
+  return (*decoded_size(data.dataset, (height, width), data.image_size), _decoded_channels(channels))
+
+
+def _decoded_channels(stored: int | None) -> int:
+  """Grey stays grey, transparency goes, and everything else becomes RGB."""
+  return 1 if stored in (1, 2) else 3
 
 
 def split_names(data: DataConfig) -> list[str]:

@@ -74,6 +74,21 @@ def open_source(data: DataConfig) -> Source:
   )
 
 
+def image_shape(data: DataConfig) -> tuple[int, int, int]:
+  """(H, W, C) of the images that `open_source` would give. Downloads and prepares nothing, and needs no image.
+
+  A folder that is not there, with `data.image_size`, counts as one of colour images.
+
+  Raises:
+    UserError: no such data set, or its images have different sizes or none that is known, and `data.image_size` is 0.
+  """
+  if not data.dataset.startswith(folder.PREFIX):
+    return prepared.image_shape(data)
+  if folder.exists(data) or not data.image_size:
+    return folder.open_folder(data).shape
+  return (data.image_size, data.image_size, 3)
+
+
 def has_split(data: DataConfig, split: str) -> bool:
   """Whether the data set has a split of that name. Prepares the data set if need be.
 

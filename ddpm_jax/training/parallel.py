@@ -26,11 +26,11 @@ Tree = Any
 class Parallel:
   """A mesh over all devices of all processes, and the placements that follow from `--parallel`."""
 
-  def __init__(self, mode: str, devices: Sequence[jax.Device] | None = None):
+  def __init__(self, mode: str, devices: Sequence[Any] | None = None):
     """Args:
       mode: 'pmap' or 'fsdp'.
-      devices: the mesh; None: all that JAX has. For others, such as those of a topology that is not here, a step can be
-        compiled, but they hold no arrays.
+      devices: JAX's, for the mesh; None: all that JAX has. For others, such as those of a topology that is not here, a
+        step can be compiled, but they hold no arrays.
 
     Raises:
       UserError: if JAX has no device.
@@ -118,21 +118,36 @@ class Parallel:
     """This process's rows [B / processes, ...] of the next global batches, as the compiled step takes them."""
 
     def put(*rows: np.ndarray) -> jax.Array:
-      if self.mode == "pmap":  # pmap wants a leading axis of devices
-        rows = tuple(part.reshape(jax.local_device_count(), -1, *part.shape[1:]) for part in rows)
-        together = rows[0] if len(rows) == 1 else np.stack(rows, axis=1)
-        return jax.make_array_from_process_local_data(self.split, together)
-      together = rows[0] if len(rows) == 1 else np.stack(rows)
-      return jax.make_array_from_process_local_data(self._batches_sharding(len(rows)), together)
+      placed = [part.reshape(self._rows_shape(part.shape, jax.local_device_count())) for part in rows]
+      if len(placed) == 1:
+        return jax.make_array_from_process_local_data(self.split, placed[0])
+      together = np.stack(placed, axis=1 if self.mode == "pmap" else 0)
+      return jax.make_array_from_process_local_data(self._batches_sharding(len(placed)), together)
 
     return jax.tree.map(put, *batches)
 
   def _batches_sharding(self, updates: int) -> NamedSharding:
-    return self.split if updates == 1 else NamedSharding(self.mesh, PartitionSpec(None, AXIS))
+    if updates == 1 or self.mode == "pmap":
+      return self.split
+    return NamedSharding(self.mesh, PartitionSpec(None, AXIS))
 
   def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """`put_batches` of one."""
     return self.put_batches([batch])
+
+  def _rows_shape(self, shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
+    """[B, ...] as the compiled step takes it: pmap wants a leading axis of devices."""
+    return (devices, shape[0] // devices, *shape[1:]) if self.mode == "pmap" else shape
+
+  def abstract_inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, Any], jax.ShapeDtypeStruct]:
+    """The global batch [B, ...] and the vote as the compiled step takes them: to lower it where there are no arrays."""
+
+    def place(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+      shape = self._rows_shape(rows.shape, self.num_devices)
+      return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=self.split)
+
+    vote = jax.ShapeDtypeStruct((self.num_devices,), jnp.int32, sharding=self.split)
+    return jax.tree.map(place, batch), vote
 
   @functools.cached_property
   def _votes(self) -> dict[bool, jax.Array]:

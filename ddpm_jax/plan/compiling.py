@@ -1,0 +1,150 @@
+"""Compiles the real training step for a batch size, and reads what it needs from the compiled program."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.plan import hlo, traffic
+from ddpm_jax.plan.collectives import Collective, collectives
+from ddpm_jax.plan.topology import OutOfMemory, out_of_memory
+from ddpm_jax.run import Run
+from ddpm_jax.training.loop import make_train_step
+
+
+class Memory(NamedTuple):
+  """Bytes on one device while a step runs, by kind; each byte once.
+
+  Attributes:
+    parameters, average, optimizer: of the state. It is donated: the new state takes the place of the old one.
+    counters: the number of updates, and what went wrong in them.
+    batch: images, their indices, and the vote on when to stop.
+    padding: what the device's layout adds to all of these.
+    temporaries: activations, gradients and whatever else lives within a step.
+    outputs: the metrics.
+    program: the compiled code.
+  """
+
+  parameters: int
+  average: int
+  optimizer: int
+  counters: int
+  batch: int
+  padding: int
+  temporaries: int
+  outputs: int
+  program: int
+
+  @property
+  def total(self) -> int:
+    """The sum."""
+    return sum(self)
+
+  @property
+  def fixed(self) -> int:
+    """What does not grow with the batch."""
+    return self.total - self.temporaries - self.batch
+
+
+class CompiledStep(NamedTuple):
+  """What one device needs and does in a step.
+
+  Attributes:
+    batch_size: images in the step, over all devices.
+    memory: by kind.
+    flops: floating-point operations, as XLA counts them.
+    bytes: between its main memory and its arithmetic, see `traffic.main_memory_bytes`. On a CPU only what goes in and
+      comes out: its caches hold part of the rest, and the program does not say which.
+    collectives: what the devices send each other.
+  """
+
+  batch_size: int
+  memory: Memory
+  flops: float
+  bytes: int
+  collectives: list[Collective]
+
+  @property
+  def sent(self) -> float:
+    """Bytes that the device sends to others, at the least; a collective in a loop of unknown length counts once."""
+    return sum(c.sent * (1 if c.times is None else c.times) for c in self.collectives)
+
+
+def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
+  """Compiles the step for that global batch; OutOfMemory if the compiler refuses it for that.
+
+  Args:
+    run: of the devices to compile for, with abstract state.
+    batch_size: a multiple of the devices times `grad_accum_steps`.
+  """
+  batch, vote = run.parallel.abstract_inputs(abstract_batch(run.image_shape, batch_size))
+  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  try:
+    compiled = step.lower(run.abstract_state, batch, vote).compile()
+  except jax.errors.JaxRuntimeError as error:
+    refused = out_of_memory(error)
+    if refused is None:
+      raise
+    return refused
+  module, stats = hlo.parse(compiled.as_text()), compiled.memory_analysis()
+  has_caches = run.parallel.mesh.devices.flat[0].platform == "cpu"
+  return CompiledStep(
+    batch_size=batch_size,
+    memory=_memory(run, (batch, vote), stats),
+    flops=compiled.cost_analysis()["flops"] * _parts_not_counted(run, batch_size),
+    bytes=(
+      stats.argument_size_in_bytes + stats.output_size_in_bytes if has_caches else traffic.main_memory_bytes(module)
+    ),
+    collectives=collectives(module, run.parallel.num_devices),
+  )
+
+
+def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a global batch, as `pipeline.batches` yields it to one process: image, index, replaced."""
+  return {
+    "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
+    "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
+  }
+
+
+def _memory(run: Run, inputs: Any, stats: Any) -> Memory:
+  state = run.abstract_state
+  parts = {
+    "parameters": _bytes(state.params),
+    "average": _bytes(state.ema_params),
+    "optimizer": _bytes(state.opt_state),
+    "counters": _bytes((state.step, state.counts)),
+    "batch": _bytes(inputs),
+  }
+  return Memory(
+    **parts,
+    padding=stats.argument_size_in_bytes - sum(parts.values()),
+    temporaries=stats.temp_size_in_bytes,
+    outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+    program=stats.generated_code_size_in_bytes,
+  )
+
+
+def _bytes(tree: Any) -> int:
+  """Of a tree of placed shapes, on one device."""
+  return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _parts_not_counted(run: Run, batch_size: int) -> float:
+  """By what XLA's count of operations must be multiplied: it counts one part of --grad_accum_steps, as loops once.
+
+  The factor is that of the same step before it is compiled, on one device, with its batch in one part.
+  """
+  if run.config.train.grad_accum_steps == 1:
+    return 1.0
+  whole = run._replace(config=config_lib.override(run.config, {"grad_accum_steps": 1}))
+  state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), run.abstract_state)
+  batch = abstract_batch(run.image_shape, batch_size)
+  in_one, in_parts = (jax.jit(make_train_step(which)).lower(state, batch).cost_analysis() for which in (whole, run))
+  assert in_one and in_parts  # the CPU, for which it is lowered, has a count
+  return in_one["flops"] / in_parts["flops"]

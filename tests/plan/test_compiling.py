@@ -1,0 +1,200 @@
+"""The real step of the tiny run, compiled for the 8 simulated devices."""
+
+import functools
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from ddpm_jax.data.pipeline import batches
+from ddpm_jax.data.sources import Source
+from ddpm_jax.models.build import num_params
+from ddpm_jax.plan import compiling
+from ddpm_jax.plan.collectives import Collective
+from ddpm_jax.plan.compiling import CompiledStep, Memory, abstract_batch, compile_step
+from ddpm_jax.plan.topology import OutOfMemory
+from ddpm_jax.training.loop import make_train_step
+from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
+
+
+@functools.cache
+def planned(mode, batch_size=16, **changes) -> tuple[CompiledStep, object]:
+  run = tiny_run(tiny_config(parallel=mode, batch_size=batch_size, **changes))
+  step = compile_step(run, batch_size)
+  assert isinstance(step, CompiledStep)
+  return step, run
+
+
+def test_the_batch_is_what_the_pipeline_yields():
+  rows = random_batch(24)
+  source = Source("x", IMAGE_SHAPE, 24, lambda i: types.SimpleNamespace(images=rows["image"][i], replaced=i < 0))
+  options = dict(batch_size=16, seed=0, start_step=0, process_index=0, process_count=1, threads=1)
+  real = next(iter(batches(source, **options)))
+  planned = abstract_batch(IMAGE_SHAPE, 16)
+  assert {name: (rows.shape, rows.dtype) for name, rows in real.items()} == {
+    name: (rows.shape, rows.dtype) for name, rows in planned.items()
+  }
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_the_step_is_the_one_that_training_compiles(mode):
+  """Lowered from the shapes, and from the arrays that training puts on the devices: the same program."""
+  run = tiny_run(tiny_config(parallel=mode))
+  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  batch, vote = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
+  real = run.parallel.put_batch(random_batch()), run.parallel.put_vote(False)
+  shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), ((batch, vote), real))
+  assert shapes[0] == shapes[1]
+  texts = [step.lower(run.abstract_state, *inputs).as_text() for inputs in ((batch, vote), real)]
+  assert texts[0] == texts[1] and len(texts[0]) > 10_000
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_memory_by_kind_is_that_of_the_arrays(mode):
+  """On a CPU nothing is padded: each kind is the bytes of the arrays that training puts on one device."""
+  step, run = planned(mode)
+  state = run.initial_state()
+
+  def on_one(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+  memory = step.memory
+  assert memory.parameters == on_one(state.params) > 0
+  assert memory.average == memory.parameters
+  assert memory.optimizer == on_one(state.opt_state) >= 2 * memory.parameters
+  assert memory.counters == 16
+  assert memory.batch == 2 * (64 + 4 + 1) + 4  # two images, their indices, whether replaced; the vote
+  assert memory.padding == 0
+  whole = 4 * num_params(run.abstract_state.params)
+  assert memory.parameters == whole if mode == "pmap" else memory.parameters < whole / 7
+  assert memory.total == sum(memory) and memory.fixed == memory.total - memory.temporaries - memory.batch
+  assert memory.temporaries > whole and 0 < memory.outputs < 10_000  # gradients; metrics
+
+
+def test_all_memory_is_that_of_the_compiler():
+  run = tiny_run(tiny_config())
+  stats = types.SimpleNamespace(
+    argument_size_in_bytes=10**6,
+    output_size_in_bytes=900_100,
+    alias_size_in_bytes=900_000,
+    temp_size_in_bytes=5 * 10**6,
+    generated_code_size_in_bytes=7 * 10**5,
+  )
+  inputs = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
+  memory = compiling._memory(run, inputs, stats)
+  assert memory.total == 10**6 + 100 + 5 * 10**6 + 7 * 10**5
+  assert memory.padding == 10**6 - sum(memory[:5]) > 0
+  assert (memory.temporaries, memory.outputs, memory.program) == (5 * 10**6, 100, 7 * 10**5)
+
+
+def twins(params) -> int:
+  """Numbers in gradients that equal another one: two biases that are added up, of which XLA sends one."""
+  found = 0
+  for name, block in params.items():
+    found += block["temb_proj"]["bias"].size if "temb_proj" in block else 0
+    found += block["shortcut"]["bias"].size if "shortcut" in block else 0
+    assert name
+  return found
+
+
+def test_pmap_sends_the_gradients_in_one_all_reduce():
+  """Parameters times 4 bytes, and the loss; beside it one number each for the images replaced and for the vote."""
+  step, run = planned("pmap")
+  params = run.abstract_state.params
+  sizes = sorted(c.bytes for c in step.collectives)
+  assert {(c.kind, c.group, c.times) for c in step.collectives} == {("all-reduce", 8, 1)}
+  assert sizes == [4, 4, 4 * (num_params(params) - twins(params)) + 4]
+  assert step.sent == pytest.approx(2 * 7 / 8 * sum(sizes))
+  parts, _ = planned("pmap", grad_accum_steps=2)  # summed over the parts before they are sent: nothing is merged
+  assert sorted(c.bytes for c in parts.collectives) == [4, 4, 4 * num_params(params) + 4]
+
+
+def test_fsdp_gathers_the_parameters_and_reduces_the_gradients():
+  step, run = planned("fsdp")
+  sent = {kind: sum(c.bytes for c in step.collectives if c.kind == kind) for kind in ("all-gather", "all-reduce")}
+  sharded = sum(4 * leaf.size for leaf in jax.tree.leaves(run.abstract_state.params) if leaf.sharding.spec)
+  assert sent["all-gather"] >= sharded / 2 > 0
+  assert sent["all-reduce"] >= sharded / 2
+  assert all(c.group == 8 for c in step.collectives)
+
+
+def test_in_parts_the_gathers_of_each_part_count():
+  step, _ = planned("fsdp", grad_accum_steps=2)
+  assert {c.times for c in step.collectives} == {1, 2}
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_operations_do_not_depend_on_the_parts(mode):
+  """XLA counts a loop once; a batch in two parts is as much work as in one."""
+  whole = planned(mode)[0].flops
+  assert whole > 1e6
+  assert planned(mode, grad_accum_steps=2)[0].flops == pytest.approx(whole, rel=0.2)
+
+
+def test_operations_grow_with_the_batch():
+  small, large = (planned("pmap", size)[0].flops for size in (16, 32))
+  assert 1.6 < large / small < 2.1
+
+
+def test_a_cpu_counts_what_goes_in_and_out():
+  step, run = planned("pmap")
+  state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
+  assert step.bytes == pytest.approx(2 * state, rel=0.02)
+
+
+class Elsewhere:
+  """Takes the place of what `Parallel.compile` returns, on a machine without that hardware."""
+
+  def __init__(self, outcome):
+    self.outcome = outcome
+
+  def lower(self, *_):
+    return self
+
+  def compile(self):
+    if isinstance(self.outcome, Exception):
+      raise self.outcome
+    return self.outcome
+
+
+def run_elsewhere(outcome, platform):
+  """The tiny run, as if its devices were of another platform."""
+  run = tiny_run(tiny_config())
+  parallel = types.SimpleNamespace(
+    abstract_inputs=run.parallel.abstract_inputs,
+    compile=lambda *_: Elsewhere(outcome),
+    num_devices=8,
+    mesh=types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)])),
+  )
+  return run._replace(parallel=parallel)
+
+
+def test_a_refusal_for_memory_is_an_outcome_and_any_other_an_error():
+  refused = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 20.5G of 15.75G hbm. Exceeded")
+  assert compile_step(run_elsewhere(refused, "tpu"), 16) == OutOfMemory(int(20.5 * 2**30), int(15.75 * 2**30))
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+    compile_step(run_elsewhere(jax.errors.JaxRuntimeError("INTERNAL: bug"), "tpu"), 16)
+
+
+def test_the_bytes_of_a_tpu_are_those_of_its_program():
+  text = "ENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0} parameter(0)\n  ROOT %y = f32[8]{0} sine(%x)\n}\n"
+  stats = types.SimpleNamespace(
+    argument_size_in_bytes=10**6,
+    output_size_in_bytes=10,
+    alias_size_in_bytes=0,
+    temp_size_in_bytes=0,
+    generated_code_size_in_bytes=0,
+  )
+  program = types.SimpleNamespace(
+    as_text=lambda: text, memory_analysis=lambda: stats, cost_analysis=lambda: {"flops": 8.0}
+  )
+  step = compile_step(run_elsewhere(program, "tpu"), 16)
+  assert isinstance(step, CompiledStep) and (step.bytes, step.flops, step.batch_size) == (64, 8.0, 16)
+  on_cpu = compile_step(run_elsewhere(program, "cpu"), 16)
+  assert isinstance(on_cpu, CompiledStep) and on_cpu.bytes == 10**6 + 10
+
+
+def test_a_collective_in_a_loop_of_unknown_length_counts_once():
+  step = CompiledStep(8, Memory(*[0] * 9), 1.0, 1, [Collective("all-gather", 80, 8, t) for t in (None, 1, 3)])
+  assert step.sent == 70 * 5

@@ -1,0 +1,120 @@
+"""Names of topologies; libtpu, which the tests do not have, is a fake here."""
+
+import importlib.util
+import os
+import types
+
+import jax
+import pytest
+
+from ddpm_jax.errors import UserError
+from ddpm_jax.plan import topology
+from ddpm_jax.plan.topology import OutOfMemory, out_of_memory
+
+V5E = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (4.00T) exceeds "
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+  """A libtpu that has v5e, v4 and nothing else, and keeps what it was asked for."""
+  record = types.SimpleNamespace(asked=[], environment={}, refusal=V5E + "available HBM (15.75G).")
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
+  for name in topology._QUIET:
+    monkeypatch.delenv(name, raising=False)
+
+  def get_topology_desc(*, platform, topology_name, **options):
+    record.asked.append((platform, topology_name, options))
+    record.environment = {name: os.environ.get(name) for name in topology._QUIET}
+    if not topology_name.startswith(("v5e:", "v4:")):
+      raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9\nmore")
+    kind = "TPU v5 lite" if topology_name.startswith("v5e") else "TPU v4"
+    return types.SimpleNamespace(devices=[types.SimpleNamespace(device_kind=kind)] * 4)
+
+  class Huge:
+    def lower(self, _):
+      return self
+
+    def compile(self):
+      if record.refusal:
+        raise jax.errors.JaxRuntimeError(record.refusal)
+
+  monkeypatch.setattr(topology.topologies, "get_topology_desc", get_topology_desc)
+  monkeypatch.setattr(topology, "SingleDeviceSharding", lambda _: None)
+  monkeypatch.setattr(topology.jax, "jit", lambda *_, **__: Huge())
+  yield record
+  for name in topology._QUIET:
+    os.environ.pop(name, None)
+
+
+def test_cpu_is_this_machine():
+  found = topology.find("cpu")
+  assert list(found.devices) == jax.devices() and (found.chips, found.kind) == (8, "cpu")
+  assert found.memory == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
+
+
+def test_a_tpu_that_is_not_here(libtpu):
+  found = topology.find("v5e:2x2")
+  assert (found.name, len(found.devices), found.chips, found.kind) == ("v5e:2x2", 4, 4, "TPU v5 lite")
+  assert found.memory == int(15.75 * 2**30)
+  assert libtpu.asked == [("tpu", "v5e:2x2", {})]
+  assert libtpu.environment == topology._QUIET  # before the library is loaded
+  assert (libtpu.environment["TPU_SKIP_MDS_QUERY"], libtpu.environment["TPU_LOG_DIR"]) == ("1", "disabled")
+
+
+def test_what_the_user_has_set_stays(libtpu, monkeypatch):
+  monkeypatch.setenv("TPU_MIN_LOG_LEVEL", "0")
+  topology.find("v5e:2x2")
+  assert libtpu.environment == topology._QUIET | {"TPU_MIN_LOG_LEVEL": "0"}
+
+
+def test_a_chip_alone_and_a_chip_of_two_cores(libtpu):
+  topology.find("v5e:1x1")
+  topology.find("v4:2x2x1")
+  options = [asked[2] for asked in libtpu.asked]
+  assert options == [{"chips_per_host_bounds": (1, 1, 1)}, {"chip_config_name": "megacore"}]
+
+
+def test_memory_that_nobody_says(libtpu):
+  libtpu.refusal = ""
+  assert topology.find("v5e:2x2").memory is None
+  libtpu.refusal = "RESOURCE_EXHAUSTED: no"
+  assert topology.find("v5e:2x2").memory is None
+  libtpu.refusal = "INTERNAL: broken"
+  with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+    topology.find("v5e:2x2")
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:4", "v5e:axb", "gpu", "a100:2x2", "v5e:2x2x2x2", "CPU"])
+def test_what_is_no_name_is_refused_without_libtpu(name):
+  with pytest.raises(UserError, match=r"^topology: .* is no name of a topology; use one such as v5e:4x4, .*cpu$"):
+    topology.find(name)
+
+
+def test_libtpu_is_missing(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+  with pytest.raises(UserError, match=r"^topology: v5e:4x4 needs libtpu, .*; run: pip install -e '\.\[tpu\]'$"):
+    topology.find("v5e:4x4")
+
+
+def test_a_topology_that_libtpu_does_not_know(libtpu):
+  with pytest.raises(UserError) as caught:
+    topology.find("v9:2x2")
+  assert "\n" not in str(caught.value)
+  assert "v9:2x2 is unknown to libtpu (Invalid TPU external name: TPU v9); use one such as" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    (V5E + "available HBM (15.75G).", OutOfMemory(4 * 2**40, int(15.75 * 2**30))),
+    (
+      "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 512.5M of "
+      "256K hbm. Exceeded hbm capacity by",
+      OutOfMemory(int(512.5 * 2**20), 256 * 2**10),
+    ),
+    ("RESOURCE_EXHAUSTED: something", OutOfMemory(None, None)),
+    ("INTERNAL: Used 1G of 2G hbm", None),
+  ],
+)
+def test_words_of_the_compiler(text, expected):
+  assert out_of_memory(jax.errors.JaxRuntimeError(text)) == expected
