@@ -46,7 +46,7 @@ def keep_compiled_programs(where: str) -> None:
   if where == "off":
     jax.config.update("jax_enable_compilation_cache", False)
     return
-  if where == "auto" and jax.config.jax_compilation_cache_dir:
+  if where == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     return  # as the user has set it, with its limits
   folder = default_folder() if where == "auto" else pathlib.Path(where)
   try:

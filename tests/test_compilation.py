@@ -19,6 +19,7 @@ OPTIONS = ("jax_compilation_cache_dir", "jax_enable_compilation_cache", "jax_per
 def as_before(monkeypatch, tmp_path):
   """A home of its own, no folder chosen; JAX's settings and Python's warnings are put back."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+  monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
   monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
   before = {name: getattr(jax.config, name) for name in OPTIONS}
   jax.config.update("jax_compilation_cache_dir", None)
@@ -41,7 +42,8 @@ def test_auto_is_a_folder_of_this_machine(tmp_path, monkeypatch):
   assert compilation.default_folder().parent == tmp_path / ".cache" / "ddpm_jax"
 
 
-def test_auto_leaves_what_the_user_has_set(tmp_path):
+def test_auto_leaves_what_the_user_has_set(tmp_path, monkeypatch):
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # which JAX has read when it was imported
   jax.config.update("jax_compilation_cache_dir", str(tmp_path))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
   compilation.keep_compiled_programs("auto")
@@ -76,7 +78,6 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch):
   monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 100)
   compilation.keep_compiled_programs("auto")
   assert len(list(folder.iterdir())) == 10
-  jax.config.update("jax_compilation_cache_dir", None)  # as at the next start
   monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 99)
   compilation.keep_compiled_programs("auto")
   assert sorted(path.name for path in folder.iterdir()) == ["0", "1", "2", "3"]
