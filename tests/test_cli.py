@@ -97,6 +97,19 @@ def test_samples_depend_on_their_index_alone(folder, uninterrupted):
   assert (uninterrupted / "samples" / "samples.2.npz").exists()
 
 
+def test_the_next_start_compiles_nothing(folder, uninterrupted):
+  """Without a word from the user, programs are kept in the home directory; the numbers are the same with them."""
+  home = {"XDG_CACHE_HOME": str(folder / "home"), "JAX_COMPILATION_CACHE_DIR": ""}
+  finish(start(folder, "first", "--num_steps=2", **home))
+  kept = {path: path.stat().st_mtime_ns for path in (folder / "home" / "ddpm_jax").glob("*/*")}
+  assert kept
+  _, err = finish(start(folder, "second", "--num_steps=2", **home))
+  assert err == ""
+  assert {path: path.stat().st_mtime_ns for path in (folder / "home" / "ddpm_jax").glob("*/*")} == kept
+  np.testing.assert_array_equal(losses(folder / "second"), losses(folder / "first"))
+  np.testing.assert_array_equal(losses(folder / "first"), losses(folder / "whole")[:1])
+
+
 def test_two_processes_are_one(folder, uninterrupted):
   """Half of the run with pmap, half with fsdp; then one process samples what two have trained."""
   for flags in (["--parallel=pmap", "--num_steps=12"], ["--parallel=fsdp"]):
