@@ -26,6 +26,7 @@ _QUIET = {
   "TPU_MIN_LOG_LEVEL": "3",
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_LOG_DIR": "disabled",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock is for TPUs, of which none is used: another plan, or training, may run
 }
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _OUT_OF_MEMORY = (
@@ -91,8 +92,12 @@ def find(name: str) -> Topology:
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
   except (jax.errors.JaxRuntimeError, RuntimeError) as error:
-    reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-    raise UserError(f"topology: {name} is unknown to libtpu ({reason}); use one such as {EXAMPLES}") from error
+    reason = str(error).splitlines()[0]
+    if not reason.startswith("INVALID_ARGUMENT: "):
+      raise UserError(f"topology: libtpu cannot be used ({reason}); install it again, or mend what it names") from error
+    raise UserError(
+      f"topology: {name} is unknown to libtpu ({reason.removeprefix('INVALID_ARGUMENT: ')}); use one such as {EXAMPLES}"
+    ) from error
   return Topology(name, devices, chips, _usable_memory(devices[0]))
 
 

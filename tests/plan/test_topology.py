@@ -25,6 +25,8 @@ def libtpu(monkeypatch):
   def get_topology_desc(*, platform, topology_name, **options):
     record.asked.append((platform, topology_name, options))
     record.environment = {name: os.environ.get(name) for name in topology._QUIET}
+    if topology_name.startswith("v8"):
+      raise jax.errors.JaxRuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
     if not topology_name.startswith(("v5e:", "v4:")):
       raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9\nmore")
     kind = "TPU v5 lite" if topology_name.startswith("v5e") else "TPU v4"
@@ -59,6 +61,7 @@ def test_a_tpu_that_is_not_here(libtpu):
   assert libtpu.asked == [("tpu", "v5e:2x2", {})]
   assert libtpu.environment == topology._QUIET  # before the library is loaded
   assert (libtpu.environment["TPU_SKIP_MDS_QUERY"], libtpu.environment["TPU_LOG_DIR"]) == ("1", "disabled")
+  assert libtpu.environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"  # two plans at a time
 
 
 def test_what_the_user_has_set_stays(libtpu, monkeypatch):
@@ -101,6 +104,11 @@ def test_a_topology_that_libtpu_does_not_know(libtpu):
     topology.find("v9:2x2")
   assert "\n" not in str(caught.value)
   assert "v9:2x2 is unknown to libtpu (Invalid TPU external name: TPU v9); use one such as" in str(caught.value)
+
+
+def test_a_libtpu_that_does_not_start(libtpu):
+  with pytest.raises(UserError, match=r"^topology: libtpu cannot be used \(ABORTED: .* lockfile\.\); install it again"):
+    topology.find("v8:2x2")
 
 
 @pytest.mark.parametrize(
