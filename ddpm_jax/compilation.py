@@ -11,7 +11,7 @@ import warnings
 
 from ddpm_jax.errors import UserError
 
-MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`; the programs of the default run take some 3 MB
+MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
 
 # The dot products, element-wise operations and reductions of XLA's CPU backend by the library YNNPACK, as for
 # convolutions: the default since JAX 0.12. benchmarks/README.md has what it brings.
@@ -35,8 +35,8 @@ def keep_compiled_programs(where: str) -> None:
   folder of `auto` emptied, as JAX would not write that entry anew.
 
   Args:
-    where: 'off'; a folder; or 'auto': JAX_COMPILATION_CACHE_DIR if it is set, else `default_folder()`, held below
-      `MAX_CACHE_BYTES`. Without a folder that can be written, 'auto' is 'off'.
+    where: 'off'; a folder; or 'auto': JAX_COMPILATION_CACHE_DIR if it is set, else `default_folder()`, brought
+      below `MAX_CACHE_BYTES` first. Without a folder that can be written, 'auto' is 'off'.
 
   Raises:
     UserError: if the folder that was named cannot be written.
@@ -90,10 +90,15 @@ def _machine() -> str:
   return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
+def _programs(folder: pathlib.Path) -> list[pathlib.Path]:
+  """JAX's entries. XLA for GPUs has a folder of its own beside them."""
+  return list(folder.glob("*-cache"))
+
+
 def _prune(folder: pathlib.Path) -> None:
   """Removes the programs that were not used for longest, until the others take less than half of what is allowed."""
   entries = []
-  for path in folder.iterdir():
+  for path in _programs(folder):
     try:
       entries.append((path.stat(), path))
     except FileNotFoundError:
@@ -114,11 +119,9 @@ def _empty_when_damaged(folder: pathlib.Path) -> None:
 
   def show(message, category, *where, **more) -> None:
     if str(message).startswith("Error reading persistent compilation cache entry"):
-      for path in folder.iterdir():
+      for path in _programs(folder):
         path.unlink(missing_ok=True)
-    elif not str(message).startswith(
-      "Error writing persistent compilation cache entry"
-    ):  # a full disk is told elsewhere
+    elif not str(message).startswith("Error writing persistent compilation cache entry"):  # as it is only a cache
       usual(message, category, *where, **more)
 
   warnings.showwarning = show
