@@ -75,8 +75,9 @@ def main(argv: Sequence[str]) -> int:
       from ddpm_jax import compilation, distributed  # with JAX: after what can be said without it
 
       compilation.set_xla_flags()
-      compilation.keep_compiled_programs(config.train.compilation_cache)
-      together = "off" if mode == "plan" else config.train.distributed
+      planning = mode == "plan"  # alone, and writes no file
+      compilation.keep_compiled_programs("off" if planning else config.train.compilation_cache)
+      together = "off" if planning else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
     except (UserError, RunError) as error:
       return _exit_code(error)
