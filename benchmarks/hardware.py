@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ddpm_jax.compilation import cores
+
 
 class Peak(NamedTuple):
   """FLOP/s of dense matrix products of one JAX device, and who says so."""
@@ -24,8 +26,7 @@ class Peak(NamedTuple):
 _HOPPER = "NVIDIA H100 and H200 data sheets, without sparsity"
 _AMPERE = "NVIDIA A100 data sheet, without sparsity"
 _ADA = "NVIDIA Ada data sheets, without sparsity"
-_TPU = "Cloud TPU documentation, system architecture"
-# By the beginning of `device_kind`; of two that fit, the longer one. v2 and v3 have two JAX devices on a chip.
+# By the beginning of `device_kind`; of two that fit, the longer one.
 PEAKS = {
   "NVIDIA H100": Peak(989.4e12, 494.7e12, _HOPPER),
   "NVIDIA H100 PCIe": Peak(756e12, 378e12, _HOPPER),
@@ -33,21 +34,22 @@ PEAKS = {
   "NVIDIA A100": Peak(312e12, 156e12, _AMPERE),
   "NVIDIA L4": Peak(121e12, 60e12, _ADA),
   "NVIDIA L40S": Peak(362e12, 183e12, _ADA),
-  "TPU v2": Peak(22.5e12, 22.5e12, _TPU),
-  "TPU v3": Peak(61.5e12, 61.5e12, _TPU),
-  "TPU v4": Peak(275e12, 275e12, _TPU),
-  "TPU v5": Peak(459e12, 459e12, _TPU),
-  "TPU v5 lite": Peak(197e12, 197e12, _TPU),
-  "TPU v6 lite": Peak(918e12, 918e12, _TPU),
 }
 
 
 def published_peak(device_kind: str, dtype: str) -> tuple[float, str] | None:
   """(FLOP/s of one device, source), or None if the table has it not."""
-  fits = [kind for kind in PEAKS if f"{device_kind} ".startswith((f"{kind} ", f"{kind}-"))]
+  from ddpm_jax.plan.hardware import TPUS  # with JAX, which a worker with PyTorch has not
+
+  source = "Cloud TPU documentation, system architecture"
+  known = dict(PEAKS)
+  for kind, (tflops, *_) in TPUS.items():
+    of_a_device = tflops * 1e12 / (2 if kind == "TPU v3" else 1)  # two JAX devices on a chip
+    known[kind] = Peak(of_a_device, of_a_device, source)
+  fits = [kind for kind in known if f"{device_kind} ".startswith((f"{kind} ", f"{kind}-"))]
   if not fits:
     return None
-  peak = PEAKS[max(fits, key=len)]
+  peak = known[max(fits, key=len)]
   return getattr(peak, dtype), peak.source
 
 
@@ -82,11 +84,6 @@ def describe() -> dict[str, Any]:
     "system": platform.system(),
     "load": round(os.getloadavg()[0], 1),  # of the last minute; more than the cores: others were at work too
   }
-
-
-def cores() -> int:
-  """Those that this process may use."""
-  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -45,7 +45,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   state = run.initial_state()
   no = parallel.put_vote(False)
   began = time.perf_counter()
-  lowered = step.lower(state, parallel.put_batch(host_batches[0]), no)
+  lowered = step.lower(state, parallel.put_batches([host_batches[0]]), no)
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   facts = {
@@ -62,11 +62,11 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   def block(case: str, count: int) -> dict[str, Any]:
     nonlocal state
     in_flight, ends = collections.deque(), []
-    state, *outputs = step(state, parallel.put_batch(next(endless)), no)  # to be warm
+    state, *outputs = step(state, parallel.put_batches([next(endless)]), no)  # to be warm
     jax.block_until_ready(outputs)
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
-      state, *outputs = step(state, parallel.put_batch(next(endless)), no)
+      state, *outputs = step(state, parallel.put_batches([next(endless)]), no)
       in_flight.append(outputs)
       if len(in_flight) > _RUN_AHEAD:
         jax.block_until_ready(in_flight.popleft())

@@ -77,10 +77,14 @@ def default_folder() -> pathlib.Path:
   return pathlib.Path(base) / "ddpm_jax" / _machine()
 
 
+def cores() -> int:
+  """Those that this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _machine() -> str:
   """A short digest of the kind of CPU, what it can do, and the number of cores that this process may use."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-  facts = [platform.machine(), platform.processor(), str(cores)]
+  facts = [platform.machine(), platform.processor(), str(cores())]
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
   except OSError:

@@ -131,10 +131,6 @@ class Parallel:
       return self.split
     return NamedSharding(self.mesh, PartitionSpec(None, AXIS))
 
-  def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """`put_batches` of one."""
-    return self.put_batches([batch])
-
   def _rows_shape(self, shape: tuple[int, ...], devices: int) -> tuple[int, ...]:
     """[B, ...] as the compiled step takes it: pmap wants a leading axis of devices."""
     return (devices, shape[0] // devices, *shape[1:]) if self.mode == "pmap" else shape

@@ -43,7 +43,7 @@ def test_the_step_is_the_one_that_training_compiles(mode):
   run = tiny_run(tiny_config(parallel=mode))
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   batch, vote = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
-  real = run.parallel.put_batch(random_batch()), run.parallel.put_vote(False)
+  real = run.parallel.put_batches([random_batch()]), run.parallel.put_vote(False)
   shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), ((batch, vote), real))
   assert shapes[0] == shapes[1]
   texts = [step.lower(run.abstract_state, *inputs).as_text() for inputs in ((batch, vote), real)]

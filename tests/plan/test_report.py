@@ -14,7 +14,7 @@ from ddpm_jax.plan.roofline import roofline
 from ddpm_jax.plan.topology import OutOfMemory, Topology
 from tests.training.tiny import tiny_config, tiny_run
 
-PEAKS = Peaks(flops=197e12, bandwidth=819e9, interconnect=200e9, memory=2**34, source="by hand")
+PEAKS = Peaks(flops=197e12, bandwidth=819e9, interconnect=200e9, source="by hand")
 MEMORY = Memory(2**30, 2**30, 2**31, 16, 3 * 2**10, 0, 2**32, 512, 2**20)
 STEP = CompiledStep(
   64, MEMORY, 1.97e12, 1638 * 10**6, [Collective("all-reduce", 10**9, 2, 1), Collective("all-gather", 8, 2, None)]

@@ -7,7 +7,7 @@ from ddpm_jax.plan.compiling import CompiledStep, Memory
 from ddpm_jax.plan.hardware import Peaks
 from ddpm_jax.plan.roofline import roofline
 
-PEAKS = Peaks(flops=200e12, bandwidth=800e9, interconnect=200e9, memory=2**34, source="by hand")
+PEAKS = Peaks(flops=200e12, bandwidth=800e9, interconnect=200e9, source="by hand")
 
 
 def step(flops, bytes_, sent):

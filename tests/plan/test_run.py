@@ -36,7 +36,7 @@ def compiled(monkeypatch):
     return CompiledStep(size, Memory(1000, 0, 0, 0, 2 * size, 0, 8 * size, 0, 0), 1e9, 10**6, [])
 
   monkeypatch.setattr(plan_run, "compile_step", compile_step)
-  monkeypatch.setattr(plan_run, "peaks", lambda _: Peaks(1e12, 1e9, None, None, "by hand"))
+  monkeypatch.setattr(plan_run, "peaks", lambda _: Peaks(1e12, 1e9, None, "by hand"))
   target = Topology("cpu", jax.devices(), 8, 20_000)
   monkeypatch.setattr(plan_run.topology, "find", lambda _: target)
   return types.SimpleNamespace(sizes=sizes, target=target)

@@ -22,7 +22,7 @@ def train(mode, **changes):
   state, rows = run.initial_state(), []
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   for i in range(STEPS):
-    batch = run.parallel.put_batch(random_batch(seed=i))
+    batch = run.parallel.put_batches([random_batch(seed=i)])
     # As if one process, of this device, had asked to stop before the last update.
     vote = jax.device_put(np.asarray([0, 0, 0, i == STEPS - 1, 0, 0, 0, 0], np.int32), run.parallel.split)
     with jax.transfer_guard("disallow"):
@@ -83,7 +83,7 @@ def test_one_compilation_also_after_a_resume(mode):
   run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   state = run.initial_state()
-  batches = [run.parallel.put_batch(random_batch(24, seed=i)) for i in range(4)]
+  batches = [run.parallel.put_batches([random_batch(24, seed=i)]) for i in range(4)]
   restored = jax.device_put(host(state), run.parallel.state_shardings(run.abstract_state))
   vote = run.parallel.put_vote(False)
   jax.block_until_ready((state, batches, restored, vote))
@@ -100,7 +100,7 @@ def test_the_state_is_donated(mode):
   run = tiny_run(tiny_config(parallel=mode))
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   state = run.initial_state()
-  step(state, run.parallel.put_batch(random_batch()), run.parallel.put_vote(False))
+  step(state, run.parallel.put_batches([random_batch()]), run.parallel.put_vote(False))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
