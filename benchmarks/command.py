@@ -17,10 +17,8 @@ from benchmarks.worker import Worker
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
+from ddpm_jax.data import sources
 from ddpm_jax.errors import RunError, UserError
-
-# Height, width and channels of data sets that --image_size leaves as they are.
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "fashion_mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +103,10 @@ def image_shape(config: Config, given: tuple[int, int, int] | None) -> tuple[int
   """(H, W, C) of the images that a run is measured with. Raises UserError if that is not known."""
   if given:
     return given
-  known = SHAPES.get(config.data.dataset.partition(":")[0])
-  if config.data.image_size:
-    return config.data.image_size, config.data.image_size, known[2] if known else 3
-  if known is None:
-    raise UserError(f"image_shape: not known of dataset={config.data.dataset!r}; give --image_shape=H,W,C")
-  return known
+  try:
+    return sources.image_shape(config.data)
+  except UserError as error:
+    raise UserError(f"{error}; or give --image_shape=H,W,C") from error
 
 
 @contextlib.contextmanager
@@ -143,11 +139,10 @@ def finish(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def _parse_flags(words: Sequence[str]) -> dict[str, Any]:
   registry = absl_flags.FlagValues()
   flags.define(registry)
-  files = [word for word in words if word.startswith("--flagfile=")]
   try:
-    left = registry(["benchmarks", *files, *(word for word in words if word not in files)])[1:]
+    left = registry(["benchmarks", *flags.flagfiles_first(words)])[1:]
   except absl_flags.Error as error:
-    raise UserError(" ".join(str(error).split()).removeprefix("ERROR:: ")) from error
+    raise UserError(flags.one_line(error)) from error
   if left:
     raise UserError(f"unexpected argument {left[0]!r}; flags are written --name=value")
   for name in ("workdir", "mode"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -70,6 +71,16 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
       flags.DEFINE(_TupleParser(int), field.name, default, text, registry, _TupleSerializer())
     else:
       flags.DEFINE_string(field.name, default, text, flag_values=registry)
+
+
+def flagfiles_first(words: Sequence[str]) -> list[str]:
+  """The words of a command with its flagfiles first, wherever they stand: a flag on the command line always wins."""
+  return sorted(words, key=lambda word: not word.startswith("--flagfile="))
+
+
+def one_line(error: flags.Error) -> str:
+  """What absl says of a wrong flag."""
+  return " ".join(str(error).split()).removeprefix("ERROR:: ")
 
 
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:

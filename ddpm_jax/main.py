@@ -133,16 +133,12 @@ def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseExce
 
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
-  # Flagfiles first, wherever they stand: a flag on the command line always wins.
-  files = [argument for argument in argv[1:] if argument.startswith("--flagfile=")]
-  others = [argument for argument in argv[1:] if not argument.startswith("--flagfile=")]
   try:
-    return absl_flags.FLAGS([argv[0], *files, *others])
+    return absl_flags.FLAGS([argv[0], *flags.flagfiles_first(argv[1:])])
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
-    message = " ".join(str(error).split()).removeprefix("ERROR:: ")
-    print(f"error: {message}; --help lists the flags", file=sys.stderr)
+    print(f"error: {flags.one_line(error)}; --help lists the flags", file=sys.stderr)
     sys.exit(2)
 
 
