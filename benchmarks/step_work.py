@@ -19,8 +19,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.models.build import num_params
-from ddpm_jax.run import build_run
-from ddpm_jax.training.loop import make_train_step
+from ddpm_jax.run import build_run, make_train_step
 from ddpm_jax.training.parallel import Parallel
 
 _BATCHES = 8  # different ones, used again and again

@@ -11,9 +11,10 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedules import NoiseSchedule, make_schedule
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Network, build_model, init_params, network_of
-from ddpm_jax.training.optimizer import make_optimizer
+from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.parallel import Parallel
 from ddpm_jax.training.state import TrainState, create_state
+from ddpm_jax.training.step import make_loss, train_step
 
 
 class Run(NamedTuple):
@@ -44,6 +45,20 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
     parallel.state_shardings(shapes),
   )
   return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
+
+
+def make_train_step(run: Run) -> functools.partial:
+  """`step.train_step` with everything bound but (state, batch) and axis_name."""
+  config = run.config
+  return functools.partial(
+    train_step,
+    seed=config.train.seed,
+    loss_fn=make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip),
+    optimizer=make_optimizer(config.optimizer, config.train.num_steps),
+    learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps),
+    ema_decay=config.optimizer.ema_decay,
+    grad_accum_steps=config.train.grad_accum_steps,
+  )
 
 
 def _initial_state(config: Config, image_shape: tuple[int, int, int]) -> TrainState:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import pathlib
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -29,18 +28,17 @@ from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import num_params
 from ddpm_jax.progress import Progress
-from ddpm_jax.run import Run, build_run
+from ddpm_jax.run import Run, build_run, make_train_step
 from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
-from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.parallel import Parallel, to_host
 from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
-from ddpm_jax.training.step import Metrics, make_loss, train_step
+from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
 _RUN_AHEAD = 2  # calls that may wait on the device while the host prepares the next batch
@@ -249,20 +247,6 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=run.config.data.data_threads,
-  )
-
-
-def make_train_step(run: Run) -> functools.partial:
-  """`step.train_step` with everything bound but (state, batch) and axis_name."""
-  config = run.config
-  return functools.partial(
-    train_step,
-    seed=config.train.seed,
-    loss_fn=make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip),
-    optimizer=make_optimizer(config.optimizer, config.train.num_steps),
-    learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps),
-    ema_decay=config.optimizer.ema_decay,
-    grad_accum_steps=config.train.grad_accum_steps,
   )
 
 

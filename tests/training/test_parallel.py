@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.loop import make_train_step
+from ddpm_jax.run import make_train_step
 from ddpm_jax.training.parallel import Parallel, free_memory, to_host
 from tests.training.tiny import host, random_batch, tiny_config, tiny_run
 

@@ -13,8 +13,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
 from ddpm_jax.models.build import num_params
-from ddpm_jax.run import build_run
-from ddpm_jax.training.loop import make_train_step
+from ddpm_jax.run import build_run, make_train_step
 from ddpm_jax.training.parallel import Parallel
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
