@@ -134,10 +134,10 @@ def seconds_in_updates(metrics: pathlib.Path) -> float:
 def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
   """Overheads in percent of the bare step: each whole run against the two bare blocks around it."""
   size, results = config.data.batch_size, {}
-  results["bare_seconds"] = spread([_update_seconds(block) for block in blocks if block.setting == "bare"])
+  results["bare_seconds"] = spread([_update_seconds(block, size) for block in blocks if block.setting == "bare"])
   for start in _STARTS:
     runs = [
-      (block, (_update_seconds(blocks[i - 1]) + _update_seconds(blocks[i + 1])) / 2)
+      (block, (_update_seconds(blocks[i - 1], size) + _update_seconds(blocks[i + 1], size)) / 2)
       for i, block in enumerate(blocks)
       if block.setting == start
     ]
@@ -155,8 +155,8 @@ def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
   return results
 
 
-def _update_seconds(bare: Block) -> float:
-  return bare.measured["seconds"] / bare.count
+def _update_seconds(bare: Block, batch_size: int) -> float:
+  return bare.measured["seconds"] * batch_size / bare.measured["images"]
 
 
 def text(results: dict[str, Any]) -> str:

@@ -40,11 +40,12 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   host_batches = _first_batches(config) if job.get("data") else _random_batches(config.data.batch_size, shape)
   run = build_run(config, shape, parallel)
-  step: Any = parallel.compile(make_train_step(run), run.abstract_state)
+  updates = config.train.steps_per_dispatch
+  step: Any = parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
   state = run.initial_state()
   no = parallel.put_vote(False)
   began = time.perf_counter()
-  lowered = step.lower(state, parallel.put_batches([host_batches[0]]), no)
+  lowered = step.lower(state, parallel.put_batches(host_batches[:1] * updates), no)
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   facts = {
@@ -58,15 +59,18 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   }
   endless = itertools.cycle(host_batches)
 
-  def block(case: str, count: int) -> dict[str, Any]:
+  def call() -> list[Any]:
     nonlocal state
+    state, *outputs = step(state, parallel.put_batches([next(endless) for _ in range(updates)]), no)
+    return outputs
+
+  def block(case: str, count: int) -> dict[str, Any]:
     in_flight, ends = collections.deque(), []
-    state, *outputs = step(state, parallel.put_batches([next(endless)]), no)  # to be warm
-    jax.block_until_ready(outputs)
+    jax.block_until_ready(call())  # to be warm
     began, cpu = time.perf_counter(), time.process_time()
-    for _ in range(count):
-      state, *outputs = step(state, parallel.put_batches([next(endless)]), no)
-      in_flight.append(outputs)
+    calls = -(-count // updates)
+    for _ in range(calls):
+      in_flight.append(call())
       if len(in_flight) > _RUN_AHEAD:
         jax.block_until_ready(in_flight.popleft())
         ends.append(time.perf_counter())
@@ -76,8 +80,8 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     return {
       "seconds": ends[-1] - began,
       "cpu_seconds": time.process_time() - cpu,
-      "images": count * config.data.batch_size,
-      "steps": np.diff([began, *ends]).tolist(),
+      "images": calls * updates * config.data.batch_size,
+      "steps": np.repeat(np.diff([began, *ends]) / updates, updates).tolist(),
       **memory_used(),
     }
 

@@ -43,6 +43,15 @@ def test_the_step_is_made_as_often_as_asked(no_peak):
   assert measured["process_bytes"] > 100 << 20
 
 
+def test_several_updates_in_a_call_are_counted_one_by_one(no_peak):
+  config = tiny_config(channels=4, channel_multipliers=(1,), attention_resolutions=(), steps_per_dispatch=3)
+  _, block = step_work.prepare(job(config))
+  measured = block("", 4)  # two calls
+  assert measured["images"] == 6 * 16
+  assert len(measured["steps"]) == 6
+  assert sum(measured["steps"]) == pytest.approx(measured["seconds"])
+
+
 def test_batches_may_be_those_of_the_run(monkeypatch, no_peak):
   from ddpm_jax.data.encoded import Rows
   from ddpm_jax.data.sources import Source
