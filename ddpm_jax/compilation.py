@@ -13,19 +13,28 @@ from ddpm_jax.errors import UserError
 
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
 
-# The dot products, element-wise operations and reductions of XLA's CPU backend by the library YNNPACK, as for
-# convolutions: the default since JAX 0.12. benchmarks/README.md has what it brings.
-_CPU_FLAG = "xla_cpu_experimental_ynn_fusion_type"
-_CPU_FLAG_VALUE = "individual_convolution,individual_dot,dot,eltwise,reduce"
+# What makes programs faster on CPUs, by version of jaxlib: benchmarks/README.md has what it brings. XLA ends the
+# process at a flag that it does not know, so only what was tried is here.
+_YNNPACK = {
+  # Products, element-wise operations and reductions by the library YNNPACK, as convolutions.
+  "xla_cpu_experimental_ynn_fusion_type": "individual_convolution,individual_dot,dot,eltwise,reduce",
+}
+_ONEDNN = {
+  # Convolutions and products by the library oneDNN, which jaxlib has for x86-64; only reductions by YNNPACK.
+  "xla_cpu_use_onednn": "true",
+  "xla_cpu_experimental_onednn_custom_call": "true",
+  "xla_cpu_experimental_ynn_fusion_type": "reduce",
+}
+_CPU_FLAGS = {(0, 10): _YNNPACK, (0, 11): _ONEDNN, (0, 12): _ONEDNN}
 
 
 def set_xla_flags() -> None:
   """Adds to XLA_FLAGS what makes programs faster on CPUs. Before JAX starts; what the user has set stays."""
   flags = os.environ.get("XLA_FLAGS", "")
-  # XLA ends the process at a flag that it does not know: only for the versions that were tried.
   version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
-  if (0, 10) <= version < (0, 12) and _CPU_FLAG not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --{_CPU_FLAG}={_CPU_FLAG_VALUE}".strip()
+  ours = _CPU_FLAGS.get(version, {}) if platform.machine() in ("x86_64", "AMD64") else {}
+  if not any(name in flags for name in ours):
+    os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={value}" for name, value in ours.items())]).strip()
 
 
 def keep_compiled_programs(where: str) -> None:

@@ -22,7 +22,7 @@ from absl import app
 from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, terminal, workdir
+from ddpm_jax import flags, hugepages, terminal, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
 from ddpm_jax.stop import StopRequest
@@ -143,6 +143,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+  hugepages.restart_with_huge_pages()
   flags.define()
   absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
   app.run(main, flags_parser=_parse_flags)

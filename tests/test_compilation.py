@@ -3,6 +3,9 @@
 import importlib.metadata
 import os
 import pathlib
+import platform
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -110,19 +113,41 @@ def test_a_damaged_entry_is_compiled_again_and_all_are_removed():
 
 
 @pytest.mark.parametrize(
-  ("version", "before", "after"),
+  ("version", "machine", "before", "after"),
   [
-    ("0.10.2", "", "--FLAG=VALUE"),
-    ("0.11.0", "--xla_x=1", "--xla_x=1 --FLAG=VALUE"),
-    ("0.10.2", "--FLAG=dot", "--FLAG=dot"),
-    ("0.12.0.1", "--xla_x=1", "--xla_x=1"),
+    ("0.10.2", "x86_64", "", "YNNPACK"),
+    ("0.11.0", "x86_64", "--xla_x=1", "--xla_x=1 ONEDNN"),
+    ("0.12.0.1", "x86_64", "", "ONEDNN"),
+    ("0.12.0.1", "aarch64", "--xla_x=1", "--xla_x=1"),
+    ("0.13.0", "x86_64", "--xla_x=1", "--xla_x=1"),
+    ("0.12.0.1", "x86_64", "--xla_cpu_experimental_ynn_fusion_type=dot", "--xla_cpu_experimental_ynn_fusion_type=dot"),
+    ("0.12.0.1", "x86_64", "--xla_cpu_use_onednn=false", "--xla_cpu_use_onednn=false"),
   ],
 )
-def test_flags_of_xla(version, before, after, monkeypatch):
-  def text(flags):
-    return flags.replace("FLAG", compilation._CPU_FLAG).replace("VALUE", compilation._CPU_FLAG_VALUE)
-
+def test_flags_of_xla(version, machine, before, after, monkeypatch):
+  ynnpack = "--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce"
+  onednn = (
+    "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true "
+    "--xla_cpu_experimental_ynn_fusion_type=reduce"
+  )
   monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "jaxlib" else "")
-  monkeypatch.setenv("XLA_FLAGS", text(before))
+  monkeypatch.setattr(platform, "machine", lambda: machine)
+  monkeypatch.setenv("XLA_FLAGS", before)
   compilation.set_xla_flags()
-  assert os.environ["XLA_FLAGS"] == text(after)
+  assert os.environ["XLA_FLAGS"] == after.replace("YNNPACK", ynnpack).replace("ONEDNN", onednn)
+
+
+def test_the_flags_reach_the_library():
+  """The convolutions of the command are those of the library that the flags name, where this version has flags."""
+  program = (
+    "from ddpm_jax import compilation; compilation.set_xla_flags(); import jax, jax.numpy as jnp;"
+    "from ddpm_jax.models.convolution import convolve;"
+    "print(jax.jit(convolve).lower(jnp.ones((4, 8, 8, 8)), jnp.ones((3, 3, 8, 8))).compile().as_text())"
+  )
+  environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+  text = subprocess.run([sys.executable, "-c", program], env=environment, check=True, text=True, capture_output=True)
+  version = importlib.metadata.version("jaxlib").split(".")[:2]
+  if platform.machine() == "x86_64" and version in (["0", "11"], ["0", "12"]):
+    assert "__onednn$convolution" in text.stdout
+  else:
+    assert "convolution" in text.stdout

@@ -11,6 +11,7 @@ from ddpm_jax.models.convolution import Conv3x3
 from ddpm_jax.models.layers import (
   CONVOLUTION,
   Downsample,
+  GroupNorm,
   ResBlock,
   SelfAttention,
   Upsample,
@@ -110,5 +111,5 @@ class UNet(nn.Module):
     assert not skips
 
     # End, in float32: where the samplers divide by sqrt(alpha_bar_t), a rounding to bfloat16 would be multiplied too.
-    h = nn.swish(nn.GroupNorm(self.num_groups, dtype=jnp.float32, name="norm_out")(h))
+    h = nn.swish(GroupNorm(self.num_groups, jnp.float32, name="norm_out")(h))
     return Conv3x3(self.out_channels, zeros_init, jnp.float32, name="conv_out")(h)

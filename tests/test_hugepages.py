@@ -1,0 +1,94 @@
+"""A command starts itself anew, once, where memory comes in huge pages on request."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ddpm_jax import hugepages
+
+PROGRAM = """
+import os, pathlib, sys
+from ddpm_jax import hugepages
+hugepages._MODES = pathlib.Path(sys.argv[1])
+print(os.getpid(), flush=True)
+hugepages.restart_with_huge_pages()
+print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[2:], sys.stdin.read())
+"""
+
+
+@pytest.fixture
+def modes(tmp_path):
+  path = tmp_path / "enabled"
+  path.write_text("always [madvise] never\n")
+  return path
+
+
+def lines(modes, tunables=None):
+  """What a program prints that is started with the words 'a b' and c, and hears d."""
+  environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  if tunables is not None:
+    environment["GLIBC_TUNABLES"] = tunables
+  done = subprocess.run(
+    [sys.executable, "-W", "error", "-c", PROGRAM, modes, "a b", "c"],
+    env=environment,
+    input="d",
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=pathlib.Path(hugepages.__file__).parents[1],
+  )
+  return done.stdout.splitlines()
+
+
+@pytest.fixture
+def glibc(monkeypatch):
+  """Of a version that can ask for huge pages, as far as this process is concerned."""
+  monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
+
+
+def can_ask():
+  name, _, version = str(os.confstr("CS_GNU_LIBC_VERSION")).partition(" ")
+  return name == "glibc" and tuple(map(int, version.split(".")[:2])) >= (2, 35)
+
+
+@pytest.mark.parametrize("before", [None, "glibc.malloc.check=0"])
+def test_it_starts_anew_once_as_the_same_process_with_the_same_words(modes, before):
+  first, *more = lines(modes, before)
+  tunables = "glibc.malloc.hugetlb=1" if before is None else f"{before}:glibc.malloc.hugetlb=1"
+  if can_ask():
+    assert more == [first, f"{first} {tunables} ['a b', 'c'] d"]
+  else:
+    assert more == [f"{first} {before} ['a b', 'c'] d"]
+
+
+@pytest.mark.parametrize("tunables", ["glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=1"])
+def test_what_the_user_has_set_stays(modes, tunables):
+  first, *more = lines(modes, tunables)
+  assert more == [f"{first} {tunables} ['a b', 'c'] d"]
+
+
+@pytest.mark.parametrize("mode", ["[always] madvise never\n", "always madvise [never]\n", None])
+def test_not_where_nobody_or_everybody_gets_them(modes, glibc, monkeypatch, mode):
+  monkeypatch.setattr(hugepages, "_MODES", modes)
+  assert hugepages._on_request()
+  if mode is None:
+    modes.unlink()
+  else:
+    modes.write_text(mode)
+  assert not hugepages._on_request()
+
+
+@pytest.mark.parametrize("answer", ["glibc 2.34", "glibc 1.99", "", None, ValueError()])
+def test_not_with_another_library(modes, monkeypatch, answer):
+  monkeypatch.setattr(hugepages, "_MODES", modes)
+
+  def confstr(name):
+    if isinstance(answer, Exception):
+      raise answer
+    return answer
+
+  monkeypatch.setattr(os, "confstr", confstr, raising=False)
+  assert not hugepages._on_request()
