@@ -22,6 +22,7 @@ from ddpm_jax.errors import UserError
 VARIANTS = (
   *("eager", "channels_last", "compiled", "compiled channels_last"),
   *("channels_last 1 thread", "compiled channels_last 1 thread"),  # on a CPU
+  *("channels_last in parts", "compiled channels_last in parts"),  # with --grad_accum_steps
 )
 _TRIALS, _TRIAL_SECONDS = 2, 3.0
 
@@ -50,6 +51,8 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   tried, steps = {}, {}
   for variant in job["variants"]:
     if "1 thread" in variant and torch.cuda.is_available():
+      continue
+    if "in parts" in variant and config.train.grad_accum_steps == 1:
       continue
     try:
       step = Step(torch, config, tuple(job["image_shape"]), job["unet"], variant)
@@ -108,6 +111,7 @@ class Step:
     if self.device.type == "cuda":
       self._images = [images.pin_memory() for images in self._images]
     self._number = 0
+    self._parts = config.train.grad_accum_steps if "in parts" in variant else 1
 
   def update(self) -> None:
     """One update with the next batch."""
@@ -121,11 +125,12 @@ class Step:
     t = torch.randint(0, config.diffusion.num_timesteps, (len(x0),), device=self.device)
     eps = torch.randn_like(x0)
     xt = self._signal[t][:, None, None, None] * x0 + self._noise[t][:, None, None, None] * eps
-    with self._precision():
-      output = self._network(xt, t, return_dict=False)[0]
-    loss = torch.nn.functional.mse_loss(output.float(), eps)
     self._adam.zero_grad(set_to_none=True)
-    loss.backward()
+    for part in zip(*(rows.chunk(self._parts) for rows in (xt, t, eps)), strict=True):
+      with self._precision():
+        output = self._network(part[0], part[1], return_dict=False)[0]
+      loss = torch.nn.functional.mse_loss(output.float(), part[2])
+      (loss / self._parts).backward()
     if config.optimizer.grad_clip:
       torch.nn.utils.clip_grad_norm_(self._parameters, config.optimizer.grad_clip)
     self._adam.step()

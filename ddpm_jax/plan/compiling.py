@@ -55,7 +55,8 @@ class CompiledStep(NamedTuple):
   Attributes:
     batch_size: images in the step, over all devices.
     memory: by kind.
-    flops: floating-point operations, as XLA counts them.
+    flops: floating-point operations, as XLA counts them in the compiled program; on a CPU before it is compiled, as
+      there they are hidden in calls of libraries.
     bytes: between its main memory and its arithmetic, see `traffic.main_memory_bytes`. On a CPU only what goes in and
       comes out: its caches hold part of the rest, and the program does not say which.
     collectives: what the devices send each other.
@@ -94,7 +95,11 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
   return CompiledStep(
     batch_size=batch_size,
     memory=_memory(run, (batch, vote), stats),
-    flops=compiled.cost_analysis()["flops"] * _parts_not_counted(run, batch_size),
+    flops=(
+      _operations(run, batch_size, parts=1) / run.parallel.num_devices
+      if has_caches
+      else compiled.cost_analysis()["flops"] * _parts_not_counted(run, batch_size)
+    ),
     bytes=(
       stats.argument_size_in_bytes + stats.output_size_in_bytes if has_caches else traffic.main_memory_bytes(module)
     ),
@@ -139,11 +144,16 @@ def _parts_not_counted(run: Run, batch_size: int) -> float:
 
   The factor is that of the same step before it is compiled, on one device, with its batch in one part.
   """
-  if run.config.train.grad_accum_steps == 1:
-    return 1.0
-  whole = run._replace(config=config_lib.override(run.config, {"grad_accum_steps": 1}))
+  parts = run.config.train.grad_accum_steps
+  return 1.0 if parts == 1 else _operations(run, batch_size, parts=1) / _operations(run, batch_size, parts=parts)
+
+
+def _operations(run: Run, batch_size: int, *, parts: int) -> float:
+  """XLA's count for the step before it is compiled, on one device, with `parts` for --grad_accum_steps; loops once."""
+  run = run._replace(config=config_lib.override(run.config, {"grad_accum_steps": parts}))
   state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), run.abstract_state)
-  batch = abstract_batch(run.image_shape, batch_size)
-  in_one, in_parts = (jax.jit(make_train_step(which)).lower(state, batch).cost_analysis() for which in (whole, run))
-  assert in_one and in_parts  # the CPU, for which it is lowered, has a count
-  return in_one["flops"] / in_parts["flops"]
+  traced = jax.jit(make_train_step(run)).trace(state, abstract_batch(run.image_shape, batch_size))
+  # As for a TPU: for a CPU, convolutions would be loops.
+  cost = traced.lower(lowering_platforms=("tpu",)).cost_analysis()
+  assert cost
+  return cost["flops"]

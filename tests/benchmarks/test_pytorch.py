@@ -44,7 +44,6 @@ def test_the_unet_of_diffusers(name):
   ("words", "message"),
   [
     (["--remat=blocks"], "remat: the PyTorch loop has none only; leave --remat out"),
-    (["--grad_accum_steps=2"], "grad_accum_steps: the PyTorch loop has 1 only"),
     (["--prediction=v"], "prediction: the PyTorch loop has eps only"),
     (["--loss=l1"], "loss: the PyTorch loop has l2 only"),
     (["--variants=eager,fast"], "variants: 'fast' is none of eager,channels_last"),

@@ -10,7 +10,9 @@ import pytest
 
 from tests.command import checkpoints, digests, metrics, run
 
-PROMPT = 5.0  # seconds from the signal to the end of the process, where it waits for no compilation
+PROMPT = (
+  15.0  # seconds from the signal to the end of the process, beside other tests, where it waits for no compilation
+)
 STARTED, TRAINING = "compiling", "compiled and made update"
 
 
