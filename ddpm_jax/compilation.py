@@ -25,7 +25,7 @@ _ONEDNN = {
   "xla_cpu_experimental_onednn_custom_call": "true",
   "xla_cpu_experimental_ynn_fusion_type": "reduce",
 }
-_CPU_FLAGS = {(0, 10): _YNNPACK, (0, 11): _ONEDNN, (0, 12): _ONEDNN}
+_CPU_FLAGS: dict[tuple[int, ...], dict[str, str]] = {(0, 10): _YNNPACK, (0, 11): _ONEDNN, (0, 12): _ONEDNN}
 
 
 def set_xla_flags() -> None:
