@@ -32,7 +32,7 @@ OTHER_FLAGS = {
   *("flagfile", "help"),  # absl
   *("require-hashes",),  # pip
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
-  *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops"),  # XLA
+  *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
   *("b",),  # benchmarks
 }

@@ -175,12 +175,17 @@ def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> ja
     columns, rows = (moved.reshape(-1, moved.shape[-1]) for moved in (columns, rows))
     return jnp.einsum("pc,pf->cf", columns, rows, preferred_element_type=jnp.float32)
 
+  def gradient(product: jax.Array) -> jax.Array:  # [n C, n F] -> [n, n, C, F]
+    return product.astype(dy.dtype).reshape(n, x.shape[-1], n, dy.shape[-1]).transpose(2, 0, 1, 3)
+
   most = max(1, _PIXELS_AT_ONCE // (height * width))
   images = max(size for size in range(1, most + 1) if len(x) % size == 0)
+  if images == len(x):
+    return gradient(product(x, dy))
   parts = tuple(array.reshape(-1, images, *array.shape[1:]) for array in (x, dy))
   zero = jnp.zeros((n * x.shape[-1], n * dy.shape[-1]), jnp.float32)
   total, _ = jax.lax.scan(lambda total, part: (total + product(*part), None), zero, parts)
-  return total.astype(dy.dtype).reshape(n, x.shape[-1], n, dy.shape[-1]).transpose(2, 0, 1, 3)
+  return gradient(total)
 
 
 def _same(x: jax.Array) -> jax.Array:
