@@ -26,6 +26,7 @@ def as_before(monkeypatch, tmp_path):
   monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
   before = {name: getattr(jax.config, name) for name in OPTIONS}
   jax.config.update("jax_compilation_cache_dir", None)
+  jax.config.update("jax_enable_compilation_cache", True)  # a test of another file may have had it off
   yield
   for name, value in before.items():
     jax.config.update(name, value)
