@@ -215,7 +215,8 @@ def ode_log_density(
     def along(probe: jax.Array) -> tuple[jax.Array, jax.Array]:
       return jax.jvp(lambda at_xbar: predict_eps(scale * at_xbar, jnp.full(len(x0), t)), (xbar,), (probe,))
 
-    eps, derivative = jax.vmap(along)(probes)  # [P, B, ...]; all eps are the same
+    # [P, B, ...]; all eps are the same. One after the other: a network's derivatives may have no rule for `jax.vmap`.
+    eps, derivative = jax.lax.map(along, probes)
     divergence = jnp.mean(jnp.sum(probes * derivative, axis=tuple(d + 1 for d in dimensions)), axis=0)
     ahead = predict_eps(scale_next * (xbar + step * eps[0]), jnp.full(len(x0), t_next))
     return (xbar + step / 2 * (eps[0] + ahead), integral + weight * divergence), None
