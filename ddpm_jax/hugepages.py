@@ -1,4 +1,4 @@
-"""Memory in pages of 2 MiB, on Linux: for arrays on CPUs, in whatever mode.
+"""Memory in pages of 2 MiB, on Linux: for the arrays of CPUs.
 
 XLA asks the system for hundreds of megabytes in every update and gives them back after it. In pages of 4 KiB the system
 then spends a third of the time on filling in pages; `benchmarks/README.md` has what it brings.

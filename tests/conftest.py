@@ -6,10 +6,7 @@ import pathlib
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# On a machine that is busy, eight devices on two cores may wait for each other for longer than XLA puts up with.
-os.environ["XLA_FLAGS"] = (
-  "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # children of the tests inherit it
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"

@@ -70,24 +70,21 @@ def _convolve_jvp(resample, primals, tangents):
   way = _WAYS[resample]
   y = convolve(x, kernel, resample)
   dy = jnp.zeros_like(y)
+
+  def gradient(plain: Callable, shape: tuple[int, ...], on_cpu: Callable) -> Callable:
+    """(other, dy) -> the gradient of `shape`, by the argument in which plain(other, argument) is linear."""
+
+    def elsewhere(other: jax.Array, dy: jax.Array) -> jax.Array:
+      return jax.linear_transpose(functools.partial(plain, other), jax.ShapeDtypeStruct(shape, dy.dtype))(dy)[0]
+
+    return lambda other, dy: jax.lax.platform_dependent(other, dy, cpu=on_cpu, default=elsewhere)
+
   if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-
-    def image_gradient(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-      def elsewhere(kernel: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda x: way.plain(x, kernel), jax.ShapeDtypeStruct(x.shape, dy.dtype))(dy)[0]
-
-      return jax.lax.platform_dependent(kernel, dy, cpu=way.image_gradient, default=elsewhere)
-
-    dy += jax.custom_derivatives.linear_call(lambda k, dx: convolve(dx, k, resample), image_gradient, kernel, dx)
+    by_image = gradient(lambda kernel, x: way.plain(x, kernel), x.shape, way.image_gradient)
+    dy += jax.custom_derivatives.linear_call(lambda kernel, dx: convolve(dx, kernel, resample), by_image, kernel, dx)
   if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
-
-    def kernel_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
-      def elsewhere(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return jax.linear_transpose(lambda k: way.plain(x, k), jax.ShapeDtypeStruct(kernel.shape, dy.dtype))(dy)[0]
-
-      return jax.lax.platform_dependent(x, dy, cpu=way.kernel_gradient, default=elsewhere)
-
-    dy += jax.custom_derivatives.linear_call(lambda x, dk: convolve(x, dk, resample), kernel_gradient, x, dkernel)
+    by_kernel = gradient(way.plain, kernel.shape, way.kernel_gradient)
+    dy += jax.custom_derivatives.linear_call(lambda x, dk: convolve(x, dk, resample), by_kernel, x, dkernel)
   return y, dy
 
 
