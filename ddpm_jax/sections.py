@@ -125,9 +125,9 @@ class TrainConfig:
                            minimum=0, may_change=True)
   heartbeat_timeout: int = knob(100, "Seconds after which a process of a job that is silent counts as lost.", minimum=5,
                                 may_change=True)
-  preview_images: int = knob(32, "Images in a sample grid during training, drawn with the EMA weights and with the "
+  preview_images: int = knob(16, "Images in a sample grid during training, drawn with the EMA weights and with the "
                              "raw ones.", minimum=1, may_change=True)
-  preview_steps: int = knob(50, "DDIM steps for the sample grids during training.", minimum=1, may_change=True)
+  preview_steps: int = knob(20, "DPM-Solver++ steps for the sample grids during training.", minimum=1, may_change=True)
   distributed: str = knob("auto", "'auto' joins the other processes of a Cloud TPU, Slurm, Open MPI or Kubernetes "
                           "job, or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe; "
                           "'off' trains alone.", choices=("auto", "off"), may_change=True)

@@ -12,10 +12,13 @@ from collections.abc import Generator
 import grain
 import numpy as np
 
+from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
+
+_WITHOUT_END = 2**40  # batches
 
 
 def order(
@@ -38,8 +41,13 @@ def order(
       f"batch_size: {batch_size} cannot be shared evenly by {process_count} processes; use a multiple of "
       f"{process_count}"
     )
-  shares = grain.MapDataset.range(length).seed(seed).shuffle().repeat().batch(batch_size // process_count)
-  return shares[process_index::process_count]
+  share = batch_size // process_count
+
+  def rows(step: int) -> np.ndarray:
+    first = step * batch_size + process_index * share
+    return shuffled(np.arange(first, first + share), length, seed)
+
+  return grain.MapDataset.range(_WITHOUT_END).map(rows)
 
 
 def images_of(source: Source, step: int, *, batch_size: int, seed: int) -> np.ndarray:

@@ -255,7 +255,7 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
   options, schedule = run.config.train, run.schedule
   draw = make_draw(
     make_predictor(run.network, schedule, run.config.diffusion.prediction),
-    make_sampler(schedule, "ddim", num_steps=options.preview_steps),
+    make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
     image_shape=run.image_shape,
     parallel=run.parallel,
     seed=options.seed,

@@ -90,9 +90,9 @@ def test_a_data_set_smaller_than_a_batch():
 
 
 def test_the_order_stays_what_it_is():
-  """A changed order (a new Grain, say) would end the exact resume of every workdir there is: raise it as such."""
+  """A changed order would end the exact resume of every workdir there is: `shuffle.KIND` must change with it."""
   order = pipeline.order(10, batch_size=4, seed=3)
-  np.testing.assert_array_equal([order[0], order[1]], [[4, 6, 9, 7], [5, 3, 1, 8]])
+  np.testing.assert_array_equal([order[0], order[1]], [[6, 1, 8, 5], [2, 7, 9, 4]])
 
 
 def test_the_source_says_which_rows_are_replaced():
