@@ -16,12 +16,13 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import command, report
-from benchmarks.alternate import Block, block_size, spread
+from benchmarks.alternate import Block, Spread, block_size, spread
 from benchmarks.worker import ROOT, last_words
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
@@ -76,7 +77,7 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
   Returns:
     Seconds: from the start of the process to the end of its first update (`to_first_update`); from there to the last
     checkpoint and grid (`seconds`), of which `in_updates` passed outside of checkpoints and grids; to the end of the
-    process (`after`). `images` are those of the updates after the first.
+    process (`after`). `images` are those of the updates after the first, `cpu_seconds` the time of all cores for them.
 
   Raises:
     RunError: if the run fails.
@@ -94,6 +95,7 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
   with (
     (folder / "errors.txt").open("w") as errors,
     subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors) as process,
+    _CpuTime(process.pid) as cpu,
   ):
     assert process.stdout
     for line in process.stdout:
@@ -107,10 +109,41 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
   return {
     "to_first_update": first - began,
     "seconds": last - first,
+    "cpu_seconds": cpu.until(last) - cpu.until(first),
     "in_updates": seconds_in_updates(workdir / "metrics.jsonl"),
     "after": ended - last,
     "images": (config.train.num_steps - 1) * config.data.batch_size,
   }
+
+
+class _CpuTime:
+  """Reads every 0.05 seconds how much time of all cores a process has had, as Linux tells it."""
+
+  def __init__(self, pid: int):
+    self._file = pathlib.Path(f"/proc/{pid}/stat")
+    self._readings = [(0.0, 0.0)]
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._read)
+
+  def _read(self) -> None:
+    while not self._ended.wait(0.05):
+      try:
+        fields = self._file.read_text().rpartition(")")[2].split()  # what stands before may hold blanks
+      except OSError:
+        return  # the process is gone, or this is no Linux
+      self._readings.append((time.time(), sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")))
+
+  def __enter__(self) -> _CpuTime:
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._ended.set()
+    self._thread.join()
+
+  def until(self, moment: float) -> float:
+    """Seconds that it had had at that time since the epoch."""
+    return max(seconds for when, seconds in self._readings if when <= moment)
 
 
 def last_written(workdir: pathlib.Path, step: int) -> float:
@@ -134,43 +167,49 @@ def seconds_in_updates(metrics: pathlib.Path) -> float:
 def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
   """Overheads in percent of the bare step: each whole run against the two bare blocks around it."""
   size, results = config.data.batch_size, {}
-  results["bare_seconds"] = spread([_update_seconds(block, size) for block in blocks if block.setting == "bare"])
+
+  def of_an_update(block: Block, what: str) -> float:
+    return block.measured[what] * size / block.measured["images"]
+
+  bare = [block for block in blocks if block.setting == "bare"]
+  results["bare_seconds"] = spread([of_an_update(block, "seconds") for block in bare])
+  results["bare_cpu_seconds"] = spread([of_an_update(block, "cpu_seconds") for block in bare])
   for start in _STARTS:
-    runs = [
-      (block, (_update_seconds(blocks[i - 1], size) + _update_seconds(blocks[i + 1], size)) / 2)
-      for i, block in enumerate(blocks)
-      if block.setting == start
-    ]
-    updates = [block.measured["images"] / size for block, _ in runs]
-    pairs = list(zip(runs, updates, strict=True))
+    places = [i for i, block in enumerate(blocks) if block.setting == start]
+    runs = [blocks[i] for i in places]
+
+    def more(what: str, of_bare: str, places: list[int] = places) -> Spread:
+      """How much more of it an update takes than the mean of the bare blocks before and after, in percent."""
+      beside = [(of_an_update(blocks[i - 1], of_bare) + of_an_update(blocks[i + 1], of_bare)) / 2 for i in places]
+      return spread([100 * (of_an_update(blocks[i], what) / one - 1) for i, one in zip(places, beside, strict=True)])
+
     results[start] = {
-      "whole_seconds": spread([run.measured["seconds"] / number for (run, _), number in pairs]),
-      "overhead_percent": spread([100 * (run.measured["seconds"] / number / one - 1) for (run, one), number in pairs]),
-      "in_updates_percent": spread(
-        [100 * (run.measured["in_updates"] / number / one - 1) for (run, one), number in pairs]
-      ),
-      "to_first_update_seconds": spread([run.measured["to_first_update"] for run, _ in runs]),
-      "after_seconds": spread([run.measured["after"] for run, _ in runs]),
+      "whole_seconds": spread([of_an_update(run, "seconds") for run in runs]),
+      "overhead_percent": more("seconds", "seconds"),
+      "in_updates_percent": more("in_updates", "seconds"),
+      "whole_cpu_seconds": spread([of_an_update(run, "cpu_seconds") for run in runs]),
+      "cpu_overhead_percent": more("cpu_seconds", "cpu_seconds"),
+      "to_first_update_seconds": spread([run.measured["to_first_update"] for run in runs]),
+      "after_seconds": spread([run.measured["after"] for run in runs]),
     }
   return results
 
 
-def _update_seconds(bare: Block, batch_size: int) -> float:
-  return bare.measured["seconds"] * batch_size / bare.measured["images"]
-
-
 def text(results: dict[str, Any]) -> str:
   """The table."""
-  cold, warm, bare = results["cold"], results["warm"], results["bare_seconds"]
+  cold, warm, bare, bare_cpu = (results[name] for name in ("cold", "warm", "bare_seconds", "bare_cpu_seconds"))
 
   def row(label: str, name: str, scale: float = 1) -> list[str]:
     return [label, report.with_spread(cold[name], scale), report.with_spread(warm[name], scale)]
 
   rows = [
-    ["an update of the bare step, ms", report.with_spread(bare, 1e3), report.with_spread(bare, 1e3)],
+    ["an update of the bare step, ms", *2 * [report.with_spread(bare, 1e3)]],
     row("an update of the whole run, ms", "whole_seconds", 1e3),
     row("overhead, %", "overhead_percent"),
     row("  of it within updates, %", "in_updates_percent"),
+    ["CPU time of an update of the bare step, ms", *2 * [report.with_spread(bare_cpu, 1e3)]],
+    row("CPU time of an update of the whole run, ms", "whole_cpu_seconds", 1e3),
+    row("overhead in CPU time, %", "cpu_overhead_percent"),
     row("start of the process to first update, s", "to_first_update_seconds"),
     row("last checkpoint to end of the process, s", "after_seconds"),
   ]

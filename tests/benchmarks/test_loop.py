@@ -21,6 +21,7 @@ def test_a_whole_run_is_timed_from_its_first_update_to_its_last_checkpoint(tmp_p
   assert list((tmp_path / "cache").iterdir())  # for the warm start
   assert measured["images"] == 11 * 16
   assert 0 < measured["in_updates"] < measured["seconds"]
+  assert 0 < measured["cpu_seconds"] < 9 * measured["seconds"]
   assert measured["to_first_update"] > 1
   assert measured["after"] > 0
 
@@ -63,12 +64,13 @@ def test_speeds_add_up_to_seconds(tmp_path):
 
 
 def whole(seconds, updates):
-  return {"seconds": seconds, "in_updates": updates, "images": 640, "to_first_update": 30.0, "after": 1.0}
+  about = {"images": 640, "to_first_update": 30.0, "after": 1.0}
+  return {"seconds": seconds, "in_updates": updates, "cpu_seconds": 2 * updates, **about}
 
 
 def test_a_run_is_compared_with_the_blocks_beside_it(capsys):
   def bare(seconds):
-    return Block(0, "bare", 5, {"seconds": seconds, "images": 320})
+    return Block(0, "bare", 5, {"seconds": seconds, "cpu_seconds": 1.5 * seconds, "images": 320})
 
   config = config_lib.override(Config(), {"num_steps": 11, "warmup_steps": 0})
   blocks = [
@@ -84,6 +86,8 @@ def test_a_run_is_compared_with_the_blocks_beside_it(capsys):
   assert results["cold"]["in_updates_percent"].median == pytest.approx(10)
   assert results["warm"]["overhead_percent"].median == pytest.approx(0)  # against (1.2 + 1.8) / 2
   assert results["bare_seconds"].median == pytest.approx(1.2)
+  assert results["warm"]["whole_cpu_seconds"].median == pytest.approx(2.4)
+  assert results["warm"]["cpu_overhead_percent"].median == pytest.approx(100 / 15)  # against 1.5 (1.2 + 1.8) / 2
   assert "overhead, %" in loop.text(results)
 
 
