@@ -30,6 +30,9 @@ class DataConfig:
   cache_gib: float = knob(4.0, "Data sets whose uint8 images take at most this many GiB are decoded once and kept in "
                           "memory; larger ones are read from disk.", minimum=0, may_change=True)
   data_threads: int = knob(2, "Threads that read and decode batches ahead of the step.", minimum=1, may_change=True)
+  data_workers: int = knob(0, "Processes that read and decode batches ahead of the step, with --data_threads threads "
+                           "each; for data sets that are read from disk, as those in memory need none (0: threads of "
+                           "the training process).", minimum=0, may_change=True)
   on_bad_record: str = knob("fail", "An image that cannot be read: 'fail' ends the run, 'skip' takes the next image of "
                             "the data set in its place and counts it.", choices=("fail", "skip"), may_change=True)
   allow_data_change: bool = knob(False, "Go on with images that differ from those that the run was trained on so far.",

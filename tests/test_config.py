@@ -24,6 +24,7 @@ CHOICES = [f.name for _, f in KNOBS if f.metadata["choices"] and not isinstance(
 ZERO_MEANS = {
   "image_size": "as they are",
   "cache_gib": "no cache",
+  "data_workers": "threads of this process",
   "norm_groups": "automatic",
   "dropout": "none",
   "warmup_steps": "none",
@@ -83,6 +84,7 @@ OTHER = {
   "random_flip": True,
   "cache_gib": 0.1,
   "data_threads": 3,
+  "data_workers": 2,
   "on_bad_record": "skip",
   "allow_data_change": True,
   "num_timesteps": 500,
@@ -467,7 +469,7 @@ def test_override_refuses_a_name_that_is_no_knob():
 # What a resumed run may change.
 
 MAY_CHANGE = {
-  *("data_dir", "manual_dir", "cache_gib", "data_threads", "variance", "remat"),
+  *("data_dir", "manual_dir", "cache_gib", "data_threads", "data_workers", "variance", "remat"),
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
   *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),

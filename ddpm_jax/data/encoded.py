@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import os
 import pathlib
 import sys
@@ -36,6 +37,23 @@ class Rows(NamedTuple):
   def take(self, indices: np.ndarray) -> Rows:
     """Copies of the rows at `indices` [M]."""
     return Rows(self.images[indices], self.replaced[indices])
+
+
+Skips = list[tuple[int, str]]  # bad images that were skipped: the index of each, and which it is and why
+Tell = Callable[[int, str], None]  # called with each of them
+
+
+class Elsewhere(NamedTuple):
+  """How another process reads images for this one.
+
+  Attributes:
+    read: is sent there, so it can be pickled; as `Source.read`, but with the rows come the bad images that were skipped
+      for them, each as (index, which and why).
+    tell: says of such a one here, on standard error, unless this process has said so before.
+  """
+
+  read: Callable[[np.ndarray], tuple[Rows, Skips]]
+  tell: Tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,44 +119,54 @@ def stand_ins(bad: np.ndarray) -> np.ndarray:
   return good[np.searchsorted(good, np.flatnonzero(bad)) % len(good)]
 
 
-def on_demand(encoded: EncodedImages, *, skip: bool) -> Callable[[np.ndarray], Rows]:
+def on_demand(encoded: EncodedImages, *, skip: bool, tell: Tell | None = None) -> Callable[[np.ndarray], Rows]:
   """A function that reads and decodes the images at `indices` [N].
 
   Args:
     encoded: the data set.
     skip: put the next image that is not bad in the place of a bad one; else raise.
+    tell: called with each bad image that is skipped; None: `Skipped` says so.
 
   Returns:
     The function, which may be called from several threads. It raises UserError for a bad image, or with `skip` where it
     meets more than 100 in a row.
   """
-  skipped = _Skipped()
+  return functools.partial(_read, encoded, skip=skip, tell=tell or Skipped().tell)
 
-  def read(indices: np.ndarray) -> Rows:
-    positions = [int(i) for i in indices]
-    rows = Rows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
-    for row, error in _decode(encoded, positions, rows.images).items():
-      if not skip:
-        raise error
-      skipped.tell(positions[row], error)
-      _replace(encoded, positions[row], rows.images[row : row + 1], skipped)
-      rows.replaced[row] = True
-    return rows
 
-  return read
+def elsewhere(encoded: EncodedImages, *, skip: bool, tell: Tell) -> Elsewhere:
+  """What `on_demand` gives, for another process to read with. `encoded` is sent there, without its classes."""
+  return Elsewhere(functools.partial(_read_and_note, dataclasses.replace(encoded, classes=None), skip), tell)
+
+
+def _read_and_note(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> tuple[Rows, Skips]:
+  skipped: Skips = []
+  return _read(encoded, indices, skip=skip, tell=lambda *bad: skipped.append(bad)), skipped
+
+
+def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, tell: Tell) -> Rows:
+  positions = [int(i) for i in indices]
+  rows = Rows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
+  for row, error in _decode(encoded, positions, rows.images).items():
+    if not skip:
+      raise error
+    tell(positions[row], error.what)
+    _replace(encoded, positions[row], rows.images[row : row + 1], tell)
+    rows.replaced[row] = True
+  return rows
 
 
 def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
   """All images, decoded on all cores (Pillow releases the GIL); what `on_demand` would give for them, and raise."""
   rows = Rows(np.empty((encoded.length, *encoded.shape), np.uint8), np.zeros(encoded.length, bool))
-  skipped = _Skipped()
+  skipped = Skipped()
 
   def fill(start: int) -> int:
     stop = min(start + _CHUNK, encoded.length)
     for row, error in _decode(encoded, list(range(start, stop)), rows.images[start:stop]).items():
       if not skip:
         raise error
-      skipped.tell(start + row, error)
+      skipped.tell(start + row, error.what)
       rows.replaced[start + row] = True
     return stop - start
 
@@ -159,18 +187,19 @@ def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
   return rows
 
 
-class _Skipped:
+class Skipped:
   """Says on standard error which images are bad, one line each, and each once however many threads meet it."""
 
   def __init__(self):
     self._lock = threading.Lock()
     self._told: set[int] = set()
 
-  def tell(self, index: int, error: BadRecord) -> None:
+  def tell(self, index: int, what: str) -> None:
+    """Says that image `index` is bad: which it is, and why."""
     with self._lock:
       if index not in self._told:
         self._told.add(index)
-        tqdm.tqdm.write(f"skipped: {error.what}", file=sys.stderr)  # above a progress bar, if there is one
+        tqdm.tqdm.write(f"skipped: {what}", file=sys.stderr)  # above a progress bar, if there is one
 
 
 def _decode(encoded: EncodedImages, positions: list[int], out: np.ndarray) -> dict[int, BadRecord]:
@@ -199,14 +228,14 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
   return image
 
 
-def _replace(encoded: EncodedImages, position: int, out: np.ndarray, skipped: _Skipped) -> None:
+def _replace(encoded: EncodedImages, position: int, out: np.ndarray, tell: Tell) -> None:
   """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C]. Raises UserError."""
   for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
     candidate = (position + distance) % encoded.length
     errors = _decode(encoded, [candidate], out)
     if not errors:
       return
-    skipped.tell(candidate, errors[0])
+    tell(candidate, errors[0].what)
   raise _too_many(encoded, position)
 
 

@@ -50,8 +50,13 @@ def open_folder(data: DataConfig) -> EncodedImages:
       "that lead out of the folder, are left out); name a folder of images"
     )
 
+  paths = np.array([os.fsencode(file) for file in files])  # of a million, a worker process gets its copy at once
+
+  def path(index: int) -> pathlib.Path:
+    return pathlib.Path(os.fsdecode(paths[index]))
+
   def label(index: int) -> str:
-    return f"{files[index]} (image {index})"
+    return f"{path(index)} (image {index})"
 
   look = functools.partial(_look, skip=data.on_bad_record == "skip")
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -71,9 +76,9 @@ def open_folder(data: DataConfig) -> EncodedImages:
     listing=fingerprint.digest(
       part for file, (_, size) in zip(files, looks, strict=True) for part in (_relative(file, root), str(size))
     ),
-    fetch=lambda indices: [files[i] for i in indices],
+    fetch=lambda indices: [path(i) for i in indices],
     label=label,
-    classes=lambda: _classes(data.dataset, [_relative(file, root) for file in files]),
+    classes=lambda: _classes(data.dataset, [_relative(path(i), root) for i in range(len(paths))]),
   )
 
 

@@ -36,7 +36,10 @@ class BadRecord(UserError):
 
   def __init__(self, what: str, remedy: str):
     super().__init__(f"dataset: {what}; {remedy}, or use --on_bad_record=skip")
-    self.what = what
+    self.what, self._remedy = what, remedy
+
+  def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
+    return BadRecord, (self.what, self._remedy)  # as an exception, it would be made anew of its message alone
 
 
 def to_float(images: jax.Array) -> jax.Array:

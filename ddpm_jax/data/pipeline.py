@@ -7,13 +7,17 @@ goes on where it stopped on any number of hosts.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
 
 import grain
 import numpy as np
 
+from ddpm_jax.data.encoded import Rows, Skips, Tell
 from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
+from ddpm_jax.data.workers import read_ahead
 from ddpm_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -61,7 +65,14 @@ def batch_at(
   source: Source, step: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Batch:
   """Batch `step` (counted from 0), without its predecessors. For the arguments and the result see `batches`."""
-  batch = _dataset(source, batch_size, seed, process_index, process_count)[step]
+  batch = _dataset(
+    _reading(source.read),
+    len(source),
+    batch_size=batch_size,
+    seed=seed,
+    process_index=process_index,
+    process_count=process_count,
+  )[step]
   assert batch is not None  # only a filtered dataset has gaps
   return batch
 
@@ -75,10 +86,12 @@ def batches(
   process_index: int = 0,
   process_count: int = 1,
   threads: int = 2,
+  workers: int = 0,
 ) -> Generator[Batch, None, None]:
-  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads.
+  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads, here or in processes apart.
 
-  The threads start with the first `next` and stop with the generator's `close()`.
+  They start with the first `next` and stop with the generator's `close()`. Neither their number nor where they are
+  changes a batch.
 
   Args:
     source: the images.
@@ -88,6 +101,7 @@ def batches(
     process_index: p, in 0..n-1.
     process_count: n.
     threads: how many read and decode; at most twice as many batches wait to be used.
+    workers: processes that read, with as many threads each; not for a source that cannot be read elsewhere. 0: none.
 
   Yields:
     "image": uint8 [B/n, H, W, C]; "index": int32 [B/n], the position of each row in the global batch; "replaced": bool
@@ -95,26 +109,52 @@ def batches(
 
   Raises:
     UserError: the processes cannot share a batch evenly, or an image cannot be decoded.
+    RunError: a worker was killed.
 
   Whatever else `source.read` raises in a thread is raised here too, in place of the batch that it was reading.
   """
-  dataset = _dataset(source, batch_size, seed, process_index, process_count)[start_step:]
+  share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
+  if workers and source.elsewhere:
+    dataset = _dataset(_noting(source.elsewhere.read), len(source), **share)[start_step:]
+    return _telling(read_ahead(dataset, workers=workers, threads=threads), source.elsewhere.tell)
+  dataset = _dataset(_reading(source.read), len(source), **share)[start_step:]
   options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
   return _closing(dataset.to_iter_dataset(options))
 
 
-def _dataset(source: Source, batch_size: int, seed: int, process_index: int, process_count: int) -> grain.MapDataset:
-  """The batches of one process by step."""
+def _dataset(
+  read: Callable[[np.ndarray], dict[str, Any]],
+  length: int,
+  *,
+  batch_size: int,
+  seed: int,
+  process_index: int,
+  process_count: int,
+) -> grain.MapDataset:
+  """What `read` makes of the images of each batch, and their places in it, for one process."""
   share = batch_size // process_count
   index = process_index * share + np.arange(share, dtype=np.int32)
+  return order(length, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count).map(
+    lambda indices: read(indices) | {"index": index.copy()}
+  )
 
-  def read(indices: np.ndarray) -> Batch:
-    rows = source.read(indices)
-    return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced}
 
-  return order(
-    len(source), batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count
-  ).map(read)
+def _reading(read: Callable[[np.ndarray], Rows]) -> Callable[[np.ndarray], Batch]:
+  def of(indices: np.ndarray) -> Batch:
+    rows = read(indices)
+    return {"image": rows.images, "replaced": rows.replaced}
+
+  return of
+
+
+def _noting(read: Callable[[np.ndarray], tuple[Rows, Skips]]) -> Callable[[np.ndarray], dict[str, Any]]:
+  """As `_reading`, in another process: "skipped" has the bad images that are to be told of here."""
+
+  def of(indices: np.ndarray) -> dict[str, Any]:
+    rows, skipped = read(indices)
+    return {"image": rows.images, "replaced": rows.replaced, "skipped": skipped}
+
+  return of
 
 
 def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
@@ -125,3 +165,12 @@ def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
       yield next(iterator)  # not `yield from`: a StopIteration out of a reader would pass for the end of the data
   finally:
     iterator.close()
+
+
+def _telling(elements: Generator[dict[str, Any], None, None], tell: Tell) -> Generator[Batch, None, None]:
+  """The batches of other processes, and in this one a line for each image that was skipped there."""
+  with contextlib.closing(elements):
+    for element in elements:
+      for index, what in element.pop("skipped"):
+        tell(index, what)
+      yield element

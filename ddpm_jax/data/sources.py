@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import fingerprint, folder, prepared
-from ddpm_jax.data.encoded import Rows, decode_all, on_demand
+from ddpm_jax.data.encoded import Elsewhere, Rows, Skipped, decode_all, elsewhere, on_demand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Source:
       in 0..length-1, repeats allowed. May be called from several threads. Raises UserError for an image that cannot be
       decoded, unless the source was opened with `on_bad_record=skip`.
     fingerprint: what must stay when a run is resumed, see `fingerprint.take`.
+    elsewhere: reads the same in another process; None where the images are in memory, as they would be copied there.
     labels: reads the class of each image, int32 [length] in 0..K-1; what stands for a bad record's is that of the next
       good one, and no class of the image. Not called, it costs nothing. Raises UserError if the images have no classes,
       or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
@@ -37,6 +38,7 @@ class Source:
   read: Callable[[np.ndarray], Rows]
   fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
   labels: Callable[[], np.ndarray] | None = None
+  elsewhere: Elsewhere | None = None
 
   def __len__(self) -> int:
     return self.length
@@ -61,9 +63,10 @@ def open_source(data: DataConfig) -> Source:
   skip = data.on_bad_record == "skip"
   if encoded.length * math.prod(encoded.shape) <= data.cache_gib * 2**30:
     cached = decode_all(encoded, skip=skip)
-    read, everything = cached.take, cached.images
+    read, everything, remote = cached.take, cached.images, None
   else:
-    read, everything = on_demand(encoded, skip=skip), None
+    tell = Skipped().tell
+    read, everything, remote = on_demand(encoded, skip=skip, tell=tell), None, elsewhere(encoded, skip=skip, tell=tell)
   return Source(
     name=encoded.name,
     image_shape=encoded.shape,
@@ -71,6 +74,7 @@ def open_source(data: DataConfig) -> Source:
     read=read,
     fingerprint=fingerprint.take(encoded, read, everything),
     labels=encoded.classes and functools.cache(encoded.classes),  # all records are read for them
+    elsewhere=remote,
   )
 
 

@@ -247,6 +247,7 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     threads=run.config.data.data_threads,
+    workers=run.config.data.data_workers,
   )
 
 

@@ -1,0 +1,52 @@
+"""The device never waits for the host: the next batch is there before an update ends."""
+
+import threading
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ddpm_jax.training import loop
+from ddpm_jax.training.parallel import Parallel
+from tests.training.test_loop import LITTLE, noise, train
+
+STEPS = 6
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
+def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkeypatch, parallel):
+  """Each update waits, on the devices, for the batch after its own: a loop that waited for the update would be late."""
+  monkeypatch.setattr(loop, "open_source", lambda data: noise())
+  news, placed, waited, late = threading.Condition(), [], set(), set()
+  put, make = Parallel.put_batches, loop.make_train_step
+
+  def put_and_note(self, batches):
+    batch = jax.block_until_ready(put(self, batches))
+    with news:
+      placed.append(batch)
+      news.notify_all()
+    return batch
+
+  def wait(step):
+    update = int(step)
+    if 0 < update < STEPS - 1:  # the loop waits for the first itself, and the last has no next one
+      waited.add(update)
+      with news:
+        if not news.wait_for(lambda: len(placed) > update + 1, timeout=10):
+          late.add(update)
+    return step
+
+  def make_waiting(run):
+    update = make(run)
+
+    def waiting(state, batch, axis_name):
+      step = jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.int32), state.step)
+      return update(state.replace(step=step), batch, axis_name=axis_name)
+
+    return waiting
+
+  monkeypatch.setattr(Parallel, "put_batches", put_and_note)
+  monkeypatch.setattr(loop, "make_train_step", make_waiting)
+  train(tmp_path / "run", **LITTLE, parallel=parallel, num_steps=STEPS, checkpoint_every=STEPS, log_every=STEPS)
+  assert waited == set(range(1, STEPS - 1))
+  assert not late
