@@ -1,16 +1,23 @@
-"""Memory in pages of 2 MiB, on Linux: for the arrays of CPUs.
+"""Memory in pages of 2 MiB that stays, on Linux: for the arrays of CPUs.
 
 XLA asks the system for hundreds of megabytes in every update and gives them back after it. In pages of 4 KiB the system
-then spends a third of the time on filling in pages; `benchmarks/README.md` has what it brings.
+then spends a third of the time on filling in pages, and in pages of 2 MiB still a tenth, unless memory that is free
+stays with the process; `benchmarks/README.md` has what either brings.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import sys
 
 _TUNABLE = "glibc.malloc.hugetlb"
+_KEEP_FREED = {  # bytes: map nothing apart, give nothing back, ask for more at a time
+  "glibc.malloc.mmap_threshold": 2**32,
+  "glibc.malloc.trim_threshold": 2**36,
+  "glibc.malloc.top_pad": 2**26,
+}
 _MODES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -23,10 +30,20 @@ def restart_with_huge_pages() -> None:
   tunables = os.environ.get("GLIBC_TUNABLES", "")
   if _TUNABLE in tunables or not _on_request() or not sys.orig_argv:
     return
-  os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{_TUNABLE}=1"]))
+  ours = [f"{name}={value}" for name, value in {_TUNABLE: 1, **_kept()}.items() if name not in tunables]
+  os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, *ours]))
   sys.stdout.flush()
   sys.stderr.flush()
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _kept() -> dict[str, int]:
+  """`_KEEP_FREED` where it was seen to help: with jaxlib 0.12; 0.10 is a little slower with it."""
+  try:
+    major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
+  except importlib.metadata.PackageNotFoundError:
+    return {}  # a process of the benchmarks, for PyTorch
+  return _KEEP_FREED if (int(major), int(minor)) >= (0, 12) else {}
 
 
 def _on_request() -> bool:

@@ -1,5 +1,6 @@
 """A command starts itself anew, once, where memory comes in huge pages on request."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -57,11 +58,26 @@ def can_ask():
 @pytest.mark.parametrize("before", [None, "glibc.malloc.check=0"])
 def test_it_starts_anew_once_as_the_same_process_with_the_same_words(modes, before):
   first, *more = lines(modes, before)
-  tunables = "glibc.malloc.hugetlb=1" if before is None else f"{before}:glibc.malloc.hugetlb=1"
+  ours = ":".join(f"{name}={value}" for name, value in {"glibc.malloc.hugetlb": 1, **hugepages._kept()}.items())
+  tunables = ours if before is None else f"{before}:{ours}"
   if can_ask():
     assert more == [first, f"{first} {tunables} ['a b', 'c'] d"]
   else:
     assert more == [f"{first} {before} ['a b', 'c'] d"]
+
+
+@pytest.mark.parametrize(
+  ("version", "kept"), [("0.10.2", False), ("0.11.2", False), ("0.12.0.1", True), ("1.0", True), (None, False)]
+)
+def test_freed_memory_stays_where_that_was_seen_to_help(monkeypatch, version, kept):
+  def of(name):
+    assert name == "jaxlib"
+    if version is None:
+      raise importlib.metadata.PackageNotFoundError(name)
+    return version
+
+  monkeypatch.setattr(importlib.metadata, "version", of)
+  assert bool(hugepages._kept()) == kept
 
 
 @pytest.mark.parametrize("tunables", ["glibc.malloc.hugetlb=0", "glibc.malloc.hugetlb=1"])
