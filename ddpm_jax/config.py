@@ -20,6 +20,7 @@ from ddpm_jax.sections import (
   DataConfig,
   DiffusionConfig,
   EvaluateConfig,
+  ExchangeConfig,
   ModelConfig,
   OptimizerConfig,
   PlanConfig,
@@ -40,6 +41,7 @@ class Config:
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
   plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+  exchange: ExchangeConfig = dataclasses.field(default_factory=ExchangeConfig)
 
   def __post_init__(self):
     for _, field, value in knobs(self):

@@ -1,9 +1,10 @@
-"""Trains a denoising diffusion model, draws images from one, measures it, or plans its training.
+"""Trains a denoising diffusion model, draws images from one, measures it, exports it, or plans its training.
 
   python -m ddpm_jax.main --workdir=runs/digits
   python -m ddpm_jax.main --workdir=runs/cifar10 --flagfile=experiments/cifar10.flags
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=sample
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=evaluate
+  python -m ddpm_jax.main --workdir=runs/cifar10 --mode=export --export_format=diffusers --export_dir=exported
   python -m ddpm_jax.main --flagfile=experiments/cifar10.flags --mode=plan --topology=v5e:4x4
 
 The same command goes on where it stopped.
@@ -47,7 +48,7 @@ def resolve_config(mode: str, given: dict, folder) -> Config:
     return config_lib.override(stored, given)
   stored = workdir.load_config(folder)
   config = config_lib.override(stored, given)
-  if "variance" in given and config.sample.sampler != "ddpm":
+  if mode != "export" and "variance" in given and config.sample.sampler != "ddpm":
     raise UserError(
       f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
       "--variance out, or use --sampler=ddpm"
@@ -70,14 +71,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
       if not absl_flags.FLAGS["verbosity"].present:
         terminal.quiet()
-      folder = flags.workdir() if mode != "plan" or flags.has_workdir() else None
+      folder = flags.workdir() if mode not in ("plan", "export") or flags.has_workdir() else None
       config = resolve_config(mode, flags.given(), folder)
       from ddpm_jax import compilation, distributed  # with JAX: after what can be said without it
 
       compilation.set_xla_flags()
-      planning = mode == "plan"  # alone, and writes no file
-      compilation.keep_compiled_programs("off" if planning else config.train.compilation_cache)
-      together = "off" if planning else config.train.distributed
+      compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
+      together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
     except (UserError, RunError) as error:
       return _exit_code(error)
@@ -94,12 +94,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> None:
-  if mode == "plan":
-    from ddpm_jax.plan import run as plan_run
+  match mode:
+    case "plan":
+      from ddpm_jax.plan import run as plan_run
 
-    plan_run.plan(config)
-    return
-  assert folder  # only a plan does without
+      plan_run.plan(config)
+      return
+    case "export":
+      from ddpm_jax.exchange import run as exchange_run
+
+      exchange_run.export(config, folder)
+      return
+  assert folder  # the others do not go without
   match mode:
     case "train":
       from ddpm_jax.training import loop

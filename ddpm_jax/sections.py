@@ -226,4 +226,18 @@ class PlanConfig:
 
   topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4', 'v5p:2x2x2' or "
                        "'v6e:2x4', which need not be here, or 'cpu', the CPU of this machine.", may_change=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """Weights in and out."""
+
+  export_format: str = knob("diffusers", "What --mode=export writes: 'diffusers', a folder that its DDPMPipeline loads "
+                            "as it is; 'safetensors', one file of the parameters with the settings; 'jax', the sampler "
+                            "itself, as a program that needs no other file.",
+                            choices=("diffusers", "safetensors", "jax"), may_change=True)
+  export_dir: str = knob("", "Folder that --mode=export makes; it must not exist, or be empty.", may_change=True)
+  init_from: str = knob("", "Where the first weights come from (empty: random): a folder of diffusers, a safetensors "
+                        "file of --mode=export, or another workdir, whose --checkpoint and --sample_weights are taken. "
+                        "Its architecture and diffusion take the place of the defaults; flags win over them.")
 # fmt: on
