@@ -147,7 +147,7 @@ def test_one_module_for_each_library_behind_a_wall():
   assert importers("tensorboardX") == {"writers.py"}
   assert importers("flax.linen") <= set(below("models"))
   assert importers("grain", "tensorflow_datasets") <= set(below("data"))
-  assert importers("safetensors") == {"evaluation/arrays.py", "evaluation/inception.py"}
+  assert importers("safetensors") == {"evaluation/arrays.py", "evaluation/inception.py", "exchange/tensors.py"}
 
 
 def test_what_nothing_imports():

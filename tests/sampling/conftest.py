@@ -127,6 +127,6 @@ def perfect(tmp_path_factory) -> Weights:
 @pytest.fixture
 def quick(perfect, tmp_path, monkeypatch) -> Trained:
   """A workdir from which `sample` draws with `perfect`."""
-  monkeypatch.setattr(sampling, "load_weights", lambda config, path: perfect)
+  monkeypatch.setattr(sampling, "find_weights", lambda config, path: perfect)
   (tmp_path / "run").mkdir()
   return Trained(tmp_path / "run", perfect.run.config)
