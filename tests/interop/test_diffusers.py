@@ -92,11 +92,11 @@ def test_one_network(tmp_path, unet, parameters):
   before, after = theirs.state_dict(), again.unet.state_dict()
   assert list(before) == list(after)
   assert all(torch.equal(before[name].view(torch.int32), after[name].view(torch.int32)) for name in before)
-  np.testing.assert_array_equal(output_of(again.unet.eval(), x, t - 1), expected)
+  assert relative(output_of(again.unet.eval(), x, t - 1), expected) < 1e-5  # PyTorch alone, whose runs differ so much
 
 
 def test_a_whole_trajectory(tmp_path):
-  """100 steps of DDIM over the published schedule of 1,000; with v, as a random eps is clipped to -1 or 1 everywhere."""
+  """100 steps of DDIM over the published schedule of 1,000; with v, as a random eps is clipped everywhere."""
   unet, velocity = SMALL["attention at two levels, grey"], {"prediction_type": "v_prediction"}
   theirs = make_folder(tmp_path / "theirs", unet, DDPMScheduler(**velocity))
   config, shape, params = open_folder(tmp_path / "theirs")
