@@ -158,6 +158,8 @@ OTHER = {
   "topology": "v5e:4x4",
   "export_format": "jax",
   "export_dir": "/data/exported here",
+  "export_platforms": ("tpu", "cpu"),
+  "export_batch_sizes": (1, 64),
   "init_from": "/data/weights.safetensors",
 }
 INPAINT_ALONE = ("mask", "repaint_jump", "repaint_resamples")
@@ -480,7 +482,7 @@ MAY_CHANGE = {
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
   *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
-  *("topology", "export_format", "export_dir"),
+  *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
 }
 
 

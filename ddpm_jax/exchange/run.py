@@ -14,6 +14,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange import diffusers, file
 from ddpm_jax.exchange.card import PICTURE, card, find_samples
 from ddpm_jax.exchange.initial import find_weights
+from ddpm_jax.exchange.program import write_program
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import sync_file, write_whole
 from ddpm_jax.training.parallel import gather
@@ -41,7 +42,7 @@ def export(config: Config, workdir: pathlib.Path | None) -> None:
         about = {"step": weights.step, "weights": weights.which}
         file.write_file(folder / file.NAME, config, weights.run.image_shape, params, about)
       case "jax":
-        raise UserError("export_format: jax cannot be written yet; use diffusers or safetensors")
+        write_program(config, weights, folder)
       case name:
         raise ValueError(f"unknown format {name!r}")
   print(f"done: {target} holds {weights.text}", flush=True)
