@@ -12,26 +12,29 @@ from PIL import Image
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
+from ddpm_jax.exchange import run
 from ddpm_jax.exchange.program import export_sampler, write_program
 from ddpm_jax.run import build_run
 from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import Drawn
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.training.parallel import Parallel
+from tests.sampling.conftest import make_workdir
 from tests.training.tiny import IMAGE_SHAPE, tiny_config
 
 # Of custom calls, this alone may be left: it checks shapes, and jax.export promises it.
 STABLE = {"shape_assertion"}
+PROGRAM = "sampler.stablehlo"
 
 
 def tiny(shape=IMAGE_SHAPE, **changes):
   """(config, weights) of a network that has something to say, of two levels with attention."""
   config = tiny_config(sampling_steps=4, sample_batch_size=8, export_format="jax", **changes)
-  run = build_run(config, shape, Parallel("pmap"))
+  parts = build_run(config, shape, Parallel("pmap"))
   rng = np.random.default_rng(0)
   noise = lambda leaf: 0.07 * rng.standard_normal(leaf.shape, np.float32)  # noqa: E731
-  params = jax.tree.map(lambda leaf: leaf + noise(leaf), run.initial_state().params)
-  return config, Weights(run, jax.device_put(params, run.parallel.replicated), 5, "ema", "0" * 64)
+  params = jax.tree.map(lambda leaf: leaf + noise(leaf), parts.initial_state().params)
+  return config, Weights(parts, jax.device_put(params, parts.parallel.replicated), 5, "ema", "0" * 64)
 
 
 def having(config, **changes):
@@ -69,7 +72,7 @@ def written(tmp_path_factory):
 
 def test_the_folder_holds_what_a_person_needs(written):
   _, weights, folder = written
-  assert {path.name for path in folder.iterdir()} == {"sampler.stablehlo", "weights.npz", "run.py", "README.md"}
+  assert {path.name for path in folder.iterdir()} == {PROGRAM, "weights.npz", "run.py", "README.md"}
   arrays = dict(np.load(folder / "weights.npz"))
   assert set(map(str, {array.dtype for array in arrays.values()})) == {"float32"}
   np.testing.assert_array_equal(arrays["down0_block0.conv1.kernel"], weights.params["down0_block0"]["conv1"]["kernel"])
@@ -81,7 +84,7 @@ def test_the_folder_holds_what_a_person_needs(written):
     "| weights | the ema weights after update 5 |",
   ):
     assert line in readme.splitlines()
-  program = jax_export.deserialize(bytearray((folder / "sampler.stablehlo").read_bytes()))
+  program = jax_export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
   assert f"Exported with JAX {jax.__version__} for cpu, cuda, tpu; calling convention" in readme
   assert f"calling convention {program.calling_convention_version}." in readme
   assert program.platforms == ("cpu", "cuda", "tpu")
@@ -91,11 +94,11 @@ def test_the_folder_holds_what_a_person_needs(written):
 def test_image_i_of_a_seed_is_that_of_the_run_sample(written, tmp_path, seed):
   config, weights, folder = written
   theirs = drawn_by_the_run(config, weights, tmp_path, 8, seed)
-  assert_close(load_and_call(folder, "sampler.stablehlo", seed, range(8)), theirs)
+  assert_close(load_and_call(folder, PROGRAM, seed, range(8)), theirs)
   assert len(np.unique(theirs.reshape(8, -1), axis=0)) == 8
   if seed == 7:  # any number, any of them
-    assert_close(load_and_call(folder, "sampler.stablehlo", seed, range(3)), theirs[:3])
-    assert_close(load_and_call(folder, "sampler.stablehlo", seed, [6]), theirs[6:7])
+    assert_close(load_and_call(folder, PROGRAM, seed, range(3)), theirs[:3])
+    assert_close(load_and_call(folder, PROGRAM, seed, [6]), theirs[6:7])
 
 
 @pytest.mark.parametrize(
@@ -113,12 +116,12 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
   config, weights = tiny(**changes)
   write_program(config, weights, tmp_path)
   index = np.arange(4, dtype=np.int32)
-  got = load_and_call(tmp_path, "sampler.stablehlo", 3, index)
-  run, one = weights.run, Parallel("pmap", jax.devices()[:1])
+  got = load_and_call(tmp_path, PROGRAM, 3, index)
+  parts, one = weights.run, Parallel("pmap", jax.devices()[:1])
   draw = make_draw(
-    make_predictor(run.network, run.schedule, config.diffusion.prediction, config.sample),
-    table_of(config.sample, run.schedule, config.diffusion.variance),
-    image_shape=run.image_shape,
+    make_predictor(parts.network, parts.schedule, config.diffusion.prediction, config.sample),
+    table_of(config.sample, parts.schedule, config.diffusion.variance),
+    image_shape=parts.image_shape,
     parallel=one,
     seed=3,
     stream="sample",
@@ -155,7 +158,7 @@ def test_named_batch_sizes(written, tmp_path):
   config, weights, folder = written
   write_program(having(config, export_batch_sizes=(2, 3)), weights, tmp_path)
   assert sorted(path.name for path in tmp_path.glob("*.stablehlo")) == ["sampler_2.stablehlo", "sampler_3.stablehlo"]
-  theirs = load_and_call(folder, "sampler.stablehlo", 1, range(3))
+  theirs = load_and_call(folder, PROGRAM, 1, range(3))
   assert_close(load_and_call(tmp_path, "sampler_3.stablehlo", 1, range(3)), theirs)
   assert_close(load_and_call(tmp_path, "sampler_2.stablehlo", 1, [1, 2]), theirs[1:])
   with pytest.raises(ValueError, match="shape"):
@@ -198,3 +201,15 @@ def test_other_tasks_are_refused(written, tmp_path):
   with pytest.raises(UserError, match="sample_task: slerp cannot be exported; leave it out"):
     write_program(having(config, sample_task="slerp"), weights, tmp_path)
   assert not list(tmp_path.iterdir())
+
+
+def test_the_run_makes_the_folder_whole_or_not_at_all(tmp_path):
+  trained = make_workdir(tmp_path)
+  config = trained.having(export_format="jax", export_dir=str(tmp_path / "out"), sampler="dpmpp", checkpoint="3")
+  with pytest.raises(UserError, match="sample_task: slerp"):
+    run.export(having(config, sample_task="slerp"), trained.path)
+  assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
+  run.export(config, trained.path)
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {*("README.md", "run.py", "weights.npz"), PROGRAM}
+  readme = (tmp_path / "out" / "README.md").read_text()
+  assert "| sampler | dpmpp |" in readme and "| weights | the ema weights after update 3 |" in readme
