@@ -17,33 +17,11 @@ from typing import Any
 from benchmarks import command, report
 from benchmarks.alternate import block_size, cpu_seconds, rates, run_blocks, speed_ratio
 from benchmarks.torch_loop import VARIANTS
-from ddpm_jax.config import Config, ModelConfig
+from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.layers import num_norm_groups
+from ddpm_jax.exchange.options import unet_options
 
 _SAME = {"prediction": "eps", "loss": "l2", "loss_weighting": "constant", "remat": "none"}
-
-
-def unet_kwargs(model: ModelConfig, image_shape: tuple[int, int, int]) -> dict[str, Any]:
-  """Keyword arguments that make of diffusers' UNet2DModel the U-Net of `model` for images (H, W, C)."""
-  height, _, channels = image_shape
-  attention = [height >> level in model.attention_resolutions for level in range(len(model.channel_multipliers))]
-  return {
-    "sample_size": height,
-    "in_channels": channels,
-    "out_channels": channels,
-    "layers_per_block": model.num_res_blocks,
-    "block_out_channels": [model.channels * multiplier for multiplier in model.channel_multipliers],
-    "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
-    "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
-    "attention_head_dim": None,  # as many as the block has channels: one head
-    "norm_num_groups": model.norm_groups or num_norm_groups(model.channels),
-    "norm_eps": 1e-6,
-    "dropout": model.dropout,
-    "downsample_padding": 0,  # which it makes one row below and right
-    "flip_sin_to_cos": False,
-    "freq_shift": 1,
-  }
 
 
 def check(config: Config) -> None:
@@ -78,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     if not facts["ddpm_jax"]["devices"].startswith("1 x"):
       raise UserError(f"PyTorch runs on one device, JAX on {facts['ddpm_jax']['devices']}; let JAX see one")
     command.say(f"trying PyTorch: {', '.join(variants)}")
-    job = setting.job(shape, unet=unet_kwargs(setting.config.model, shape), variants=variants)
+    job = setting.job(shape, unet=unet_options(setting.config.model, shape), variants=variants)
     facts["PyTorch"] = workers["PyTorch"].prepare(job)
     runs = {name: lambda count, worker=worker: worker.block("", count) for name, worker in workers.items()}
     counts = {name: block_size(run, options.block_seconds) for name, run in runs.items()}

@@ -20,6 +20,7 @@ from ddpm_jax.sections import (
   DataConfig,
   DiffusionConfig,
   EvaluateConfig,
+  ExchangeConfig,
   ModelConfig,
   OptimizerConfig,
   PlanConfig,
@@ -40,6 +41,7 @@ class Config:
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
   evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
   plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+  exchange: ExchangeConfig = dataclasses.field(default_factory=ExchangeConfig)
 
   def __post_init__(self):
     for _, field, value in knobs(self):
@@ -154,6 +156,7 @@ def _check_together(config: Config) -> None:
       raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
+  _check_exchange(config.exchange)
   if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
     raise UserError(
       f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"
@@ -250,3 +253,15 @@ def _check_evaluate(config: Config) -> None:
     raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
   if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:
     raise UserError(f"best_measure: {train.best_measure} has no effect without --evaluate_every; set that too")
+
+
+def _check_exchange(exchange: ExchangeConfig) -> None:
+  defaults = ExchangeConfig()
+  if not exchange.export_platforms:
+    raise UserError(f"export_platforms: empty; name some of {', '.join(defaults.export_platforms)}")
+  for name in ("export_platforms", "export_batch_sizes"):
+    value = getattr(exchange, name)
+    if len(set(value)) < len(value):
+      raise UserError(f"{name}: {flag_text(value)} names one twice; name each once")
+    if value != getattr(defaults, name) and exchange.export_format != "jax":
+      raise UserError(f"{name}: has no effect with export_format={exchange.export_format}; use --export_format=jax")

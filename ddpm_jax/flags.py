@@ -12,7 +12,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
-MODES = ("train", "sample", "evaluate", "plan")
+MODES = ("train", "sample", "evaluate", "export", "plan")
 
 
 class _TupleParser(flags.ArgumentParser):
@@ -51,8 +51,9 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "mode",
     "train",
     MODES,
-    "train: train, or go on training. sample: draw images from a workdir. evaluate: measure a workdir's model. plan: "
-    "say what training would need on --topology, and how fast it could be.",
+    "train: train, or go on training. sample: draw images from a workdir. evaluate: measure a workdir's model. "
+    "export: write its weights for other programs. plan: say what training would need on --topology, and how fast it "
+    "could be.",
     flag_values=registry,
   )
   for _, field, default in config_lib.knobs(Config()):

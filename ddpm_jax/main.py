@@ -1,9 +1,10 @@
-"""Trains a denoising diffusion model, draws images from one, measures it, or plans its training.
+"""Trains a denoising diffusion model, draws images from one, measures it, exports it, or plans its training.
 
   python -m ddpm_jax.main --workdir=runs/digits
   python -m ddpm_jax.main --workdir=runs/cifar10 --flagfile=experiments/cifar10.flags
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=sample
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=evaluate
+  python -m ddpm_jax.main --workdir=runs/cifar10 --mode=export --export_format=diffusers --export_dir=exported
   python -m ddpm_jax.main --flagfile=experiments/cifar10.flags --mode=plan --topology=v5e:4x4
 
 The same command goes on where it stopped.
@@ -21,8 +22,8 @@ from typing import TYPE_CHECKING
 from absl import app
 from absl import flags as absl_flags
 
+from ddpm_jax import compilation, flags, hugepages, terminal, workdir
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, hugepages, terminal, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
 from ddpm_jax.stop import StopRequest
@@ -31,32 +32,56 @@ if TYPE_CHECKING:
   from ddpm_jax.distributed import Job
 
 
-def resolve_config(mode: str, given: dict, folder) -> Config:
+def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Config:
   """The run that a command means: for training its flags over the defaults, else its flags over the workdir's config.
 
-  A plan may change everything, as it trains nothing, and needs no workdir: without a run its flags are over the
-  defaults.
+  With --init_from, what comes with the weights takes the place of the defaults. A plan may change everything, as it
+  trains nothing, and needs no workdir: without a run its flags are over the defaults.
 
   Raises:
-    UserError: if a flag would change what the workdir was trained with.
+    UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
   """
+  defaults = Config()
+  if given.get("init_from"):
+    from ddpm_jax.exchange import initial  # with JAX
+
+    given = given | {"init_from": initial.absolute(given["init_from"])}
+    defaults = initial.beginning(given["init_from"], folder)
+  run = folder if folder is not None and (folder / "config.json").exists() else None
   if mode == "train":
-    return config_lib.override(Config(), given)
+    return config_lib.override(defaults, given)
   if mode == "plan":
-    stored = workdir.load_config(folder) if folder and (folder / "config.json").exists() else Config()
-    return config_lib.override(stored, given)
-  stored = workdir.load_config(folder)
-  config = config_lib.override(stored, given)
-  if "variance" in given and config.sample.sampler != "ddpm":
+    return config_lib.override(workdir.load_config(run) if run else defaults, given)
+  if mode == "export" and (folder is None) == (not given.get("init_from")):
+    raise UserError("workdir: name either a run to export, --workdir, or weights of elsewhere, --init_from")
+  if run or not given.get("init_from"):
+    assert folder is not None
+    config = _over_stored_run(given, folder)
+  else:
+    config = config_lib.override(defaults, given)
+    if folder is not None:
+      workdir.check(folder, config)
+  if mode != "export" and "variance" in given and config.sample.sampler != "ddpm":
     raise UserError(
       f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
       "--variance out, or use --sampler=ddpm"
     )
+  return config
+
+
+def _over_stored_run(given: dict, folder: pathlib.Path) -> Config:
+  stored = workdir.load_config(folder)
+  config = config_lib.override(stored, given)
+  # A data set that weights of elsewhere were not measured on yet is nothing that a flag could change.
+  unsettled = {field.name for section, field, _ in config_lib.knobs(config) if section == "data"}
+  if not stored.exchange.init_from or workdir.has_checkpoints(folder) or (folder / "eval").exists():
+    unsettled = set()
   for name, old, new in config_lib.changed(stored, config, on_resume=True):
-    raise UserError(
-      f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
-      f"{config_lib.flag_text(new)!r}; leave --{name} out"
-    )
+    if name not in unsettled:
+      raise UserError(
+        f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
+        f"{config_lib.flag_text(new)!r}; leave --{name} out"
+      )
   return config
 
 
@@ -70,14 +95,13 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
       if not absl_flags.FLAGS["verbosity"].present:
         terminal.quiet()
-      folder = flags.workdir() if mode != "plan" or flags.has_workdir() else None
-      config = resolve_config(mode, flags.given(), folder)
-      from ddpm_jax import compilation, distributed  # with JAX: after what can be said without it
-
+      folder = flags.workdir() if mode not in ("plan", "export") or flags.has_workdir() else None
       compilation.set_xla_flags()
-      planning = mode == "plan"  # alone, and writes no file
-      compilation.keep_compiled_programs("off" if planning else config.train.compilation_cache)
-      together = "off" if planning else config.train.distributed
+      config = resolve_config(mode, flags.given(), folder)
+      from ddpm_jax import distributed  # with JAX: after what can be said without it
+
+      compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
+      together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
     except (UserError, RunError) as error:
       return _exit_code(error)
@@ -94,12 +118,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> None:
-  if mode == "plan":
-    from ddpm_jax.plan import run as plan_run
+  match mode:
+    case "plan":
+      from ddpm_jax.plan import run as plan_run
 
-    plan_run.plan(config)
-    return
-  assert folder  # only a plan does without
+      plan_run.plan(config)
+      return
+    case "export":
+      from ddpm_jax.exchange import run as exchange_run
+
+      exchange_run.export(config, folder)
+      return
+  assert folder  # the others do not go without
   match mode:
     case "train":
       from ddpm_jax.training import loop

@@ -6,11 +6,12 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedules import NoiseSchedule, make_schedule
 from ddpm_jax.keys import stream_key
-from ddpm_jax.models.build import Network, build_model, init_params, network_of
+from ddpm_jax.models.build import Network, Params, build_model, init_params, network_of
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.parallel import Parallel
 from ddpm_jax.training.state import TrainState, create_state
@@ -27,10 +28,22 @@ class Run(NamedTuple):
   parallel: Parallel
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
 
-  def initial_state(self) -> TrainState:
-    """The state before the first update, placed."""
+  def initial_state(self, params: Params | None = None) -> TrainState:
+    """The state before the first update, placed.
+
+    Args:
+      params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
+    """
     init = functools.partial(_initial_state, self.config, self.image_shape)
-    return jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))()
+    return jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))(params)
+
+  def place(self, params: Params) -> Params:
+    """Weights, NumPy arrays that are the same on every process, placed as those of a state."""
+    return jax.tree.map(
+      lambda leaf, wanted: jax.make_array_from_callback(leaf.shape, wanted.sharding, lambda piece: leaf[piece]),
+      params,
+      self.abstract_state.params,
+    )
 
 
 def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Parallel) -> Run:
@@ -61,7 +74,9 @@ def make_train_step(run: Run) -> functools.partial:
   )
 
 
-def _initial_state(config: Config, image_shape: tuple[int, int, int]) -> TrainState:
-  model = build_model(config.model, image_shape)
-  params = init_params(model, stream_key(config.train.seed, "init"), image_shape)
+def _initial_state(config: Config, image_shape: tuple[int, int, int], params: Params | None = None) -> TrainState:
+  if params is None:
+    params = init_params(build_model(config.model, image_shape), stream_key(config.train.seed, "init"), image_shape)
+  else:
+    params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
   return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))

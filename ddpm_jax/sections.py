@@ -229,4 +229,24 @@ class PlanConfig:
 
   topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4', 'v5p:2x2x2' or "
                        "'v6e:2x4', which need not be here, or 'cpu', the CPU of this machine.", may_change=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExchangeConfig:
+  """Weights in and out."""
+
+  export_format: str = knob("diffusers", "What --mode=export writes: 'diffusers', a folder that its DDPMPipeline loads "
+                            "as it is; 'safetensors', one file of the parameters with the settings; 'jax', the sampler "
+                            "itself, as a program that needs JAX and nothing of this package.",
+                            choices=("diffusers", "safetensors", "jax"), may_change=True)
+  export_dir: str = knob("", "Folder that --mode=export makes; it must not exist, or be empty.", may_change=True)
+  export_platforms: tuple[str, ...] = knob(("cpu", "cuda", "tpu"), "Devices for which --export_format=jax makes the "
+                                           "sampler; none of them need be here.",
+                                           choices=("cpu", "cuda", "rocm", "tpu"), may_change=True)
+  export_batch_sizes: tuple[int, ...] = knob((), "Numbers of images that the sampler of --export_format=jax draws at "
+                                             "once, each by a program of its own (empty: one program for any number).",
+                                             minimum=1, may_change=True)
+  init_from: str = knob("", "Where the first weights come from (empty: random): a folder of diffusers, a safetensors "
+                        "file of --mode=export, or another workdir, whose --checkpoint and --sample_weights are taken. "
+                        "Its architecture and diffusion take the place of the defaults; flags win over them.")
 # fmt: on

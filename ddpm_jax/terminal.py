@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import sys
 import warnings
+from collections.abc import Iterator
 
 from absl import logging as absl_logging
 
@@ -24,3 +26,14 @@ def quiet() -> None:
       usual(unraisable)
 
   sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def errors_alone() -> Iterator[None]:
+  """Libraries log nothing below an error meanwhile, in a process that is somebody else's: Orbax warns as it reads."""
+  before = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.ERROR)
+  try:
+    yield
+  finally:
+    absl_logging.set_verbosity(before)

@@ -38,6 +38,15 @@ def load_config(workdir: pathlib.Path) -> Config:
     raise UserError(f"workdir: {path}: {error}") from None
 
 
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+  """Whether a run was trained there, as far as a checkpoint. Raises UserError if that cannot be seen."""
+  try:
+    folders = [folder for name in ("checkpoints", "best") if (folder := workdir / name).is_dir()]
+    return any(path.name.isdecimal() for folder in folders for path in folder.iterdir())
+  except OSError as error:
+    raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+
+
 def check(workdir: pathlib.Path, config: Config) -> bool:
   """Whether `workdir` already holds this run. Writes nothing.
 

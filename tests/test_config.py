@@ -158,6 +158,11 @@ OTHER = {
   "ode_probes": 2,
   "evaluate_batch_size": 40,
   "topology": "v5e:4x4",
+  "export_format": "jax",
+  "export_dir": "/data/exported here",
+  "export_platforms": ("tpu", "cpu"),
+  "export_batch_sizes": (1, 64),
+  "init_from": "/data/weights.safetensors",
 }
 INPAINT_ALONE = ("mask", "repaint_jump", "repaint_resamples")
 # The same with another task: its own knobs.
@@ -390,7 +395,7 @@ def test_json_round_trip(config):
 
 def test_json_is_plain_and_by_section():
   tree = json.loads(config_lib.to_json(make()))
-  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan"]
+  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan", "exchange"]
   assert tree["model"]["channel_multipliers"] == [1, 2, 2]
   assert tree["optimizer"]["learning_rate"] == 0.001
 
@@ -479,7 +484,7 @@ MAY_CHANGE = {
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
   *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
-  *("topology",),
+  *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
 }
 
 
@@ -503,7 +508,20 @@ def test_num_steps_is_fixed_where_the_learning_rate_depends_on_it(schedule, refu
 
 # One knob, one reader.
 
-_OWNERS = {"config", "options", "d", "data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan"}
+_OWNERS = {
+  "config",
+  "options",
+  "d",
+  "data",
+  "diffusion",
+  "model",
+  "optimizer",
+  "train",
+  "sample",
+  "evaluate",
+  "plan",
+  "exchange",
+}
 
 
 def knob_reads(root: pathlib.Path) -> set[str]:

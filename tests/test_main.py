@@ -9,6 +9,7 @@ from absl import flags as absl_flags
 from absl.testing import flagsaver
 
 import ddpm_jax.evaluation
+import ddpm_jax.exchange
 import ddpm_jax.plan
 import ddpm_jax.sampling
 import ddpm_jax.training
@@ -40,6 +41,7 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   monkeypatch.setattr(ddpm_jax.evaluation, "run", measured, raising=False)
   planned = types.SimpleNamespace(plan=lambda config: run("plan")(config, None))
   monkeypatch.setattr(ddpm_jax.plan, "run", planned, raising=False)
+  monkeypatch.setattr(ddpm_jax.exchange, "run", types.SimpleNamespace(export=run("export")), raising=False)
   monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another
   monkeypatch.setattr(main.terminal, "quiet", lambda: None)
 
@@ -126,7 +128,7 @@ def test_a_plan_of_a_run_may_change_all_of_it(runs, command, tmp_path):
   ("error", "code"),
   [(UserError("a: b"), 2), (BadRecord("image 3", "mend"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
 )
-@pytest.mark.parametrize("mode", ["train", "sample", "evaluate", "plan"])
+@pytest.mark.parametrize("mode", ["train", "sample", "evaluate", "export", "plan"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   if mode != "train":
     workdir.create(tmp_path, Config())
@@ -168,6 +170,12 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--grad_accum_steps=3"], ["grad_accum_steps", "3", "batch_size="]),
     (["--mode=sample"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
     (["--mode=evaluate"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+    (["--mode=export"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+    (["--mode=export", "--workdir="], ["workdir", "--workdir", "--init_from"]),
+    (["--mode=export", "--init_from=x"], ["init_from", "there is no", "nothing is downloaded"]),
+    (["--export_format=onnx"], ["export_format", "onnx", "safetensors"]),
+    (["--init_from=nowhere"], ["init_from", "nowhere", "there is no", "nothing is downloaded"]),
+    (["--mode=sample", "--init_from=s3://x/y"], ["init_from", "s3://x/y", "is no path"]),
     (["--measures=frechet,fid"], ["measures", "fid", "frechet"]),
     (["--measures="], ["measures", "empty"]),
     (["--features=vgg"], ["features", "vgg", "classifier"]),
@@ -178,6 +186,13 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--evaluate_every=5", "--best_measure=ode"], ["best_measure", "ode", "--measures="]),
     (["--best_measure=kid"], ["best_measure", "no effect", "--evaluate_every"]),
     (["--checkpoint=last"], ["checkpoint", "last", "newest"]),
+    (["--export_format=jax", "--export_platforms=cpu,gpu"], ["export_platforms", "gpu", "cuda"]),
+    (["--export_format=jax", "--export_platforms="], ["export_platforms", "empty", "cpu, cuda, tpu"]),
+    (["--export_format=jax", "--export_platforms=cpu,cpu"], ["export_platforms", "cpu,cpu", "twice"]),
+    (["--export_format=jax", "--export_batch_sizes=1,0"], ["export_batch_sizes", "0", "at least 1"]),
+    (["--export_format=jax", "--export_batch_sizes=many"], ["export_batch_sizes", "many", "commas"]),
+    (["--export_batch_sizes=8"], ["export_batch_sizes", "no effect", "--export_format=jax"]),
+    (["--export_platforms=cpu"], ["export_platforms", "no effect", "--export_format=jax"]),
     (["channels=64"], ["channels=64", "--name=value"]),
     (["--workdir="], ["workdir", "missing", "--workdir="]),
   ],
@@ -238,6 +253,75 @@ def test_sample_checks_its_flags_against_the_stored_run(tmp_path):
   workdir.create(tmp_path, config_lib.override(Config(), {"num_timesteps": 100}))
   with pytest.raises(UserError, match=r"sampling_steps: 200 .*num_timesteps=100"):
     main.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
+
+
+# With --init_from.
+
+
+@pytest.fixture
+def model(tmp_path) -> str:
+  """A workdir that --init_from can name: its settings are all that is asked for here."""
+  workdir.create(tmp_path / "model", config_lib.override(Config(), {"channels": 48, "num_timesteps": 40} | PREVIEW))
+  return str(tmp_path / "model")
+
+
+PREVIEW = {"preview_steps": 5, "threshold": "none", "variance": "fixed_small", "num_steps": 777}
+
+
+def test_what_comes_with_weights_takes_the_place_of_the_defaults(model, tmp_path):
+  for mode in ("train", "plan", "sample", "evaluate"):
+    config = main.resolve_config(mode, {"init_from": model, "dropout": 0.1}, tmp_path / "run")
+    expected = {"channels": 48, "num_timesteps": 40, "preview_steps": 5, "threshold": "none", "variance": "fixed_small"}
+    assert config == config_lib.override(Config(), expected | {"init_from": model, "dropout": 0.1})
+  assert main.resolve_config("export", {"init_from": model}, None).model.channels == 48
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_path_is_kept_as_an_absolute_one(model, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for mode in ("train", "sample"):
+    assert main.resolve_config(mode, {"init_from": "model"}, tmp_path / "run").exchange.init_from == model
+
+
+def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
+  config = main.resolve_config("train", {"init_from": model, "channels": 96}, tmp_path / "run")
+  workdir.create(tmp_path / "run", config)
+  (tmp_path / "model" / "config.json").unlink()
+  assert main.resolve_config("train", {"init_from": model}, tmp_path / "run") == config
+  assert main.resolve_config("sample", {}, tmp_path / "run") == config
+  with pytest.raises(UserError, match="init_from: "):
+    main.resolve_config("train", {"init_from": model}, tmp_path / "new")
+
+
+def test_weights_of_elsewhere_get_their_data_set_when_they_are_measured(model, tmp_path):
+  """And keep it: what was measured was measured on it."""
+  folder = tmp_path / "run"
+  workdir.create(folder, main.resolve_config("sample", {"init_from": model}, folder))
+  for given in ({"init_from": model, "dataset": "mnist"}, {"dataset": "mnist"}):
+    assert main.resolve_config("evaluate", given, folder).data.dataset == "mnist"
+  with pytest.raises(UserError, match=r"channels: .* leave --channels out"):
+    main.resolve_config("evaluate", {"channels": 64}, folder)
+  (folder / "eval").mkdir()
+  with pytest.raises(UserError, match=r"dataset: .* leave --dataset out"):
+    main.resolve_config("evaluate", {"dataset": "mnist"}, folder)
+
+
+def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
+  workdir.create(tmp_path / "run", Config())
+  with pytest.raises(UserError, match=r"init_from: .* was trained with '', not '.*model'; leave --init_from out"):
+    main.resolve_config("sample", {"init_from": model}, tmp_path / "run")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "x").write_text("mine")
+  with pytest.raises(UserError, match="is not empty and holds no run"):
+    main.resolve_config("sample", {"init_from": model}, tmp_path / "full")
+
+
+def test_an_export_is_of_one_model(model, tmp_path):
+  workdir.create(tmp_path / "run", Config())
+  assert main.resolve_config("export", {"variance": "fixed_small", "sampler": "ddim"}, tmp_path / "run")
+  for given, folder in (({"init_from": model}, tmp_path / "run"), ({}, None)):
+    with pytest.raises(UserError, match="workdir: name either a run to export"):
+      main.resolve_config("export", given, folder)
 
 
 # The command itself.

@@ -119,7 +119,13 @@ def test_the_data_know_no_model(file):
 
 def test_nothing_imports_main_and_only_main_starts_a_run():
   assert importers("ddpm_jax.main") == set()
-  runs = ("ddpm_jax.sampling.run", "ddpm_jax.evaluation.run", "ddpm_jax.plan.run", "ddpm_jax.training.loop.train")
+  runs = (
+    "ddpm_jax.sampling.run",
+    "ddpm_jax.evaluation.run",
+    "ddpm_jax.plan.run",
+    "ddpm_jax.exchange.run",
+    "ddpm_jax.training.loop.train",
+  )
   assert importers(*runs) == {"main.py"}
   assert importers("ddpm_jax.training.loop") == {"main.py"}
 
@@ -141,7 +147,7 @@ def test_one_module_for_each_library_behind_a_wall():
   assert importers("tensorboardX") == {"writers.py"}
   assert importers("flax.linen") <= set(below("models"))
   assert importers("grain", "tensorflow_datasets") <= set(below("data"))
-  assert importers("safetensors") == {"evaluation/arrays.py", "evaluation/inception.py"}
+  assert importers("safetensors") == {"evaluation/arrays.py", "evaluation/inception.py", "exchange/tensors.py"}
 
 
 def test_what_nothing_imports():
@@ -201,6 +207,7 @@ def test_main_imports_a_run_only_when_it_starts():
     "ddpm_jax.sampling",
     "ddpm_jax.evaluation",
     "ddpm_jax.plan",
+    "ddpm_jax.exchange",
     "ddpm_jax.data",
     "ddpm_jax.models",
     "ddpm_jax.run",

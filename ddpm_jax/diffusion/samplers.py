@@ -294,6 +294,6 @@ def sample(
   columns = (np.arange(len(slot)), slot, table.t)
   coefficients = (table.c_xt, table.c_x0, table.c_prev, table.sigma)
   rows = (*(jnp.asarray(c, jnp.int32) for c in columns), *(jnp.asarray(c, jnp.float32) for c in coefficients))
-  kept = jnp.zeros((len(keys), len(keep) + 1 if len(keep) else 0, *shape), jnp.float32)
+  kept = jnp.zeros((keys.shape[0], len(keep) + 1 if len(keep) else 0, *shape), jnp.float32)
   (x0, _, kept), _ = jax.lax.scan(step, (start, jnp.zeros_like(start), kept), rows)
   return x0, kept[:, : len(keep)]

@@ -11,7 +11,7 @@ from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import scalars, write_result
-from ddpm_jax.sampling.weights import load_weights
+from ddpm_jax.exchange.initial import adopt, find_weights
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
@@ -21,16 +21,18 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     UserError: if the workdir holds no such checkpoint, or data, labels or weights of the measures are missing.
     RunError: if the results cannot be written.
   """
-  weights = load_weights(config, workdir)
+  weights = find_weights(config, workdir)
   train = open_source(config.data)
   if train.image_shape != weights.run.image_shape:
-    raise UserError(f"dataset: the images of {train.name} are not of the size that the model draws; restore them")
+    raise UserError(
+      f"dataset: the images of {train.name} are not of the size that the model draws, "
+      f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
+    )
   evaluate_lib.check(config, workdir, train)
+  adopt(config, workdir)
   quiet = jax.process_index() != 0
   around = evaluate_lib.Surroundings(workdir, beat=lambda what: None, quiet=quiet)
-  around.say(
-    f"evaluating the {weights.which} weights after update {weights.step}: {', '.join(config.evaluate.measures)}"
-  )
+  around.say(f"evaluating {weights.text}: {', '.join(config.evaluate.measures)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:
     path = write_result(workdir, result, pictures)

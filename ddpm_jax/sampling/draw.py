@@ -52,6 +52,21 @@ def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, firs
   )
 
 
+def draw_of(
+  predictor: Predictor, table: SamplerTable, *, image_shape: tuple[int, int, int], stream: str
+) -> Callable[[Params, int | jax.Array, jax.Array], jax.Array]:
+  """Returns the pure function (params, seed, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
+
+  Image i is a function of (weights, seed, stream, i). The seed is in 0..2^32 - 1, of type int or uint32.
+  """
+
+  def draw(params: Params, seed: int | jax.Array, index: jax.Array) -> jax.Array:
+    keys = indexed_keys(stream_key(seed, stream), index)
+    return images.to_uint8(sample(table, predictor(params), keys, image_shape)[0])
+
+  return draw
+
+
 def make_draw(
   predictor: Predictor,
   table: SamplerTable,
@@ -61,16 +76,12 @@ def make_draw(
   seed: int,
   stream: str,
 ) -> ByRows:
-  """Returns draw(params, index int32 [B]) -> uint8 [B, H, W, C]; image i is a function of (weights, seed, stream, i).
+  """Returns draw(params, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` for that seed on all devices.
 
   One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding.
   """
-
-  def draw(params: Params, index: jax.Array) -> jax.Array:
-    keys = indexed_keys(stream_key(seed, stream), index)
-    return images.to_uint8(sample(table, predictor(params), keys, image_shape)[0])
-
-  return parallel.by_rows(draw)
+  draw = draw_of(predictor, table, image_shape=image_shape, stream=stream)
+  return parallel.by_rows(lambda params, index: draw(params, seed, index))
 
 
 def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:

@@ -1,4 +1,4 @@
-"""The run `sample`: draws images from a workdir's checkpoint and nothing else."""
+"""The run `sample`: draws images from a workdir's checkpoint, or with the weights of --init_from, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from PIL import Image
 from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.exchange.initial import adopt, find_weights
 from ddpm_jax.progress import counted
 from ddpm_jax.sampling import inputs, tasks
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, settings
-from ddpm_jax.sampling.weights import Weights, load_weights
+from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import sync_file
 
 _GRID_IMAGES = 256  # more than that is no picture any more
@@ -37,16 +38,15 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
     UserError: if the workdir holds no such checkpoint, or what a task is given does not fit.
     RunError: if the samples cannot be written.
   """
-  weights = load_weights(config, workdir)
-  folder = workdir / "samples"
+  weights = find_weights(config, workdir)
   if config.sample.sample_task == "images":
-    _draw_images(config, weights, folder)
+    _draw_images(config, weights, workdir)
   else:
-    _do_task(config, weights, folder)
+    _do_task(config, weights, workdir)
 
 
-def _draw_images(config: Config, weights: Weights, folder: pathlib.Path) -> None:
-  options, shape = config.sample, weights.run.image_shape
+def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
+  options, shape, folder = config.sample, weights.run.image_shape, workdir / "samples"
   png_folder = pathlib.Path(options.sample_png_dir).expanduser() if options.sample_png_dir else None
   if png_folder is not None:
     _check_png_folder(png_folder)
@@ -54,6 +54,7 @@ def _draw_images(config: Config, weights: Weights, folder: pathlib.Path) -> None
   check_room(
     "num_samples", folder, shape, options.num_samples, copies=2
   )  # while they are drawn, and then in the archive
+  adopt(config, workdir)
   drawn = Drawn(weights, config, folder)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
@@ -76,12 +77,13 @@ def _draw_images(config: Config, weights: Weights, folder: pathlib.Path) -> None
   drawn.forget()
 
 
-def _do_task(config: Config, weights: Weights, folder: pathlib.Path) -> None:
-  options, run = config.sample, weights.run
+def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
+  options, run, folder = config.sample, weights.run, workdir / "samples"
   name, number = options.sample_task, options.num_samples
   given = {"interpolate": 2 * number, "inpaint": number, "reconstruct": number}.get(name, 0)
   images = inputs.given_images(config, run.image_shape, given) if given else np.empty(0)
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
+  adopt(config, workdir)
   rows = number * tasks.rows_for_each(name)
   with counted("image", total=rows, quiet=jax.process_index() != 0) as (done, say):
     say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
@@ -115,10 +117,7 @@ def _do_task(config: Config, weights: Weights, folder: pathlib.Path) -> None:
 def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:
   height, width, channels = weights.run.image_shape
   each = f", {evaluations} network evaluations each" if evaluations else ""
-  return (
-    f"{what} {height}x{width}x{channels} with the {weights.which} weights after update {weights.step}: "
-    f"{config.sample.sampler}{each}"
-  )
+  return f"{what} {height}x{width}x{channels} with {weights.text}: {config.sample.sampler}{each}"
 
 
 def _check_png_folder(folder: pathlib.Path) -> None:

@@ -28,9 +28,14 @@ class Weights(NamedTuple):
 
   run: Run
   params: Params
-  step: int  # the number of updates
+  step: int  # the number of updates; 0 if nothing was trained here
   which: str  # 'ema' or 'raw'
   identity: str  # SHA-256, see `identity_of`
+
+  @property
+  def text(self) -> str:
+    """What they are, for people."""
+    return f"the {self.which} weights after update {self.step}" if self.step else "the weights of --init_from"
 
 
 def load_weights(config: Config, workdir: pathlib.Path) -> Weights:

@@ -24,9 +24,11 @@ from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
+from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
+from ddpm_jax.exchange import initial
 from ddpm_jax.lock import Lock
-from ddpm_jax.models.build import num_params
+from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step
 from ddpm_jax.sampling.draw import make_draw, make_predictor
@@ -67,6 +69,9 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
     check_evaluation(config, workdir, source)
+  params = None
+  if config.exchange.init_from and not workdir_lib.has_checkpoints(workdir):
+    params, _ = initial.read_params(config, source.image_shape)
   with contextlib.ExitStack() as cleanup:
     lock, job = None, job or Job("single")
     if job.process == 0:
@@ -84,7 +89,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
     cleanup.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-    _resume_or_start(run, source, workdir, checkpoints, restored, lock, stop, job, watchdog)
+    _resume_or_start(run, source, workdir, checkpoints, restored, params, lock, stop, job, watchdog)
 
 
 def _resume_or_start(
@@ -93,6 +98,7 @@ def _resume_or_start(
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   restored: Restored | None,
+  params: Params | None,
   lock: Lock | None,
   stop: StopRequest,
   job: Job,
@@ -115,7 +121,9 @@ def _resume_or_start(
     if run.config != workdir_lib.load_config(workdir):
       workdir_lib.create(workdir, run.config)  # what may change has changed
   facts = resume.facts(run, source, restored.manifest if restored else None)
-  state = restored.state if restored else run.initial_state()
+  if not restored and params is None and run.config.exchange.init_from:
+    raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
+  state = restored.state if restored else run.initial_state(params)
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
@@ -296,7 +304,8 @@ def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: 
     return what + f"{workdir} already holds all {total} updates: nothing to do{longer}"
   if start:
     return what + f"resuming {workdir} after update {start} of {total}; compiling"
-  return what + f"training {total} updates in {workdir}; compiling"
+  first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
+  return what + f"training {total} updates{first} in {workdir}; compiling"
 
 
 def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:

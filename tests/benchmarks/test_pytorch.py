@@ -11,7 +11,9 @@ from tests.benchmarks import fake
 
 LIKE_OURS = {
   "attention_head_dim": None, "norm_eps": 1e-6, "dropout": 0.0, "downsample_padding": 0, "flip_sin_to_cos": False,
-  "freq_shift": 1,
+  "freq_shift": 1, "act_fn": "silu", "add_attention": True, "center_input_sample": False, "class_embed_type": None,
+  "num_class_embeds": None, "downsample_type": "conv", "upsample_type": "conv", "mid_block_type": "UNetMidBlock2D",
+  "mid_block_scale_factor": 1, "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
 }  # fmt: skip
 # In the order of the levels, A where a block has attention. cifar10 and the 256x256 models as published on the Hugging
 # Face hub (google/ddpm-cifar10-32, google/ddpm-celebahq-256); the others give the same number of parameters as ours.
@@ -28,7 +30,7 @@ def test_the_unet_of_diffusers(name):
   shape, blocks, channels, attention, groups, more = PRESETS[name]
   _, (setting,) = command.parse(pytorch.make_parser(), [f"--flagfile={ROOT}/experiments/{name}.flags"])
   assert command.image_shape(setting.config, None) == shape
-  assert pytorch.unet_kwargs(setting.config.model, shape) == LIKE_OURS | more | {
+  assert pytorch.unet_options(setting.config.model, shape) == LIKE_OURS | more | {
     "sample_size": shape[0],
     "in_channels": shape[2],
     "out_channels": shape[2],
@@ -76,7 +78,7 @@ def compare(monkeypatch, *words, parameters=10, devices="1 x cpu", failed=False)
 def test_the_two_take_turns(monkeypatch, capsys, tmp_path):
   machine, made = compare(monkeypatch, f"--json={tmp_path / 'out.json'}", "--variants=eager,compiled")
   assert "".join(name for name, _ in machine.turns[-8:]) == "TJJTTJJT"
-  assert made["PyTorch"].jobs[0]["unet"] == pytorch.unet_kwargs(Config().model, (8, 8, 1))
+  assert made["PyTorch"].jobs[0]["unet"] == pytorch.unet_options(Config().model, (8, 8, 1))
   assert made["PyTorch"].jobs[0]["variants"] == ["eager", "compiled"]
   lines = capsys.readouterr().out.splitlines()
   assert lines[-2] == "speed of ddpm_jax over PyTorch eager: 1.50 (1.50 to 1.50)"

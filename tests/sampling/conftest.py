@@ -66,7 +66,11 @@ class Trained:
 @pytest.fixture(scope="session")
 def original(tmp_path_factory) -> Trained:
   """A workdir with checkpoints 3 and 5 of different weights, not to be written into."""
-  folder = tmp_path_factory.mktemp("sampling")
+  return make_workdir(tmp_path_factory.mktemp("sampling"))
+
+
+def make_workdir(folder: pathlib.Path) -> Trained:
+  """A workdir `run` in a folder, with checkpoints 3 and 5 of different weights."""
   path, config = folder / "run", settings_of(folder)
   workdir.create(path, config)
   run = build_run(config, IMAGE_SHAPE, Parallel("pmap"))
@@ -127,6 +131,6 @@ def perfect(tmp_path_factory) -> Weights:
 @pytest.fixture
 def quick(perfect, tmp_path, monkeypatch) -> Trained:
   """A workdir from which `sample` draws with `perfect`."""
-  monkeypatch.setattr(sampling, "load_weights", lambda config, path: perfect)
+  monkeypatch.setattr(sampling, "find_weights", lambda config, path: perfect)
   (tmp_path / "run").mkdir()
   return Trained(tmp_path / "run", perfect.run.config)

@@ -133,7 +133,7 @@ def test_one_timestep_is_enough_to_interpolate(perfect, quick, monkeypatch):
   one = perfect._replace(run=perfect.run._replace(schedule=make_schedule("linear", 1, beta_start=0.01, beta_end=0.01)))
   network = lambda params, xt, t, keys: xt * 0  # noqa: E731
   one = one._replace(run=one.run._replace(network=network))
-  monkeypatch.setattr(sampling, "load_weights", lambda config, path: one)
+  monkeypatch.setattr(sampling, "find_weights", lambda config, path: one)
   arrays, settings = draw(quick, sample_task="interpolate", sampling_steps=0, num_samples=1)
   assert settings["timestep"] == 1
   assert np.abs(arrays["images"][0, 0].astype(int) - arrays["given"][0]).max() > 5  # some noise was added
@@ -165,7 +165,7 @@ def test_inpainting_leaves_what_is_known(quick, options):
 
 
 def time_grid_of(quick):
-  return time_grid(sampling.load_weights(quick.config, quick.path).run.schedule, 8)
+  return time_grid(sampling.find_weights(quick.config, quick.path).run.schedule, 8)
 
 
 def test_inpainting_draws_where_the_mask_is_white(quick, tmp_path):
@@ -205,7 +205,7 @@ def test_reconstruction_comes_back_and_better_with_more_steps(quick, capsys):
 def test_reconstruction_does_not_clip(quick, perfect, monkeypatch):
   """Whatever --threshold says: what was cut off on the way up could not come back."""
   beyond = perfect._replace(params={"mean": 2 * perfect.params["mean"]})  # x0_hat leaves [-1, 1]
-  monkeypatch.setattr(sampling, "load_weights", lambda config, path: beyond)
+  monkeypatch.setattr(sampling, "find_weights", lambda config, path: beyond)
   arrays, _ = draw(quick, sample_task="reconstruct", sampling_steps=50)
   ab, mean = np.cumprod(np.append(1.0, 1 - np.linspace(1e-4, 0.05, 200))), 2 * np.asarray(perfect.params["mean"])
   x = arrays["given"] / 127.5 - 1
@@ -238,7 +238,7 @@ def test_colours(quick, perfect, monkeypatch, tmp_path):
   folder = save_pictures(tmp_path / "colour", images)
   params = {"mean": images_lib.to_float(images[0])}
   wide = perfect._replace(run=perfect.run._replace(image_shape=(8, 8, 3)), params=params)
-  monkeypatch.setattr(sampling, "load_weights", lambda config, path: wide)
+  monkeypatch.setattr(sampling, "find_weights", lambda config, path: wide)
   png = tmp_path / "png"
   plain, _ = draw(quick, sample_png_dir=str(png))
   assert plain["images"].shape == (3, 8, 8, 3)

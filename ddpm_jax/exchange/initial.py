@@ -1,0 +1,167 @@
+"""Where weights come from: --init_from=PATH, or the checkpoints of a workdir.
+
+PATH is a folder of diffusers, a safetensors file that --mode=export wrote, or a workdir. It decides the architecture
+and the diffusion wherever flags say nothing, and is read before anything is written. Once a run has a checkpoint of its
+own, nobody looks at PATH any more.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation.arrays import arrays_sha256
+from ddpm_jax.exchange import diffusers, file
+from ddpm_jax.exchange.names import from_flat, to_flat
+from ddpm_jax.models.build import Params
+from ddpm_jax.run import build_run
+from ddpm_jax.sampling.weights import Weights, identity_of, load_weights
+from ddpm_jax.training import manifest
+from ddpm_jax.training.parallel import Parallel, from_all_processes, gather
+
+ImageShape = tuple[int, int, int]  # H, W, C
+
+
+class Origin(NamedTuple):
+  """What PATH says of its model."""
+
+  path: pathlib.Path
+  kind: str  # 'diffusers', 'file' or 'workdir'
+  knobs: dict[str, Any]  # the settings that come with it
+  image_shape: ImageShape | None  # None: a workdir's checkpoints say it
+
+
+def absolute(text: str) -> str:
+  """--init_from as it is kept in a workdir; the empty text stays. Raises UserError if it is an address."""
+  if "://" in text:
+    raise UserError(f"init_from: {text!r} is no path in a file system; get the model first and name its folder")
+  return str(pathlib.Path(text).expanduser().absolute()) if text else ""
+
+
+def beginning(path: str, workdir: pathlib.Path | None) -> Config:
+  """The settings that flags win over where weights come from PATH: those that come with them.
+
+  A workdir that began with PATH has them too, and PATH may be gone.
+
+  Raises:
+    UserError: if PATH is no model that can be read.
+  """
+  if workdir is not None and (workdir / "config.json").exists():
+    stored = workdir_lib.load_config(workdir)
+    if stored.exchange.init_from == path:
+      return config_lib.override(Config(), _knobs_of(stored))
+  try:
+    return config_lib.override(Config(), look(path).knobs)
+  except UserError as error:
+    raise UserError(f"init_from: {error}") from None
+
+
+def look(path: str) -> Origin:
+  """Reads what PATH says of itself, and none of its weights. Raises UserError, which names the file."""
+  place = pathlib.Path(path)
+  if not place.exists():
+    raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
+  if not place.is_dir():
+    config, image_shape = file.describe(place)
+    return Origin(place, "file", _knobs_of(config), image_shape)
+  if diffusers.is_folder_of_diffusers(place):
+    knobs, image_shape = diffusers.describe(place)
+    few = knobs["num_timesteps"] < TrainConfig().preview_steps
+    return Origin(place, "diffusers", knobs | ({"preview_steps": knobs["num_timesteps"]} if few else {}), image_shape)
+  if (place / "config.json").exists():
+    return Origin(place, "workdir", _knobs_of(workdir_lib.load_config(place)), None)
+  raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
+
+
+def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[Params, ImageShape]:
+  """The weights of `config.exchange.init_from`. All processes must call it.
+
+  Args:
+    config: of the run.
+    image_shape: of the images that the run draws; None: of those that the weights were trained on.
+
+  Returns:
+    A tree of float32 NumPy arrays that fits the network of `config`, and the shape of the images.
+
+  Raises:
+    UserError: if they cannot be read, do not fit (all that do not are named), or differ among the processes.
+  """
+  try:
+    params, shape = _read(config, look(config.exchange.init_from), image_shape)
+  except UserError as error:
+    raise UserError(f"init_from: {error}") from error
+  digest = np.frombuffer(bytes.fromhex(arrays_sha256(to_flat(params), "")), np.uint8)
+  if np.any(from_all_processes(digest) != digest[None]):
+    raise UserError(
+      f"init_from: {config.exchange.init_from} does not hold the same weights for all processes; give every host a copy"
+    )
+  return params, shape
+
+
+def _read(config: Config, origin: Origin, image_shape: ImageShape | None) -> tuple[Params, ImageShape]:
+  if origin.kind != "workdir" and config.sample.checkpoint != "newest":
+    raise UserError(
+      f"{origin.path} is no workdir, so --checkpoint={config.sample.checkpoint} has no effect; leave it out"
+    )
+  shape = image_shape or origin.image_shape
+  if origin.kind == "workdir":
+    theirs = _weights_of_workdir(config, origin.path)
+    shape = shape or theirs.run.image_shape
+    arrays = to_flat(jax.tree.map(gather, theirs.params))
+    try:
+      return from_flat(arrays, config.model, shape), shape
+    except UserError as error:
+      raise UserError(f"{origin.path}: {error}") from None
+  assert shape is not None  # the others say it
+  reader = diffusers if origin.kind == "diffusers" else file
+  return reader.read_params(origin.path, config.model, shape), shape
+
+
+def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
+  """Of another run's workdir, those that --checkpoint and --sample_weights name."""
+  how = ("checkpoint", "sample_weights", "parallel", "on_corrupt")
+  given = {name: value for name, value in config_lib.values(config).items() if name in how}
+  return load_weights(config_lib.override(workdir_lib.load_config(workdir), given), workdir)
+
+
+def find_weights(config: Config, workdir: pathlib.Path | None) -> Weights:
+  """The weights that a command means: of the workdir's checkpoints, or, where it has none, those of --init_from.
+
+  Args:
+    config: of the run.
+    workdir: its folder; None: those of --init_from.
+
+  Raises:
+    UserError: if there are none, or they do not fit the network of `config`.
+  """
+  if workdir is not None and (not config.exchange.init_from or workdir_lib.has_checkpoints(workdir)):
+    return load_weights(config, workdir)
+  params, image_shape = read_params(config)
+  run = build_run(config, image_shape, Parallel(config.train.parallel))
+  params = run.place(params)
+  return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)))
+
+
+def adopt(config: Config, workdir: pathlib.Path) -> None:
+  """Makes the workdir of a model that was trained elsewhere, or renews its settings, once a command is found right.
+
+  Does nothing where a run was trained, and where the settings stand already. Raises UserError if it cannot be written.
+  """
+  if not config.exchange.init_from or workdir_lib.has_checkpoints(workdir) or jax.process_index() != 0:
+    return
+  exists = (workdir / "config.json").exists()
+  if not exists or config_lib.changed(workdir_lib.load_config(workdir), config, on_resume=True):
+    workdir_lib.create(workdir, config)
+
+
+def _knobs_of(config: Config) -> dict[str, Any]:
+  """Of a run's settings those that come with its weights."""
+  own = {field.name: value for section, field, value in config_lib.knobs(config) if section in ("model", "diffusion")}
+  return own | {name: config_lib.values(config)[name] for name in (*file.THRESHOLD, "preview_steps")}

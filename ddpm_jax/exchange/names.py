@@ -1,0 +1,201 @@
+"""The parameters of the U-Net under the names of diffusers' UNet2DModel: one table, read in both directions.
+
+Three things differ beside the names. Kernels of convolutions are HWIO here and OIHW there; those of dense layers
+[in, out] and [out, in], where the shortcut of a residual block is a 1x1 convolution [out, in, 1, 1] there; and queries,
+keys and values are one layer here and three there.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax.config import ModelConfig
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import Params, build_model, init_params
+
+# Blocks: ours -> theirs. `level` counts from the full resolution, `up` the same levels from the smallest.
+_BLOCKS = (
+  (r"down(?P<level>\d+)_block(?P<i>\d+)", "down_blocks.{level}.resnets.{i}"),
+  (r"down(?P<level>\d+)_block(?P<i>\d+)_attention", "down_blocks.{level}.attentions.{i}"),
+  (r"down(?P<level>\d+)_downsample", "down_blocks.{level}.downsamplers.0"),
+  (r"mid_block(?P<i>\d+)", "mid_block.resnets.{i}"),
+  (r"mid_attention", "mid_block.attentions.0"),
+  (r"up(?P<level>\d+)_block(?P<i>\d+)", "up_blocks.{up}.resnets.{i}"),
+  (r"up(?P<level>\d+)_block(?P<i>\d+)_attention", "up_blocks.{up}.attentions.{i}"),
+  (r"up(?P<level>\d+)_upsample", "up_blocks.{up}.upsamplers.0"),
+)
+# Layers of these blocks, and those outside of any: ours -> theirs, and what a kernel's layout is.
+_LAYERS = {
+  "temb_dense1": (("time_embedding.linear_1",), "dense"),
+  "temb_dense2": (("time_embedding.linear_2",), "dense"),
+  "conv_in": (("conv_in",), "conv"),
+  "norm_out": (("conv_norm_out",), "vector"),
+  "conv_out": (("conv_out",), "conv"),
+  "norm1": (("norm1",), "vector"),
+  "conv1": (("conv1",), "conv"),
+  "temb_proj": (("time_emb_proj",), "dense"),
+  "norm2": (("norm2",), "vector"),
+  "conv2": (("conv2",), "conv"),
+  "shortcut": (("conv_shortcut",), "pixelwise"),
+  "norm": (("group_norm",), "vector"),
+  "qkv": (("to_q", "to_k", "to_v"), "dense"),
+  "proj": (("to_out.0",), "dense"),
+  "conv": (("conv",), "conv"),
+}
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# What attention was called until diffusers 0.12, as in the published DDPM models.
+_OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Row(NamedTuple):
+  """One parameter of ours, and what it is over there."""
+
+  path: tuple[str, ...]  # in our tree
+  shape: tuple[int, ...]
+  names: tuple[str, ...]  # of diffusers: parts of the last axis, in order
+  layout: str  # 'conv', 'dense', 'pixelwise' or 'vector'
+
+  def part_shape(self) -> tuple[int, ...]:
+    """The shape of each of `names`."""
+    *rest, last = self.shape
+    return _outwards(self.layout, np.empty((*rest, last // len(self.names)), np.bool_)).shape
+
+
+@functools.cache
+def param_shapes(model: ModelConfig, image_shape: tuple[int, int, int]) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Path -> shape of every parameter. Raises UserError if that network cannot draw such images [H, W, C]."""
+  module = build_model(model, image_shape)
+  params = jax.eval_shape(lambda: init_params(module, jax.random.key(0), image_shape))
+  return {path: leaf.shape for path, leaf in _leaves(params).items()}
+
+
+@functools.cache
+def table(model: ModelConfig, image_shape: tuple[int, int, int]) -> tuple[Row, ...]:
+  """A row for every parameter of the network. Raises UserError as `param_shapes`."""
+  levels = len(model.channel_multipliers)
+  return tuple(_row(path, shape, levels) for path, shape in param_shapes(model, image_shape).items())
+
+
+def to_diffusers(params: Params, rows: Iterable[Row]) -> dict[str, np.ndarray]:
+  """Our tree of NumPy arrays under their names, in their layout."""
+  leaves, tensors = _leaves(params), {}
+  for row in rows:
+    parts = np.split(leaves[row.path], len(row.names), axis=-1)
+    tensors |= {name: _outwards(row.layout, part) for name, part in zip(row.names, parts, strict=True)}
+  return tensors
+
+
+def from_diffusers(tensors: Mapping[str, np.ndarray], rows: Iterable[Row]) -> Params:
+  """Their tensors as our tree.
+
+  Raises:
+    UserError: lists every tensor that is missing, too much, or of another shape.
+  """
+  tensors, rows = _with_todays_names(tensors), tuple(rows)
+  check_shapes(tensors, {name: row.part_shape() for row in rows for name in row.names})
+  leaves = {
+    row.path: np.concatenate([_inwards(row.layout, tensors[name]) for name in row.names], axis=-1) for row in rows
+  }
+  return _tree(leaves)
+
+
+def to_flat(params: Params) -> dict[str, np.ndarray]:
+  """Our tree under names of our own, such as 'down0_block0.conv1.kernel'."""
+  return {".".join(path): leaf for path, leaf in _leaves(params).items()}
+
+
+def from_flat(tensors: Mapping[str, np.ndarray], model: ModelConfig, image_shape: tuple[int, int, int]) -> Params:
+  """The inverse of `to_flat`, for that network. Raises UserError as `from_diffusers`."""
+  shapes = param_shapes(model, image_shape)
+  check_shapes(tensors, {".".join(path): shape for path, shape in shapes.items()})
+  return _tree({path: tensors[".".join(path)] for path in shapes})
+
+
+def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises UserError, which lists all that is wrong, unless the arrays have these names and shapes and no others."""
+  problems = [f"{name} is missing" for name in wanted if name not in found]
+  problems += [f"{name} is too much" for name in found if name not in wanted]
+  for name in wanted:
+    if name in found and tuple(found[name].shape) != tuple(wanted[name]):
+      problems.append(f"{name} is {list(found[name].shape)}, not {list(wanted[name])}")
+  if problems:
+    raise UserError(f"the weights do not fit the network: {', '.join(problems)}")
+
+
+def _leaves(tree: Params) -> dict[tuple[str, ...], Any]:
+  """Path -> leaf of a nested dict."""
+  found = {}
+  for name, part in tree.items():
+    inner = _leaves(part) if isinstance(part, dict) else {(): part}
+    found |= {(name, *path): leaf for path, leaf in inner.items()}
+  return found
+
+
+def _tree(leaves: Mapping[tuple[str, ...], np.ndarray]) -> Params:
+  """The inverse of `_leaves`."""
+  tree: dict[str, Any] = {}
+  for (*folders, name), leaf in leaves.items():
+    place = tree
+    for folder in folders:
+      place = place.setdefault(folder, {})
+    place[name] = leaf
+  return tree
+
+
+def _row(path: tuple[str, ...], shape: tuple[int, ...], levels: int) -> Row:
+  *block, layer, leaf = path
+  names, layout = _LAYERS[layer]
+  prefix = "".join(f"{_block_name(name, levels)}." for name in block)
+  return Row(
+    path, shape, tuple(f"{prefix}{name}.{_LEAVES[leaf]}" for name in names), layout if leaf == "kernel" else "vector"
+  )
+
+
+def _block_name(ours: str, levels: int) -> str:
+  for pattern, theirs in _BLOCKS:
+    found = re.fullmatch(pattern, ours)
+    if found:
+      numbers = {name: int(number) for name, number in found.groupdict().items()}
+      return theirs.format(**numbers, up=levels - 1 - numbers.get("level", 0))
+  raise ValueError(f"no block of diffusers is {ours!r}")
+
+
+def _outwards(layout: str, array: np.ndarray) -> np.ndarray:
+  """From our layout to PyTorch's."""
+  match layout:
+    case "conv":
+      return array.transpose(3, 2, 0, 1)
+    case "dense":
+      return array.T
+    case "pixelwise":
+      return array.T[:, :, None, None]
+    case _:
+      return array
+
+
+def _inwards(layout: str, array: np.ndarray) -> np.ndarray:
+  """From PyTorch's layout to ours."""
+  match layout:
+    case "conv":
+      return array.transpose(2, 3, 1, 0)
+    case "dense":
+      return array.T
+    case "pixelwise":
+      return array[:, :, 0, 0].T
+    case _:
+      return array
+
+
+def _with_todays_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  renamed = {}
+  for name, tensor in tensors.items():
+    *block, layer, leaf = name.split(".")
+    today = ".".join([*block, _OLDER.get(layer, layer), leaf])
+    renamed[name if today in tensors else today] = tensor
+  return renamed

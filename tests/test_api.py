@@ -1,0 +1,176 @@
+"""A trained model in Python: what the command draws, and what the equations say."""
+
+import shutil
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+
+import ddpm_jax
+from ddpm_jax import api
+from ddpm_jax import config as config_lib
+from ddpm_jax.errors import UserError
+from ddpm_jax.exchange import run as exchange
+from ddpm_jax.sampling import run as sampling
+from tests.sampling.conftest import Trained, make_workdir, noise
+from tests.training.tiny import IMAGE_SHAPE, host
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+  """A workdir with checkpoints 3 and 5."""
+  return make_workdir(tmp_path_factory.mktemp("api"))
+
+
+@pytest.fixture(scope="module")
+def model(trained) -> api.Model:
+  return ddpm_jax.load(trained.path)
+
+
+def having_network(model, network, **changes) -> api.Model:
+  """The same model with another network and other settings."""
+  run = model.weights.run._replace(network=network)
+  return api.Model(config_lib.override(model.config, changes), model.weights._replace(run=run))
+
+
+def refusal(function, *arguments, **options) -> str:
+  with pytest.raises(UserError) as caught:
+    function(*arguments, **options)
+  text = str(caught.value)
+  assert "\n" not in text
+  return text
+
+
+def test_the_package_imports_no_jax_until_it_loads():
+  code = """
+import sys
+import ddpm_jax
+assert "jax" not in sys.modules and "numpy" not in sys.modules
+assert callable(ddpm_jax.load) and "jax" in sys.modules
+try:
+  ddpm_jax.lode
+except AttributeError as error:
+  assert "'ddpm_jax' has no attribute 'lode'" in str(error)
+"""
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_a_model_says_of_itself(trained, model):
+  assert model.config == config_lib.override(trained.config, {})
+  assert model.image_shape == IMAGE_SHAPE
+  assert model.schedule.num_timesteps == 200 and model.schedule.alpha_bar[0] == 1
+  assert repr(model).startswith("<Model of 8x8x1 images, ") and repr(model).endswith(
+    " parameters: the ema weights after update 5>"
+  )
+
+
+@pytest.mark.parametrize(
+  ("options", "step", "seed"),
+  [({}, 5, 50), ({"checkpoint": 3}, 3, 30), ({"checkpoint": "3", "weights": "raw"}, 3, 3)],
+)
+def test_the_weights_that_were_asked_for(trained, options, step, seed):
+  before = absl_logging.get_verbosity()
+  model = ddpm_jax.load(str(trained.path), **options)
+  assert absl_logging.get_verbosity() == before
+  assert model.weights.step == step
+  kernel = host(model.params)["conv_in"]["kernel"]
+  first = host(model.weights.run.initial_state()).params["conv_in"]["kernel"]
+  np.testing.assert_allclose(kernel, first + noise(first.shape, seed), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+  ("asked", "knobs"),
+  [
+    ({}, {}),
+    ({"seed": 2**32 - 1}, {"sample_seed": 2**32 - 1}),
+    (
+      {"seed": 1, "sampler": "dpmpp", "steps": 6, "eta": 1.0},
+      {"sample_seed": 1, "sampler": "dpmpp", "sampling_steps": 6, "eta": 1.0},
+    ),
+  ],
+)
+def test_draws_what_the_command_draws(trained, model, tmp_path, asked, knobs):
+  shutil.copytree(trained.path, tmp_path / "run")
+  copy = Trained(tmp_path / "run", trained.config)
+  sampling.sample(copy.having(num_samples=11, **knobs), copy.path)
+  got, theirs = model.sample(11, **asked), copy.load()["images"]  # in batches of 8
+  assert got.shape == theirs.shape and got.dtype == theirs.dtype == np.uint8
+  assert np.abs(got.astype(int) - theirs).max() <= 1  # equal but for the rounding to uint8
+  assert len(np.unique(got.reshape(11, -1), axis=0)) == 11
+
+
+def test_another_seed_compiles_nothing(model, monkeypatch):
+  first = model.sample(2, seed=5)
+  made = []
+  monkeypatch.setattr(api, "draw_of", lambda *parts, **more: made.append(parts))
+  assert np.abs(model.sample(2, seed=6).astype(int) - first).max() > 1
+  assert not made
+
+
+def test_x0_hat_and_eps_hat_of_a_network_that_predicts_v(model):
+  """x0 = a x_t - b v, eps = b x_t + a v (Salimans and Ho 2022), at the t of each example."""
+  v = np.random.default_rng(0).standard_normal(IMAGE_SHAPE).astype(np.float32)
+  mine = having_network(
+    model, lambda params, xt, t, keys: jnp.asarray(v)[None] * t[:, None, None, None], prediction="v"
+  )
+  xt, t = np.random.default_rng(1).standard_normal((3, *IMAGE_SHAPE)), np.array([1, 60, 200])
+  alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.05, 200))[t - 1, None, None, None]
+  a, b, said = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), v * t[:, None, None, None]
+  np.testing.assert_allclose(mine.denoise(xt, t), np.clip(a * xt - b * said, -1, 1), atol=2e-4)
+  np.testing.assert_allclose(mine.eps(xt, t), b * xt + a * said, rtol=1e-4, atol=2e-4)
+  # One t for all; more examples than devices.
+  np.testing.assert_allclose(mine.denoise(np.repeat(xt[1:2], 9, 0), 60)[8], mine.denoise(xt, t)[1], atol=1e-6)
+
+
+def test_the_threshold_is_that_of_the_settings(model):
+  far = having_network(model, lambda params, xt, t, keys: 0 * xt + 3.0, prediction="x0", threshold="none")
+  assert (far.denoise(np.zeros((1, *IMAGE_SHAPE)), 5) == 3).all()
+
+
+@pytest.mark.parametrize("form", ["safetensors", "diffusers"])
+def test_loads_what_was_exported(trained, model, tmp_path, form):
+  exchange.export(trained.having(export_format=form, export_dir=str(tmp_path / "out")), trained.path)
+  path = tmp_path / "out" / ("model.safetensors" if form == "safetensors" else "")
+  other = ddpm_jax.load(path)
+  assert other.image_shape == IMAGE_SHAPE and other.config.diffusion.num_timesteps == 200
+  x = np.random.default_rng(2).standard_normal((8, *IMAGE_SHAPE))
+  np.testing.assert_allclose(other.denoise(x, 50), model.denoise(x, 50), atol=1e-5)
+  assert "has no effect; leave it out" in refusal(ddpm_jax.load, path, weights="raw")
+  assert "has no effect" in refusal(ddpm_jax.load, path, checkpoint=5)
+
+
+X = np.zeros((2, *IMAGE_SHAPE), np.float32)
+
+
+@pytest.mark.parametrize(
+  ("call", "parts"),
+  [
+    (lambda model: model.denoise(X[0], 1), ["x: [8, 8, 1] is not [B, 8, 8, 1]"]),
+    (lambda model: model.denoise(X[:0], 1), ["x: [0, 8, 8, 1] is not [B, 8, 8, 1]"]),
+    (lambda model: model.eps(X[:, :4], 1), ["x: [2, 4, 8, 1]"]),
+    (lambda model: model.denoise(X.astype(np.uint8), 1), ["x: uint8", "to_float"]),
+    (lambda model: model.denoise(X, 0), ["t: 0 to 0 is not in 1..200"]),
+    (lambda model: model.eps(X, [3, 201]), ["t: 3 to 201 is not in 1..200"]),
+    (lambda model: model.denoise(X, [3]), ["t: int64 [1]", "[2]"]),
+    (lambda model: model.denoise(X, 0.5), ["t: float64 []"]),
+    (lambda model: model.sample(0), ["num_samples: 0 must be at least 1"]),
+    (lambda model: model.sample(seed=-1), ["sample_seed: -1"]),
+    (lambda model: model.sample(sampler="euler"), ["sampler: 'euler' is unknown", "heun"]),
+    (lambda model: model.sample(steps=201), ["sampling_steps: 201 must not exceed num_timesteps=200"]),
+    (lambda model: model.sample(sampler="heun", eta=1.0), ["eta: 1.0 has no effect with sampler=heun"]),
+  ],
+)
+def test_what_is_wrong_is_one_line(model, call, parts):
+  text = refusal(call, model)
+  assert all(part in text for part in parts), text
+
+
+def test_no_model_is_one_line(trained, tmp_path):
+  assert f"there is no {tmp_path}/none" in refusal(ddpm_jax.load, tmp_path / "none")
+  assert "is no folder of diffusers" in refusal(ddpm_jax.load, tmp_path)
+  assert "has no 7, only 3, 5" in refusal(ddpm_jax.load, trained.path, checkpoint=7)
+  assert "'mean' is unknown; use one of ema, raw" in refusal(ddpm_jax.load, trained.path, weights="mean")
+  assert "no path in a file system" in refusal(ddpm_jax.load, "gs://bucket/run")
