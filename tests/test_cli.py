@@ -203,7 +203,7 @@ def test_an_evaluation_killed_and_made_again(folder, uninterrupted):
 
 
 def test_weights_out_and_in_again(folder, uninterrupted):
-  """Exported, drawn with and measured elsewhere: the same images. What cannot be read is one line and writes nothing."""
+  """Drawn with and measured elsewhere: the same images. What cannot be read is one line, and nothing is written."""
   before = drawn(uninterrupted)
   formats = {"diffusers": folder / "exported", "safetensors": folder / "file"}
   for form, target in formats.items():
