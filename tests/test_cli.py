@@ -202,6 +202,43 @@ def test_an_evaluation_killed_and_made_again(folder, uninterrupted):
   assert not list((workdir / "samples").glob(".drawn-*"))
 
 
+def test_weights_out_and_in_again(folder, uninterrupted):
+  """Drawn with and measured elsewhere: the same images. What cannot be read is one line, and nothing is written."""
+  before = drawn(uninterrupted)
+  formats = {"diffusers": folder / "exported", "safetensors": folder / "file"}
+  for form, target in formats.items():
+    export = ["--mode=export", f"--export_format={form}", f"--export_dir={target}"]
+    out, err = finish(start(folder, "whole", *export))
+    assert f"done: {target} holds the ema weights after update {STEPS}" in out and err == ""
+  paths = {"a": folder / "exported", "b": folder / "file" / "model.safetensors", "c": uninterrupted}
+  draw = ["--mode=sample", "--num_samples=5", "--sampling_steps=10", "--sample_seed=1"]
+  for name, path in paths.items():
+    out, _ = finish(start(folder, f"borrowed_{name}", *draw, f"--init_from={path}"))
+    assert "with the weights of --init_from" in out
+  finish(start(folder, "whole", *draw))
+  for name in paths:
+    np.testing.assert_array_equal(drawn(folder / f"borrowed_{name}"), drawn(uninterrupted))
+  assert not np.array_equal(drawn(uninterrupted), before)
+  measure = ["--mode=evaluate", "--measures=bound", "--likelihood_examples=8", "--bound_timesteps=5"]
+  finish(start(folder, "borrowed_a", *measure, f"--data_dir={folder / 'tfds'}"))
+  assert json.loads((folder / "borrowed_a" / "eval" / "0.json").read_text())["bits_per_dim"]["train"]["examples"] == 8
+
+  file = folder / "file" / "model.safetensors"
+  (folder / "cut.safetensors").write_bytes(file.read_bytes()[:-1])
+  bad = {
+    "bad_cut": (["--mode=sample", f"--init_from={folder / 'cut.safetensors'}"], "is no whole safetensors file"),
+    "bad_channels": (["--mode=sample", f"--init_from={file}", "--channels=16"], "conv_in.kernel is [3, 3, 1, 8], not "),
+    "bad_none": ([f"--init_from={folder / 'none'}"], "init_from: there is no "),
+    "whole": (["--mode=export", f"--export_dir={folder / 'exported'}"], "exists and is not an empty folder"),
+  }
+  listed = sorted(folder.iterdir())
+  processes = [(start(folder, name, *flags), message) for name, (flags, message) in bad.items()]
+  for process, message in processes:
+    _, err = finish(process, code=2)
+    assert err.startswith("error: ") and err.count("\n") == 1 and message in err, err
+  assert sorted(folder.iterdir()) == listed
+
+
 BAD = [
   ("--nonsense=1", "nonsense"),
   ("--dataset=cifar11", "dataset: 'cifar11'"),

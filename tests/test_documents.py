@@ -83,7 +83,7 @@ def parse(*arguments: str) -> tuple[str, dict]:
   flags.define(registry)
   arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
   assert registry(["ddpm_jax.main", *arguments]) == ["ddpm_jax.main"]
-  assert registry["workdir"].value or registry["mode"].value == "plan"
+  assert registry["workdir"].value or registry["mode"].value in ("plan", "export")
   return registry["mode"].value, flags.given(registry)
 
 
@@ -175,7 +175,7 @@ def test_commands_parse():
   assert len(commands) >= 8
   for words in commands:
     mode, given = parse(*words)
-    if mode in ("train", "plan"):
+    if mode in ("train", "plan") or "init_from" in given:  # with which a workdir may be new
       config_lib.override(Config(), given)
     else:
       assert all(KNOBS[name].metadata["may_change"] for name in given), words

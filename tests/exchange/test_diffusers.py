@@ -14,7 +14,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.exchange import diffusers, options
+from ddpm_jax.exchange import diffusers
 from ddpm_jax.models.build import build_model, network_of
 from tests.exchange.folders import (
   change_json,
@@ -23,7 +23,6 @@ from tests.exchange.folders import (
   published,
   read_tensors,
   saved,
-  state_of,
   write_tensors,
 )
 from tests.exchange.make_diffusers_golden import BATCH, NETWORKS, STEPS, TIMESTEPS, network_input
@@ -190,8 +189,3 @@ def test_two_channels_cannot_be_written(tmp_path):
   with pytest.raises(UserError, match="channels: with 2"):
     diffusers.write_folder(tmp_path, config, (8, 8, 1), {})
   assert contents(tmp_path) == {}
-
-
-def test_the_benchmark_and_the_export_mean_one_network():
-  assert options.unet_options(Config().model, (8, 8, 1))["norm_num_groups"] == 8
-  assert state_of("one_level")["conv_in.weight"].shape == (8, 1, 3, 3)

@@ -82,6 +82,16 @@ def test_exporting_what_was_imported(trained, tmp_path):
   assert "Training" not in card and "digits" not in card  # which is not known
 
 
+def test_a_workdir_where_nothing_was_trained(trained, tmp_path):
+  """Its settings say nothing of how the weights were made, so the card does not either."""
+  path = str(trained.path)
+  config = config_lib.override(initial.beginning(path, None), {"init_from": path, "dataset": "mnist"})
+  initial.adopt(config, tmp_path / "borrowed")
+  exchange_run.export(config_lib.override(config, {"export_dir": str(tmp_path / "out")}), tmp_path / "borrowed")
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert "Training" not in card and "mnist" not in card and "8x8x1" in card
+
+
 # Where it goes.
 
 
