@@ -19,10 +19,8 @@ _FORMAT = 1
 # What is told of a run: these sections, without folders of the machine and what was measured on the way.
 _TOLD = ("data", "diffusion", "model", "optimizer", "train")
 _UNTOLD = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure")
-THRESHOLD = (
-  "threshold",
-  "threshold_quantile",
-)  # of drawing, but a part of the model: its estimates were kept in range so
+# Knobs of drawing that are a part of the model all the same: its estimates were kept in range so.
+THRESHOLD = ("threshold", "threshold_quantile")
 
 
 def write_file(
