@@ -38,10 +38,9 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what others warn of is theirs
 
-# The architectures of google/ddpm-cifar10-32 and of the 256x256 models, the latter at 64x64 pixels: the same weights,
-# with attention at the same level, for a sixteenth of the arithmetic.
+# The architectures of google/ddpm-cifar10-32 and of the 256x256 models.
 CIFAR10 = options(32, 3, [128, 256, 256, 256], "-A--", 2, 32)
-LARGE = options(64, 3, [128, 128, 256, 256, 512, 512], "----A-", 2, 32)
+LARGE = options(256, 3, [128, 128, 256, 256, 512, 512], "----A-", 2, 32)
 SMALL = {
   "one level": options(8, 3, [16], "A", 1, 8),
   "attention at two levels, grey": options(16, 1, [12, 24, 36], "-AA", 2, 3),
