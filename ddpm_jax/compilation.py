@@ -28,11 +28,30 @@ _ONEDNN = {
 _CPU_FLAGS: dict[tuple[int, ...], dict[str, str]] = {(0, 10): _YNNPACK, (0, 11): _ONEDNN, (0, 12): _ONEDNN}
 
 
+# Where one CPU stands for several devices: else some may wait in one collective and others in another, for ever.
+_SIMULATED = "xla_force_host_platform_device_count"
+_IN_ONE_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+
 def set_xla_flags() -> None:
   """Adds to XLA_FLAGS what makes programs faster on CPUs. Before JAX starts; what the user has set stays."""
+  keep_simulated_devices_in_step()
+  ours = _CPU_FLAGS.get(_version_of_jaxlib(), {}) if platform.machine() in ("x86_64", "AMD64") else {}
+  _add_unless_any_is_set(ours)
+
+
+def keep_simulated_devices_in_step() -> None:
+  """Adds to XLA_FLAGS what jaxlib 0.12 needs where they simulate devices. Before JAX starts."""
+  if _version_of_jaxlib() == (0, 12) and _SIMULATED in os.environ.get("XLA_FLAGS", ""):
+    _add_unless_any_is_set(_IN_ONE_ORDER)
+
+
+def _version_of_jaxlib() -> tuple[int, ...]:
+  return tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
+
+
+def _add_unless_any_is_set(ours: dict[str, str]) -> None:
   flags = os.environ.get("XLA_FLAGS", "")
-  version = tuple(int(part) for part in importlib.metadata.version("jaxlib").split(".")[:2])
-  ours = _CPU_FLAGS.get(version, {}) if platform.machine() in ("x86_64", "AMD64") else {}
   if not any(name in flags for name in ours):
     os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={value}" for name, value in ours.items())]).strip()
 

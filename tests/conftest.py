@@ -3,10 +3,13 @@
 import os
 import pathlib
 
+from ddpm_jax import compilation
+
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+compilation.keep_simulated_devices_in_step()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # children of the tests inherit it
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"

@@ -123,9 +123,14 @@ def test_a_damaged_entry_is_compiled_again_and_all_are_removed():
     ("0.13.0", "x86_64", "--xla_x=1", "--xla_x=1"),
     ("0.12.0.1", "x86_64", "--xla_cpu_experimental_ynn_fusion_type=dot", "--xla_cpu_experimental_ynn_fusion_type=dot"),
     ("0.12.0.1", "x86_64", "--xla_cpu_use_onednn=false", "--xla_cpu_use_onednn=false"),
+    ("0.12.0.1", "x86_64", "--DEVICES=8", "--DEVICES=8 ORDER ONEDNN"),
+    ("0.12.0.1", "aarch64", "--DEVICES=8", "--DEVICES=8 ORDER"),
+    ("0.12.0.1", "aarch64", "--DEVICES=8 --xla_cpu_scheduler_type=X", "--DEVICES=8 --xla_cpu_scheduler_type=X"),
+    ("0.11.0", "aarch64", "--DEVICES=8", "--DEVICES=8"),
   ],
 )
 def test_flags_of_xla(version, machine, before, after, monkeypatch):
+  devices, order = "xla_force_host_platform_device_count", "xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
   ynnpack = "--xla_cpu_experimental_ynn_fusion_type=individual_convolution,individual_dot,dot,eltwise,reduce"
   onednn = (
     "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true "
@@ -133,9 +138,12 @@ def test_flags_of_xla(version, machine, before, after, monkeypatch):
   )
   monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "jaxlib" else "")
   monkeypatch.setattr(platform, "machine", lambda: machine)
-  monkeypatch.setenv("XLA_FLAGS", before)
+  monkeypatch.setenv("XLA_FLAGS", before.replace("DEVICES", devices))
   compilation.set_xla_flags()
-  assert os.environ["XLA_FLAGS"] == after.replace("YNNPACK", ynnpack).replace("ONEDNN", onednn)
+  words = {"YNNPACK": ynnpack, "ONEDNN": onednn, "DEVICES": devices, "ORDER": f"--{order}"}
+  for word, flags in words.items():
+    after = after.replace(word, flags)
+  assert os.environ["XLA_FLAGS"] == after
 
 
 def test_the_flags_reach_the_library():
