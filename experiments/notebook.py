@@ -20,8 +20,8 @@ from ddpm_jax import grids
 from ddpm_jax.data.images import to_float, to_uint8
 from ddpm_jax.diffusion.interpolation import slerp
 
-in_a_notebook = "ipykernel" in sys.modules
-WORKDIR, PICTURE = ("runs/digits", "notebook.png") if in_a_notebook else sys.argv[1:]
+given = [] if "ipykernel" in sys.modules else sys.argv[1:]
+WORKDIR, PICTURE = [*given, *["runs/digits", "notebook.png"][len(given) :]]
 
 # %% [markdown]
 # ## Load
