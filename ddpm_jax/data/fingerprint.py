@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.data import shuffle
 from ddpm_jax.data.encoded import EncodedImages, Rows
 
 Fingerprint = dict[str, str | int]
@@ -37,9 +36,9 @@ def take(
     everything: all its images uint8 [N, H, W, C], where they are in memory.
 
   Returns:
-    "dataset": its resolved name; "images": how many; "shape": "HxWxC"; "order": how they are shuffled; and SHA-256
-    digests in hexadecimal: "listing" of what is known of each record without reading it, "probe" of the pixels of at
-    most 256 images, evenly spaced, and, with `everything` only, "pixels" of all.
+    "dataset": its resolved name; "images": how many; "shape": "HxWxC"; and SHA-256 digests in hexadecimal: "listing" of
+    what is known of each record without reading it, "probe" of the pixels of at most 256 images, evenly spaced, and,
+    with `everything` only, "pixels" of all.
 
   Raises:
     UserError: an image of the probe cannot be read.
@@ -53,7 +52,6 @@ def take(
     "dataset": encoded.identity,
     "images": encoded.length,
     "shape": "x".join(map(str, encoded.shape)),
-    "order": shuffle.KIND,
     "listing": encoded.listing,
     "probe": probe,
   }

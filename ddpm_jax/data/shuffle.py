@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-KIND = "sorted Philox words"  # part of a fingerprint: a run cannot go on in another order
+KIND = "sorted Philox words"  # part of a checkpoint: a run cannot go on in another order
 
 
 def shuffled(rows: np.ndarray, length: int, seed: int) -> np.ndarray:

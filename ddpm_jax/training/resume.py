@@ -14,7 +14,7 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax import lock
 from ddpm_jax.config import Config
-from ddpm_jax.data import fingerprint
+from ddpm_jax.data import fingerprint, shuffle
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.run import Run
@@ -32,8 +32,8 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     earlier: the manifest that it goes on from.
   """
   changes = list(earlier["data_changes"]) if earlier else []
-  data = source.fingerprint
-  if earlier and fingerprint.differences(earlier["data"], source.fingerprint):
+  data = _data(source)
+  if earlier and fingerprint.differences(earlier["data"], data):
     changes.append({"after_update": earlier["step"], "before": earlier["data"]})
   elif earlier:  # what was known of all pixels, where this run does not keep them in memory
     data = earlier["data"] | data
@@ -45,13 +45,23 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
   }
 
 
+def _data(source: Source) -> fingerprint.Fingerprint:
+  """The images, and the order in which they are seen."""
+  return source.fingerprint | {"order": shuffle.KIND}
+
+
 def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manifest], TrainState]:
   """What `Checkpoints.restore` is to expect for training to go on: manifest -> abstract state, or UserError."""
 
   def expect(manifest: Manifest) -> TrainState:
     check_config(manifest, run.config, workdir)
-    for field, before, now in fingerprint.differences(manifest["data"], source.fingerprint):
+    for field, before, now in fingerprint.differences(manifest["data"], _data(source)):
       if not run.config.data.allow_data_change:
+        if field == "order":
+          raise UserError(
+            f"dataset: checkpoint {manifest['step']} in {workdir} is of a version of ddpm_jax that shuffles the images "
+            "in another order; go on with that version, or all the same with --allow_data_change"
+          )
         raise UserError(
           f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
           f"{field} was {_short(before)}, is {_short(now)}; restore them, or go on all the same with "

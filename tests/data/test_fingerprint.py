@@ -55,7 +55,6 @@ def test_the_digests_are_sha_256_of_what_they_say(folder):
     "dataset": "folder",
     "images": N,
     "shape": "4x4x1",
-    "order": "sorted Philox words",
     "listing": hashlib.sha256(b"".join(f"{path}\0{size}\0".encode() for path in paths)).hexdigest(),
     "probe": hashlib.sha256(pixels[[k * N // 256 for k in range(256)]]).hexdigest(),
     "pixels": hashlib.sha256(pixels).hexdigest(),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax.data import shuffle
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
@@ -247,7 +248,16 @@ def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
   checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
   run = tiny_run(tiny_config(**LITTLE))
   changes = checkpoints.restore(lambda manifest: run.abstract_state).manifest["data_changes"]
-  assert changes == [{"after_update": 2, "before": {"probe": f"{0:064d}"}}]
+  assert changes == [{"after_update": 2, "before": {"probe": f"{0:064d}", "order": "sorted Philox words"}}]
+
+
+def test_another_order_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(shuffle, "KIND", "one place at a time")
+  train_little(tmp_path / "run", num_steps=2)
+  monkeypatch.undo()
+  monkeypatch.setattr(loop, "open_source", lambda data: noise())
+  with pytest.raises(UserError, match=r"dataset: checkpoint 2 in .* shuffles the images in another order; go on with"):
+    train_little(tmp_path / "run", num_steps=4)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted, tmp_path):
