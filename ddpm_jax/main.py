@@ -36,7 +36,7 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   """The run that a command means: for training its flags over the defaults, else its flags over the workdir's config.
 
   With --init_from, what comes with the weights takes the place of the defaults. A plan may change everything, as it
-  trains nothing, and needs no workdir: without a run its flags are over the defaults.
+  trains nothing, also by --init_from, and needs no workdir: without a run its flags are over the defaults.
 
   Raises:
     UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
