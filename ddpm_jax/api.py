@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
 import pathlib
 
@@ -99,7 +100,9 @@ class Model:
     """
     asked = {"sampler": sampler, "sampling_steps": steps, "eta": eta}
     given = {name: value for name, value in asked.items() if value is not None}
-    config = config_lib.override(self.config, given | {"num_samples": num, "sample_seed": seed})
+    whole = {"num_samples": num, "sample_seed": seed, **({} if steps is None else {"sampling_steps": steps})}
+    given |= {name: _whole_number(name, value) for name, value in whole.items()}
+    config, num, seed = config_lib.override(self.config, given), given["num_samples"], given["sample_seed"]
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0)  # no part of the program
     draw, constants, asked_size = self._draw(options), (self.params, np.uint32(seed)), options.sample_batch_size
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, np.zeros(1, np.int32), number=num)
@@ -151,7 +154,7 @@ class Model:
 
   def _checked(self, x: ArrayLike, t: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """float32 [B, H, W, C] and int32 [B]. Raises UserError."""
-    x, t = np.asarray(x), np.asarray(t)
+    x, t = _array("x", x), _array("t", t)
     if x.ndim != 4 or x.shape[1:] != self.image_shape or not len(x):
       raise UserError(f"x: {list(x.shape)} is not [B, {', '.join(map(str, self.image_shape))}]; make it so")
     if not np.issubdtype(x.dtype, np.floating):
@@ -164,6 +167,21 @@ class Model:
     if t.min() < 1 or t.max() > last:
       raise UserError(f"t: {t.min()} to {t.max()} is not in 1..{last}")
     return x.astype(np.float32), np.broadcast_to(t.astype(np.int32), x.shape[:1])
+
+
+def _array(name: str, values: ArrayLike) -> np.ndarray:
+  try:
+    return np.asarray(values)
+  except ValueError as error:
+    raise UserError(f"{name}: its rows are not of one length, so it is no array; make it one") from error
+
+
+def _whole_number(name: str, value: int) -> int:
+  """A Python integer, as knobs are, of one of NumPy too."""
+  try:
+    return operator.index(value)
+  except TypeError:
+    raise UserError(f"{name}: a {type(value).__name__} is no whole number; write one such as 16") from None
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: str | int = "newest", weights: str = "ema") -> Model:

@@ -92,6 +92,17 @@ def changed(before: Config, after: Config, *, on_resume: bool = False) -> list[t
   return differences
 
 
+# Knobs of drawing that choose among the weights of a workdir.
+NAMES_WEIGHTS = ("checkpoint", "sample_weights")
+
+
+def beyond_init_from(config: Config) -> Config:
+  """The settings once a run has weights of its own: with --init_from, what named weights named those of elsewhere."""
+  if not config.exchange.init_from:
+    return config
+  return override(config, {name: getattr(SampleConfig(), name) for name in NAMES_WEIGHTS})
+
+
 def to_json(config: Config) -> str:
   """The text of `workdir/config.json`."""
   return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

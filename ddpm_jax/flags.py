@@ -9,6 +9,7 @@ from typing import Any
 from absl import flags
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import paths
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
@@ -95,10 +96,8 @@ def has_workdir(registry: flags.FlagValues = flags.FLAGS) -> bool:
 
 
 def workdir(registry: flags.FlagValues = flags.FLAGS) -> pathlib.Path:
-  """The absolute path of --workdir. Raises UserError if it is missing."""
+  """The absolute path of --workdir. Raises UserError if it is missing, or none."""
   text = registry["workdir"].value
   if not text:
     raise UserError("workdir: missing; name a folder for this run, such as --workdir=runs/digits")
-  if "://" in text:
-    raise UserError(f"workdir: {text!r} is no path in a file system; mount the storage and name the folder")
-  return pathlib.Path(text).expanduser().absolute()
+  return paths.absolute("workdir", text, "mount the storage and name the folder")

@@ -36,24 +36,22 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   """The run that a command means: for training its flags over the defaults, else its flags over the workdir's config.
 
   With --init_from, what comes with the weights takes the place of the defaults. A plan may change everything, as it
-  trains nothing, and needs no workdir: without a run its flags are over the defaults.
+  trains nothing, also by --init_from, and needs no workdir: without a run its flags are over the defaults.
 
   Raises:
     UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
   """
-  defaults = Config()
+  run = folder if folder is not None and workdir.holds_run(folder) else None
+  defaults = workdir.load_config(run) if run and mode == "plan" else Config()
   if given.get("init_from"):
     from ddpm_jax.exchange import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
-    defaults = initial.beginning(given["init_from"], folder)
-  run = folder if folder is not None and (folder / "config.json").exists() else None
-  if mode == "train":
+    defaults = initial.beginning(given["init_from"], folder, defaults)
+  if mode in ("train", "plan"):
     return config_lib.override(defaults, given)
-  if mode == "plan":
-    return config_lib.override(workdir.load_config(run) if run else defaults, given)
-  if mode == "export" and (folder is None) == (not given.get("init_from")):
-    raise UserError("workdir: name either a run to export, --workdir, or weights of elsewhere, --init_from")
+  if mode == "export":
+    _check_one_model(given, folder, run)
   if run or not given.get("init_from"):
     assert folder is not None
     config = _over_stored_run(given, folder)
@@ -61,7 +59,8 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
     config = config_lib.override(defaults, given)
     if folder is not None:
       workdir.check(folder, config)
-  if mode != "export" and "variance" in given and config.sample.sampler != "ddpm":
+  draws = mode != "export" or config.exchange.export_format == "jax"
+  if draws and "variance" in given and config.sample.sampler != "ddpm":
     raise UserError(
       f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
       "--variance out, or use --sampler=ddpm"
@@ -71,18 +70,23 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
 
 def _over_stored_run(given: dict, folder: pathlib.Path) -> Config:
   stored = workdir.load_config(folder)
+  if workdir.has_checkpoints(folder):
+    stored = config_lib.beyond_init_from(stored)
   config = config_lib.override(stored, given)
-  # A data set that weights of elsewhere were not measured on yet is nothing that a flag could change.
-  unsettled = {field.name for section, field, _ in config_lib.knobs(config) if section == "data"}
-  if not stored.exchange.init_from or workdir.has_checkpoints(folder) or (folder / "eval").exists():
-    unsettled = set()
-  for name, old, new in config_lib.changed(stored, config, on_resume=True):
-    if name not in unsettled:
-      raise UserError(
-        f"{name}: {folder} was trained with {config_lib.flag_text(old)!r}, not "
-        f"{config_lib.flag_text(new)!r}; leave --{name} out"
-      )
+  for name, old, new in workdir.changed(folder, stored, config):
+    raise UserError(
+      f"{name}: {workdir.history(folder, stored)} {config_lib.flag_text(old)!r}, not "
+      f"{config_lib.flag_text(new)!r}; leave --{name} out"
+    )
   return config
+
+
+def _check_one_model(given: dict, folder: pathlib.Path | None, run: pathlib.Path | None) -> None:
+  """Raises UserError unless an export is of a run, with what it began with or not, or of weights of elsewhere."""
+  path = given.get("init_from")
+  began_with_it = path and run and workdir.load_config(run).exchange.init_from == path
+  if not began_with_it and (folder is None) == (not path):
+    raise UserError("workdir: name either a run to export, --workdir, or weights of elsewhere, --init_from")
 
 
 def main(argv: Sequence[str]) -> int:

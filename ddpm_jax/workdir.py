@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import lock
+from ddpm_jax import lock, paths
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import size_text, write_whole
@@ -38,13 +40,50 @@ def load_config(workdir: pathlib.Path) -> Config:
     raise UserError(f"workdir: {path}: {error}") from None
 
 
-def has_checkpoints(workdir: pathlib.Path) -> bool:
-  """Whether a run was trained there, as far as a checkpoint. Raises UserError if that cannot be seen."""
+def holds_run(workdir: pathlib.Path) -> bool:
+  """Whether there is a configuration. Raises UserError if that cannot be seen."""
+  return paths.exists("workdir", workdir / "config.json")
+
+
+def has_checkpoints(workdir: pathlib.Path, folders: Sequence[str] = ("checkpoints", "best")) -> bool:
+  """Whether a run was trained there, as far as a checkpoint in one of `folders`.
+
+  Training goes on from those in checkpoints/ alone.
+
+  Raises:
+    UserError: if that cannot be seen.
+  """
   try:
-    folders = [folder for name in ("checkpoints", "best") if (folder := workdir / name).is_dir()]
-    return any(path.name.isdecimal() for folder in folders for path in folder.iterdir())
+    found = [folder for name in folders if (folder := workdir / name).is_dir()]
+    return any(path.name.isdecimal() for folder in found for path in folder.iterdir())
   except OSError as error:
     raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def changed(workdir: pathlib.Path, stored: Config, config: Config) -> list[tuple[str, Any, Any]]:
+  """The knobs that a command would change of the run in `workdir`, and may not, as (name, before, after).
+
+  Where the weights of --init_from were only drawn with or measured, that is the model alone: nothing was trained yet.
+
+  Raises:
+    UserError: if it cannot be seen what was trained.
+  """
+  differences = config_lib.changed(stored, config, on_resume=True)
+  if _was_trained(workdir, stored):
+    return differences
+  model = {field.name for section, field, _ in config_lib.knobs(stored) if section in ("model", "diffusion")}
+  return [difference for difference in differences if difference[0] in model | {"init_from"}]
+
+
+def history(workdir: pathlib.Path, stored: Config) -> str:
+  """How a run in `workdir` got its settings, for the message that another has others. Raises UserError as `changed`."""
+  return f"{workdir} was {'trained' if _was_trained(workdir, stored) else 'made'} with"
+
+
+def _was_trained(workdir: pathlib.Path, stored: Config) -> bool:
+  """False only where it holds weights of --init_from with which no training has begun."""
+  begun = paths.exists("workdir", workdir / "metrics.jsonl")
+  return not stored.exchange.init_from or begun or has_checkpoints(workdir)
 
 
 def check(workdir: pathlib.Path, config: Config) -> bool:
@@ -64,14 +103,15 @@ def check(workdir: pathlib.Path, config: Config) -> bool:
 
 def _check(workdir: pathlib.Path, config: Config) -> bool:
   if (workdir / "config.json").is_file():
-    differences = config_lib.changed(load_config(workdir), config, on_resume=True)
+    stored = load_config(workdir)
+    differences = changed(workdir, stored, config)
     if differences:
       name, old, new = differences[0]
       others = (
         f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
       )
       raise UserError(
-        f"{name}: {workdir} was trained with {config_lib.flag_text(old)!r}, this command says "
+        f"{name}: {history(workdir, stored)} {config_lib.flag_text(old)!r}, this command says "
         f"{config_lib.flag_text(new)!r}{others}; go on with --flagfile={workdir / 'flags.txt'} or use another --workdir"
       )
     for name in ("", "checkpoints", "samples", "tensorboard"):
@@ -132,17 +172,7 @@ def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: 
 
 def _check_name(workdir: pathlib.Path) -> None:
   """Refuses paths that something in this package could not write to, or not print."""
-  text = str(workdir)
-  try:
-    text.encode()
-  except UnicodeEncodeError:
-    raise UserError(f"workdir: the name {text!a} is not UTF-8; use another --workdir") from None
-  for letter in text:
-    if letter in _NOT_IN_PATHS or ord(letter) < 32 or ord(letter) == 127:
-      raise UserError(
-        f"workdir: the name {text!a} has the character {letter!a}, with which checkpoints "
-        "cannot be written safely; use another --workdir"
-      )
+  paths.check_name("workdir", workdir, _NOT_IN_PATHS)
   if any(part.endswith(":") for part in workdir.parts):
     raise UserError(f"workdir: {workdir} reads like an address; name a folder that does not end in a colon")
 

@@ -110,6 +110,11 @@ def test_another_seed_compiles_nothing(model, monkeypatch):
   assert not made
 
 
+def test_integers_of_numpy_are_integers(model):
+  theirs = model.sample(np.int64(2), seed=np.uint32(5), sampler="ddim", steps=np.int32(2))
+  np.testing.assert_array_equal(theirs, model.sample(2, seed=5, sampler="ddim", steps=2))
+
+
 def test_x0_hat_and_eps_hat_of_a_network_that_predicts_v(model):
   """x0 = a x_t - b v, eps = b x_t + a v (Salimans and Ho 2022), at the t of each example."""
   v = np.random.default_rng(0).standard_normal(IMAGE_SHAPE).astype(np.float32)
@@ -156,6 +161,10 @@ X = np.zeros((2, *IMAGE_SHAPE), np.float32)
     (lambda model: model.eps(X, [3, 201]), ["t: 3 to 201 is not in 1..200"]),
     (lambda model: model.denoise(X, [3]), ["t: int64 [1]", "[2]"]),
     (lambda model: model.denoise(X, 0.5), ["t: float64 []"]),
+    (lambda model: model.denoise([X[0].tolist(), X[0, :4].tolist()], 1), ["x: its rows are not of one length"]),
+    (lambda model: model.eps(X, [[1], [2, 3]]), ["t: its rows are not of one length"]),
+    (lambda model: model.sample(2.5), ["num_samples: a float is no whole number"]),
+    (lambda model: model.sample(2, seed=np.zeros((2, 9))), ["sample_seed: a ndarray is no whole number"]),
     (lambda model: model.sample(0), ["num_samples: 0 must be at least 1"]),
     (lambda model: model.sample(seed=-1), ["sample_seed: -1"]),
     (lambda model: model.sample(sampler="euler"), ["sampler: 'euler' is unknown", "heun"]),
@@ -174,3 +183,5 @@ def test_no_model_is_one_line(trained, tmp_path):
   assert "has no 7, only 3, 5" in refusal(ddpm_jax.load, trained.path, checkpoint=7)
   assert "'mean' is unknown; use one of ema, raw" in refusal(ddpm_jax.load, trained.path, weights="mean")
   assert "no path in a file system" in refusal(ddpm_jax.load, "gs://bucket/run")
+  assert "cannot be looked at (File name too long)" in refusal(ddpm_jax.load, "a" * 300)
+  assert "begins with the home of nobody here" in refusal(ddpm_jax.load, "~nobody_here/run")

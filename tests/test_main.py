@@ -176,6 +176,12 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--export_format=onnx"], ["export_format", "onnx", "safetensors"]),
     (["--init_from=nowhere"], ["init_from", "nowhere", "there is no", "nothing is downloaded"]),
     (["--mode=sample", "--init_from=s3://x/y"], ["init_from", "s3://x/y", "is no path"]),
+    ([f"--init_from={'a' * 300}"], ["init_from", "cannot be looked at (File name too long)", "name another path"]),
+    (["--init_from=~nobody_here/x"], ["init_from", "'~nobody_here/x' begins with the home of nobody here"]),
+    (["--init_from=two\nlines"], ["init_from", "the character '\\n'", "use another --init_from"]),
+    (["--init_from=a\udcff"], ["init_from", "is not UTF-8", "use another --init_from"]),
+    ([f"--workdir={'a' * 300}"], ["workdir", "cannot look into", "File name too long", "use another --workdir"]),
+    (["--workdir=~nobody_here/x"], ["workdir", "'~nobody_here/x' begins with the home of nobody here"]),
     (["--measures=frechet,fid"], ["measures", "fid", "frechet"]),
     (["--measures="], ["measures", "empty"]),
     (["--features=vgg"], ["features", "vgg", "classifier"]),
@@ -294,16 +300,38 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
 
 
 def test_weights_of_elsewhere_get_their_data_set_when_they_are_measured(model, tmp_path):
-  """And keep it: what was measured was measured on it."""
+  """As often as they like: each result says what it was measured on."""
   folder = tmp_path / "run"
   workdir.create(folder, main.resolve_config("sample", {"init_from": model}, folder))
   for given in ({"init_from": model, "dataset": "mnist"}, {"dataset": "mnist"}):
     assert main.resolve_config("evaluate", given, folder).data.dataset == "mnist"
-  with pytest.raises(UserError, match=r"channels: .* leave --channels out"):
+  with pytest.raises(UserError, match=rf"channels: {folder} was made with '48', not '64'; leave --channels out"):
     main.resolve_config("evaluate", {"channels": 64}, folder)
   (folder / "eval").mkdir()
-  with pytest.raises(UserError, match=r"dataset: .* leave --dataset out"):
+  assert main.resolve_config("evaluate", {"dataset": "mnist"}, folder).data.dataset == "mnist"
+  (folder / "metrics.jsonl").touch()
+  with pytest.raises(UserError, match=rf"dataset: {folder} was trained with 'digits', .* leave --dataset out"):
     main.resolve_config("evaluate", {"dataset": "mnist"}, folder)
+
+
+def test_what_named_the_first_weights_names_none_of_the_run_itself(model, tmp_path):
+  folder, named = tmp_path / "run", {"checkpoint": "4", "sample_weights": "raw"}
+  workdir.create(folder, main.resolve_config("train", {"init_from": model} | named, folder))
+  which = lambda mode, **given: main.resolve_config(mode, given, folder).sample  # noqa: E731
+  assert (which("sample").checkpoint, which("sample").sample_weights) == ("4", "raw")  # nothing is trained yet
+  (folder / "checkpoints" / "3").mkdir(parents=True)
+  for mode in ("sample", "evaluate", "export"):
+    assert (which(mode).checkpoint, which(mode).sample_weights) == ("newest", "ema")
+  assert which("sample", checkpoint="3").checkpoint == "3"
+
+
+def test_a_plan_of_a_run_with_other_weights(model, tmp_path):
+  """What comes with them wins over the run, and flags over both."""
+  stored = config_lib.override(Config(), {"channels": 64, "batch_size": 32, "preview_steps": 7})
+  workdir.create(tmp_path / "run", stored)
+  config = main.resolve_config("plan", {"init_from": model, "dropout": 0.1}, tmp_path / "run")
+  theirs = {"channels": 48, "num_timesteps": 40, "preview_steps": 5, "threshold": "none", "variance": "fixed_small"}
+  assert config == config_lib.override(stored, theirs | {"init_from": model, "dropout": 0.1})
 
 
 def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
@@ -322,6 +350,19 @@ def test_an_export_is_of_one_model(model, tmp_path):
   for given, folder in (({"init_from": model}, tmp_path / "run"), ({}, None)):
     with pytest.raises(UserError, match="workdir: name either a run to export"):
       main.resolve_config("export", given, folder)
+  began = main.resolve_config("train", {"init_from": model}, tmp_path / "tuned")
+  workdir.create(tmp_path / "tuned", began)
+  assert main.resolve_config("export", {"init_from": model}, tmp_path / "tuned") == began
+  with pytest.raises(UserError, match="workdir: name either a run to export"):
+    main.resolve_config("export", {"init_from": str(tmp_path / "run")}, tmp_path / "tuned")
+
+
+def test_a_variance_is_no_part_of_an_exported_sampler_that_has_none(tmp_path):
+  workdir.create(tmp_path, Config())
+  given = {"export_format": "jax", "variance": "fixed_small"}
+  assert main.resolve_config("export", given, tmp_path).diffusion.variance == "fixed_small"
+  with pytest.raises(UserError, match="variance: fixed_small has no effect with sampler=ddim"):
+    main.resolve_config("export", given | {"sampler": "ddim"}, tmp_path)
 
 
 # The command itself.

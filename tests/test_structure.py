@@ -96,6 +96,7 @@ SERVICES = [
   "grids",
   "keys",
   "lock",
+  "paths",
   "plots",
   "progress",
   "stop",
@@ -107,7 +108,7 @@ FILING = ["storage", "workdir", "writers"]
 
 @pytest.mark.parametrize("name", [*SERVICES, *FILING])
 def test_services_know_at_most_the_config_and_how_files_are_written(name):
-  allowed = {"ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.storage"}
+  allowed = {"ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.paths", "ddpm_jax.storage"}
   own = {"workdir": {"ddpm_jax.lock"}, "distributed": {"ddpm_jax.watchdog"}}
   assert ours(f"{name}.py") <= allowed | own.get(name, set())
 

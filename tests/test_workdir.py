@@ -350,3 +350,26 @@ def test_a_kill_inside_create_does_not_spoil_the_folder(tmp_path, monkeypatch, n
   workdir.check(tmp_path, Config())
   workdir.create(tmp_path, Config())
   assert {path.name for path in tmp_path.iterdir()} == {"config.json", "flags.txt", "samples"}
+
+
+def test_where_nothing_was_trained_the_model_alone_is_settled(tmp_path):
+  """Weights of elsewhere, drawn with and measured: what comes next may be trained and measured as it likes."""
+  workdir.create(tmp_path, make(init_from="/model"))
+  (tmp_path / "eval").mkdir()
+  free = {"dataset": "mnist", "learning_rate": 1e-5, "seed": 1, "num_steps": 9000}
+  assert workdir.check(tmp_path, make(init_from="/model", **free))
+  for changes in ({"channels": 64}, {"prediction": "v"}, {"init_from": "/other"}):
+    text = refusal(tmp_path, make(**({"init_from": "/model"} | changes)))
+    assert text.startswith(f"{next(iter(changes))}: {tmp_path} was made with ")
+  (tmp_path / "metrics.jsonl").touch()  # a training has begun
+  assert "was trained with" in refusal(tmp_path, make(init_from="/model", **free))
+  (tmp_path / "metrics.jsonl").unlink()
+  (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+  assert "was trained with" in refusal(tmp_path, make(init_from="/model", **free))
+
+
+def test_which_checkpoints_there_are(tmp_path):
+  assert not workdir.has_checkpoints(tmp_path)
+  (tmp_path / "best" / "2").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+  assert workdir.has_checkpoints(tmp_path) and not workdir.has_checkpoints(tmp_path, ["checkpoints"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from ddpm_jax import config as config_lib
@@ -23,25 +24,36 @@ _UNTOLD = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "bes
 THRESHOLD = ("threshold", "threshold_quantile")
 
 
-def write_file(
-  path: pathlib.Path, config: Config, image_shape: tuple[int, int, int], params: Params, about: dict[str, Any]
-) -> None:
+def write_file(path: pathlib.Path, told: Mapping[str, Any], image_shape: tuple[int, int, int], params: Params) -> None:
   """Writes it, whole or not at all.
 
   Args:
     path: of the file.
-    config: of the run; what it says of folders of this machine is left out.
+    told: the settings as `config`, and more to say beside them; JSON values.
     image_shape: H, W, C.
     params: a tree of NumPy arrays.
-    about: more to say, JSON values.
 
   Raises:
     OSError: if it cannot be written.
   """
-  settings = json.loads(config_lib.to_json(without_paths(config)))
-  write_tensors(
-    path, to_flat(params), {**about, "ddpm_jax": _FORMAT, "config": settings, "image_shape": list(image_shape)}
-  )
+  write_tensors(path, to_flat(params), {**told, "ddpm_jax": _FORMAT, "image_shape": list(image_shape)})
+
+
+def settings_of_run(config: Config) -> dict[str, Any]:
+  """Section -> knob -> value of a run that was trained here, as JSON values; no folder of this machine is named."""
+  return json.loads(config_lib.to_json(without_paths(config)))
+
+
+def settings_of_weights(config: Config) -> dict[str, dict[str, Any]]:
+  """Section -> knob -> value of what comes with weights, wherever they were trained.
+
+  That is the network, the diffusion, how estimates were kept in range, and a number of preview steps that T allows.
+  """
+  settings: dict[str, dict[str, Any]] = {}
+  for section, field, value in config_lib.knobs(config):
+    if section in ("model", "diffusion") or field.name in (*THRESHOLD, "preview_steps"):
+      settings.setdefault(section, {})[field.name] = value
+  return settings
 
 
 def describe(path: pathlib.Path) -> tuple[Config, tuple[int, int, int]]:

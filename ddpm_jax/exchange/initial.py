@@ -14,8 +14,9 @@ import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import paths
 from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.config import Config, SampleConfig, TrainConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.arrays import arrays_sha256
 from ddpm_jax.exchange import diffusers, file
@@ -39,26 +40,38 @@ class Origin(NamedTuple):
 
 
 def absolute(text: str) -> str:
-  """--init_from as it is kept in a workdir; the empty text stays. Raises UserError if it is an address."""
-  if "://" in text:
-    raise UserError(f"init_from: {text!r} is no path in a file system; get the model first and name its folder")
-  return str(pathlib.Path(text).expanduser().absolute()) if text else ""
+  """--init_from as it is kept in a workdir; the empty text stays.
+
+  Raises:
+    UserError: if it is an address, or a path that no file of a workdir can hold.
+  """
+  if not text:
+    return ""
+  path = paths.absolute("init_from", text, "get the model first and name its folder")
+  paths.check_name("init_from", path)
+  return str(path)
 
 
-def beginning(path: str, workdir: pathlib.Path | None) -> Config:
-  """The settings that flags win over where weights come from PATH: those that come with them.
+def beginning(path: str, workdir: pathlib.Path | None, base: Config | None = None) -> Config:
+  """The settings that flags win over where weights come from PATH: `base` with those that come with them.
 
   A workdir that began with PATH has them too, and PATH may be gone.
+
+  Args:
+    path: as `absolute` makes it.
+    workdir: the folder of the run, which need not exist; None: there is none.
+    base: what they are laid over; None: the defaults.
 
   Raises:
     UserError: if PATH is no model that can be read.
   """
-  if workdir is not None and (workdir / "config.json").exists():
+  base = base or Config()
+  if workdir is not None and workdir_lib.holds_run(workdir):
     stored = workdir_lib.load_config(workdir)
     if stored.exchange.init_from == path:
-      return config_lib.override(Config(), _knobs_of(stored))
+      return config_lib.override(base, _knobs_of(stored))
   try:
-    return config_lib.override(Config(), look(path).knobs)
+    return config_lib.override(base, look(path).knobs)
   except UserError as error:
     raise UserError(f"init_from: {error}") from None
 
@@ -66,6 +79,13 @@ def beginning(path: str, workdir: pathlib.Path | None) -> Config:
 def look(path: str) -> Origin:
   """Reads what PATH says of itself, and none of its weights. Raises UserError, which names the file."""
   place = pathlib.Path(path)
+  try:
+    return _look(place)
+  except OSError as error:
+    raise UserError(f"{error.filename or place} cannot be looked at ({error.strerror}); name another path") from error
+
+
+def _look(place: pathlib.Path) -> Origin:
   if not place.exists():
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
@@ -106,10 +126,11 @@ def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[
 
 
 def _read(config: Config, origin: Origin, image_shape: ImageShape | None) -> tuple[Params, ImageShape]:
-  if origin.kind != "workdir" and config.sample.checkpoint != "newest":
-    raise UserError(
-      f"{origin.path} is no workdir, so --checkpoint={config.sample.checkpoint} has no effect; leave it out"
-    )
+  if origin.kind != "workdir":
+    for name in config_lib.NAMES_WEIGHTS:
+      value = getattr(config.sample, name)
+      if value != getattr(SampleConfig(), name):
+        raise UserError(f"{origin.path} is no workdir, so --{name}={value} has no effect; leave it out")
   shape = image_shape or origin.image_shape
   if origin.kind == "workdir":
     theirs = _weights_of_workdir(config, origin.path)
@@ -126,7 +147,7 @@ def _read(config: Config, origin: Origin, image_shape: ImageShape | None) -> tup
 
 def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
   """Of another run's workdir, those that --checkpoint and --sample_weights name."""
-  how = ("checkpoint", "sample_weights", "parallel", "on_corrupt")
+  how = (*config_lib.NAMES_WEIGHTS, "parallel", "on_corrupt")
   given = {name: value for name, value in config_lib.values(config).items() if name in how}
   return load_weights(config_lib.override(workdir_lib.load_config(workdir), given), workdir)
 
@@ -156,12 +177,11 @@ def adopt(config: Config, workdir: pathlib.Path) -> None:
   """
   if not config.exchange.init_from or workdir_lib.has_checkpoints(workdir) or jax.process_index() != 0:
     return
-  exists = (workdir / "config.json").exists()
+  exists = workdir_lib.holds_run(workdir)
   if not exists or config_lib.changed(workdir_lib.load_config(workdir), config, on_resume=True):
     workdir_lib.create(workdir, config)
 
 
 def _knobs_of(config: Config) -> dict[str, Any]:
   """Of a run's settings those that come with its weights."""
-  own = {field.name: value for section, field, value in config_lib.knobs(config) if section in ("model", "diffusion")}
-  return own | {name: config_lib.values(config)[name] for name in (*file.THRESHOLD, "preview_steps")}
+  return {name: value for part in file.settings_of_weights(config).values() for name, value in part.items()}

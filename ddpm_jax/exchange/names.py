@@ -195,7 +195,9 @@ def _inwards(layout: str, array: np.ndarray) -> np.ndarray:
 def _with_todays_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   renamed = {}
   for name, tensor in tensors.items():
-    *block, layer, leaf = name.split(".")
-    today = ".".join([*block, _OLDER.get(layer, layer), leaf])
+    *layers, leaf = name.split(".")
+    if layers:
+      layers[-1] = _OLDER.get(layers[-1], layers[-1])
+    today = ".".join([*layers, leaf])
     renamed[name if today in tensors else today] = tensor
   return renamed

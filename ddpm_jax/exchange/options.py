@@ -138,9 +138,9 @@ def _image_shape(options: Options) -> tuple[int, int, int]:
   channels = _whole_number(options, "in_channels", 3)
   _check_value(options, "out_channels", 3, (channels,))
   match options.get("sample_size"):
-    case [int(height), int(width)] if height > 0 and width > 0:
+    case [height, width] if all(type(side) is int and side > 0 for side in (height, width)):
       return height, width, channels
-    case int(side) if side > 0:
+    case side if type(side) is int and side > 0:
       return side, side, channels
     case size:
       raise UserError(f"sample_size: {size!r} is no size of images; write one number, or height and width")
@@ -199,12 +199,20 @@ def _schedule_of(betas: Any) -> dict[str, Any]:
   """Which of our schedules has these beta_1..beta_T. Raises UserError if none has."""
   numbers = isinstance(betas, list) and betas and all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas)
   if numbers:
-    ends = {"beta_start": float(betas[0]), "beta_end": float(betas[-1])}
-    for name in ("linear", "scaled_linear", "cosine"):
+    for name in ("linear", "scaled_linear", "cosine", "sigmoid"):
+      ends = _ends_of_sigmoid(betas) if name == "sigmoid" else {"beta_start": betas[0], "beta_end": betas[-1]}
       found = make_schedule(name, len(betas), **ends).betas[1:]
       if np.allclose(found, betas, rtol=1e-5, atol=0):  # they may have been float32
         return {"num_timesteps": len(betas), "beta_schedule": name, **(ends if name != "cosine" else {})}
   raise UserError("trained_betas: they are those of no schedule of this package, which is not supported")
+
+
+def _ends_of_sigmoid(betas: Sequence[float]) -> dict[str, float]:
+  """Its beta_1 and beta_T are not the ends that it is told: it begins and ends at -6 and 6 on the logistic curve."""
+  low = 1 / (1 + np.exp(6.0))
+  rise = (betas[-1] - betas[0]) / (1 - 2 * low)
+  start = float(betas[0] - rise * low)
+  return {"beta_start": start, "beta_end": start + float(rise)}
 
 
 def _threshold(options: Options) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _readme(config: Config, weights: Weights, exported: dict[str, export.Exporte
   settings = {name: getattr(config.sample, name) for name in _SETTINGS} | {
     "network evaluations for each image": len(table.t),
     "timesteps": config.diffusion.num_timesteps,
-    "variance": config.diffusion.variance,
+    **({"variance": config.diffusion.variance} if config.sample.sampler == "ddpm" else {}),
     "weights": weights.text,
     "digest of the weights": weights.identity,
   }

@@ -6,9 +6,11 @@ import contextlib
 import pathlib
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
+from ddpm_jax import paths
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange import diffusers, file
@@ -39,8 +41,7 @@ def export(config: Config, workdir: pathlib.Path | None) -> None:
         _write_diffusers(folder, config, weights, workdir)
       case "safetensors":
         params = jax.tree.map(gather, weights.params)
-        about = {"step": weights.step, "weights": weights.which}
-        file.write_file(folder / file.NAME, config, weights.run.image_shape, params, about)
+        file.write_file(folder / file.NAME, _told(config, weights), weights.run.image_shape, params)
       case "jax":
         write_program(config, weights, folder)
       case name:
@@ -58,13 +59,18 @@ def _write_diffusers(folder: pathlib.Path, config: Config, weights: Weights, wor
   write_whole(folder / "README.md", card(config, weights, trained, found[1] if found else "").encode())
 
 
+def _told(config: Config, weights: Weights) -> dict[str, Any]:
+  """What a safetensors file says of a run; of weights that come from elsewhere no more than came with them."""
+  if not weights.step:
+    return {"config": file.settings_of_weights(config)}
+  return {"config": file.settings_of_run(config), "step": weights.step, "weights": weights.which}
+
+
 def _target(text: str, workdir: pathlib.Path | None) -> pathlib.Path:
   """The absolute path of --export_dir. Raises UserError if it is missing, or something is there."""
   if not text:
     raise UserError("export_dir: missing; name the folder to make, such as --export_dir=exported")
-  if "://" in text:
-    raise UserError(f"export_dir: {text!r} is no path in a file system; name a folder, and copy it afterwards")
-  target = pathlib.Path(text).expanduser().absolute()
+  target = paths.absolute("export_dir", text, "name a folder, and copy it afterwards")
   if workdir is not None and target.resolve().is_relative_to(workdir.resolve()):
     raise UserError(f"export_dir: {target} is in the workdir, where only the run writes; name a folder outside")
   try:

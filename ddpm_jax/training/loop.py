@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import grids, plots
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -70,7 +71,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   if config.train.evaluate_every:
     check_evaluation(config, workdir, source)
   params = None
-  if config.exchange.init_from and not workdir_lib.has_checkpoints(workdir):
+  if config.exchange.init_from and not workdir_lib.has_checkpoints(workdir, ["checkpoints"]):
     params, _ = initial.read_params(config, source.image_shape)
   with contextlib.ExitStack() as cleanup:
     lock, job = None, job or Job("single")
@@ -118,8 +119,8 @@ def _resume_or_start(
   if lock:
     if restored and start < total:  # a new run has been looked at before its folder was made
       check_space(run, workdir, start)
-    if run.config != workdir_lib.load_config(workdir):
-      workdir_lib.create(workdir, run.config)  # what may change has changed
+    # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
+    _renew(workdir, config_lib.beyond_init_from(run.config) if restored else run.config)
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
@@ -136,15 +137,23 @@ def _resume_or_start(
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
     with contextlib.closing(reports):
-      evaluations = Evaluations(run, source, workdir, reports, stop, watchdog.beat)
+      own = run._replace(config=config_lib.beyond_init_from(run.config))
+      evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       end = _train(run, source, state, start, _Around(reports, saver, evaluations, progress, stop, watchdog))
   if lock:
+    _renew(workdir, config_lib.beyond_init_from(run.config))
     try:
       if (workdir / "metrics.jsonl").stat().st_size:
         plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
     except OSError as error:  # all that matters is saved
       print(f"warning: cannot write {workdir / 'loss.png'} ({error.strerror})", file=sys.stderr, flush=True)
     print(_farewell(workdir, end, total), flush=True)
+
+
+def _renew(workdir: pathlib.Path, config: Config) -> None:
+  """Writes the settings anew if they are others."""
+  if config != workdir_lib.load_config(workdir):
+    workdir_lib.create(workdir, config)
 
 
 class _Around(NamedTuple):

@@ -1,6 +1,7 @@
 """Where weights come from: three kinds of PATH that are one model, and what is not taken."""
 
 import dataclasses
+import pathlib
 import shutil
 
 import jax
@@ -67,6 +68,7 @@ def test_the_checkpoint_of_a_workdir_may_be_named(original, paths):
   expected = load_weights(original.having(checkpoint="3", sample_weights="raw"), original.path)
   assert found.identity == expected.identity
   assert "is no workdir, so --checkpoint=3 has no effect" in refusal(paths["file"], checkpoint="3")
+  assert "is no workdir, so --sample_weights=raw has no effect" in refusal(paths["diffusers"], sample_weights="raw")
 
 
 def test_a_workdir_with_checkpoints_draws_with_them(original, paths):
@@ -87,6 +89,21 @@ def test_nothing_there(tmp_path):
   with pytest.raises(UserError, match="init_from: 'hf://google/ddpm-cifar10-32' is no path in a file system"):
     initial.absolute("hf://google/ddpm-cifar10-32")
   assert initial.absolute("") == "" and initial.absolute("a/b").endswith("/a/b")
+
+
+def test_a_path_that_cannot_be_looked_at(tmp_path, monkeypatch):
+  long = tmp_path / ("a" * 300)
+  with pytest.raises(
+    UserError, match=r"^init_from: .*a cannot be looked at \(File name too long\); name another path$"
+  ):
+    initial.beginning(str(long), None)
+
+  def stat(self, **_):
+    raise PermissionError(13, "Permission denied", str(self))
+
+  monkeypatch.setattr(pathlib.Path, "stat", stat)  # root may look everywhere, so the answer is faked
+  with pytest.raises(UserError, match=r"^/home/other/model cannot be looked at \(Permission denied\); name another"):
+    initial.look("/home/other/model")
 
 
 def test_files_that_are_not_ours(tmp_path, paths):
@@ -187,9 +204,42 @@ def test_what_does_not_fit_writes_nothing(noise_images, paths, tmp_path):
 def test_checkpoints_that_disappear_are_no_reason_to_begin_with_random_weights(
   noise_images, paths, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(workdir_lib, "has_checkpoints", lambda folder: True)
+  monkeypatch.setattr(workdir_lib, "has_checkpoints", lambda *_: True)
   with pytest.raises(RunError, match=r"the checkpoints of .* are gone"):
     train(tmp_path / "run", paths["file"])
+
+
+def test_what_named_the_first_weights_names_none_of_the_run_itself(noise_images, original, tmp_path, monkeypatch):
+  """Neither in the workdir, nor for evaluations meanwhile. The best checkpoint alone is nothing to go on from."""
+  measured = []
+
+  class Evaluations(loop.Evaluations):
+    def __init__(self, run, *parts):
+      measured.append(run.config.sample.sample_weights)
+      super().__init__(run, *parts)
+
+  monkeypatch.setattr(loop, "Evaluations", Evaluations)
+  folder, named = tmp_path / "run", {"checkpoint": "3", "sample_weights": "raw", "learning_rate": 1e-9}
+  train(folder, original.path, **named)
+  expected = load_weights(original.having(checkpoint="3", sample_weights="raw"), original.path)
+
+  def check(step):
+    stored = workdir_lib.load_config(folder)
+    assert (stored.sample.checkpoint, stored.sample.sample_weights) == ("newest", "ema")
+    found = load_weights(stored, folder)
+    assert found.step == step
+    for ours, theirs in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected.params), strict=True):
+      np.testing.assert_allclose(ours, theirs, atol=1e-7)
+
+  check(2)
+  train(folder, original.path, num_steps=3, **named)
+  check(3)
+  assert measured == ["ema", "ema"]
+  (folder / "best").mkdir()
+  (folder / "checkpoints" / "3").rename(folder / "best" / "3")
+  shutil.rmtree(folder / "checkpoints")
+  train(folder, original.path, **named)
+  check(2)
 
 
 # A workdir for weights of elsewhere.

@@ -78,6 +78,12 @@ def test_all_that_does_not_fit_is_named():
   )
 
 
+def test_a_name_of_one_word_is_too_much():
+  state = state_of("one_level") | {"step": np.zeros((), np.float32), "query": np.zeros((), np.float32)}
+  with pytest.raises(UserError, match=r": step is too much, query is too much$"):
+    names.from_diffusers(state, names.table(*network("one_level")))
+
+
 def test_both_names_of_one_tensor_are_one_too_much():
   rows, state = names.table(*network("one_level")), state_of("one_level")
   state["mid_block.attentions.0.query.bias"] = state["mid_block.attentions.0.to_q.bias"]

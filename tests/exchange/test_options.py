@@ -1,5 +1,6 @@
 """Every option of diffusers is understood, at the one value that our network has, or refused by name."""
 
+import numpy as np
 import pytest
 
 from ddpm_jax import config as config_lib
@@ -103,6 +104,8 @@ def test_what_diffusers_writes_comes_back(name):
     ({"out_channels": 6}, "out_channels: 6 is not supported, only 3"),
     ({"sample_size": None}, "sample_size: None"),
     ({"sample_size": [32, 32, 32]}, "sample_size: "),
+    ({"sample_size": True}, "sample_size: True is no size of images"),
+    ({"sample_size": [32, True]}, "sample_size: [32, True] is no size"),
     ({"norm_num_groups": None}, "norm_num_groups: None"),
     ({"dual_cross_attention": True}, "dual_cross_attention: True is an option that is not supported"),
     ({"_class_name": "UNet2DConditionModel"}, "_class_name: 'UNet2DConditionModel'"),
@@ -135,6 +138,7 @@ def test_a_missing_option_has_the_default_of_diffusers(name):
     ({"thresholding": True, "sample_max_value": 1.5}, "sample_max_value: 1.5"),
     ({"trained_betas": [0.1, 0.7, 0.2]}, "trained_betas: they are those of no schedule"),
     ({"trained_betas": ["0.1"]}, "trained_betas: "),
+    ({"trained_betas": [0.9, 0.5, 0.0001]}, "trained_betas: they are those of no schedule"),
     ({"num_train_timesteps": 0}, "num_train_timesteps: 0"),
     ({"solver_order": 2}, "solver_order: 2 is an option that is not supported"),
   ],
@@ -157,6 +161,16 @@ def test_schedulers_that_mean_the_same():
   betas = [1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000)]
   assert diffusion_knobs(SCHEDULER | {"trained_betas": betas, "beta_schedule": "laplace"}) == plain
   assert diffusion_knobs(SCHEDULER | {"clip_sample": False})["threshold"] == "none"
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32])
+def test_the_betas_of_a_sigmoid_are_found(kind):
+  """As diffusers makes them: sigmoid(linspace(-6, 6, T)) (beta_end - beta_start) + beta_start."""
+  betas = 1 / (1 + np.exp(-np.linspace(-6, 6, 50))) * (0.3 - 0.002) + 0.002
+  found = diffusion_knobs(SCHEDULER | {"trained_betas": [float(kind(beta)) for beta in betas]})
+  assert (found["beta_schedule"], found["num_timesteps"]) == ("sigmoid", 50)
+  np.testing.assert_allclose([found["beta_start"], found["beta_end"]], [0.002, 0.3], rtol=1e-6)
+  assert config_lib.override(Config(), found).diffusion.beta_schedule == "sigmoid"
 
 
 @pytest.mark.parametrize(

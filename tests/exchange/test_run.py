@@ -16,6 +16,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange import diffusers, file, initial
 from ddpm_jax.exchange import run as exchange_run
+from ddpm_jax.exchange.tensors import read_facts
 from ddpm_jax.sampling.weights import load_weights
 from tests.exchange.folders import contents, read_tensors
 from tests.sampling.conftest import Trained
@@ -64,7 +65,7 @@ def test_which_weights(trained, tmp_path):
   assert set(contents(tmp_path / "out")) == {"model.safetensors"}
   found = safetensors.numpy.load((tmp_path / "out" / "model.safetensors").read_bytes())
   np.testing.assert_array_equal(found["conv_in.kernel"], expected.params["conv_in"]["kernel"])
-  facts = file.read_facts(tmp_path / "out" / "model.safetensors")
+  facts = read_facts(tmp_path / "out" / "model.safetensors")
   assert (facts["step"], facts["weights"], facts["image_shape"]) == (3, "raw", [8, 8, 1])
 
 
@@ -80,6 +81,14 @@ def test_exporting_what_was_imported(trained, tmp_path):
   assert set(found) == set(expected) and all(np.array_equal(found[key], expected[key]) for key in expected)
   card = (tmp_path / "b" / "README.md").read_text()
   assert "Training" not in card and "digits" not in card  # which is not known
+  again = config_lib.override(config, {"export_format": "safetensors", "export_dir": str(tmp_path / "d")})
+  exchange_run.export(again, None)
+  facts = read_facts(tmp_path / "d" / "model.safetensors")
+  assert set(facts) == {"ddpm_jax", "config", "image_shape"}
+  assert set(facts["config"]) == {"model", "diffusion", "train", "sample"}
+  assert set(facts["config"]["train"]) == {"preview_steps"}
+  assert set(facts["config"]["sample"]) == {"threshold", "threshold_quantile"}
+  assert initial.look(str(tmp_path / "d" / "model.safetensors")).knobs == initial.look(path).knobs
 
 
 def test_a_workdir_where_nothing_was_trained(trained, tmp_path):
@@ -113,6 +122,8 @@ def test_no_folder(trained, tmp_path):
     exchange_run.export(trained.config, trained.path)
   with pytest.raises(UserError, match="export_dir: 'gs://bucket/x' is no path"):
     exchange_run.export(trained.having(export_dir="gs://bucket/x"), trained.path)
+  with pytest.raises(UserError, match="export_dir: '~nobody_here/x' begins with the home of nobody here"):
+    exchange_run.export(trained.having(export_dir="~nobody_here/x"), trained.path)
   for inside in (trained.path / "out", trained.path / "checkpoints" / "9", trained.path):
     assert "is in the workdir, where only the run writes" in refusal(trained, inside)
 

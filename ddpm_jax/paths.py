@@ -1,0 +1,44 @@
+"""Paths that a command names: made absolute, and looked at without a traceback where that cannot be done."""
+
+from __future__ import annotations
+
+import pathlib
+
+from ddpm_jax.errors import UserError
+
+
+def absolute(flag: str, text: str, remedy: str) -> pathlib.Path:
+  """The absolute path that the value of a flag means, `~` and all.
+
+  Raises:
+    UserError: if it is the address of something else, with that remedy, or begins with the home of nobody.
+  """
+  if "://" in text:
+    raise UserError(f"{flag}: {text!r} is no path in a file system; {remedy}")
+  try:
+    return pathlib.Path(text).expanduser().absolute()
+  except RuntimeError:
+    raise UserError(f"{flag}: {text!r} begins with the home of nobody here; write the whole path") from None
+
+
+def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:
+  """Raises UserError if a path cannot be written into files or printed, or has one of the characters `also`."""
+  text = str(path)
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"{flag}: the name {text!a} is not UTF-8; use another --{flag}") from None
+  for letter in text:
+    if letter in also or ord(letter) < 32 or ord(letter) == 127:
+      raise UserError(
+        f"{flag}: the name {text!a} has the character {letter!a}, with which files cannot be written safely; use "
+        f"another --{flag}"
+      )
+
+
+def exists(flag: str, path: pathlib.Path) -> bool:
+  """Whether something is there. Raises UserError if that cannot be seen."""
+  try:
+    return path.exists()
+  except OSError as error:
+    raise UserError(f"{flag}: cannot look into {path} ({error.strerror}); use another --{flag}") from error
