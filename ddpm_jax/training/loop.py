@@ -25,7 +25,7 @@ from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
-from ddpm_jax.errors import RunError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
 from ddpm_jax.lock import Lock
@@ -141,12 +141,14 @@ def _resume_or_start(
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       end = _train(run, source, state, start, _Around(reports, saver, evaluations, progress, stop, watchdog))
   if lock:
-    _renew(workdir, config_lib.beyond_init_from(run.config))
     try:
+      _renew(workdir, config_lib.beyond_init_from(run.config))
       if (workdir / "metrics.jsonl").stat().st_size:
         plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
     except OSError as error:  # all that matters is saved
       print(f"warning: cannot write {workdir / 'loss.png'} ({error.strerror})", file=sys.stderr, flush=True)
+    except UserError as error:
+      print(f"warning: {error}", file=sys.stderr, flush=True)
     print(_farewell(workdir, end, total), flush=True)
 
 
