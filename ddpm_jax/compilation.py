@@ -26,8 +26,6 @@ _ONEDNN = {
   "xla_cpu_experimental_ynn_fusion_type": "reduce",
 }
 _CPU_FLAGS: dict[tuple[int, ...], dict[str, str]] = {(0, 10): _YNNPACK, (0, 11): _ONEDNN, (0, 12): _ONEDNN}
-
-
 # Where one CPU stands for several devices: else some may wait in one collective and others in another, for ever.
 _SIMULATED = "xla_force_host_platform_device_count"
 _IN_ONE_ORDER = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +48,13 @@ _LAYERS = {
   "proj": (("to_out.0",), "dense"),
   "conv": (("conv",), "conv"),
 }
+# Layouts: an array of ours in PyTorch's, and one of PyTorch's in ours.
+_LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
+  "conv": (lambda ours: ours.transpose(3, 2, 0, 1), lambda theirs: theirs.transpose(2, 3, 1, 0)),
+  "dense": (lambda ours: ours.T, lambda theirs: theirs.T),
+  "pixelwise": (lambda ours: ours.T[:, :, None, None], lambda theirs: theirs[:, :, 0, 0].T),
+  "vector": (lambda ours: ours, lambda theirs: theirs),
+}
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # What attention was called until diffusers 0.12, as in the published DDPM models.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -59,12 +66,13 @@ class Row(NamedTuple):
   path: tuple[str, ...]  # in our tree
   shape: tuple[int, ...]
   names: tuple[str, ...]  # of diffusers: parts of the last axis, in order
-  layout: str  # 'conv', 'dense', 'pixelwise' or 'vector'
+  layout: str  # a key of _LAYOUTS
 
   def part_shape(self) -> tuple[int, ...]:
     """The shape of each of `names`."""
     *rest, last = self.shape
-    return _outwards(self.layout, np.empty((*rest, last // len(self.names)), np.bool_)).shape
+    outwards, _ = _LAYOUTS[self.layout]
+    return outwards(np.empty((*rest, last // len(self.names)), np.bool_)).shape
 
 
 @functools.cache
@@ -86,8 +94,9 @@ def to_diffusers(params: Params, rows: Iterable[Row]) -> dict[str, np.ndarray]:
   """Our tree of NumPy arrays under their names, in their layout."""
   leaves, tensors = _leaves(params), {}
   for row in rows:
+    outwards, _ = _LAYOUTS[row.layout]
     parts = np.split(leaves[row.path], len(row.names), axis=-1)
-    tensors |= {name: _outwards(row.layout, part) for name, part in zip(row.names, parts, strict=True)}
+    tensors |= {name: outwards(part) for name, part in zip(row.names, parts, strict=True)}
   return tensors
 
 
@@ -99,9 +108,10 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], rows: Iterable[Row]) -> Pa
   """
   tensors, rows = _with_todays_names(tensors), tuple(rows)
   check_shapes(tensors, {name: row.part_shape() for row in rows for name in row.names})
-  leaves = {
-    row.path: np.concatenate([_inwards(row.layout, tensors[name]) for name in row.names], axis=-1) for row in rows
-  }
+  leaves = {}
+  for row in rows:
+    _, inwards = _LAYOUTS[row.layout]
+    leaves[row.path] = np.concatenate([inwards(tensors[name]) for name in row.names], axis=-1)
   return _tree(leaves)
 
 
@@ -164,32 +174,6 @@ def _block_name(ours: str, levels: int) -> str:
       numbers = {name: int(number) for name, number in found.groupdict().items()}
       return theirs.format(**numbers, up=levels - 1 - numbers.get("level", 0))
   raise ValueError(f"no block of diffusers is {ours!r}")
-
-
-def _outwards(layout: str, array: np.ndarray) -> np.ndarray:
-  """From our layout to PyTorch's."""
-  match layout:
-    case "conv":
-      return array.transpose(3, 2, 0, 1)
-    case "dense":
-      return array.T
-    case "pixelwise":
-      return array.T[:, :, None, None]
-    case _:
-      return array
-
-
-def _inwards(layout: str, array: np.ndarray) -> np.ndarray:
-  """From PyTorch's layout to ours."""
-  match layout:
-    case "conv":
-      return array.transpose(2, 3, 1, 0)
-    case "dense":
-      return array.T
-    case "pixelwise":
-      return array[:, :, 0, 0].T
-    case _:
-      return array
 
 
 def _with_todays_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
