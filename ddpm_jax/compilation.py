@@ -25,6 +25,7 @@ _ONEDNN = {
   "xla_cpu_experimental_onednn_custom_call": "true",
   "xla_cpu_experimental_ynn_fusion_type": "reduce",
 }
+_NOT_KEPT = ("xla_cpu_use_onednn", "xla_cpu_experimental_onednn_custom_call")  # XLA cannot write such a program down
 _CPU_FLAGS: dict[tuple[int, ...], dict[str, str]] = {(0, 10): _YNNPACK, (0, 11): _ONEDNN, (0, 12): _ONEDNN}
 # Where one CPU stands for several devices: else some may wait in one collective and others in another, for ever.
 _SIMULATED = "xla_force_host_platform_device_count"
@@ -42,6 +43,15 @@ def keep_simulated_devices_in_step() -> None:
   """Adds to XLA_FLAGS what jaxlib 0.12 needs where they simulate devices. Before JAX starts."""
   if _version_of_jaxlib() == (0, 12) and _SIMULATED in os.environ.get("XLA_FLAGS", ""):
     _add_unless_any_is_set(_IN_ONE_ORDER)
+
+
+def options_to_be_kept(platform: str) -> dict[str, bool]:
+  """Compiler options with which a program is kept for the next start, where the flags of XLA keep it from that.
+
+  For what computes less than it takes to compile. platform: of the devices, as JAX calls it.
+  """
+  flags = os.environ.get("XLA_FLAGS", "")
+  return {name: False for name in _NOT_KEPT if platform == "cpu" and f"--{name}=true" in flags}
 
 
 def _version_of_jaxlib() -> tuple[int, ...]:

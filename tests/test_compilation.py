@@ -160,3 +160,12 @@ def test_the_flags_reach_the_library():
     assert "__onednn$convolution" in text.stdout
   else:
     assert "convolution" in text.stdout
+
+
+def test_options_with_which_a_program_is_kept(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=true --xla_cpu_experimental_onednn_custom_call=true --other=1")
+  names = {"xla_cpu_use_onednn": False, "xla_cpu_experimental_onednn_custom_call": False}
+  assert compilation.options_to_be_kept("cpu") == names
+  assert compilation.options_to_be_kept("tpu") == {}  # which would not know them
+  monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=false")
+  assert compilation.options_to_be_kept("cpu") == {}

@@ -163,12 +163,12 @@ def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> ja
   meets dy moved down by i. A few images at a time, so that what is moved stays in the cache.
   """
   height, width = x.shape[1], dy.shape[2]
+  # Once for all copies below: XLA would compute what they are made of anew for each.
+  x, dy = jax.lax.optimization_barrier((x, dy))
 
   def product(x: jax.Array, dy: jax.Array) -> jax.Array:
-    x = jnp.pad(x, ((0, 0), (0, 0), (before, after), (0, 0)))
-    dy = jnp.pad(dy, ((0, 0), (n - 1 - before, n - 1 - after), (0, 0), (0, 0)))
-    columns = jnp.concatenate([x[:, :, j : j + width] for j in range(n)], axis=-1)  # [B, H, W', n C]
-    rows = jnp.concatenate([dy[:, n - 1 - i : n - 1 - i + height] for i in range(n)], axis=-1)  # [B, H, W', n F]
+    columns = _moved(x, 2, [before - j for j in range(n)], width)  # [B, H, W', n C]
+    rows = _moved(dy, 1, [i - before for i in range(n)], height)  # [B, H, W', n F]
     columns, rows = (moved.reshape(-1, moved.shape[-1]) for moved in (columns, rows))
     return jnp.einsum("pc,pf->cf", columns, rows, preferred_element_type=jnp.float32)
 
@@ -183,6 +183,22 @@ def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> ja
   zero = jnp.zeros((n * x.shape[-1], n * dy.shape[-1]), jnp.float32)
   total, _ = jax.lax.scan(lambda total, part: (total + product(*part), None), zero, parts)
   return gradient(total)
+
+
+def _moved(x: jax.Array, axis: int, moves: list[int], size: int) -> jax.Array:
+  """Copies of x [B, H, W, C] side by side in the channels, moved along `axis` by `moves`, zeros behind, cut to `size`.
+
+  As a sum, each in channels of its own: XLA for CPUs makes one loop of it, and of a concatenation one for each copy.
+  """
+  length, channels = x.shape[axis], x.shape[-1]
+
+  def place(number: int, move: int) -> jax.Array:
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis] = (move, size - length - move, 0)
+    edges[-1] = (number * channels, (len(moves) - 1 - number) * channels, 0)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), edges)
+
+  return functools.reduce(jnp.add, [place(number, move) for number, move in enumerate(moves)])
 
 
 def _same(x: jax.Array) -> jax.Array:

@@ -34,7 +34,8 @@ class UNet(nn.Module):
     dropout: rate inside the residual blocks.
     dtype: of the activations; parameters, the last norm and convolution, and the output are float32.
     remat: 'none' keeps all that the backward pass needs; 'norms' keeps of a residual block its input and its first
-      convolution, and recomputes norms, swish and dropout; 'blocks' keeps the input alone.
+      convolution, and recomputes norms, swish and dropout; 'blocks' keeps the input of a block with its attention
+      alone, on the way up without the concatenation.
   """
 
   out_channels: int
@@ -60,22 +61,30 @@ class UNet(nn.Module):
       float32 [B, H, W, out_channels]; zero at initialisation.
     """
     match self.remat:
-      case "none":
+      case "none" | "blocks":
         block_class = ResBlock
       case "norms":
         keep = jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
         block_class = nn.remat(ResBlock, policy=keep)
-      case "blocks":
-        block_class = nn.remat(ResBlock)
       case _:
         raise ValueError(f"unknown remat {self.remat!r}")
+    rematted = nn.remat if self.remat == "blocks" else lambda function: function
 
-    def block(h: jax.Array, features: int, name: str) -> jax.Array:
-      h = block_class(features, self.num_groups, self.dropout, self.dtype, name=name)(h, temb, dropout_keys)
-      return attention(h, f"{name}_attention") if h.shape[1] in self.attention_resolutions else h
+    def block(
+      h: jax.Array, features: int, name: str, *, skip: jax.Array | None = None, attention: str | None = None
+    ) -> jax.Array:
+      """A residual block of h, on the way up beside what `skip` brings, and the attention of that name after it."""
 
-    def attention(h: jax.Array, name: str) -> jax.Array:
-      return SelfAttention(self.num_groups, self.dtype, name=name)(h)
+      # With the concatenation and the attention, so that remat keeps nothing of them.
+      def whole(unet: UNet, h: jax.Array, skip: jax.Array | None, temb: jax.Array, dropout_keys: jax.Array | None):
+        h = h if skip is None else jnp.concatenate([h, skip], axis=-1)
+        h = block_class(features, unet.num_groups, unet.dropout, unet.dtype, name=name)(h, temb, dropout_keys)
+        return SelfAttention(unet.num_groups, unet.dtype, name=attention)(h) if attention else h
+
+      return rematted(whole)(self, h, skip, temb, dropout_keys)
+
+    def attention_after(name: str, h: jax.Array) -> str | None:
+      return f"{name}_attention" if h.shape[1] in self.attention_resolutions else None
 
     # Timestep embedding. Published weights count timesteps from 0, so the network is given t - 1: here and only here.
     temb = timestep_embedding(t - 1, self.channels).astype(self.dtype)
@@ -89,7 +98,8 @@ class UNet(nn.Module):
     skips = [h]
     for level, multiplier in enumerate(self.channel_multipliers):
       for i in range(self.num_res_blocks):
-        h = block(h, self.channels * multiplier, f"down{level}_block{i}")
+        name = f"down{level}_block{i}"
+        h = block(h, self.channels * multiplier, name, attention=attention_after(name, h))
         skips.append(h)
       if level < levels - 1:
         h = Downsample(self.dtype, name=f"down{level}_downsample")(h)
@@ -97,15 +107,14 @@ class UNet(nn.Module):
 
     # Middle: attention at every resolution.
     features = h.shape[-1]
-    h = block_class(features, self.num_groups, self.dropout, self.dtype, name="mid_block0")(h, temb, dropout_keys)
-    h = attention(h, "mid_attention")
-    h = block_class(features, self.num_groups, self.dropout, self.dtype, name="mid_block1")(h, temb, dropout_keys)
+    h = block(h, features, "mid_block0", attention="mid_attention")
+    h = block(h, features, "mid_block1")
 
     # Up.
     for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
       for i in range(self.num_res_blocks + 1):
-        h = jnp.concatenate([h, skips.pop()], axis=-1)
-        h = block(h, self.channels * multiplier, f"up{level}_block{i}")
+        name = f"up{level}_block{i}"
+        h = block(h, self.channels * multiplier, name, skip=skips.pop(), attention=attention_after(name, h))
       if level > 0:
         h = Upsample(self.dtype, name=f"up{level}_upsample")(h)
     assert not skips

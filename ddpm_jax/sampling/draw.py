@@ -75,13 +75,15 @@ def make_draw(
   parallel: Parallel,
   seed: int,
   stream: str,
+  keep: bool = False,
 ) -> ByRows:
   """Returns draw(params, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` for that seed on all devices.
 
-  One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding.
+  One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding. keep:
+  as in `Parallel.by_rows`.
   """
   draw = draw_of(predictor, table, image_shape=image_shape, stream=stream)
-  return parallel.by_rows(lambda params, index: draw(params, seed, index))
+  return parallel.by_rows(lambda params, index: draw(params, seed, index), keep=keep)
 
 
 def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:

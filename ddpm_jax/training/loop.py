@@ -280,6 +280,7 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
     parallel=run.parallel,
     seed=options.seed,
     stream="preview",
+    keep=True,
   )
   index = np.arange(options.preview_images, dtype=np.int32)
 

@@ -28,15 +28,56 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
   return optax.join_schedules([warmup, after], [config.warmup_steps])
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-  """Clip by the global norm of the mean gradient, then Adam.
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+  """Clip by the global norm of the mean gradient, then Adam; of update(..., finite=False) the state stays as it is.
 
   The authors' TPU code clips each replica's gradient to 1/8 of the norm before the replicas are summed
   (tpu_utils.py:164); clipping their mean is what the paper's single formula says and does not depend on the number of
   devices.
   """
   clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-  return optax.chain(clip, optax.adam(learning_rate_schedule(config, num_steps), b1=0.9, b2=0.999, eps=1e-8))
+  rate = if_finite(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)))
+  return optax.chain(clip, optax.chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), rate))
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+  """`optax.scale_by_adam`, whose moments are computed once: gradients -> mu_hat / (sqrt(nu_hat) + eps).
+
+  Algorithm 1 of Kingma and Ba 2015.
+  """
+  moments = if_finite(optax.scale_by_adam(b1=b1, b2=b2, eps=eps))
+
+  def update(updates: Params, state: optax.OptState, params: Params | None = None, **finite):
+    _, new = moments.update(updates, state, params, **finite)
+    assert isinstance(new, optax.ScaleByAdamState)
+    mu, nu = computed_once((new.mu, new.nu))
+    mu_hat = optax.tree.bias_correction(mu, b1, new.count)
+    nu_hat = optax.tree.bias_correction(nu, b2, new.count)
+    updates = jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu_hat, nu_hat)
+    return updates, new._replace(mu=mu, nu=nu)
+
+  return optax.GradientTransformationExtraArgs(moments.init, update)
+
+
+def if_finite(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """The transformation, whose state stays as it is, bit for bit, where `finite` is false; the updates are no use then.
+
+  `optax.apply_if_finite` looks at the gradients alone, and has a count of its own.
+  """
+
+  def update(updates: Params, state: optax.OptState, params: Params | None = None, *, finite: jax.Array | bool = True):
+    updates, new = transformation.update(updates, state, params)
+    return updates, optax.tree.where(finite, new, state)
+
+  return optax.GradientTransformationExtraArgs(transformation.init, update)
+
+
+def computed_once(tree: Params) -> Params:
+  """The same arrays. On CPUs, XLA computes them anew wherever they are used, unless it is kept from that.
+
+  Elsewhere one pass over the memory yields several results, and nothing may come between.
+  """
+  return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
 def ema_decay_at(decay: float, num_updates: jax.Array) -> jax.Array:

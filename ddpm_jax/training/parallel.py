@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax import compilation
 from ddpm_jax.errors import UserError
 
 AXIS = "data"
@@ -154,12 +155,14 @@ class Parallel:
     """This process's vote as the compiled step takes it."""
     return self._votes[bool(vote)]
 
-  def by_rows(self, function: Callable[..., Tree]) -> ByRows:
+  def by_rows(self, function: Callable[..., Tree], *, keep: bool = False) -> ByRows:
     """Compiles a function of many examples so that all devices share them: for drawing and measuring.
 
-    function: (constants, *columns [B, ...]) -> tree of [B, ...]; row i of the result depends on row i alone.
+    Args:
+      function: (constants, *columns [B, ...]) -> tree of [B, ...]; row i of the result depends on row i alone.
+      keep: it computes little: that the next process need not compile it again matters more than how fast it is.
     """
-    return ByRows(function, self)
+    return ByRows(function, self, keep=keep)
 
   def globalize(self, state: Tree) -> Tree:
     """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
@@ -176,9 +179,10 @@ class Parallel:
 class ByRows:
   """A function of rows, compiled once for each number of rows, that all devices share; see `Parallel.by_rows`."""
 
-  def __init__(self, function: Callable[..., Tree], parallel: Parallel):
-    """function: (constants, *columns [B, ...]) -> tree of [B, ...]."""
-    self._jitted = jax.jit(function, out_shardings=parallel.replicated)
+  def __init__(self, function: Callable[..., Tree], parallel: Parallel, *, keep: bool):
+    """As `Parallel.by_rows` says."""
+    options = compilation.options_to_be_kept(parallel.mesh.devices.flat[0].platform) if keep else {}
+    self._jitted = jax.jit(function, out_shardings=parallel.replicated, compiler_options=options)
     self._parallel = parallel
     self._compiled: dict[tuple, Any] = {}
 

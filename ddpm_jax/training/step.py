@@ -22,7 +22,7 @@ from ddpm_jax.diffusion.prediction import training_target
 from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.optimizer import ema_decay_at, update_ema
+from ddpm_jax.training.optimizer import computed_once, ema_decay_at, update_ema
 from ddpm_jax.training.state import Counts, TrainState
 
 # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
@@ -109,7 +109,7 @@ def train_step(
   *,
   seed: int,
   loss_fn: LossFn,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformationExtraArgs,
   learning_rate: optax.Schedule,
   ema_decay: float,
   grad_accum_steps: int = 1,
@@ -142,16 +142,13 @@ def train_step(
   grad_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
+  params = optax.tree.where(finite, optax.apply_updates(state.params, updates), state.params)
+  params = computed_once(params)
   applied = state.step - state.counts.nonfinite  # what the optimiser counts
   decay = ema_decay_at(ema_decay, applied + 1)
-  ema_params = update_ema(state.ema_params, params, decay)
+  ema_params = optax.tree.where(finite, update_ema(state.ema_params, params, decay), state.ema_params)
 
-  before = (state.params, state.ema_params, state.opt_state)
-  params, ema_params, opt_state = jax.tree.map(
-    lambda new, old: jnp.where(finite, new, old), (params, ema_params, opt_state), before
-  )
   counts = count(state.counts, finite, batch["replaced"], axis_name)
   metrics = {
     "loss": loss,

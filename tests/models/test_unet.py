@@ -1,5 +1,7 @@
 """The U-Net against the published parameter counts and a second implementation in float64 NumPy."""
 
+import math
+
 import chex
 import flax.linen as nn
 import jax
@@ -243,6 +245,23 @@ def test_what_remat_computes_again():
   (convolutions, norms), (same, more_norms), (more, _) = (products(remat) for remat in ("none", "norms", "blocks"))
   assert same == convolutions < more
   assert more_norms > norms
+
+
+def test_what_remat_keeps():
+  """By what the forward pass leaves to the backward pass; of 'blocks' no concatenation, and nothing of attention."""
+
+  def kept(remat):
+    model = build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1))
+    xt, t = jnp.zeros((2, 8, 8, 1)), jnp.asarray([5, 900])
+    forward = lambda params: jax.vjp(lambda p: network_of(model)(p, xt, t, None), params)[1]  # noqa: E731
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(forward, shapes_of(TINY, (8, 8, 1))))]
+    return [shape for shape in shapes if len(shape) == 4 and shape[0] == 2]
+
+  everything, norms, blocks = (kept(remat) for remat in ("none", "norms", "blocks"))
+  size = lambda shapes: sum(map(math.prod, shapes))  # noqa: E731
+  assert size(blocks) < 0.6 * size(norms) < 0.2 * size(everything)
+  assert max(channels for *_, channels in blocks) == 16 < max(channels for *_, channels in norms)
+  assert not [shape for shape in blocks if shape[:3] == (2, 16, 1)]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Learning rates, clipping and the moving average against formulas written out."""
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from ddpm_jax.config import OptimizerConfig
-from ddpm_jax.training.optimizer import ema_decay_at, learning_rate_schedule, make_optimizer, update_ema
+from ddpm_jax.training.optimizer import computed_once, ema_decay_at, learning_rate_schedule, make_optimizer, update_ema
 
 
 def test_warm_up_then_constant_as_in_the_paper():
@@ -41,6 +43,28 @@ def test_adam_by_hand():
       m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
       expected = expected - 0.1 * (m / (1 - 0.9**n)) / (np.sqrt(v / (1 - 0.999**n)) + 1e-8)
       np.testing.assert_allclose(params, expected, rtol=1e-4)
+
+
+def test_the_same_as_adam_of_optax():
+  """Also its state, which checkpoints hold."""
+  config = OptimizerConfig(learning_rate=0.1, lr_schedule="constant", warmup_steps=0, grad_clip=0.0)
+  ours, theirs = make_optimizer(config, 10), optax.chain(optax.identity(), optax.adam(optax.constant_schedule(0.1)))
+  params = {"a": jnp.linspace(-1.0, 1.0, 7), "b": jnp.ones((2, 3))}
+  states = [optimizer.init(params) for optimizer in (ours, theirs)]
+  for n in range(3):
+    gradients = jax.tree.map(lambda p, n=n: jnp.sin(7 * p + n), params)
+    (ours_made, states[0]), (theirs_made, states[1]) = (
+      optimizer.update(gradients, state, params) for optimizer, state in zip((ours, theirs), states, strict=True)
+    )
+    chex.assert_trees_all_close(ours_made, theirs_made, rtol=1e-6)
+    chex.assert_trees_all_equal(*states)
+
+
+def test_computed_once_on_cpus_and_in_one_pass_elsewhere():
+  lowered = lambda platform: jax.jit(computed_once).trace(jnp.ones(3)).lower(lowering_platforms=(platform,))  # noqa: E731
+  assert "optimization_barrier" in lowered("cpu").as_text()
+  for platform in ("tpu", "cuda"):
+    assert "optimization_barrier" not in lowered(platform).as_text()
 
 
 @pytest.mark.parametrize(("n", "expected"), [(1, 2 / 11), (5, 6 / 15), (81, 82 / 91), (10**6, 0.9999)])
