@@ -63,10 +63,11 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
 def make_train_step(run: Run) -> functools.partial:
   """`step.train_step` with everything bound but (state, batch) and axis_name."""
   config = run.config
+  loss_fn = make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip)
   return functools.partial(
     train_step,
     seed=config.train.seed,
-    loss_fn=make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip),
+    loss_fn=run.parallel.spread(loss_fn),
     optimizer=make_optimizer(config.optimizer, config.train.num_steps),
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps),
     ema_decay=config.optimizer.ema_decay,

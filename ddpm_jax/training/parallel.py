@@ -72,6 +72,23 @@ class Parallel:
           return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, AXIS))
     return self.replicated
 
+  def spread(self, loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """(params, batch, keys) -> loss, for a compiled step: each device takes its rows, with parameters that are whole.
+
+    Left alone, XLA would cut the activations of fsdp where the parameters are cut, and send them around.
+    """
+    if self.mode != "fsdp":
+      return loss_fn
+
+    def spread(params: Tree, batch: Tree, keys: jax.Array) -> jax.Array:
+      return loss_fn(self._whole(params), *jax.lax.with_sharding_constraint((batch, keys), self.split))
+
+    return spread
+
+  def _whole(self, tree: Tree) -> Tree:
+    """Within a compiled function: the arrays on every device. For fsdp they are gathered."""
+    return jax.lax.with_sharding_constraint(tree, self.replicated) if self.mode == "fsdp" else tree
+
   def compile(self, train_step: Callable, abstract_state: Tree, *, updates: int = 1) -> Callable:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
@@ -182,7 +199,11 @@ class ByRows:
   def __init__(self, function: Callable[..., Tree], parallel: Parallel, *, keep: bool):
     """As `Parallel.by_rows` says."""
     options = compilation.options_to_be_kept(parallel.mesh.devices.flat[0].platform) if keep else {}
-    self._jitted = jax.jit(function, out_shardings=parallel.replicated, compiler_options=options)
+
+    def compiled(constants: Tree, *columns: jax.Array) -> Tree:
+      return function(parallel._whole(constants), *columns)
+
+    self._jitted = jax.jit(compiled, out_shardings=parallel.replicated, compiler_options=options)
     self._parallel = parallel
     self._compiled: dict[tuple, Any] = {}
 
