@@ -6,13 +6,13 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.plan import hlo, traffic
 from ddpm_jax.plan.collectives import Collective, collectives
 from ddpm_jax.plan.topology import OutOfMemory, out_of_memory
 from ddpm_jax.run import Run, make_train_step
+from ddpm_jax.training.step import abstract_batch
 
 
 class Memory(NamedTuple):
@@ -105,15 +105,6 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
     ),
     collectives=collectives(module, run.parallel.num_devices),
   )
-
-
-def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a global batch, as `pipeline.batches` yields it to one process: image, index, replaced."""
-  return {
-    "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
-    "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
-  }
 
 
 def _memory(run: Run, inputs: Any, stats: Any) -> Memory:

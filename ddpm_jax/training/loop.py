@@ -38,6 +38,7 @@ from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.programs import StepPrograms
 from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
@@ -124,8 +125,12 @@ def _resume_or_start(
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-  state = restored.state if restored else run.initial_state(params)
-  with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
+  first = len(next(dispatches(run.config.train, start), ()))
+  with (
+    contextlib.closing(StepPrograms(run, make_train_step(run), first=first)) as step_programs,
+    contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress,
+  ):
+    state = restored.state if restored else run.initial_state(params)
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
       workdir,
@@ -139,7 +144,8 @@ def _resume_or_start(
     with contextlib.closing(reports):
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
-      end = _train(run, source, state, start, _Around(reports, saver, evaluations, progress, stop, watchdog))
+      around = _Around(reports, saver, evaluations, progress, stop, watchdog)
+      end = _train(run, source, state, start, step_programs, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
@@ -169,16 +175,14 @@ class _Around(NamedTuple):
   watchdog: Watchdog
 
 
-def _train(run: Run, source: Source, state: TrainState, start: int, around: _Around) -> int:
+def _train(
+  run: Run, source: Source, state: TrainState, start: int, step_programs: StepPrograms, around: _Around
+) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   parallel, options, step = run.parallel, run.config.train, start
   reports, saver, evaluations, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
     return start
-  step_fns = {
-    updates: parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
-    for updates in {1, options.steps_per_dispatch}
-  }
   preview = make_preview(run)
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
@@ -204,8 +208,9 @@ def _train(run: Run, source: Source, state: TrainState, start: int, around: _Aro
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps])
       vote = parallel.put_vote(stop.requested is not None)
+      make_updates = step_programs[len(steps)]
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-        state, *outputs = step_fns[len(steps)](state, placed, vote)
+        state, *outputs = make_updates(state, placed, vote)
       progress.advance(len(steps))
       in_flight.append((steps, *outputs))
       if steps[0] == start + 1:

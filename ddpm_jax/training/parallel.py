@@ -153,12 +153,17 @@ class Parallel:
     """[B, ...] as the compiled step takes it: pmap wants a leading axis of devices."""
     return (devices, shape[0] // devices, *shape[1:]) if self.mode == "pmap" else shape
 
-  def abstract_inputs(self, batch: dict[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, Any], jax.ShapeDtypeStruct]:
-    """The global batch [B, ...] and the vote as the compiled step takes them: to lower it where there are no arrays."""
+  def abstract_inputs(
+    self, batch: dict[str, jax.ShapeDtypeStruct], *, updates: int = 1
+  ) -> tuple[dict[str, Any], jax.ShapeDtypeStruct]:
+    """So many global batches [B, ...] and the vote as the compiled step takes them: to lower it without arrays."""
+    sharding = self._batches_sharding(updates)
 
     def place(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
       shape = self._rows_shape(rows.shape, self.num_devices)
-      return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=self.split)
+      if updates > 1:
+        shape = (shape[0], updates, *shape[1:]) if self.mode == "pmap" else (updates, *shape)
+      return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
 
     vote = jax.ShapeDtypeStruct((self.num_devices,), jnp.int32, sharding=self.split)
     return jax.tree.map(place, batch), vote

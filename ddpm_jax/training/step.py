@@ -64,6 +64,15 @@ def draw_example(key: jax.Array, image: jax.Array, *, num_timesteps: int, random
   return Draw(x0, t, eps, dropout_key)
 
 
+def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a global batch, as `pipeline.batches` yields it to one process: image, index, replaced."""
+  return {
+    "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
+    "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+    "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
+  }
+
+
 def make_loss(network: Network, schedule: NoiseSchedule, config: DiffusionConfig, *, random_flip: bool) -> LossFn:
   """The loss of a batch as a function of the parameters: line 5 of Algorithm 1, averaged over the batch (eq. 14)."""
   weights = loss_weights(config.loss_weighting, config.prediction, schedule)

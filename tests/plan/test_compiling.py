@@ -12,9 +12,10 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.models.build import num_params
 from ddpm_jax.plan import compiling
 from ddpm_jax.plan.collectives import Collective
-from ddpm_jax.plan.compiling import CompiledStep, Memory, abstract_batch, compile_step
+from ddpm_jax.plan.compiling import CompiledStep, Memory, compile_step
 from ddpm_jax.plan.topology import OutOfMemory
 from ddpm_jax.run import make_train_step
+from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 
 

@@ -1,0 +1,48 @@
+"""The compiled step of a training run, ahead of its first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from ddpm_jax.run import Run
+from ddpm_jax.training.step import abstract_batch
+
+
+class StepPrograms:
+  """The step for each number of updates in a call.
+
+  The first that is called is compiled by a thread. XLA needs no Python for that, so that beside it the state, the files
+  and the first batch are made.
+  """
+
+  def __init__(self, run: Run, train_step: Callable, *, first: int):
+    """Begins to compile.
+
+    Args:
+      run: the run.
+      train_step: one update, (state, batch, axis_name) -> (state, metrics).
+      first: updates in the first call; 0 if there is none.
+    """
+    self._steps = {
+      updates: run.parallel.compile(train_step, run.abstract_state, updates=updates)
+      for updates in {1, run.config.train.steps_per_dispatch}
+    }
+
+    def compile_first() -> None:
+      if first:
+        batch = abstract_batch(run.image_shape, run.config.data.batch_size)
+        inputs = run.parallel.abstract_inputs(batch, updates=first)
+        self._steps[first].lower(run.abstract_state, *inputs).compile()  # JAX keeps it, and the first call finds it
+
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+    self._compiled = self._thread.submit(compile_first)
+
+  def __getitem__(self, updates: int) -> Callable:
+    """What `Parallel.compile` returns for that many updates in a call."""
+    self._compiled.result()
+    return self._steps[updates]
+
+  def close(self) -> None:
+    """Does not wait: whoever ends the run before its first update has something to say."""
+    self._thread.shutdown(wait=False)
