@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import grids, plots
+from ddpm_jax import grids
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
@@ -125,12 +125,7 @@ def _resume_or_start(
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-  first = len(next(dispatches(run.config.train, start), ()))
-  with (
-    contextlib.closing(StepPrograms(run, make_train_step(run), first=first)) as step_programs,
-    contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress,
-  ):
-    state = restored.state if restored else run.initial_state(params)
+  with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
       workdir,
@@ -141,7 +136,12 @@ def _resume_or_start(
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
-    with contextlib.closing(reports):
+    first = len(next(dispatches(run.config.train, start), ()))
+    with (
+      contextlib.closing(reports),
+      contextlib.closing(StepPrograms(run, make_train_step(run), first=first)) as step_programs,
+    ):
+      state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       around = _Around(reports, saver, evaluations, progress, stop, watchdog)
@@ -150,6 +150,8 @@ def _resume_or_start(
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
       if (workdir / "metrics.jsonl").stat().st_size:
+        from ddpm_jax import plots  # with Matplotlib: here nothing waits for it
+
         plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
     except OSError as error:  # all that matters is saved
       print(f"warning: cannot write {workdir / 'loss.png'} ({error.strerror})", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ class StepPrograms:
   """
 
   def __init__(self, run: Run, train_step: Callable, *, first: int):
-    """Begins to compile.
+    """Traces the step, and begins to compile.
 
     Args:
       run: the run.
@@ -29,18 +29,17 @@ class StepPrograms:
       for updates in {1, run.config.train.steps_per_dispatch}
     }
 
-    def compile_first() -> None:
-      if first:
-        batch = abstract_batch(run.image_shape, run.config.data.batch_size)
-        inputs = run.parallel.abstract_inputs(batch, updates=first)
-        self._steps[first].lower(run.abstract_state, *inputs).compile()  # JAX keeps it, and the first call finds it
-
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
-    self._compiled = self._thread.submit(compile_first)
+    self._compiled = None
+    if first:
+      batch = abstract_batch(run.image_shape, run.config.data.batch_size)
+      lowered = self._steps[first].lower(run.abstract_state, *run.parallel.abstract_inputs(batch, updates=first))
+      self._compiled = self._thread.submit(lowered.compile)  # JAX keeps the result, and the first call finds it
 
   def __getitem__(self, updates: int) -> Callable:
     """What `Parallel.compile` returns for that many updates in a call."""
-    self._compiled.result()
+    if self._compiled:
+      self._compiled.result()
     return self._steps[updates]
 
   def close(self) -> None:
