@@ -106,8 +106,8 @@ class TrainConfig:
   grad_accum_steps: int = knob(1, "Split each batch into this many parts, one after the other: less memory, the same "
                                "update.", minimum=1, may_change=True)
   log_every: int = knob(25, "Updates between two lines of metrics.", minimum=1, may_change=True)
-  checkpoint_every: int = knob(500, "Updates between two checkpoints.", minimum=1, may_change=True)
-  sample_every: int = knob(500, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
+  checkpoint_every: int = knob(1000, "Updates between two checkpoints.", minimum=1, may_change=True)
+  sample_every: int = knob(1000, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
   evaluate_every: int = knob(0, "Updates between two evaluations of what --measures names, as by --mode=evaluate; each "
                              "makes a checkpoint too (0: none).", minimum=0, may_change=True)
   best_measure: str = knob("frechet", "The measure by which the best evaluated checkpoint is kept in best/; the lowest "

@@ -108,4 +108,4 @@ def test_runs_and_bare_blocks_alternate(monkeypatch, capsys, tmp_path):
   folders = [folder for folder, _, _ in runs]
   assert folders[0] == folders[1] != folders[2] == folders[3]  # each round has a cache of its own
   assert not folders[0].exists()
-  assert "every 500, a grid every 500" in capsys.readouterr().out
+  assert "every 1000, a grid every 1000" in capsys.readouterr().out
