@@ -12,8 +12,8 @@ from ddpm_jax.training.step import abstract_batch
 class StepPrograms:
   """The step for each number of updates in a call.
 
-  The first that is called is compiled by a thread. XLA needs no Python for that, so that beside it the state, the files
-  and the first batch are made.
+  Where shapes are enough for that, a thread compiles the first that is called. XLA needs no Python for it, so that
+  beside it the state, the files and the first batch are made.
   """
 
   def __init__(self, run: Run, train_step: Callable, *, first: int):
@@ -31,7 +31,7 @@ class StepPrograms:
 
     self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
     self._compiled = None
-    if first:
+    if first and run.parallel.lowers_shapes:
       batch = abstract_batch(run.image_shape, run.config.data.batch_size)
       lowered = self._steps[first].lower(run.abstract_state, *run.parallel.abstract_inputs(batch, updates=first))
       self._compiled = self._thread.submit(lowered.compile)  # JAX keeps the result, and the first call finds it
