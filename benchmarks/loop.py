@@ -84,13 +84,13 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
   """
   workdir, flagfile = folder / start, folder / "flags.txt"
   flagfile.write_text(config_lib.to_flagfile(config), encoding="utf-8")
-  variables = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"} | {
+  variables = os.environ | {
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    "XDG_CACHE_HOME": str(folder / "cache"),  # where --compilation_cache=auto keeps what it keeps by itself
     "JAX_ENABLE_COMPILATION_CACHE": "true",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   }
   words = [sys.executable, "-m", "ddpm_jax.main", f"--flagfile={flagfile}", f"--workdir={workdir}"]
+  words.append(f"--compilation_cache={folder / 'cache'}")
   began, first = time.time(), 0.0
   with (
     (folder / "errors.txt").open("w") as errors,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import os
@@ -11,6 +12,7 @@ import warnings
 
 from ddpm_jax.errors import UserError
 
+_USUAL_GARBAGE = gc.get_threshold()
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
 
 # What makes programs faster on CPUs, by version of jaxlib: benchmarks/README.md has what it brings. XLA ends the
@@ -45,13 +47,13 @@ def keep_simulated_devices_in_step() -> None:
     _add_unless_any_is_set(_IN_ONE_ORDER)
 
 
-def options_to_be_kept(platform: str) -> dict[str, bool]:
+def options_to_be_kept(kind: str) -> dict[str, bool]:
   """Compiler options with which a program is kept for the next start, where the flags of XLA keep it from that.
 
-  For what computes less than it takes to compile. platform: of the devices, as JAX calls it.
+  For what computes less than it takes to compile. kind: of the devices, JAX's name of their platform.
   """
   flags = os.environ.get("XLA_FLAGS", "")
-  return {name: False for name in _NOT_KEPT if platform == "cpu" and f"--{name}=true" in flags}
+  return {name: False for name in _NOT_KEPT if kind == "cpu" and f"--{name}=true" in flags}
 
 
 def _version_of_jaxlib() -> tuple[int, ...]:
@@ -62,6 +64,17 @@ def _add_unless_any_is_set(ours: dict[str, str]) -> None:
   flags = os.environ.get("XLA_FLAGS", "")
   if not any(name in flags for name in ours):
     os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={value}" for name, value in ours.items())]).strip()
+
+
+def seldom_look_for_garbage() -> None:
+  """Importing and tracing make many objects, which stay: Python would look for garbage among them again and again."""
+  gc.set_threshold(100_000)
+
+
+def look_for_garbage_as_usual() -> None:
+  """Once all is compiled; leaves out what is there already."""
+  gc.freeze()
+  gc.set_threshold(*_USUAL_GARBAGE)
 
 
 def keep_compiled_programs(where: str) -> None:

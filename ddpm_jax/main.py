@@ -13,7 +13,6 @@ The same command goes on where it stopped.
 from __future__ import annotations
 
 import functools
-import gc
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -179,7 +178,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
 
 if __name__ == "__main__":
   hugepages.restart_with_huge_pages()
-  gc.set_threshold(100_000)  # importing and tracing make many objects that stay: nothing to look for
+  compilation.seldom_look_for_garbage()
   flags.define()
   absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
   app.run(main, flags_parser=_parse_flags)

@@ -77,7 +77,8 @@ class ModelConfig:
   dtype: str = knob("float32", "Type of the activations; parameters, loss and optimiser are float32 always.",
                     choices=("float32", "bfloat16"))
   remat: str = knob("none", "What the backward pass computes again, to save memory: 'norms' what lies between the "
-                    "convolutions of a residual block, 'blocks' the whole block, a third more arithmetic.",
+                    "convolutions of a residual block, 'blocks' the block with its attention, a quarter more "
+                    "arithmetic.",
                     choices=("none", "norms", "blocks"), may_change=True)
 
 

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ddpm_jax import compilation, grids
 from ddpm_jax import config as config_lib
-from ddpm_jax import grids
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
@@ -136,7 +136,8 @@ def _resume_or_start(
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
-    first = len(next(dispatches(run.config.train, start), ()))
+    evaluates_first = evaluation_missing(run.config, workdir, start)
+    first = 0 if evaluates_first else len(next(dispatches(run.config.train, start), ()))
     with (
       contextlib.closing(reports),
       contextlib.closing(StepPrograms(run, make_train_step(run), first=first)) as step_programs,
@@ -150,7 +151,7 @@ def _resume_or_start(
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
       if (workdir / "metrics.jsonl").stat().st_size:
-        from ddpm_jax import plots  # with Matplotlib: here nothing waits for it
+        from ddpm_jax import plots  # Matplotlib takes long to import
 
         plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
     except OSError as error:  # all that matters is saved
@@ -219,6 +220,7 @@ def _train(
         stop.defer()  # from now on there is something to save
         jax.block_until_ready(outputs)
         reports.compiled(step)
+        compilation.look_for_garbage_as_usual()
       # The device is never left without a next update, and a request to stop finds at most _RUN_AHEAD under way.
       # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
       stopping |= settle(_RUN_AHEAD)

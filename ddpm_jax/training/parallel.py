@@ -1,7 +1,8 @@
 """How a step runs on many devices, of one process or of several: the only module that knows devices.
 
 Between steps the state is a tree of global arrays over a one-dimensional mesh ("data"): replicated for pmap, sharded
-for fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding.
+for fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding; of bfloat16 activations,
+fsdp sums the gradients over the devices in bfloat16 too.
 """
 
 from __future__ import annotations

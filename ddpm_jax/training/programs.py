@@ -43,5 +43,5 @@ class StepPrograms:
     return self._steps[updates]
 
   def close(self) -> None:
-    """Does not wait: whoever ends the run before its first update has something to say."""
+    """Does not wait: what ends a run before its first update is told at once. The process ends when XLA is done."""
     self._thread.shutdown(wait=False)
