@@ -72,8 +72,7 @@ def seldom_look_for_garbage() -> None:
 
 
 def look_for_garbage_as_usual() -> None:
-  """Once all is compiled; leaves out what is there already."""
-  gc.freeze()
+  """Once the step is compiled."""
   gc.set_threshold(*_USUAL_GARBAGE)
 
 

@@ -136,7 +136,7 @@ class Parallel:
   @property
   def lowers_shapes(self) -> bool:
     """Whether the compiled step can be lowered without arrays: `jax.pmap` over several processes cannot."""
-    return self.mode != "pmap" or self._elsewhere or jax.process_count() == 1
+    return self.mode != "pmap" or jax.process_count() == 1
 
   def put_batches(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
     """This process's rows [B / processes, ...] of the next global batches, as the compiled step takes them."""
