@@ -38,7 +38,7 @@ from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.parallel import Parallel, to_host
-from ddpm_jax.training.programs import StepPrograms
+from ddpm_jax.training.programs import Compiler, StepPrograms
 from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
@@ -138,14 +138,13 @@ def _resume_or_start(
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
     evaluates_first = evaluation_missing(run.config, workdir, start)
     first = 0 if evaluates_first else len(next(dispatches(run.config.train, start), ()))
-    with (
-      contextlib.closing(reports),
-      contextlib.closing(StepPrograms(run, make_train_step(run), first=first)) as step_programs,
-    ):
+    with contextlib.closing(reports), contextlib.closing(Compiler()) as compiler:
+      step_programs = StepPrograms(run, make_train_step(run), compiler, first=first)
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
-      around = _Around(reports, saver, evaluations, progress, stop, watchdog)
+      preview = make_preview(run, compiler if start < total else None)
+      around = _Around(reports, saver, evaluations, preview, progress, stop, watchdog)
       end = _train(run, source, state, start, step_programs, around)
   if lock:
     try:
@@ -173,6 +172,7 @@ class _Around(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
+  preview: Callable[[TrainState], np.ndarray]
   progress: Progress
   stop: StopRequest
   watchdog: Watchdog
@@ -183,10 +183,9 @@ def _train(
 ) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   parallel, options, step = run.parallel, run.config.train, start
-  reports, saver, evaluations, progress, stop, watchdog = around
+  reports, saver, evaluations, preview, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
     return start
-  preview = make_preview(run)
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
@@ -279,8 +278,11 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
   )
 
 
-def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
-  """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise."""
+def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], np.ndarray]:
+  """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise.
+
+  If there will be grids, `compiler` compiles what draws them beside the first updates. None: nothing will be trained.
+  """
   options, schedule = run.config.train, run.schedule
   draw = make_draw(
     make_predictor(run.network, schedule, run.config.diffusion.prediction),
@@ -292,6 +294,8 @@ def make_preview(run: Run) -> Callable[[TrainState], np.ndarray]:
     keep=True,
   )
   index = np.arange(options.preview_images, dtype=np.int32)
+  if compiler and options.sample_every and run.parallel.compiles_beside_updates:
+    draw.compile_ahead(compiler.submit, run.abstract_state.params, index)
 
   def preview(state: TrainState) -> np.ndarray:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}

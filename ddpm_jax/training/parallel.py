@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -138,6 +139,11 @@ class Parallel:
     """Whether the compiled step can be lowered without arrays: `jax.pmap` over several processes cannot."""
     return self.mode != "pmap" or jax.process_count() == 1
 
+  @property
+  def compiles_beside_updates(self) -> bool:
+    """Whether XLA may compile while the devices compute. For a GPU it tries algorithms out there, and takes memory."""
+    return self.mesh.devices.flat[0].platform != "gpu"
+
   def put_batches(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
     """This process's rows [B / processes, ...] of the next global batches, as the compiled step takes them."""
 
@@ -216,7 +222,7 @@ class ByRows:
 
     self._jitted = jax.jit(compiled, out_shardings=parallel.replicated, compiler_options=options)
     self._parallel = parallel
-    self._compiled: dict[tuple, Any] = {}
+    self._compiled: dict[tuple, Callable[[], Any]] = {}
 
   def __call__(self, constants: Tree, *columns: np.ndarray, size: int = 0) -> Tree:
     """The function's result as NumPy, whole on every process.
@@ -227,7 +233,7 @@ class ByRows:
       size: pad them to that many rows, so that a last, smaller batch compiles nothing new.
     """
     number = len(columns[0])
-    padded = [np.take(column, np.arange(self._rows(max(number, size))) % number, axis=0) for column in columns]
+    padded = self._padded(columns, max(number, size))
     split = self._parallel.split
     placed = [
       jax.make_array_from_callback(column.shape, split, lambda piece, column=column: column[piece]) for column in padded
@@ -235,22 +241,44 @@ class ByRows:
     result = self._executable(constants, padded)(constants, *placed)
     return jax.tree.map(lambda leaf: to_host(leaf)[:number], result)
 
+  def compile_ahead(
+    self, submit: Callable[[jax.stages.Lowered], Future[Any]], constants: Tree, *columns: np.ndarray
+  ) -> None:
+    """Lets `submit` compile it for columns like these; a call with such ones waits for that.
+
+    constants: or their ShapeDtypeStructs, with shardings.
+    """
+    rows = self._padded(columns, len(columns[0]))
+    self._compiled[_shapes(rows)] = submit(self._lower(constants, rows)).result
+
   def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
     """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
     rows = [np.empty((self._rows(size), *column.shape[1:]), column.dtype) for column in columns]
     plan = self._executable(constants, rows).memory_analysis()
     return plan.temp_size_in_bytes + plan.output_size_in_bytes if plan else 0
 
+  def _padded(self, columns: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
+    """At least so many rows, and as many as the devices can share: the first ones again."""
+    return [np.take(column, np.arange(self._rows(number)) % len(column), axis=0) for column in columns]
+
   def _rows(self, number: int) -> int:
     """The next multiple of the number of devices."""
     return -(-number // self._parallel.num_devices) * self._parallel.num_devices
 
+  def _lower(self, constants: Tree, columns: list[np.ndarray]) -> jax.stages.Lowered:
+    abstract = [jax.ShapeDtypeStruct(c.shape, c.dtype, sharding=self._parallel.split) for c in columns]
+    return self._jitted.lower(constants, *abstract)
+
   def _executable(self, constants: Tree, columns: list[np.ndarray]) -> Any:
-    shapes = tuple((column.shape, str(column.dtype)) for column in columns)
+    shapes = _shapes(columns)
     if shapes not in self._compiled:
-      abstract = [jax.ShapeDtypeStruct(c.shape, c.dtype, sharding=self._parallel.split) for c in columns]
-      self._compiled[shapes] = self._jitted.lower(constants, *abstract).compile()
-    return self._compiled[shapes]
+      compiled = self._lower(constants, columns).compile()
+      self._compiled[shapes] = lambda: compiled
+    return self._compiled[shapes]()
+
+
+def _shapes(columns: list[np.ndarray]) -> tuple:
+  return tuple((column.shape, str(column.dtype)) for column in columns)
 
 
 def free_memory() -> int:

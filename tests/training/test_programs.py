@@ -1,10 +1,15 @@
-"""The step is compiled once, before it is called."""
+"""The step and the sample grid are compiled once, before they are called."""
+
+import contextlib
+import threading
 
 import jax
 import pytest
 
 from ddpm_jax.run import make_train_step
-from ddpm_jax.training.programs import StepPrograms
+from ddpm_jax.training.loop import make_preview
+from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.programs import Compiler, StepPrograms
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
 _seen: list[str] = []
@@ -18,8 +23,8 @@ def lowered() -> int:
 @pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 2)])
 def test_the_first_call_finds_what_was_compiled(mode, updates):
   run = tiny_run(tiny_config(parallel=mode, steps_per_dispatch=updates))
-  before = lowered()
-  programs = StepPrograms(run, make_train_step(run), first=updates)
+  before, compiler = lowered(), Compiler()
+  programs = StepPrograms(run, make_train_step(run), compiler, first=updates)
   batch = run.parallel.put_batches([random_batch(seed=i) for i in range(updates)])
   step, state, vote = programs[updates], run.initial_state(), run.parallel.put_vote(False)
   assert lowered() > before  # the listener hears
@@ -27,11 +32,52 @@ def test_the_first_call_finds_what_was_compiled(mode, updates):
   state, *_ = step(state, batch, vote)
   step(state, batch, vote)
   assert lowered() == before
-  programs.close()
+  compiler.close()
 
 
 def test_nothing_is_compiled_where_nothing_is_left_to_train():
   run = tiny_run(tiny_config())
   before = lowered()
-  StepPrograms(run, make_train_step(run), first=0).close()
+  StepPrograms(run, make_train_step(run), Compiler(), first=0)
+  make_preview(run, None)
   assert lowered() == before
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_the_first_grid_finds_what_was_compiled(mode):
+  run = tiny_run(tiny_config(parallel=mode, preview_images=3, sample_every=1))
+  state = run.initial_state()
+  before = lowered()
+  with contextlib.closing(Compiler()) as compiler:
+    preview = make_preview(run, compiler)
+    assert lowered() == before + 1
+    before = lowered()
+    picture = preview(state)
+    assert lowered() == before
+  assert (picture == make_preview(run, None)(state)).all()
+
+
+def test_no_grid_is_compiled_where_none_will_be_drawn_or_the_device_is_needed_for_it(monkeypatch):
+  run, before = tiny_run(tiny_config(sample_every=0)), lowered()
+  make_preview(run, Compiler())
+  assert lowered() == before
+  monkeypatch.setattr(Parallel, "compiles_beside_updates", False)
+  make_preview(tiny_run(tiny_config(sample_every=1)), Compiler())
+  assert lowered() == before
+
+
+def test_a_compiler_that_is_closed_forgets_what_it_has_not_begun():
+  began, go = threading.Event(), threading.Event()
+
+  class Slow:
+    def compile(self):
+      began.set()
+      assert go.wait(10)
+      return "compiled"
+
+  compiler = Compiler()
+  first, second = compiler.submit(Slow()), compiler.submit(Slow())
+  assert began.wait(10)
+  compiler.close()
+  go.set()
+  assert first.result(10) == "compiled" and second.cancelled()
