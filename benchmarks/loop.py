@@ -3,26 +3,30 @@
   python -m benchmarks.loop --data_dir=DIR
   python -m benchmarks.loop --flagfile=experiments/fashion_mnist.flags --num_steps=500 --rounds=2
 
-In each round the program runs twice in new folders, with blocks of the bare step before, between and after. The first
-of the two starts with an empty compilation cache, the second with what the first left there. A run is timed from its
-first update to its last checkpoint and sample grid; what comes before is the start. It is compared with its neighbours.
+In each round the program runs twice in new folders: first with an empty compilation cache, then with what the first run
+left there. It is timed from its first update to its last checkpoint and sample grid; what comes before is the start.
+In that time it is held again and again for a block of the bare step. So the two take turns of a few seconds, and each
+turn of the program is compared with the blocks before and after it.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
+import itertools
 import os
 import pathlib
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks import command, report
-from benchmarks.alternate import Block, Spread, block_size, spread
+from benchmarks.alternate import Block, block_size, spread
 from benchmarks.worker import ROOT, last_words
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
@@ -35,7 +39,7 @@ _STARTS = ("cold", "warm")
 def make_parser() -> command.Parser:
   """The options."""
   parser = command.Parser("loop", "Measures whole runs of ddpm_jax.main beside the bare training step.")
-  parser.set_defaults(rounds=2, block_seconds=20)
+  parser.set_defaults(rounds=2)
   return parser
 
 
@@ -53,12 +57,13 @@ def main(argv: Sequence[str]) -> None:
 
     count = block_size(bare, options.block_seconds)
     for number in range(options.rounds):
-      command.say(f"round {number + 1} of {options.rounds}: {count} bare updates, 2 x {config.train.num_steps} whole")
+      command.say(
+        f"round {number + 1} of {options.rounds}: 2 x {config.train.num_steps} updates, {count} bare ones a turn"
+      )
       with tempfile.TemporaryDirectory(prefix="ddpm_jax_benchmark_") as folder:
         for start in _STARTS:
-          blocks.append(Block(number, "bare", count, bare(count)))
-          blocks.append(Block(number, start, config.train.num_steps, whole_run(config, pathlib.Path(folder), start)))
-      blocks.append(Block(number, "bare", count, bare(count)))
+          measured = whole_run(config, pathlib.Path(folder), start, lambda: bare(count), options.block_seconds)
+          blocks.append(Block(number, start, config.train.num_steps, measured))
   results = summary(config, blocks)
   print(report.heading(str(setting)))
   print(
@@ -71,13 +76,23 @@ def main(argv: Sequence[str]) -> None:
   report.write_json(options.json, report.document("loop", about, {"bare": facts}, blocks, results))
 
 
-def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any]:
+def whole_run(
+  config: Config, folder: pathlib.Path, start: str, bare: Callable[[], dict[str, Any]], turn_seconds: float
+) -> dict[str, Any]:
   """Runs `python -m ddpm_jax.main` in a new workdir in `folder`, where the compilation cache is too.
 
+  Args:
+    config: the run.
+    folder: must exist.
+    start: names the workdir.
+    bare: runs a block of the bare step; what is whole is held meanwhile.
+    turn_seconds: how long it goes on between two of them.
+
   Returns:
-    Seconds: from the start of the process to the end of its first update (`to_first_update`); from there to the last
-    checkpoint and grid (`seconds`), of which `in_updates` passed outside of checkpoints and grids; to the end of the
-    process (`after`). `images` are those of the updates after the first, `cpu_seconds` the time of all cores for them.
+    Seconds: from the start of the process to the end of its first update (`to_first_update`); of each turn from there
+    to the last checkpoint and grid (`turns`); from there to the end of the process (`after`). `bare` has the blocks
+    before, between and after the turns. `images` are those of the updates after the first, `cpu_seconds` the time of
+    all cores for them.
 
   Raises:
     RunError: if the run fails.
@@ -91,29 +106,59 @@ def whole_run(config: Config, folder: pathlib.Path, start: str) -> dict[str, Any
   }
   words = [sys.executable, "-m", "ddpm_jax.main", f"--flagfile={flagfile}", f"--workdir={workdir}"]
   words.append(f"--compilation_cache={folder / 'cache'}")
-  began, first = time.time(), 0.0
+  began, turns, blocks = time.time(), [], []
   with (
     (folder / "errors.txt").open("w") as errors,
-    subprocess.Popen(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors) as process,
+    _group(words, env=variables, text=True, stdout=subprocess.PIPE, stderr=errors) as process,
     _CpuTime(process.pid) as cpu,
   ):
     assert process.stdout
-    for line in process.stdout:
-      if line.startswith(_COMPILED):
-        first = time.time()
-  ended = time.time()
-  if process.returncode or not first:
+    compiled = any(line.startswith(_COMPILED) for line in process.stdout)
+    first = time.time()
+    reader = threading.Thread(target=process.stdout.read)  # it would wait for us if nobody read
+    reader.start()
+    while compiled and process.poll() is None:
+      os.killpg(process.pid, signal.SIGSTOP)
+      blocks.append(bare())
+      os.killpg(process.pid, signal.SIGCONT)
+      turn = time.time()
+      with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(turn_seconds)
+      turns.append(_Turn(turn, time.time()))
+    process.wait()
+    reader.join()
+  if process.returncode or not turns:
     why = last_words((folder / "errors.txt").read_text(errors="replace"))
     raise RunError(f"the run ended with exit code {process.returncode}: {why}")
+  blocks.append(bare())
   last = last_written(workdir, config.train.num_steps)
+  until_last = [turn._replace(end=min(turn.end, last)) for turn in turns if turn.begin < last]
   return {
     "to_first_update": first - began,
-    "seconds": last - first,
+    "turns": [turn.end - turn.begin for turn in until_last],
+    "bare": blocks[: len(until_last) + 1],
     "cpu_seconds": cpu.until(last) - cpu.until(first),
-    "in_updates": seconds_in_updates(workdir / "metrics.jsonl"),
-    "after": ended - last,
+    "after": sum(turn.end - max(turn.begin, last) for turn in turns if turn.end > last),
     "images": (config.train.num_steps - 1) * config.data.batch_size,
   }
+
+
+class _Turn(NamedTuple):
+  """Seconds since the epoch."""
+
+  begin: float
+  end: float
+
+
+@contextlib.contextmanager
+def _group(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+  """A process that can be held together with those that it starts, and does not outlive the block."""
+  with subprocess.Popen(words, start_new_session=True, **options) as process:
+    try:
+      yield process
+    finally:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class _CpuTime:
@@ -153,61 +198,57 @@ def last_written(workdir: pathlib.Path, step: int) -> float:
   return max(max(path.stat().st_mtime, path.stat().st_ctime) for path in paths if path.exists())
 
 
-def seconds_in_updates(metrics: pathlib.Path) -> float:
-  """What the speeds in the file add up to. The first line has no speed if it is about update 1 alone."""
-  rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-  before = [1, *(row["step"] for row in rows)]
-  return sum(
-    (row["step"] - last) / row["steps_per_second"]
-    for last, row in zip(before, rows, strict=False)
-    if row.get("steps_per_second")
-  )
-
-
 def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
-  """Overheads in percent of the bare step: each whole run against the two bare blocks around it."""
-  size, results = config.data.batch_size, {}
-
-  def of_an_update(block: Block, what: str) -> float:
-    return block.measured[what] * size / block.measured["images"]
-
-  bare = [block for block in blocks if block.setting == "bare"]
-  results["bare_seconds"] = spread([of_an_update(block, "seconds") for block in bare])
-  results["bare_cpu_seconds"] = spread([of_an_update(block, "cpu_seconds") for block in bare])
+  """For each start, an update of the whole run and of the bare step beside it, and the overhead in percent."""
+  results, updates = {}, config.train.num_steps - 1
   for start in _STARTS:
-    places = [i for i, block in enumerate(blocks) if block.setting == start]
-    runs = [blocks[i] for i in places]
-
-    def more(what: str, of_bare: str, places: list[int] = places) -> Spread:
-      """How much more of it an update takes than the mean of the bare blocks before and after, in percent."""
-      beside = [(of_an_update(blocks[i - 1], of_bare) + of_an_update(blocks[i + 1], of_bare)) / 2 for i in places]
-      return spread([100 * (of_an_update(blocks[i], what) / one - 1) for i, one in zip(places, beside, strict=True)])
-
+    runs = [block.measured for block in blocks if block.setting == start]
+    bare = [_of_an_update(run["bare"], "seconds", config.data.batch_size) for run in runs]
+    bare_cpu = [_of_an_update(run["bare"], "cpu_seconds", config.data.batch_size) for run in runs]
+    expected = [bare_updates(run["turns"], beside) for run, beside in zip(runs, bare, strict=True)]
+    cpu = [run["cpu_seconds"] / updates for run in runs]
     results[start] = {
-      "whole_seconds": spread([of_an_update(run, "seconds") for run in runs]),
-      "overhead_percent": more("seconds", "seconds"),
-      "in_updates_percent": more("in_updates", "seconds"),
-      "whole_cpu_seconds": spread([of_an_update(run, "cpu_seconds") for run in runs]),
-      "cpu_overhead_percent": more("cpu_seconds", "cpu_seconds"),
-      "to_first_update_seconds": spread([run.measured["to_first_update"] for run in runs]),
-      "after_seconds": spread([run.measured["after"] for run in runs]),
+      "bare_seconds": spread([seconds for one in bare for seconds in one]),
+      "whole_seconds": spread([sum(run["turns"]) / updates for run in runs]),
+      "overhead_percent": spread([100 * (number / updates - 1) for number in expected]),
+      "bare_cpu_seconds": spread([seconds for one in bare_cpu for seconds in one]),
+      "whole_cpu_seconds": spread(cpu),
+      "cpu_overhead_percent": spread(
+        [100 * (whole / statistics.mean(beside) - 1) for whole, beside in zip(cpu, bare_cpu, strict=True)]
+      ),
+      "to_first_update_seconds": spread([run["to_first_update"] for run in runs]),
+      "after_seconds": spread([run["after"] for run in runs]),
     }
   return results
 
 
+def bare_updates(turns: Sequence[float], beside: Sequence[float]) -> float:
+  """How many updates the bare step would have made in the turns of a run.
+
+  Args:
+    turns: their seconds.
+    beside: seconds of a bare update before, between and after them: one more.
+  """
+  around = zip(turns, itertools.pairwise(beside), strict=True)
+  return sum(2 * turn / (before + after) for turn, (before, after) in around)
+
+
+def _of_an_update(blocks: Sequence[dict[str, Any]], what: str, batch_size: int) -> list[float]:
+  return [block[what] * batch_size / block["images"] for block in blocks]
+
+
 def text(results: dict[str, Any]) -> str:
   """The table."""
-  cold, warm, bare, bare_cpu = (results[name] for name in ("cold", "warm", "bare_seconds", "bare_cpu_seconds"))
+  cold, warm = (results[start] for start in _STARTS)
 
   def row(label: str, name: str, scale: float = 1) -> list[str]:
     return [label, report.with_spread(cold[name], scale), report.with_spread(warm[name], scale)]
 
   rows = [
-    ["an update of the bare step, ms", *2 * [report.with_spread(bare, 1e3)]],
+    row("an update of the bare step, ms", "bare_seconds", 1e3),
     row("an update of the whole run, ms", "whole_seconds", 1e3),
     row("overhead, %", "overhead_percent"),
-    row("  of it within updates, %", "in_updates_percent"),
-    ["CPU time of an update of the bare step, ms", *2 * [report.with_spread(bare_cpu, 1e3)]],
+    row("CPU time of an update of the bare step, ms", "bare_cpu_seconds", 1e3),
     row("CPU time of an update of the whole run, ms", "whole_cpu_seconds", 1e3),
     row("overhead in CPU time, %", "cpu_overhead_percent"),
     row("start of the process to first update, s", "to_first_update_seconds"),
