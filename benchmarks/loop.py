@@ -31,6 +31,7 @@ from benchmarks.worker import ROOT, last_words
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError
+from ddpm_jax.training.loop import dispatches
 
 _COMPILED = "compiled and made update"
 _STARTS = ("cold", "warm")
@@ -91,8 +92,8 @@ def whole_run(
   Returns:
     Seconds: from the start of the process to the end of its first update (`to_first_update`); of each turn from there
     to the last checkpoint and grid (`turns`); from there to the end of the process (`after`). `bare` has the blocks
-    before, between and after the turns. `images` are those of the updates after the first, `cpu_seconds` the time of
-    all cores for them.
+    before, between and after the turns. `updates` are those after the first call, `cpu_seconds` the time of all cores
+    for them.
 
   Raises:
     RunError: if the run fails.
@@ -139,7 +140,7 @@ def whole_run(
     "bare": blocks[: len(until_last) + 1],
     "cpu_seconds": cpu.until(last) - cpu.until(first),
     "after": sum(turn.end - max(turn.begin, last) for turn in turns if turn.end > last),
-    "images": (config.train.num_steps - 1) * config.data.batch_size,
+    "updates": config.train.num_steps - len(next(dispatches(config.train, 0))),
   }
 
 
@@ -200,17 +201,19 @@ def last_written(workdir: pathlib.Path, step: int) -> float:
 
 def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
   """For each start, an update of the whole run and of the bare step beside it, and the overhead in percent."""
-  results, updates = {}, config.train.num_steps - 1
+  results = {}
   for start in _STARTS:
     runs = [block.measured for block in blocks if block.setting == start]
     bare = [_of_an_update(run["bare"], "seconds", config.data.batch_size) for run in runs]
     bare_cpu = [_of_an_update(run["bare"], "cpu_seconds", config.data.batch_size) for run in runs]
     expected = [bare_updates(run["turns"], beside) for run, beside in zip(runs, bare, strict=True)]
-    cpu = [run["cpu_seconds"] / updates for run in runs]
+    updates = [run["updates"] for run in runs]
+    whole = [sum(run["turns"]) / number for run, number in zip(runs, updates, strict=True)]
+    cpu = [run["cpu_seconds"] / number for run, number in zip(runs, updates, strict=True)]
     results[start] = {
       "bare_seconds": spread([seconds for one in bare for seconds in one]),
-      "whole_seconds": spread([sum(run["turns"]) / updates for run in runs]),
-      "overhead_percent": spread([100 * (number / updates - 1) for number in expected]),
+      "whole_seconds": spread(whole),
+      "overhead_percent": spread([100 * (more / made - 1) for more, made in zip(expected, updates, strict=True)]),
       "bare_cpu_seconds": spread([seconds for one in bare_cpu for seconds in one]),
       "whole_cpu_seconds": spread(cpu),
       "cpu_overhead_percent": spread(

@@ -20,10 +20,10 @@ from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.models.build import num_params
 from ddpm_jax.run import build_run, make_train_step
+from ddpm_jax.training.loop import calls_ahead
 from ddpm_jax.training.parallel import Parallel
 
 _BATCHES = 8  # different ones, used again and again
-_RUN_AHEAD = 2  # updates that wait on the device, as in the loop
 
 
 def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], dict[str, Any]]]:
@@ -43,9 +43,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   updates = config.train.steps_per_dispatch
   step: Any = parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
   state = run.initial_state()
-  no = parallel.put_vote(False)
+  put, order = functools.partial(parallel.put_batches, updates=updates), parallel.put_order(updates)
   began = time.perf_counter()
-  lowered = step.lower(state, parallel.put_batches(host_batches[:1] * updates), no)
+  lowered = step.lower(state, put(host_batches[:1]), order)
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   facts = {
@@ -61,7 +61,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
   def call() -> list[Any]:
     nonlocal state
-    state, *outputs = step(state, parallel.put_batches([next(endless) for _ in range(updates)]), no)
+    state, *outputs = step(state, put([next(endless) for _ in range(updates)]), order)
     return outputs
 
   def block(case: str, count: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     calls = -(-count // updates)
     for _ in range(calls):
       in_flight.append(call())
-      if len(in_flight) > _RUN_AHEAD:
+      if len(in_flight) > calls_ahead(config.train):
         jax.block_until_ready(in_flight.popleft())
         ends.append(time.perf_counter())
     for outputs in in_flight:

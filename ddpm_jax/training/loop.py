@@ -38,14 +38,12 @@ from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.parallel import Parallel, to_host
-from ddpm_jax.training.programs import Compiler, StepPrograms
+from ddpm_jax.training.programs import Compiler, StepProgram
 from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
-
-_RUN_AHEAD = 2  # calls that may wait on the device while the host prepares the next batch
 
 
 def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
@@ -136,16 +134,15 @@ def _resume_or_start(
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
     )
     saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
-    evaluates_first = evaluation_missing(run.config, workdir, start)
-    first = 0 if evaluates_first else len(next(dispatches(run.config.train, start), ()))
+    trains_first = start < total and not evaluation_missing(run.config, workdir, start)
     with contextlib.closing(reports), contextlib.closing(Compiler()) as compiler:
-      step_programs = StepPrograms(run, make_train_step(run), compiler, first=first)
+      make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       preview = make_preview(run, compiler if start < total else None)
       around = _Around(reports, saver, evaluations, preview, progress, stop, watchdog)
-      end = _train(run, source, state, start, step_programs, around)
+      end = _train(run, source, state, start, make_updates, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
@@ -178,9 +175,7 @@ class _Around(NamedTuple):
   watchdog: Watchdog
 
 
-def _train(
-  run: Run, source: Source, state: TrainState, start: int, step_programs: StepPrograms, around: _Around
-) -> int:
+def _train(run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   parallel, options, step = run.parallel, run.config.train, start
   reports, saver, evaluations, preview, progress, stop, watchdog = around
@@ -189,6 +184,7 @@ def _train(
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
+  run_ahead = calls_ahead(options)
   stopping = False
 
   with contextlib.closing(host_batches):
@@ -197,32 +193,31 @@ def _train(
       """Waits until that many calls are in flight, and reports the others. Whether any of them was asked to stop."""
       asked = False
       while len(in_flight) > at_most:
-        made, metrics, vote = in_flight.popleft()
+        made, metrics, any_stops = in_flight.popleft()
         reports.check(made, metrics)
         done = made[-1]
         if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
-          reports.metrics(done, metrics)
-        asked |= not alone and bool(to_host(vote))
+          reports.metrics(made, metrics)
+        asked |= not alone and bool(to_host(any_stops))
         watchdog.beat(f"update {done}")
       return asked
 
     for steps in dispatches(options, start):
       step = steps[-1]
-      placed = parallel.put_batches([next(host_batches) for _ in steps])
-      vote = parallel.put_vote(stop.requested is not None)
-      make_updates = step_programs[len(steps)]
+      placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
+      order = parallel.put_order(len(steps), stop=stop.requested is not None)
       with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-        state, *outputs = make_updates(state, placed, vote)
+        state, *outputs = make_updates(state, placed, order)
       progress.advance(len(steps))
       in_flight.append((steps, *outputs))
       if steps[0] == start + 1:
         stop.defer()  # from now on there is something to save
         jax.block_until_ready(outputs)
-        reports.compiled(step)
+        reports.compiled(steps)
         compilation.look_for_garbage_as_usual()
-      # The device is never left without a next update, and a request to stop finds at most _RUN_AHEAD under way.
+      # The device is never left without a next update, and a request to stop finds few under way.
       # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
-      stopping |= settle(_RUN_AHEAD)
+      stopping |= settle(run_ahead)
       stopping |= alone and stop.requested is not None
       saver.poll(step)
 
@@ -247,22 +242,22 @@ def _train(
   return step
 
 
-def dispatches(options: TrainConfig, start: int) -> Iterator[range]:
-  """The updates after `start`, in the calls that the device gets them in: `steps_per_dispatch` of them, or one.
+def calls_ahead(options: TrainConfig) -> int:
+  """Calls that may be under way while the host prepares the next one. One of several updates takes long enough."""
+  return 2 if options.steps_per_dispatch == 1 else 1
 
-  A call ends where something is written, and at every multiple of `steps_per_dispatch`: so a run that was stopped goes
-  on in the same calls.
+
+def dispatches(options: TrainConfig, start: int) -> Iterator[range]:
+  """The updates after `start`, in the calls that the device gets them in: at most `steps_per_dispatch` in each.
+
+  A call ends where something is written.
   """
-  size = options.steps_per_dispatch
-  points = (size, options.log_every, options.checkpoint_every, options.sample_every, options.evaluate_every)
+  points = (options.log_every, options.checkpoint_every, options.sample_every, options.evaluate_every)
   step = start
   while step < options.num_steps:
-    end = min(options.num_steps, *(step + every - step % every for every in points if every))
-    if end - step == size:
-      yield range(step + 1, end + 1)
-    else:
-      yield from (range(one, one + 1) for one in range(step + 1, end + 1))
-    step = end
+    ends = [step + options.steps_per_dispatch, options.num_steps, *(step + n - step % n for n in points if n)]
+    yield range(step + 1, min(ends) + 1)
+    step = min(ends)
 
 
 def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, None, None]:

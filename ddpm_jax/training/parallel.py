@@ -51,6 +51,7 @@ class Parallel:
     self.mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
+    self._orders: dict[tuple[int, bool], jax.Array] = {}
 
   def check_batch(self, batch_size: int, grad_accum_steps: int = 1) -> None:
     """Raises UserError if the devices do not divide the global batch, or a part of it."""
@@ -97,23 +98,39 @@ class Parallel:
     Args:
       train_step: one update.
       abstract_state: shapes and types of the state.
-      updates: how many are made in one call. If more than one, the metrics have a leading axis [updates].
+      updates: how many can be made in one call. If more than one, the metrics have a leading axis [updates].
 
     Returns:
-      (state, batches, vote) -> (state, metrics, whether any process votes yes). The batches are those of `put_batches`.
-      The vote, of `put_vote`, is how the processes agree on when to stop: it costs no message of its own.
+      (state, batches, order) -> (state, metrics, whether any process wants to stop). The batches are those of
+      `put_batches`, the order that of `put_order`: it says how many updates to make, so that one program is enough, and
+      carries the votes by which the processes agree on when to stop.
     """
 
-    def make_updates(state: Tree, batches: Tree, axis_name: str | None):
+    def make_updates(state: Tree, batches: Tree, number: jax.Array, axis_name: str | None):
       step = functools.partial(train_step, axis_name=axis_name)
-      return step(state, batches) if updates == 1 else jax.lax.scan(step, state, batches)
+      if updates == 1:
+        return step(state, batches)
+      step = jax.jit(step)  # so that it is traced once
+
+      def batch(i: int | jax.Array) -> Tree:
+        return jax.tree.map(lambda rows: rows[i], batches)
+
+      def update(i: jax.Array, made: tuple[Tree, Tree]):
+        state, metrics = made
+        state, new = step(state, batch(i))
+        return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), metrics, new)
+
+      _, one = jax.eval_shape(step, state, batch(0))
+      metrics = jax.tree.map(lambda row: jnp.zeros((updates, *row.shape), row.dtype), one)
+      return jax.lax.fori_loop(0, number, update, (state, metrics))
 
     match self.mode:
       case "pmap":
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
-        def mapped(state: Tree, batches: Tree, vote: jax.Array):
-          return *make_updates(state, batches, AXIS), jax.lax.pmax(vote, AXIS)
+        def mapped(state: Tree, batches: Tree, order: jax.Array):
+          number, stop = jax.lax.pmax(order, AXIS)
+          return *make_updates(state, batches, number, AXIS), stop
 
         return jax.pmap(
           mapped,
@@ -124,9 +141,14 @@ class Parallel:
           devices=list(self.mesh.devices.flat) if self._elsewhere else None,
         )
       case "fsdp":
+
+        def sharded(state: Tree, batches: Tree, orders: jax.Array):
+          number, stop = jnp.max(orders, axis=0)
+          return *make_updates(state, batches, number, None), stop
+
         shardings = self.state_shardings(abstract_state)
         return jax.jit(
-          lambda state, batches, vote: (*make_updates(state, batches, None), jnp.max(vote)),
+          sharded,
           in_shardings=(shardings, self._batches_sharding(updates), self.split),
           out_shardings=(shardings, self.replicated, self.replicated),
           donate_argnums=0,
@@ -144,17 +166,19 @@ class Parallel:
     """Whether XLA may compile while the devices compute. For a GPU it tries algorithms out there, and takes memory."""
     return self.mesh.devices.flat[0].platform != "gpu"
 
-  def put_batches(self, batches: Sequence[dict[str, np.ndarray]]) -> dict[str, jax.Array]:
-    """This process's rows [B / processes, ...] of the next global batches, as the compiled step takes them."""
+  def put_batches(self, batches: Sequence[dict[str, np.ndarray]], *, updates: int = 1) -> dict[str, jax.Array]:
+    """This process's rows [B / processes, ...] of the next global batches, as the compiled step takes them.
+
+    If they are fewer than the `updates` that can be made in one call, the last one stands for what is missing.
+    """
+    sharding = self._batches_sharding(updates)
 
     def put(*rows: np.ndarray) -> jax.Array:
       placed = [part.reshape(self._rows_shape(part.shape, jax.local_device_count())) for part in rows]
-      if len(placed) == 1:
-        return jax.make_array_from_process_local_data(self.split, placed[0])
-      together = np.stack(placed, axis=1 if self.mode == "pmap" else 0)
-      return jax.make_array_from_process_local_data(self._batches_sharding(len(placed)), together)
+      together = placed[0] if updates == 1 else np.stack(placed, axis=1 if self.mode == "pmap" else 0)
+      return jax.make_array_from_process_local_data(sharding, together)
 
-    return jax.tree.map(put, *batches)
+    return jax.tree.map(put, *batches, *[batches[-1]] * (updates - len(batches)))
 
   def _batches_sharding(self, updates: int) -> NamedSharding:
     if updates == 1 or self.mode == "pmap":
@@ -168,7 +192,7 @@ class Parallel:
   def abstract_inputs(
     self, batch: dict[str, jax.ShapeDtypeStruct], *, updates: int = 1
   ) -> tuple[dict[str, Any], jax.ShapeDtypeStruct]:
-    """So many global batches [B, ...] and the vote as the compiled step takes them: to lower it without arrays."""
+    """So many global batches [B, ...] and the order as the compiled step takes them: to lower it without arrays."""
     sharding = self._batches_sharding(updates)
 
     def place(rows: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -177,17 +201,15 @@ class Parallel:
         shape = (shape[0], updates, *shape[1:]) if self.mode == "pmap" else (updates, *shape)
       return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
 
-    vote = jax.ShapeDtypeStruct((self.num_devices,), jnp.int32, sharding=self.split)
-    return jax.tree.map(place, batch), vote
+    order = jax.ShapeDtypeStruct((self.num_devices, 2), jnp.int32, sharding=self.split)
+    return jax.tree.map(place, batch), order
 
-  @functools.cached_property
-  def _votes(self) -> dict[bool, jax.Array]:
-    local = {vote: np.full(jax.local_device_count(), vote, np.int32) for vote in (False, True)}
-    return {vote: jax.make_array_from_process_local_data(self.split, rows) for vote, rows in local.items()}
-
-  def put_vote(self, vote: bool) -> jax.Array:
-    """This process's vote as the compiled step takes it."""
-    return self._votes[bool(vote)]
+  def put_order(self, updates: int = 1, *, stop: bool = False) -> jax.Array:
+    """How many updates to make, and whether this process wants to stop, as the compiled step takes it."""
+    if (updates, stop) not in self._orders:
+      rows = np.tile(np.asarray([updates, stop], np.int32), (jax.local_device_count(), 1))
+      self._orders[updates, stop] = jax.make_array_from_process_local_data(self.split, rows)
+    return self._orders[updates, stop]
 
   def by_rows(self, function: Callable[..., Tree], *, keep: bool = False) -> ByRows:
     """Compiles a function of many examples so that all devices share them: for drawing and measuring.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 
@@ -26,34 +27,31 @@ class Compiler:
     self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-class StepPrograms:
-  """The step for each number of updates in a call.
+class StepProgram:
+  """The step, for up to `steps_per_dispatch` updates in a call.
 
-  Where shapes are enough for that, the first that is called is compiled while the state, the files and the first batch
-  are made.
+  Where shapes are enough for that, it is compiled while the state, the files and the first batch are made.
   """
 
-  def __init__(self, run: Run, train_step: Callable, compiler: Compiler, *, first: int):
+  def __init__(self, run: Run, train_step: Callable, compiler: Compiler, *, ahead: bool):
     """Traces the step, and begins to compile.
 
     Args:
       run: the run.
       train_step: one update, (state, batch, axis_name) -> (state, metrics).
       compiler: has nothing else to do yet.
-      first: updates in the first call; 0 if there is none.
+      ahead: whether it will be called soon.
     """
-    self._steps = {
-      updates: run.parallel.compile(train_step, run.abstract_state, updates=updates)
-      for updates in {1, run.config.train.steps_per_dispatch}
-    }
+    updates = run.config.train.steps_per_dispatch
+    self._step = run.parallel.compile(train_step, run.abstract_state, updates=updates)
     self._compiled = None
-    if first and run.parallel.lowers_shapes:
+    if ahead and run.parallel.lowers_shapes:
       batch = abstract_batch(run.image_shape, run.config.data.batch_size)
-      lowered = self._steps[first].lower(run.abstract_state, *run.parallel.abstract_inputs(batch, updates=first))
+      lowered = self._step.lower(run.abstract_state, *run.parallel.abstract_inputs(batch, updates=updates))
       self._compiled = compiler.submit(lowered)  # JAX keeps the result, and the first call finds it
 
-  def __getitem__(self, updates: int) -> Callable:
-    """What `Parallel.compile` returns for that many updates in a call."""
+  def __call__(self, *arguments: Any) -> Any:
+    """As what `Parallel.compile` returns."""
     if self._compiled:
       self._compiled.result()
-    return self._steps[updates]
+    return self._step(*arguments)

@@ -51,9 +51,10 @@ class Reports:
     self._clock = _Clock()
     self._failing = False
 
-  def compiled(self, step: int) -> None:
-    """Says how long the first update took, which includes the compilation, and starts to measure the speed."""
-    self._progress.say(f"compiled and made update {step} in {self._clock.start(step):.1f} s")
+  def compiled(self, steps: range) -> None:
+    """Says how long the first call took, which includes the compilation, and starts to measure the speed."""
+    which = f"update {steps[0]}" if len(steps) == 1 else f"updates {steps[0]} to {steps[-1]}"
+    self._progress.say(f"compiled and made {which} in {self._clock.start(steps[-1]):.1f} s")
     self._progress.unpause()
 
   def check(self, steps: range, metrics: Metrics) -> None:
@@ -62,10 +63,11 @@ class Reports:
     Raises:
       NonFiniteError: if one was not, and no more such updates are put up with.
     """
-    for step, in_row in zip(steps, np.atleast_1d(to_host(metrics["nonfinite_in_row"])), strict=True):
-      if in_row:
-        loss, norm = (float(np.atleast_1d(to_host(metrics[name]))[step - steps[0]]) for name in ("loss", "grad_norm"))
-        self._nonfinite(step, int(in_row), loss, norm)
+    in_row = np.atleast_1d(to_host(metrics["nonfinite_in_row"]))
+    for i, step in enumerate(steps):
+      if in_row[i]:
+        loss, norm = (_of_update(i, metrics[name]) for name in ("loss", "grad_norm"))
+        self._nonfinite(step, int(in_row[i]), loss, norm)
 
   def _nonfinite(self, step: int, in_row: int, loss: float, norm: float) -> None:
     what = f"update {step}: loss {loss}, gradient norm {norm}"
@@ -79,9 +81,10 @@ class Reports:
       f"{', or --on_nonfinite=skip' if self._max_nonfinite == 1 else ''}; its images are {indices}"
     )
 
-  def metrics(self, step: int, metrics: Metrics) -> None:
-    """Writes and shows the metrics of update `step`, the last one of the call that `metrics` are from."""
-    values = {name: np.atleast_1d(to_host(value))[-1].item() for name, value in metrics.items()}
+  def metrics(self, steps: range, metrics: Metrics) -> None:
+    """Writes and shows the metrics of the last of the updates `steps`, made in one call."""
+    step = steps[-1]
+    values = {name: _of_update(len(steps) - 1, value) for name, value in metrics.items()}
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
@@ -135,6 +138,11 @@ class Reports:
     """Closes the files."""
     if self._writer:
       self._writer.close()
+
+
+def _of_update(i: int, metric: jax.Array) -> float:
+  """A metric of the i-th update of a call. Several updates have a leading axis, which may be longer than they are."""
+  return np.atleast_1d(to_host(metric))[i].item()
 
 
 class _Clock:

@@ -43,11 +43,11 @@ def test_the_step_is_the_one_that_training_compiles(mode):
   """Lowered from the shapes, and from the arrays that training puts on the devices: the same program."""
   run = tiny_run(tiny_config(parallel=mode))
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
-  batch, vote = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
-  real = run.parallel.put_batches([random_batch()]), run.parallel.put_vote(False)
-  shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), ((batch, vote), real))
+  batch, order = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
+  real = run.parallel.put_batches([random_batch()]), run.parallel.put_order()
+  shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), ((batch, order), real))
   assert shapes[0] == shapes[1]
-  texts = [step.lower(run.abstract_state, *inputs).as_text() for inputs in ((batch, vote), real)]
+  texts = [step.lower(run.abstract_state, *inputs).as_text() for inputs in ((batch, order), real)]
   assert texts[0] == texts[1] and len(texts[0]) > 10_000
 
 
@@ -65,7 +65,7 @@ def test_memory_by_kind_is_that_of_the_arrays(mode):
   assert memory.average == memory.parameters
   assert memory.optimizer == on_one(state.opt_state) >= 2 * memory.parameters
   assert memory.counters == 16
-  assert memory.batch == 2 * (64 + 4 + 1) + 4  # two images, their indices, whether replaced; the vote
+  assert memory.batch == 2 * (64 + 4 + 1) + 8  # two images, their indices, whether replaced; the order
   assert memory.padding == 0
   whole = 4 * num_params(run.abstract_state.params)
   assert memory.parameters == whole if mode == "pmap" else memory.parameters < whole / 7
@@ -100,12 +100,12 @@ def twins(params) -> int:
 
 
 def test_pmap_sends_the_gradients_in_one_all_reduce():
-  """Parameters times 4 bytes, and the loss; beside it one number each for the images replaced and for the vote."""
+  """Parameters times 4 bytes, and the loss; beside it the images replaced, and the order, which has two numbers."""
   step, run = planned("pmap")
   params = run.abstract_state.params
   sizes = sorted(c.bytes for c in step.collectives)
   assert {(c.kind, c.group, c.times) for c in step.collectives} == {("all-reduce", 8, 1)}
-  assert sizes == [4, 4, 4 * (num_params(params) - twins(params)) + 4]
+  assert sizes == [4, 8, 4 * (num_params(params) - twins(params)) + 4]
   assert step.sent == pytest.approx(2 * 7 / 8 * sum(sizes))
   parts, _ = planned("pmap", grad_accum_steps=2)  # summed over the parts before they are sent: nothing is merged
   assert sorted(c.bytes for c in parts.collectives) == [4, 4, 4 * num_params(params) + 4]

@@ -371,14 +371,18 @@ def test_another_configuration_is_refused_before_anything_is_written(uninterrupt
   [
     (0, {"steps_per_dispatch": 1, "num_steps": 3}, [1, 1, 1]),
     (0, {"steps_per_dispatch": 4, "num_steps": 8, "log_every": 4}, [4, 4]),
-    (0, {"steps_per_dispatch": 4, "num_steps": 10, "log_every": 8, "checkpoint_every": 8}, [4, 4, 1, 1]),
+    (0, {"steps_per_dispatch": 4, "num_steps": 10, "log_every": 8, "checkpoint_every": 8}, [4, 4, 2]),
     (
       0,
       {"steps_per_dispatch": 2, "num_steps": 6, "log_every": 6, "checkpoint_every": 6, "sample_every": 3},
-      [2, 1, 1, 2],
+      [2, 1, 2, 1],
     ),
-    (0, {"steps_per_dispatch": 3, "num_steps": 6, "log_every": 6, "checkpoint_every": 6, "evaluate_every": 2}, [1] * 6),
-    (5, {"steps_per_dispatch": 4, "num_steps": 12, "log_every": 4}, [1, 1, 1, 4]),
+    (
+      0,
+      {"steps_per_dispatch": 3, "num_steps": 6, "log_every": 6, "checkpoint_every": 6, "evaluate_every": 2},
+      [2, 2, 2],
+    ),
+    (5, {"steps_per_dispatch": 4, "num_steps": 12, "log_every": 4}, [3, 4]),
     (8, {"steps_per_dispatch": 4, "num_steps": 8}, []),
   ],
 )
@@ -401,6 +405,10 @@ def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path,
   train(tmp_path / "again", **options)
   chex.assert_trees_all_equal(restore(tmp_path / "again", **options), restore(tmp_path / "run", **options))
   assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
+
+  # And with other calls.
+  train(tmp_path / "other", **options | {"log_every": 3})
+  chex.assert_trees_all_equal(restore(tmp_path / "other", **options), restore(tmp_path / "run", **options))
 
 
 def test_an_update_inside_a_call_is_named(tmp_path, monkeypatch, capsys):

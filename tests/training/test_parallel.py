@@ -24,9 +24,10 @@ def train(mode, **changes):
   for i in range(STEPS):
     batch = run.parallel.put_batches([random_batch(seed=i)])
     # As if one process, of this device, had asked to stop before the last update.
-    vote = jax.device_put(np.asarray([0, 0, 0, i == STEPS - 1, 0, 0, 0, 0], np.int32), run.parallel.split)
+    stop = [0, 0, 0, i == STEPS - 1, 0, 0, 0, 0]
+    order = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.parallel.split)
     with jax.transfer_guard("disallow"):
-      state, metrics, agreed = step(state, batch, vote)
+      state, metrics, agreed = step(state, batch, order)
     assert bool(to_host(agreed)) == (i == STEPS - 1)
     rows.append([float(to_host(metrics[name])) for name in ("loss", "grad_norm")])
   return state, np.asarray(rows), run
@@ -85,13 +86,13 @@ def test_one_compilation_also_after_a_resume(mode):
   state = run.initial_state()
   batches = [run.parallel.put_batches([random_batch(24, seed=i)]) for i in range(4)]
   restored = jax.device_put(host(state), run.parallel.state_shardings(run.abstract_state))
-  vote = run.parallel.put_vote(False)
-  jax.block_until_ready((state, batches, restored, vote))
+  order = run.parallel.put_order()
+  jax.block_until_ready((state, batches, restored, order))
   del compiled[:]
   for batch in batches[:3]:
-    state, _, _ = step(state, batch, vote)
+    state, _, _ = step(state, batch, order)
   assert len(compiled) == 1
-  step(restored, batches[3], vote)
+  step(restored, batches[3], order)
   assert len(compiled) == 1
 
 
@@ -100,7 +101,7 @@ def test_the_state_is_donated(mode):
   run = tiny_run(tiny_config(parallel=mode))
   step = run.parallel.compile(make_train_step(run), run.abstract_state)
   state = run.initial_state()
-  step(state, run.parallel.put_batches([random_batch()]), run.parallel.put_vote(False))
+  step(state, run.parallel.put_batches([random_batch()]), run.parallel.put_order())
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 

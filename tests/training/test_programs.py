@@ -9,7 +9,7 @@ import pytest
 from ddpm_jax.run import make_train_step
 from ddpm_jax.training.loop import make_preview
 from ddpm_jax.training.parallel import Parallel
-from ddpm_jax.training.programs import Compiler, StepPrograms
+from ddpm_jax.training.programs import Compiler, StepProgram
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
 _seen: list[str] = []
@@ -20,25 +20,25 @@ def lowered() -> int:
   return sum(event.endswith("jaxpr_to_mlir_module_duration") for event in _seen)
 
 
-@pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 2)])
+@pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("pmap", 3), ("fsdp", 1), ("fsdp", 3)])
 def test_the_first_call_finds_what_was_compiled(mode, updates):
   run = tiny_run(tiny_config(parallel=mode, steps_per_dispatch=updates))
   before, compiler = lowered(), Compiler()
-  programs = StepPrograms(run, make_train_step(run), compiler, first=updates)
-  batch = run.parallel.put_batches([random_batch(seed=i) for i in range(updates)])
-  step, state, vote = programs[updates], run.initial_state(), run.parallel.put_vote(False)
+  make_updates = StepProgram(run, make_train_step(run), compiler, ahead=True)
   assert lowered() > before  # the listener hears
+  state = run.initial_state()
   before = lowered()
-  state, *_ = step(state, batch, vote)
-  step(state, batch, vote)
-  assert lowered() == before
+  for number in (updates, 1):
+    batches = run.parallel.put_batches([random_batch(seed=i) for i in range(number)], updates=updates)
+    state, *_ = make_updates(state, batches, run.parallel.put_order(number))
+  assert lowered() == before and state.step == updates + 1
   compiler.close()
 
 
 def test_nothing_is_compiled_where_nothing_is_left_to_train():
   run = tiny_run(tiny_config())
   before = lowered()
-  StepPrograms(run, make_train_step(run), Compiler(), first=0)
+  StepProgram(run, make_train_step(run), Compiler(), ahead=False)
   make_preview(run, None)
   assert lowered() == before
 
