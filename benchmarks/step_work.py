@@ -43,9 +43,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   updates = config.train.steps_per_dispatch
   step: Any = parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
   state = run.initial_state()
-  put, order = functools.partial(parallel.put_batches, updates=updates), parallel.put_order(updates)
+  put = functools.partial(parallel.put_batches, updates=updates)
   began = time.perf_counter()
-  lowered = step.lower(state, put(host_batches[:1]), order)
+  lowered = step.lower(state, put(host_batches[:1]), parallel.put_order(updates))
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   facts = {
@@ -59,18 +59,19 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   }
   endless = itertools.cycle(host_batches)
 
-  def call() -> list[Any]:
+  def call(number: int) -> list[Any]:
     nonlocal state
-    state, *outputs = step(state, put([next(endless) for _ in range(updates)]), order)
+    state, *outputs = step(state, put([next(endless) for _ in range(number)]), parallel.put_order(number))
     return outputs
 
   def block(case: str, count: int) -> dict[str, Any]:
+    full, rest = divmod(count, updates)
+    numbers = [updates] * full + [rest] * (rest > 0)
     in_flight, ends = collections.deque(), []
-    jax.block_until_ready(call())  # to be warm
+    jax.block_until_ready(call(updates))  # to be warm
     began, cpu = time.perf_counter(), time.process_time()
-    calls = -(-count // updates)
-    for _ in range(calls):
-      in_flight.append(call())
+    for number in numbers:
+      in_flight.append(call(number))
       if len(in_flight) > calls_ahead(config.train):
         jax.block_until_ready(in_flight.popleft())
         ends.append(time.perf_counter())
@@ -80,8 +81,8 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     return {
       "seconds": ends[-1] - began,
       "cpu_seconds": time.process_time() - cpu,
-      "images": calls * updates * config.data.batch_size,
-      "steps": np.repeat(np.diff([began, *ends]) / updates, updates).tolist(),
+      "images": count * config.data.batch_size,
+      "steps": np.repeat(np.diff([began, *ends]) / numbers, numbers).tolist(),
       **memory_used(),
     }
 

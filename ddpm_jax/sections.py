@@ -135,9 +135,9 @@ class TrainConfig:
   distributed: str = knob("auto", "'auto' joins the other processes of a Cloud TPU, Slurm, Open MPI or Kubernetes "
                           "job, or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe; "
                           "'off' trains alone.", choices=("auto", "off"), may_change=True)
-  steps_per_dispatch: int = knob(1, "Updates that the device makes without hearing from the host in between: faster "
-                                 "where a small network's updates take less time than starting them.", minimum=1,
-                                 may_change=True)
+  steps_per_dispatch: int = knob(5, "The most updates that the device makes without hearing from the host in between: "
+                                 "faster where a small network's updates take not much longer than starting them.",
+                                 minimum=1, may_change=True)
   compilation_cache: str = knob("auto", "Folder that keeps compiled programs for the next start: 'auto' is "
                                 "JAX_COMPILATION_CACHE_DIR, or else ddpm_jax/ in ~/.cache; 'off' keeps none.",
                                 may_change=True)
