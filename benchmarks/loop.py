@@ -4,9 +4,10 @@
   python -m benchmarks.loop --flagfile=experiments/fashion_mnist.flags --num_steps=500 --rounds=2
 
 In each round the program runs twice in new folders: first with an empty compilation cache, then with what the first run
-left there. It is timed from its first update to its last checkpoint and sample grid; what comes before is the start.
+left there. It is timed from its first call to its last checkpoint and sample grid; what comes before is the start.
 In that time it is held again and again for a block of the bare step. So the two take turns of a few seconds, and each
-turn of the program is compared with the blocks before and after it.
+turn of the program is compared with the blocks before and after it. On a GPU or TPU the calls that a program has queued
+go on while it is held, so there a turn should be long: --block_seconds=60.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.alternate import Block, block_size, spread
 from benchmarks.worker import ROOT, last_words
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.errors import RunError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.training.loop import dispatches
 
 _COMPILED = "compiled and made update"
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
   options, (setting,) = command.parse(make_parser(), argv)
   config, blocks = setting.config, []
+  if config.train.num_steps <= len(next(dispatches(config.train, 0))):
+    raise UserError(f"num_steps: {config.train.num_steps} updates are a single call; use more")
   shape = command.image_shape(config, options.image_shape)
   with command.workers({"bare": ("step_work", {})}) as workers:
     command.say(f"compiling the bare step: {setting}")
@@ -90,7 +93,7 @@ def whole_run(
     turn_seconds: how long it goes on between two of them.
 
   Returns:
-    Seconds: from the start of the process to the end of its first update (`to_first_update`); of each turn from there
+    Seconds: from the start of the process to the end of its first call (`to_first_update`); of each turn from there
     to the last checkpoint and grid (`turns`); from there to the end of the process (`after`). `bare` has the blocks
     before, between and after the turns. `updates` are those after the first call, `cpu_seconds` the time of all cores
     for them.
@@ -254,7 +257,7 @@ def text(results: dict[str, Any]) -> str:
     row("CPU time of an update of the bare step, ms", "bare_cpu_seconds", 1e3),
     row("CPU time of an update of the whole run, ms", "whole_cpu_seconds", 1e3),
     row("overhead in CPU time, %", "cpu_overhead_percent"),
-    row("start of the process to first update, s", "to_first_update_seconds"),
+    row("start of the process to first call, s", "to_first_update_seconds"),
     row("last checkpoint to end of the process, s", "after_seconds"),
   ]
   return report.table(["loop: median (quartiles)", "empty compilation cache", "filled compilation cache"], rows)

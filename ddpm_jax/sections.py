@@ -116,7 +116,8 @@ class TrainConfig:
                            choices=("frechet", "kid", "bound", "ode"), may_change=True)
   keep_checkpoints: int = knob(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
   max_unsaved_steps: int = knob(0, "After a checkpoint that could not be written, updates that may be at risk before "
-                                "the run ends with an error (0: twice --checkpoint_every).", minimum=0, may_change=True)
+                                "the run ends with an error, up to the end of a call of --steps_per_dispatch (0: "
+                                "twice --checkpoint_every).", minimum=0, may_change=True)
   on_corrupt: str = knob("fallback", "A checkpoint that is damaged: 'fallback' goes back to the newest intact one, "
                          "'fail' ends the run.", choices=("fallback", "fail"), may_change=True)
   on_nonfinite: str = knob("halt", "An update whose loss or gradient is infinite or not a number: 'halt' ends the run, "
@@ -124,9 +125,9 @@ class TrainConfig:
                            may_change=True)
   max_nonfinite: int = knob(10, "Non-finite updates in a row at which the run ends, with --on_nonfinite=skip.",
                             minimum=1, may_change=True)
-  step_timeout: int = knob(1800, "Seconds that an update, a checkpoint or a sample grid may take before the process "
-                           "counts as stuck: every thread's stack is printed and the process ends (0: never).",
-                           minimum=0, may_change=True)
+  step_timeout: int = knob(1800, "Seconds that a call of --steps_per_dispatch updates, a checkpoint or a sample grid "
+                           "may take before the process counts as stuck: every thread's stack is printed and the "
+                           "process ends (0: never).", minimum=0, may_change=True)
   heartbeat_timeout: int = knob(100, "Seconds after which a process of a job that is silent counts as lost.", minimum=5,
                                 may_change=True)
   preview_images: int = knob(16, "Images in a sample grid during training, drawn with the EMA weights and with the "

@@ -140,7 +140,7 @@ def _resume_or_start(
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
-      preview = make_preview(run, compiler if start < total else None)
+      preview = make_preview(run, compiler if trains_first else None)
       around = _Around(reports, saver, evaluations, preview, progress, stop, watchdog)
       end = _train(run, source, state, start, make_updates, around)
   if lock:
@@ -243,7 +243,7 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
 
 
 def calls_ahead(options: TrainConfig) -> int:
-  """Calls that may be under way while the host prepares the next one. One of several updates takes long enough."""
+  """Calls that may be under way while the host prepares the next one. Of several updates, one takes long enough."""
   return 2 if options.steps_per_dispatch == 1 else 1
 
 
@@ -276,7 +276,8 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
 def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], np.ndarray]:
   """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise.
 
-  If there will be grids, `compiler` compiles what draws them beside the first updates. None: nothing will be trained.
+  If there will be grids, `compiler` compiles what draws them after the step, beside the first updates. None: the first
+  grid waits for that.
   """
   options, schedule = run.config.train, run.schedule
   draw = make_draw(

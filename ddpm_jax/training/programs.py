@@ -23,7 +23,7 @@ class Compiler:
     return self._thread.submit(lowered.compile)
 
   def close(self) -> None:
-    """Does not wait: what ends a run before its first update is told at once. The process ends when XLA is done."""
+    """Does not wait: what ends a run early is told at once. The process ends when XLA is done with its work."""
     self._thread.shutdown(wait=False, cancel_futures=True)
 
 

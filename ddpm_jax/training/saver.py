@@ -51,12 +51,16 @@ class Saver:
     return step % self._every == 0 or last_chance
 
   def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
-    """Starts to save; returns once the state may be donated again. Raises as `poll` does, and NonFiniteError.
+    """Starts to save; returns once the state may be donated again.
 
     Args:
       state: global arrays.
       step: the number of updates in it.
       last: nothing is trained after it, so that a failure is final.
+
+    Raises:
+      RunError: if it fails, and more updates than may be lost have been made since the newest checkpoint.
+      NonFiniteError: if the state is not finite.
     """
     self._last = last
     earlier = self._settle(wait=True)
@@ -81,16 +85,18 @@ class Saver:
         self._put_up_with(error, step)
 
   def poll(self, step: int) -> None:
-    """To be called after every update: hears of a save that failed in the background since.
+    """To be called after every call of the step: hears of a save that failed in the background since.
+
+    If more updates than may be lost have been made since the newest checkpoint, `due` says so: a last chance.
 
     Raises:
-      RunError: if the updates since the newest checkpoint are more than may be lost.
+      RunError: if there are other processes, which may think that it succeeded, or the lock of the workdir is lost.
     """
     if error := self._settle(wait=False):
-      self._put_up_with(error, step)
+      self._put_up_with(error, step, try_again=True)
 
   def wait(self, step: int) -> bool:
-    """Waits for the save of `step`. Returns whether it is on disk; raises as `poll` does."""
+    """Waits for the save of `step`. Returns whether it is on disk; raises as `save` does."""
     if error := self._settle(wait=True):
       self._put_up_with(error, step)
     return self._saved == step
@@ -124,12 +130,12 @@ class Saver:
     if self._lock:
       self._lock.check()
 
-  def _put_up_with(self, error: RunError, step: int) -> None:
+  def _put_up_with(self, error: RunError, step: int, *, try_again: bool = False) -> None:
     self._has_failed = True
     if self._last:
       raise RunError(f"{error}; the run has ended after update {step}, what came after the newest is lost") from error
     if jax.process_count() > 1:  # the others may think that it succeeded: no way back to one story
       raise error
-    if step - self._saved >= self._limit:
+    if step - self._saved >= self._limit and not try_again:
       raise RunError(f"{error}; nothing could be saved since update {self._saved}, see --max_unsaved_steps") from error
     print(f"warning: {error}; the run goes on and tries again", file=sys.stderr, flush=True)

@@ -10,18 +10,21 @@ from ddpm_jax.training import loop
 from ddpm_jax.training.parallel import Parallel
 from tests.training.test_loop import LITTLE, noise, train
 
-STEPS = 6
+STEPS, EVERY = 6, ("num_steps", "checkpoint_every", "log_every")
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
-def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkeypatch, parallel):
-  """Each update waits, on the devices, for the batch after its own: a loop that waited for the update would be late."""
+@pytest.mark.parametrize(("parallel", "size"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
+def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkeypatch, parallel, size):
+  """Each update waits, on the devices, for the batch after its own: a loop that waited for the update would be late.
+
+  size: updates in a call, whose batches come together.
+  """
   monkeypatch.setattr(loop, "open_source", lambda data: noise())
   news, placed, waited, late = threading.Condition(), [], set(), set()
   put, make = Parallel.put_batches, loop.make_train_step
 
-  def put_and_note(self, batches):
-    batch = jax.block_until_ready(put(self, batches))
+  def put_and_note(self, batches, **options):
+    batch = jax.block_until_ready(put(self, batches, **options))
     with news:
       placed.append(batch)
       news.notify_all()
@@ -29,10 +32,10 @@ def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkey
 
   def wait(step):
     update = int(step)
-    if 0 < update < STEPS - 1:  # the loop waits for the first itself, and the last has no next one
+    if size <= update < STEPS - size:  # the loop waits for the first call itself, and the last has no next one
       waited.add(update)
       with news:
-        if not news.wait_for(lambda: len(placed) > update + 1, timeout=10):
+        if not news.wait_for(lambda: len(placed) > update // size + 1, timeout=10):
           late.add(update)
     return step
 
@@ -47,6 +50,6 @@ def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkey
 
   monkeypatch.setattr(Parallel, "put_batches", put_and_note)
   monkeypatch.setattr(loop, "make_train_step", make_waiting)
-  train(tmp_path / "run", **LITTLE, parallel=parallel, num_steps=STEPS, checkpoint_every=STEPS, log_every=STEPS)
-  assert waited == set(range(1, STEPS - 1))
+  train(tmp_path / "run", **LITTLE, parallel=parallel, steps_per_dispatch=size, **dict.fromkeys(EVERY, STEPS))
+  assert waited == set(range(size, STEPS - size))
   assert not late

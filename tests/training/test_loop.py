@@ -108,7 +108,9 @@ def test_stopped_again_and_again_is_never_stopped(uninterrupted, tmp_path):
   assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
-def test_a_request_to_stop_saves_where_it_is(uninterrupted, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("size", "ends_at"), [(1, 3), (2, 4)])
+def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size, ends_at):
+  """Where the call that is being prepared ends."""
   real, count = loop.batches, []
 
   def interrupt(*args, **kwargs):
@@ -120,10 +122,10 @@ def test_a_request_to_stop_saves_where_it_is(uninterrupted, tmp_path, monkeypatc
 
   monkeypatch.setattr(loop, "batches", interrupt)
   before = signal.getsignal(signal.SIGTERM)
-  train(tmp_path / "run")
-  assert "stopped on request after update 3 of 8, saved" in capsys.readouterr().out
+  train_little(tmp_path / "run", steps_per_dispatch=size, log_every=8)
+  assert f"stopped on request after update {ends_at} of 8, saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) is before
-  assert int(restore(tmp_path / "run").step) == 3
+  assert (tmp_path / "run" / "checkpoints" / str(ends_at)).exists()
   monkeypatch.setattr(loop, "batches", real)
   train(tmp_path / "run")
   assert "resuming" in capsys.readouterr().out
@@ -392,9 +394,9 @@ def test_calls_end_where_something_is_written(start, changes, want):
   assert [step for steps in calls for step in steps] == list(range(start + 1, changes["num_steps"] + 1))
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "fsdp"])
-def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path, parallel):
-  options = dict(steps_per_dispatch=2, log_every=2, parallel=parallel)
+@pytest.mark.parametrize(("parallel", "parts"), [("pmap", 1), ("fsdp", 2)])
+def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path, parallel, parts):
+  options = dict(steps_per_dispatch=2, log_every=2, parallel=parallel, grad_accum_steps=parts)
   train(tmp_path / "run", **options)
   logged = [line for line in metrics(uninterrupted) if line["step"] % 2 == 0]
   for mine, theirs in zip(metrics(tmp_path / "run"), logged, strict=True):
