@@ -1,6 +1,8 @@
 """One device, eight with pmap and eight with fsdp are one computation."""
 
+import collections
 import pathlib
+import re
 
 import chex
 import jax
@@ -11,7 +13,8 @@ import pytest
 from ddpm_jax.errors import UserError
 from ddpm_jax.run import make_train_step
 from ddpm_jax.training.parallel import Parallel, free_memory, to_host
-from tests.training.tiny import host, random_batch, tiny_config, tiny_run
+from ddpm_jax.training.step import abstract_batch
+from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
 
@@ -125,6 +128,20 @@ def rowwise(constants, index, image):
   """Each row alone: [B, 2, 2] and [B]."""
   scaled = image * constants["factor"] + index[:, None, None].astype(jnp.float32)
   return {"scaled": scaled, "sum": scaled.sum((1, 2)) + 0.0}
+
+
+def test_a_loop_over_updates_sends_what_one_update_does():
+  """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in an update."""
+  run = tiny_run(tiny_config(parallel="fsdp", channel_multipliers=(1,), attention_resolutions=()))
+
+  def sent(updates: int) -> collections.Counter:
+    step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
+    inputs = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16), updates=updates)
+    text = step.lower(run.abstract_state, *inputs).compile().as_text()
+    return collections.Counter(re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text))
+
+  one = sent(1)
+  assert one["all-gather"] > 10 and sent(3) == one
 
 
 def columns(number):
