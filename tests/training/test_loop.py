@@ -110,7 +110,8 @@ def test_stopped_again_and_again_is_never_stopped(uninterrupted, tmp_path):
 
 @pytest.mark.parametrize(("size", "ends_at"), [(1, 3), (2, 4)])
 def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size, ends_at):
-  """Where the call that is being prepared ends."""
+  """Where the call that is being prepared ends; and the run that goes on is the one that was never stopped."""
+  options = LITTLE | dict(steps_per_dispatch=size, log_every=size)
   real, count = loop.batches, []
 
   def interrupt(*args, **kwargs):
@@ -122,15 +123,16 @@ def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size
 
   monkeypatch.setattr(loop, "batches", interrupt)
   before = signal.getsignal(signal.SIGTERM)
-  train_little(tmp_path / "run", steps_per_dispatch=size, log_every=8)
+  train(tmp_path / "run", **options)
   assert f"stopped on request after update {ends_at} of 8, saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) is before
   assert (tmp_path / "run" / "checkpoints" / str(ends_at)).exists()
   monkeypatch.setattr(loop, "batches", real)
-  train(tmp_path / "run")
+  train(tmp_path / "run", **options)
   assert "resuming" in capsys.readouterr().out
-  chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
-  assert metrics(tmp_path / "run") == metrics(uninterrupted)
+  train(tmp_path / "whole", **options)
+  chex.assert_trees_all_equal(restore(tmp_path / "run", **options), restore(tmp_path / "whole", **options))
+  assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
 
 def test_updates_lost_to_a_crash_are_made_and_logged_again(uninterrupted, tmp_path, monkeypatch):
