@@ -95,6 +95,7 @@ def keep_compiled_programs(where: str) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     return
   if where == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    _hear_warnings(None)
     return  # as the user has set it, with its limits
   folder = default_folder() if where == "auto" else pathlib.Path(where)
   try:
@@ -110,7 +111,7 @@ def keep_compiled_programs(where: str) -> None:
     ) from error
   if where == "auto":
     _prune(folder)
-    _empty_when_damaged(folder)
+  _hear_warnings(folder if where == "auto" else None)
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take seconds together
 
@@ -165,15 +166,18 @@ def _prune(folder: pathlib.Path) -> None:
       return
 
 
-def _empty_when_damaged(folder: pathlib.Path) -> None:
-  """When JAX warns that it cannot read an entry, removes all of them. JAX's warning does not say which file it is."""
+def _hear_warnings(ours: pathlib.Path | None) -> None:
+  """Says nothing of a program that JAX cannot keep, as it is only a cache.
+
+  When JAX warns that it cannot read an entry of our own folder, removes all of them, as it does not say which one.
+  """
   usual = warnings.showwarning
 
   def show(message, category, *where, **more) -> None:
-    if str(message).startswith("Error reading persistent compilation cache entry"):
-      for path in _programs(folder):
+    if ours and str(message).startswith("Error reading persistent compilation cache entry"):
+      for path in _programs(ours):
         path.unlink(missing_ok=True)
-    elif not str(message).startswith("Error writing persistent compilation cache entry"):  # as it is only a cache
+    elif not str(message).startswith("Error writing persistent compilation cache entry"):
       usual(message, category, *where, **more)
 
   warnings.showwarning = show

@@ -105,7 +105,7 @@ def test_a_damaged_entry_is_compiled_again_and_all_are_removed():
   jax.clear_caches()
   with warnings.catch_warnings():
     warnings.simplefilter("default")
-    compilation._empty_when_damaged(folder)  # catch_warnings has put Python's own back
+    compilation._hear_warnings(folder)  # catch_warnings has put Python's own back
     assert jnp.all(jax.jit(triple)(x) == want)
   jax.clear_caches()
   assert jnp.all(jax.jit(triple)(x) == want)  # warnings are errors here: it was read whole, or compiled
@@ -169,3 +169,18 @@ def test_options_with_which_a_program_is_kept(monkeypatch):
   assert compilation.options_to_be_kept("tpu") == {}  # which would not know them
   monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_onednn=false")
   assert compilation.options_to_be_kept("cpu") == {}
+
+
+@pytest.mark.parametrize("where", ["auto", "named", "of the user"])
+def test_a_program_that_cannot_be_kept_is_no_warning(tmp_path, monkeypatch, where):
+  """XLA cannot write down one that uses oneDNN: JAX would warn at every start."""
+  folder = tmp_path / "cache"
+  heard = []
+  monkeypatch.setattr(warnings, "showwarning", lambda message, *where: heard.append(message))
+  monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+  if where == "of the user":
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
+  compilation.keep_compiled_programs(str(folder) if where == "named" else "auto")
+  for message in ("Error writing persistent compilation cache entry for 'f': MemoryError", "another warning"):
+    warnings.showwarning(message, UserWarning, "file", 1)
+  assert heard == ["another warning"]
