@@ -124,12 +124,6 @@ def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
 # Functions of rows that all devices share.
 
 
-def rowwise(constants, index, image):
-  """Each row alone: [B, 2, 2] and [B]."""
-  scaled = image * constants["factor"] + index[:, None, None].astype(jnp.float32)
-  return {"scaled": scaled, "sum": scaled.sum((1, 2)) + 0.0}
-
-
 def test_a_loop_over_updates_sends_what_one_update_does():
   """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in an update."""
   run = tiny_run(tiny_config(parallel="fsdp", channel_multipliers=(1,), attention_resolutions=()))
@@ -142,6 +136,12 @@ def test_a_loop_over_updates_sends_what_one_update_does():
 
   one = sent(1)
   assert one["all-gather"] > 10 and sent(3) == one
+
+
+def rowwise(constants, index, image):
+  """Each row alone: [B, 2, 2] and [B]."""
+  scaled = image * constants["factor"] + index[:, None, None].astype(jnp.float32)
+  return {"scaled": scaled, "sum": scaled.sum((1, 2)) + 0.0}
 
 
 def columns(number):
