@@ -121,9 +121,6 @@ def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
     Parallel("pmap").check_batch(batch_size, parts)
 
 
-# Functions of rows that all devices share.
-
-
 def test_a_loop_over_updates_sends_what_one_update_does():
   """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in an update."""
   run = tiny_run(tiny_config(parallel="fsdp", channel_multipliers=(1,), attention_resolutions=()))
@@ -136,6 +133,9 @@ def test_a_loop_over_updates_sends_what_one_update_does():
 
   one = sent(1)
   assert one["all-gather"] > 10 and sent(3) == one
+
+
+# Functions of rows that all devices share.
 
 
 def rowwise(constants, index, image):
