@@ -1,7 +1,10 @@
 """Eight simulated devices, strict arithmetic and a shared compilation cache, before JAX starts."""
 
+import gc
 import os
 import pathlib
+
+import pytest
 
 from ddpm_jax import compilation
 
@@ -19,3 +22,12 @@ import jax
 # Mixing ranks by accident is how a [B] and a [B, 1] become a [B, B]: an error in the tests.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+  """JAX keeps what it has compiled, each program hundreds of mappings of memory; Linux allows a process 65,530."""
+  yield
+  if pathlib.Path("/proc/self/maps").read_bytes().count(b"\n") > 16_000:
+    jax.clear_caches()
+    gc.collect()

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import compilation
 from ddpm_jax.errors import UserError
+from ddpm_jax.training.packed import pack, unpack
 
 AXIS = "data"
 Tree = Any
@@ -120,9 +121,11 @@ class Parallel:
         state, new = step(state, batch(i))
         return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), metrics, new)
 
+      if self._packs:
+        state = pack(state, state.params)
       _, one = jax.eval_shape(step, state, batch(0))
       metrics = jax.tree.map(lambda row: jnp.zeros((updates, *row.shape), row.dtype), one)
-      return jax.lax.fori_loop(0, number, update, (state, metrics))
+      return unpack(jax.lax.fori_loop(0, number, update, (state, metrics)))
 
     match self.mode:
       case "pmap":
@@ -155,6 +158,12 @@ class Parallel:
         )
       case _:
         raise ValueError(f"unknown parallelism {self.mode!r}")
+
+  @property
+  def _packs(self) -> bool:
+    """Whether the state is packed while updates follow each other. Elsewhere than on CPUs a kernel's shape has a
+    layout in memory, and fsdp cuts the arrays as they are."""
+    return self.mode == "pmap" and self.mesh.devices.flat[0].platform == "cpu"
 
   @property
   def lowers_shapes(self) -> bool:

@@ -23,6 +23,7 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
 from ddpm_jax.training.optimizer import computed_once, ema_decay_at, update_ema
+from ddpm_jax.training.packed import unpack
 from ddpm_jax.training.state import Counts, TrainState
 
 # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
@@ -74,7 +75,10 @@ def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[s
 
 
 def make_loss(network: Network, schedule: NoiseSchedule, config: DiffusionConfig, *, random_flip: bool) -> LossFn:
-  """The loss of a batch as a function of the parameters: line 5 of Algorithm 1, averaged over the batch (eq. 14)."""
+  """The loss of a batch as a function of the parameters: line 5 of Algorithm 1, averaged over the batch (eq. 14).
+
+  The parameters may be packed (`packed.pack`); the gradient is then, too.
+  """
   weights = loss_weights(config.loss_weighting, config.prediction, schedule)
 
   def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -82,7 +86,7 @@ def make_loss(network: Network, schedule: NoiseSchedule, config: DiffusionConfig
       lambda key, image: draw_example(key, image, num_timesteps=schedule.num_timesteps, random_flip=random_flip)
     )(keys, batch["image"])
     xt = jax.vmap(lambda x0, t, eps: q_sample(schedule, x0, t, eps))(x0, t, eps)
-    output = network(params, xt, t, dropout_keys)
+    output = network(unpack(params), xt, t, dropout_keys)
     target = jax.vmap(lambda x0, eps, t: training_target(config.prediction, schedule, x0, eps, t))(x0, eps, t)
     losses = jax.vmap(lambda output, target: distance(config.loss, output, target))(output, target)
     return jnp.mean(at(weights, t) * losses)
