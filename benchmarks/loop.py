@@ -3,17 +3,21 @@
   python -m benchmarks.loop --data_dir=DIR
   python -m benchmarks.loop --flagfile=experiments/fashion_mnist.flags --num_steps=500 --rounds=2
 
-In each round the program runs twice in new folders: first with an empty compilation cache, then with what the first run
+In each round the program runs in new folders: first with an empty compilation cache, then with what the first run
 left there. It is timed from its first call to its last checkpoint and sample grid; what comes before is the start.
 In that time it is held again and again for a block of the bare step. So the two take turns of a few seconds, and each
 turn of the program is compared with the blocks before and after it. On a GPU or TPU the calls that a program has queued
 go on while it is held, so there a turn should be long: --block_seconds=60.
+
+A third run is left alone: by its own clock, how much of its time passed outside of updates. Two processes that run one
+program differ by some percent; this does not depend on a second one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import signal
@@ -36,6 +40,7 @@ from ddpm_jax.training.loop import dispatches
 
 _COMPILED = "compiled and made update"
 _STARTS = ("cold", "warm")
+_ALONE = "alone"
 
 
 def make_parser() -> command.Parser:
@@ -62,12 +67,14 @@ def main(argv: Sequence[str]) -> None:
     count = block_size(bare, options.block_seconds)
     for number in range(options.rounds):
       command.say(
-        f"round {number + 1} of {options.rounds}: 2 x {config.train.num_steps} updates, {count} bare ones a turn"
+        f"round {number + 1} of {options.rounds}: 3 x {config.train.num_steps} updates, {count} bare ones a turn"
       )
       with tempfile.TemporaryDirectory(prefix="ddpm_jax_benchmark_") as folder:
         for start in _STARTS:
           measured = whole_run(config, pathlib.Path(folder), start, lambda: bare(count), options.block_seconds)
           blocks.append(Block(number, start, config.train.num_steps, measured))
+        measured = whole_run(config, pathlib.Path(folder), _ALONE, None, options.block_seconds)
+        blocks.append(Block(number, _ALONE, config.train.num_steps, measured))
   results = summary(config, blocks)
   print(report.heading(str(setting)))
   print(
@@ -81,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def whole_run(
-  config: Config, folder: pathlib.Path, start: str, bare: Callable[[], dict[str, Any]], turn_seconds: float
+  config: Config, folder: pathlib.Path, start: str, bare: Callable[[], dict[str, Any]] | None, turn_seconds: float
 ) -> dict[str, Any]:
   """Runs `python -m ddpm_jax.main` in a new workdir in `folder`, where the compilation cache is too.
 
@@ -89,14 +96,14 @@ def whole_run(
     config: the run.
     folder: must exist.
     start: names the workdir.
-    bare: runs a block of the bare step; what is whole is held meanwhile.
+    bare: runs a block of the bare step; what is whole is held meanwhile. None: nothing interrupts it.
     turn_seconds: how long it goes on between two of them.
 
   Returns:
     Seconds: from the start of the process to the end of its first call (`to_first_update`); of each turn from there
     to the last checkpoint and grid (`turns`); from there to the end of the process (`after`). `bare` has the blocks
     before, between and after the turns. `updates` are those after the first call, `cpu_seconds` the time of all cores
-    for them.
+    for them. `outside` is what of the turns passed outside of updates, which is known of a run that nothing interrupts.
 
   Raises:
     RunError: if the run fails.
@@ -122,9 +129,10 @@ def whole_run(
     reader = threading.Thread(target=process.stdout.read)  # it would wait for us if nobody read
     reader.start()
     while compiled and process.poll() is None:
-      os.killpg(process.pid, signal.SIGSTOP)
-      blocks.append(bare())
-      os.killpg(process.pid, signal.SIGCONT)
+      if bare:
+        os.killpg(process.pid, signal.SIGSTOP)
+        blocks.append(bare())
+        os.killpg(process.pid, signal.SIGCONT)
       turn = time.time()
       with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(turn_seconds)
@@ -134,16 +142,19 @@ def whole_run(
   if process.returncode or not turns:
     why = last_words((folder / "errors.txt").read_text(errors="replace"))
     raise RunError(f"the run ended with exit code {process.returncode}: {why}")
-  blocks.append(bare())
+  if bare:
+    blocks.append(bare())
   last = last_written(workdir, config.train.num_steps)
   until_last = [turn._replace(end=min(turn.end, last)) for turn in turns if turn.begin < last]
+  first_call = len(next(dispatches(config.train, 0)))
   return {
     "to_first_update": first - began,
     "turns": [turn.end - turn.begin for turn in until_last],
     "bare": blocks[: len(until_last) + 1],
     "cpu_seconds": cpu.until(last) - cpu.until(first),
     "after": sum(turn.end - max(turn.begin, last) for turn in turns if turn.end > last),
-    "updates": config.train.num_steps - len(next(dispatches(config.train, 0))),
+    "updates": config.train.num_steps - first_call,
+    "outside": None if bare else last - first - in_updates(workdir / "metrics.jsonl", first_call),
   }
 
 
@@ -202,8 +213,25 @@ def last_written(workdir: pathlib.Path, step: int) -> float:
   return max(max(path.stat().st_mtime, path.stat().st_ctime) for path in paths if path.exists())
 
 
+def in_updates(metrics: pathlib.Path, first_call: int) -> float:
+  """Seconds of the updates after the first call, up to the last line, by the speed that the run tells.
+
+  That leaves out checkpoints and sample grids.
+  """
+  seconds, before = 0.0, first_call
+  for line in metrics.read_text(encoding="utf-8").splitlines():
+    values = json.loads(line)
+    if values["step"] > first_call:
+      seconds += (values["step"] - before) / values["steps_per_second"]
+      before = values["step"]
+  return seconds
+
+
 def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
-  """For each start, an update of the whole run and of the bare step beside it, and the overhead in percent."""
+  """For each start, an update of the whole run and of the bare step beside it, and the overhead in percent.
+
+  And of the runs that were left alone, how much passed outside of updates.
+  """
   results = {}
   for start in _STARTS:
     runs = [block.measured for block in blocks if block.setting == start]
@@ -225,6 +253,11 @@ def summary(config: Config, blocks: Sequence[Block]) -> dict[str, Any]:
       "to_first_update_seconds": spread([run["to_first_update"] for run in runs]),
       "after_seconds": spread([run["after"] for run in runs]),
     }
+  alone = [block.measured for block in blocks if block.setting == _ALONE]
+  results[_ALONE] = {
+    "outside_seconds": spread([run["outside"] for run in alone]),
+    "outside_percent": spread([100 * run["outside"] / (sum(run["turns"]) - run["outside"]) for run in alone]),
+  }
   return results
 
 
@@ -245,7 +278,7 @@ def _of_an_update(blocks: Sequence[dict[str, Any]], what: str, batch_size: int) 
 
 def text(results: dict[str, Any]) -> str:
   """The table."""
-  cold, warm = (results[start] for start in _STARTS)
+  cold, warm, alone = (results[start] for start in (*_STARTS, _ALONE))
 
   def row(label: str, name: str, scale: float = 1) -> list[str]:
     return [label, report.with_spread(cold[name], scale), report.with_spread(warm[name], scale)]
@@ -260,7 +293,9 @@ def text(results: dict[str, Any]) -> str:
     row("start of the process to first call, s", "to_first_update_seconds"),
     row("last checkpoint to end of the process, s", "after_seconds"),
   ]
-  return report.table(["loop: median (quartiles)", "empty compilation cache", "filled compilation cache"], rows)
+  table = report.table(["loop: median (quartiles)", "empty compilation cache", "filled compilation cache"], rows)
+  seconds, percent = (report.with_spread(alone[name]) for name in ("outside_seconds", "outside_percent"))
+  return f"{table}\n\nleft alone, it passed {seconds} s outside of its updates: {percent} % of the time for them"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ def test_a_whole_run_is_timed_from_its_first_update_to_its_last_checkpoint(tmp_p
   assert 0 < measured["cpu_seconds"] < 9 * sum(measured["turns"])
   assert measured["to_first_update"] > 1
   assert measured["after"] > 0
+  assert measured["outside"] is None
+  alone = loop.whole_run(setting.config, tmp_path, "alone", None, 0.5)
+  assert alone["bare"] == [] and 0 < alone["outside"] < sum(alone["turns"])
 
 
 def test_a_run_that_fails_is_told_in_a_line(tmp_path):
@@ -87,6 +90,17 @@ def whole(turns, bare):
   return {"turns": turns, "bare": blocks, "cpu_seconds": 30.0, "updates": 10, "to_first_update": 30.0, "after": 1.0}
 
 
+ALONE = {"turns": [25.0, 26.0], "outside": 1.0}
+
+
+def test_what_passes_in_updates_is_what_the_run_tells_of_its_speed(tmp_path):
+  """Also where the first line is of the first call, which has no speed."""
+  lines = [{"step": 5, "loss": 1}, {"step": 10, "steps_per_second": 2.5}, {"step": 30, "steps_per_second": 10}]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  assert loop.in_updates(tmp_path / "metrics.jsonl", 5) == pytest.approx(2 + 2)
+  assert loop.in_updates(tmp_path / "metrics.jsonl", 7) == pytest.approx(3 / 2.5 + 2)
+
+
 def test_a_turn_is_compared_with_the_blocks_beside_it():
   """A machine that becomes twice as slow in the middle makes no difference: 4 updates, then 2, then 4 times 3 / 4."""
   assert loop.bare_updates([4.0, 4.0, 4.0], [1.0, 1.0, 3.0, 3.0]) == pytest.approx(4 + 2 + 4 / 3)
@@ -97,6 +111,7 @@ def test_a_summary():
   blocks = [
     Block(0, "cold", 11, whole([8.0, 7.0], [1.0, 1.0, 1.0])),
     Block(0, "warm", 11, whole([8.0, 12.0], [2.0, 2.0, 2.0])),
+    Block(0, "alone", 11, ALONE),
   ]
   results = loop.summary(config, blocks)
   assert results["cold"]["whole_seconds"].median == pytest.approx(1.5)
@@ -106,15 +121,20 @@ def test_a_summary():
   assert results["warm"]["whole_cpu_seconds"].median == pytest.approx(3)
   assert results["warm"]["cpu_overhead_percent"].median == pytest.approx(0)  # 15 / 10 * 2
   assert results["cold"]["cpu_overhead_percent"].median == pytest.approx(100)
-  assert "overhead, %" in loop.text(results)
+  assert results["alone"]["outside_percent"].median == pytest.approx(2)
+  assert "overhead, %" in loop.text(results) and "outside of its updates: 2.00" in loop.text(results)
 
 
 def test_each_round_has_a_cache_of_its_own(monkeypatch, capsys, tmp_path):
   machine, runs = fake.Machine(), []
 
   def run(config, folder, start, bare, turn_seconds):
-    assert turn_seconds == 5 and bare()["images"]
+    assert turn_seconds == 5
     runs.append((folder, start))
+    if start == "alone":
+      assert bare is None
+      return ALONE
+    assert bare()["images"]
     return whole([10.0], [1.0, 1.0])
 
   monkeypatch.setattr(loop, "whole_run", run)
@@ -123,8 +143,8 @@ def test_each_round_has_a_cache_of_its_own(monkeypatch, capsys, tmp_path):
   loop.main(["--rounds=2", "--num_steps=11", "--warmup_steps=0", f"--json={tmp_path / 'out.json'}"])
   assert worker.jobs[0]["data"] is True
   content = json.loads((tmp_path / "out.json").read_text())
-  assert [block["setting"] for block in content["measurements"]] == ["cold", "warm"] * 2
+  assert [block["setting"] for block in content["measurements"]] == ["cold", "warm", "alone"] * 2
   folders = [folder for folder, _ in runs]
-  assert folders[0] == folders[1] != folders[2] == folders[3]
+  assert folders[0] == folders[1] == folders[2] != folders[3] == folders[4] == folders[5]
   assert not folders[0].exists()
   assert "every 1000, a grid every 1000" in capsys.readouterr().out
