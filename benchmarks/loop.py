@@ -9,8 +9,8 @@ In that time it is held again and again for a block of the bare step. So the two
 turn of the program is compared with the blocks before and after it. On a GPU or TPU the calls that a program has queued
 go on while it is held, so there a turn should be long: --block_seconds=60.
 
-A third run is left alone: by its own clock, how much of its time passed outside of updates. Two processes that run one
-program differ by some percent; this does not depend on a second one.
+A third run is left alone: by its own clock, what passed outside of updates, in percent of what passed in them. Two
+processes that run one program differ by some percent; this does not depend on a second one.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Parallel:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
     Args:
-      train_step: one update.
+      train_step: one update of a TrainState, whose parameters may be packed (`packed.pack`).
       abstract_state: shapes and types of the state.
       updates: how many can be made in one call. If more than one, the metrics have a leading axis [updates].
 
@@ -161,8 +161,10 @@ class Parallel:
 
   @property
   def _packs(self) -> bool:
-    """Whether the state is packed while updates follow each other. Elsewhere than on CPUs a kernel's shape has a
-    layout in memory, and fsdp cuts the arrays as they are."""
+    """Whether the state is packed while the updates of a call follow each other.
+
+    Elsewhere than on CPUs a kernel's shape has a layout in memory, and fsdp cuts the arrays as they are.
+    """
     return self.mode == "pmap" and self.mesh.devices.flat[0].platform == "cpu"
 
   @property

@@ -38,7 +38,7 @@ class StepProgram:
 
     Args:
       run: the run.
-      train_step: one update, (state, batch, axis_name) -> (state, metrics).
+      train_step: one update, (state, batch, axis_name) -> (state, metrics), as `Parallel.compile` takes it.
       compiler: has nothing else to do yet.
       ahead: whether it will be called soon.
     """

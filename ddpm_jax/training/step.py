@@ -134,7 +134,7 @@ def train_step(
   the step is counted all the same, so that the next update sees the next batch.
 
   Args:
-    state: after n updates.
+    state: after n updates; what is like its parameters may be packed (`packed.pack`).
     batch: image uint8 [B, H, W, C], index int32 [B], replaced bool [B].
     seed: of the run.
     loss_fn: from `make_loss`.

@@ -1,5 +1,7 @@
 """A packed tree is the tree: to and fro, and in what is computed with it."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from ddpm_jax.run import make_train_step
 from ddpm_jax.training.packed import SMALL, Packed, pack, unpack
 from ddpm_jax.training.step import abstract_batch
-from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
+from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 
 def tree_of(*sizes: int):
@@ -68,3 +70,40 @@ def test_updates_of_a_call_are_made_of_a_packed_state_on_cpus():
   carried = max(line.count("tensor<") for line in text.splitlines() if "stablehlo.while" in line)
   large = sum(leaf.size > SMALL for leaf in jax.tree.leaves(run.abstract_state))
   assert large <= carried < large + 30 < len(jax.tree.leaves(run.abstract_state))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_updates_of_a_packed_state_are_the_updates(parts):
+  """Three in a call against three calls, with large arrays; the second is not finite, and leaves no trace."""
+  run = tiny_run(tiny_config(channels=24, channel_multipliers=(1,), attention_resolutions=(), grad_accum_steps=parts))
+  assert any(leaf.size > SMALL for leaf in jax.tree.leaves(run.abstract_state.params))
+  step = make_train_step(run)
+  loss_fn = step.keywords["loss_fn"]
+
+  def poisoned(params, batch, keys):
+    return loss_fn(params, batch, keys) * jnp.where(jnp.any(batch["replaced"]), jnp.nan, 1.0)
+
+  step = functools.partial(step, loss_fn=poisoned)
+  batches = [random_batch(seed=i) for i in range(3)]
+  batches[1]["replaced"][:] = True
+  three, one = (run.parallel.compile(step, run.abstract_state, updates=updates) for updates in (3, 1))
+
+  def together(number: int):
+    placed = run.parallel.put_batches(batches, updates=3)
+    state, metrics, _ = three(run.initial_state(), placed, run.parallel.put_order(number))
+    return host(state), host(metrics)
+
+  state, rows = run.initial_state(), []
+  for batch in batches:
+    state, metrics, _ = one(state, run.parallel.put_batches([batch]), run.parallel.put_order())
+    rows.append(host(metrics))
+  packed, packed_metrics = together(3)
+  chex.assert_trees_all_close(packed_metrics, jax.tree.map(lambda *values: np.stack(values), *rows), rtol=2e-5)
+  for mine, theirs in zip(jax.tree.leaves(packed), jax.tree.leaves(host(state)), strict=True):
+    assert mine.dtype == theirs.dtype
+    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02  # as in test_parallel.py
+
+  first, left_out = together(1)[0], together(2)[0]
+  for name in ("params", "ema_params", "opt_state"):
+    chex.assert_trees_all_equal(getattr(left_out, name), getattr(first, name))
+  assert (left_out.step, left_out.counts.nonfinite) == (2, 1)

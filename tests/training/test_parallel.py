@@ -78,16 +78,16 @@ def test_initial_state_does_not_depend_on_the_placement():
   chex.assert_trees_all_equal(pmap, fsdp)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
-def test_one_compilation_also_after_a_resume(mode):
+@pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
+def test_one_compilation_also_after_a_resume(mode, updates):
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
   )
   run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
-  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
   state = run.initial_state()
-  batches = [run.parallel.put_batches([random_batch(24, seed=i)]) for i in range(4)]
+  batches = [run.parallel.put_batches([random_batch(24, seed=i)], updates=updates) for i in range(4)]
   restored = jax.device_put(host(state), run.parallel.state_shardings(run.abstract_state))
   order = run.parallel.put_order()
   jax.block_until_ready((state, batches, restored, order))
@@ -99,12 +99,12 @@ def test_one_compilation_also_after_a_resume(mode):
   assert len(compiled) == 1
 
 
-@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
-def test_the_state_is_donated(mode):
+@pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
+def test_the_state_is_donated(mode, updates):
   run = tiny_run(tiny_config(parallel=mode))
-  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
   state = run.initial_state()
-  step(state, run.parallel.put_batches([random_batch()]), run.parallel.put_order())
+  step(state, run.parallel.put_batches([random_batch()], updates=updates), run.parallel.put_order(updates))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
