@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import compilation
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.packed import pack, unpack
+from ddpm_jax.training.updates import make_updates
 
 AXIS = "data"
 Tree = Any
@@ -107,33 +107,14 @@ class Parallel:
       carries the votes by which the processes agree on when to stop.
     """
 
-    def make_updates(state: Tree, batches: Tree, number: jax.Array, axis_name: str | None):
-      step = functools.partial(train_step, axis_name=axis_name)
-      if updates == 1:
-        return step(state, batches)
-      step = jax.jit(step)  # so that it is traced once
-
-      def batch(i: int | jax.Array) -> Tree:
-        return jax.tree.map(lambda rows: rows[i], batches)
-
-      def update(i: jax.Array, made: tuple[Tree, Tree]):
-        state, metrics = made
-        state, new = step(state, batch(i))
-        return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), metrics, new)
-
-      if self._packs:
-        state = pack(state, state.params)
-      _, one = jax.eval_shape(step, state, batch(0))
-      metrics = jax.tree.map(lambda row: jnp.zeros((updates, *row.shape), row.dtype), one)
-      return unpack(jax.lax.fori_loop(0, number, update, (state, metrics)))
-
     match self.mode:
       case "pmap":
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
         def mapped(state: Tree, batches: Tree, order: jax.Array):
           number, stop = jax.lax.pmax(order, AXIS)
-          return *make_updates(state, batches, number, AXIS), stop
+          step = functools.partial(train_step, axis_name=AXIS)
+          return *make_updates(step, state, batches, number, most=updates, packed=self._packs), stop
 
         return jax.pmap(
           mapped,
@@ -147,7 +128,8 @@ class Parallel:
 
         def sharded(state: Tree, batches: Tree, orders: jax.Array):
           number, stop = jnp.max(orders, axis=0)
-          return *make_updates(state, batches, number, None), stop
+          step = functools.partial(train_step, axis_name=None)
+          return *make_updates(step, state, batches, number, most=updates), stop
 
         shardings = self.state_shardings(abstract_state)
         return jax.jit(
