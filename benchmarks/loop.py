@@ -70,11 +70,10 @@ def main(argv: Sequence[str]) -> None:
         f"round {number + 1} of {options.rounds}: 3 x {config.train.num_steps} updates, {count} bare ones a turn"
       )
       with tempfile.TemporaryDirectory(prefix="ddpm_jax_benchmark_") as folder:
-        for start in _STARTS:
-          measured = whole_run(config, pathlib.Path(folder), start, lambda: bare(count), options.block_seconds)
+        for start in (*_STARTS, _ALONE):
+          beside = None if start == _ALONE else lambda: bare(count)
+          measured = whole_run(config, pathlib.Path(folder), start, beside, options.block_seconds)
           blocks.append(Block(number, start, config.train.num_steps, measured))
-        measured = whole_run(config, pathlib.Path(folder), _ALONE, None, options.block_seconds)
-        blocks.append(Block(number, _ALONE, config.train.num_steps, measured))
   results = summary(config, blocks)
   print(report.heading(str(setting)))
   print(
