@@ -11,6 +11,7 @@ import platform
 import warnings
 
 from ddpm_jax.errors import UserError
+from ddpm_jax.paths import expanded
 
 _USUAL_GARBAGE = gc.get_threshold()
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
@@ -97,7 +98,7 @@ def keep_compiled_programs(where: str) -> None:
   if where == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     _hear_warnings(None)
     return  # as the user has set it, with its limits
-  folder = default_folder() if where == "auto" else pathlib.Path(where)
+  folder = default_folder() if where == "auto" else pathlib.Path(expanded("compilation_cache", where))
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):

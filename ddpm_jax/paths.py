@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 
 from ddpm_jax.errors import UserError
@@ -11,14 +12,23 @@ def absolute(flag: str, text: str, remedy: str) -> pathlib.Path:
   """The absolute path that the value of a flag means, `~` and all.
 
   Raises:
-    UserError: if it is the address of something else, with that remedy, or begins with the home of nobody.
+    UserError: if it is the address of something else, with that remedy, or as `expanded`.
   """
   if "://" in text:
     raise UserError(f"{flag}: {text!r} is no path in a file system; {remedy}")
-  try:
-    return pathlib.Path(text).expanduser().absolute()
-  except RuntimeError:
-    raise UserError(f"{flag}: {text!r} begins with the home of nobody here; write the whole path") from None
+  return pathlib.Path(expanded(flag, text)).absolute()
+
+
+def expanded(flag: str, text: str) -> str:
+  """The value of a flag with the home that `~` or `~name` stands for: no shell does that after `--flag=`.
+
+  Raises:
+    UserError: if it begins with the home of nobody.
+  """
+  path = os.path.expanduser(text)
+  if text.startswith("~") and path == text:
+    raise UserError(f"{flag}: {text!r} begins with the home of nobody here; write the whole path")
+  return path
 
 
 def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:

@@ -178,6 +178,7 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--mode=sample", "--init_from=s3://x/y"], ["init_from", "s3://x/y", "is no path"]),
     ([f"--init_from={'a' * 300}"], ["init_from", "cannot be looked at (File name too long)", "name another path"]),
     (["--init_from=~nobody_here/x"], ["init_from", "'~nobody_here/x' begins with the home of nobody here"]),
+    (["--compilation_cache=~nobody_here/x"], ["compilation_cache", "begins with the home of nobody here"]),
     (["--init_from=two\nlines"], ["init_from", "the character '\\n'", "use another --init_from"]),
     (["--init_from=a\udcff"], ["init_from", "is not UTF-8", "use another --init_from"]),
     ([f"--workdir={'a' * 300}"], ["workdir", "cannot look into", "File name too long", "use another --workdir"]),

@@ -13,6 +13,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data import fingerprint, images
 from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels
 from ddpm_jax.errors import UserError
+from ddpm_jax.paths import expanded
 
 PREFIX = "folder:"
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
@@ -21,7 +22,7 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 def exists(data: DataConfig) -> bool:
   """Whether there is a folder of that name."""
   path = data.dataset.removeprefix(PREFIX)
-  return bool(path) and pathlib.Path(path).expanduser().is_dir()
+  return bool(path) and os.path.isdir(expanded("dataset", path))
 
 
 def open_folder(data: DataConfig) -> EncodedImages:
@@ -35,7 +36,7 @@ def open_folder(data: DataConfig) -> EncodedImages:
       skip: all are not), a split that a folder does not have, or images of different sizes, or not square, where
       `data.image_size` is 0.
   """
-  root = pathlib.Path(data.dataset.removeprefix(PREFIX)).expanduser()
+  root = pathlib.Path(expanded("dataset", data.dataset.removeprefix(PREFIX)))
   if not exists(data):
     raise UserError(f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images")
   if data.split != "train":

@@ -26,6 +26,7 @@ from tensorflow_datasets.core.download import download_manager, downloader, extr
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
 from ddpm_jax.errors import UserError
+from ddpm_jax.paths import expanded
 
 _OFFLINE = (requests.RequestException, util.DownloadError)
 # A full disk, a package that a builder needs, files that are to be put into manual_dir by hand (TFDS says which, in an
@@ -51,7 +52,7 @@ def prepare(data: DataConfig) -> None:
       build the data set.
   """
   builder = prepared.make_builder(data)
-  manual_dir = os.path.abspath(os.path.expanduser(data.manual_dir)) if data.manual_dir else None
+  manual_dir = os.path.abspath(expanded("manual_dir", data.manual_dir)) if data.manual_dir else None
   if manual_dir and not os.path.isdir(manual_dir):
     raise UserError(f"manual_dir: {data.manual_dir!r} is not a folder; name the one with the original files")
   with _only_one(builder):

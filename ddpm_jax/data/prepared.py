@@ -20,11 +20,11 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import digits, fingerprint
+from ddpm_jax.data import digits, fingerprint, folder
 from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels, stand_ins
-from ddpm_jax.data.folder import PREFIX
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.paths import expanded
 
 # Builders that come with ddpm_jax write PNG bytes and need no TensorFlow; TFDS's own encode arrays with it.
 _TENSORFLOW_FREE = (digits.Digits,)
@@ -182,19 +182,19 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
   if re.match(r"\w+:\D", name):  # NAME:1.2.3 is a version, SPACE:NAME needs TensorFlow and a network to be looked up
     raise UserError(
       f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "
-      f"images as files and use {PREFIX}PATH"
+      f"images as files and use {folder.PREFIX}PATH"
     )
   try:
     if not re.match(r"\w+($|[/:])", name):
       raise tfds.core.DatasetNotFoundError
-    return tfds.builder(name, data_dir=os.path.expanduser(data.data_dir) or None)
+    return tfds.builder(name, data_dir=expanded("data_dir", data.data_dir) or None)
   except tfds.core.DatasetNotFoundError:
     near = difflib.get_close_matches(base.lower(), tfds.list_builders(with_community_datasets=False), n=3)
-    if os.path.isdir(os.path.expanduser(name)):
-      near = [f"{PREFIX}{name}"]
+    if folder.exists(data):
+      near = [f"{folder.PREFIX}{name}"]
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
     raise UserError(
-      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {PREFIX}PATH"
+      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {folder.PREFIX}PATH"
     ) from None
   except json_format.ParseError as error:
     raise UserError(
@@ -282,7 +282,7 @@ def _image_feature(
       if dtype.kind != "u":
         raise UserError(
           f"dataset: the images of {data.dataset!r} are {dtype}, not uint8 or uint16; save them as files "
-          f"and use {PREFIX}PATH"
+          f"and use {folder.PREFIX}PATH"
         )
       return name, features[name].shape
   raise UserError(

@@ -10,6 +10,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data import folder, images
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
+from ddpm_jax.paths import expanded
 
 
 def given_images(config: Config, image_shape: tuple[int, int, int], number: int) -> np.ndarray:
@@ -31,7 +32,7 @@ def given_images(config: Config, image_shape: tuple[int, int, int], number: int)
     if len(source) < number:
       raise UserError(f"num_samples: {number} images are needed, {source.name} has {len(source)}; lower --num_samples")
     return source.read(np.arange(number)).images
-  root = pathlib.Path(path).expanduser()
+  root = pathlib.Path(expanded("input_images", path))
   files = folder.find_images(root) if root.is_dir() else [root] if root.is_file() else []
   if not files:
     raise UserError(f"input_images: {path!r} names no image file and no folder of some; use --input_images=PATH")
@@ -61,7 +62,7 @@ def read_mask(config: Config, image_shape: tuple[int, int, int]) -> np.ndarray:
     mask = np.zeros((height, width), bool)
     mask[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
     return mask
-  file = pathlib.Path(path).expanduser()
+  file = pathlib.Path(expanded("mask", path))
   if not file.is_file():
     raise UserError(f"mask: {path!r} is no file; name an image, white where pixels are to be drawn")
   mask = images.decode(file, 1, f"mask: {path}")[:, :, 0] > 127

@@ -17,6 +17,7 @@ from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange.initial import adopt, find_weights
+from ddpm_jax.paths import expanded
 from ddpm_jax.progress import counted
 from ddpm_jax.sampling import inputs, tasks
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, settings
@@ -47,8 +48,9 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
 
 def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   options, shape, folder = config.sample, weights.run.image_shape, workdir / "samples"
-  png_folder = pathlib.Path(options.sample_png_dir).expanduser() if options.sample_png_dir else None
-  if png_folder is not None:
+  png_folder = None
+  if options.sample_png_dir:
+    png_folder = pathlib.Path(expanded("sample_png_dir", options.sample_png_dir))
     _check_png_folder(png_folder)
     check_room("num_samples", png_folder, shape, options.num_samples, copies=1)
   check_room(

@@ -243,6 +243,7 @@ def test_a_folder_has_one_split(tmp_path):
 def test_what_is_no_folder_of_images(tmp_path):
   refuse(tmp_path / "missing", "dataset: 'folder:.*missing' names no folder")
   refuse("", "dataset: 'folder:' names no folder")
+  refuse("~nobody_here/x", "dataset: .~nobody_here/x. begins with the home of nobody here; write the whole path")
   refuse(tmp_path, r"holds no .*\.png.* file")
   write(tmp_path / "a.png", plain("red"))
   refuse(tmp_path, "split: 'test' is unknown", split="test")
