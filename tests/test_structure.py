@@ -189,7 +189,7 @@ def test_a_worker_with_pytorch_needs_nothing_else():
       todo += sorted({name for each in found for name in (each, each.rpartition(".")[0])})
   assert seen == {
     *("benchmarks/torch_loop.py", "benchmarks/worker.py", "benchmarks/hardware.py"),
-    *("config.py", "sections.py", "knob.py", "errors.py", "compilation.py", "hugepages.py"),
+    *("config.py", "sections.py", "knob.py", "errors.py", "paths.py", "compilation.py", "hugepages.py"),
   }
 
 

@@ -169,7 +169,7 @@ class _Around(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
-  preview: Callable[[TrainState], np.ndarray]
+  preview: Callable[[TrainState], Callable[[], np.ndarray]]
   progress: Progress
   stop: StopRequest
   watchdog: Watchdog
@@ -228,11 +228,13 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
       stopping |= settle(0)
       last = save_now and (stopping or step == options.num_steps)
       with reports.paused():
+        # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
+        picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
         if save_now:
           saver.save(parallel.globalize(state), step, last=last)
           watchdog.beat(f"checkpoint {step}")
-        if preview_now and not stopping:
-          reports.samples(step, preview(parallel.globalize(state)))
+        if picture:
+          reports.samples(step, picture())
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
           last |= evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
@@ -273,8 +275,10 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
   )
 
 
-def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], np.ndarray]:
-  """state -> the picture of a sample grid: the EMA weights beside the raw ones, from the same noise.
+def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], Callable[[], np.ndarray]]:
+  """Returns a function that begins a sample grid: state -> what waits for the picture and gives it.
+
+  The EMA weights are beside the raw ones, from the same noise.
 
   If there will be grids, `compiler` compiles what draws them after the step, beside the first updates. None: the first
   grid waits for that.
@@ -293,10 +297,11 @@ def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], 
   if compiler and options.sample_every and run.parallel.compiles_beside_updates:
     draw.compile_ahead(compiler.submit, run.abstract_state.params, index)
 
-  def preview(state: TrainState) -> np.ndarray:
+  def preview(state: TrainState) -> Callable[[], np.ndarray]:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    return grids.captioned(
-      {name: grids.image_grid(draw(params, index), columns=min(8, len(index))) for name, params in weights.items()}
+    drawn = {name: draw.start(params, index) for name, params in weights.items()}
+    return lambda: grids.captioned(
+      {name: grids.image_grid(images(), columns=min(8, len(index))) for name, images in drawn.items()}
     )
 
   return preview

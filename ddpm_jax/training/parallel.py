@@ -237,10 +237,15 @@ class ByRows:
 
     self._jitted = jax.jit(compiled, out_shardings=parallel.replicated, compiler_options=options)
     self._parallel = parallel
-    self._compiled: dict[tuple, Callable[[], Any]] = {}
+    self._ahead: dict[tuple, Future[Any]] = {}
+    self._compiled: dict[tuple, Any] = {}
 
   def __call__(self, constants: Tree, *columns: np.ndarray, size: int = 0) -> Tree:
-    """The function's result as NumPy, whole on every process.
+    """The function's result as NumPy, whole on every process. Arguments: as of `start`."""
+    return self.start(constants, *columns, size=size)()
+
+  def start(self, constants: Tree, *columns: np.ndarray, size: int = 0) -> Callable[[], Tree]:
+    """Lets the devices begin, unless that has to wait for a compilation. Returns what waits and gives the result.
 
     Args:
       constants: what is the same for all rows: a tree of placed arrays.
@@ -253,8 +258,12 @@ class ByRows:
     placed = [
       jax.make_array_from_callback(column.shape, split, lambda piece, column=column: column[piece]) for column in padded
     ]
-    result = self._executable(constants, padded)(constants, *placed)
-    return jax.tree.map(lambda leaf: to_host(leaf)[:number], result)
+
+    def begin() -> Tree:
+      return self._executable(constants, padded)(constants, *placed)
+
+    begun = begin() if self._is_ready(_shapes(padded)) else None
+    return lambda: jax.tree.map(lambda leaf: to_host(leaf)[:number], begin() if begun is None else begun)
 
   def compile_ahead(
     self, submit: Callable[[jax.stages.Lowered], Future[Any]], constants: Tree, *columns: np.ndarray
@@ -264,7 +273,7 @@ class ByRows:
     constants: or their ShapeDtypeStructs, with shardings.
     """
     rows = self._padded(columns, len(columns[0]))
-    self._compiled[_shapes(rows)] = submit(self._lower(constants, rows)).result
+    self._ahead[_shapes(rows)] = submit(self._lower(constants, rows))
 
   def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
     """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
@@ -287,9 +296,14 @@ class ByRows:
   def _executable(self, constants: Tree, columns: list[np.ndarray]) -> Any:
     shapes = _shapes(columns)
     if shapes not in self._compiled:
-      compiled = self._lower(constants, columns).compile()
-      self._compiled[shapes] = lambda: compiled
-    return self._compiled[shapes]()
+      ahead = self._ahead.get(shapes)
+      self._compiled[shapes] = ahead.result() if ahead else self._lower(constants, columns).compile()
+    return self._compiled[shapes]
+
+  def _is_ready(self, shapes: tuple) -> bool:
+    """Whether nothing has to be waited for. All processes say the same, so that all begin at the same place."""
+    ahead = self._ahead.get(shapes)
+    return shapes in self._compiled or (jax.process_count() == 1 and ahead is not None and ahead.done())
 
 
 def _shapes(columns: list[np.ndarray]) -> tuple:

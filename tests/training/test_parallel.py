@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import re
+from concurrent.futures import Future
 
 import chex
 import jax
@@ -179,6 +180,29 @@ def test_rows_compile_once_for_each_padded_number_and_lie_on_all_devices():
   assert traced.count((24,)) == 1 and 8 in traced and len(traced) == 2
   by_rows(one, np.arange(25, dtype=np.int32))
   assert traced.count((32,)) == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_rows_begin_before_they_are_asked_for_unless_that_waits_for_a_compilation(processes, monkeypatch):
+  """Several processes begin at one and the same place: when each is done with compiling ahead is its own business."""
+  parallel, called = Parallel("pmap"), []
+  by_rows, one = parallel.by_rows(lambda constants, index: index + constants), jax.device_put(1, parallel.replicated)
+  monkeypatch.setattr(by_rows, "_executable", lambda *a, own=by_rows._executable: called.append(1) or own(*a))
+  monkeypatch.setattr(jax, "process_count", lambda: processes)
+  rows, ahead = np.arange(8, dtype=np.int32), Future()
+  by_rows.compile_ahead(lambda lowered: called.append(lowered) or ahead, one, rows)
+  lowered = called.pop()
+  results = [by_rows.start(one, rows)]
+  assert called == []
+  ahead.set_result(lowered.compile())
+  results.append(by_rows.start(one, rows))
+  assert len(called) == (1 if processes == 1 else 0)
+  np.testing.assert_array_equal(results[0](), rows + 1)
+  calls = len(called)
+  results.append(by_rows.start(one, rows))
+  assert len(called) == calls + 1
+  for result in results:
+    np.testing.assert_array_equal(result(), rows + 1)
 
 
 def test_memory_that_is_planned_grows_with_the_rows():

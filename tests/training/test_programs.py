@@ -52,9 +52,9 @@ def test_the_first_grid_finds_what_was_compiled(mode):
     preview = make_preview(run, compiler)
     assert lowered() == before + 1
     before = lowered()
-    picture = preview(state)
+    picture = preview(state)()
     assert lowered() == before
-  assert (picture == make_preview(run, None)(state)).all()
+  assert (picture == make_preview(run, None)(state)()).all()
 
 
 def test_no_grid_is_compiled_where_none_will_be_drawn_or_the_device_is_needed_for_it(monkeypatch):
