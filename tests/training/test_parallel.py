@@ -190,6 +190,7 @@ def test_rows_begin_before_they_are_asked_for_unless_that_waits_for_a_compilatio
   monkeypatch.setattr(by_rows, "_executable", lambda *a, own=by_rows._executable: called.append(1) or own(*a))
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   rows, ahead = np.arange(8, dtype=np.int32), Future()
+  monkeypatch.setattr(ahead, "result", lambda own=ahead.result: own(timeout=0))  # an error, where it would wait
   by_rows.compile_ahead(lambda lowered: called.append(lowered) or ahead, one, rows)
   lowered = called.pop()
   results = [by_rows.start(one, rows)]
