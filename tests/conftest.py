@@ -8,12 +8,6 @@ import pytest
 
 from ddpm_jax import compilation
 
-# Those that take longest begin first, so that no worker is left with one of them when the others have nothing to do.
-LONGEST = (
-  *("training/test_loop.py", "training/test_parallel.py", "faults/test_processes.py", "test_cli.py"),
-  *("faults/test_damage.py", "plan/test_compiling.py", "faults/test_kill.py", "exchange/test_program.py"),
-)
-
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -28,12 +22,6 @@ import jax
 # Mixing ranks by accident is how a [B] and a [B, 1] become a [B, B]: an error in the tests.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8
-
-
-def pytest_collection_modifyitems(items):
-  """Puts the files of `LONGEST` first."""
-  tests, order = pathlib.Path(__file__).parent, {name: i for i, name in enumerate(LONGEST)}
-  items.sort(key=lambda item: order.get(item.path.relative_to(tests).as_posix(), len(order)))
 
 
 @pytest.fixture(autouse=True)
