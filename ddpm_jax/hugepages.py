@@ -12,8 +12,8 @@ import os
 import pathlib
 import sys
 
-_TUNABLE = "glibc.malloc.hugetlb"
-_KEEP_FREED = {  # bytes: map nothing apart, give nothing back, ask for more at a time
+HUGE_PAGES = "glibc.malloc.hugetlb"
+KEEP_FREED = {  # bytes: map nothing apart, give nothing back, ask for more at a time
   "glibc.malloc.mmap_threshold": 2**32,
   "glibc.malloc.trim_threshold": 2**36,
   "glibc.malloc.top_pad": 2**26,
@@ -28,9 +28,9 @@ def restart_with_huge_pages() -> None:
   glibc.malloc.hugetlb=0 is without huge pages.
   """
   tunables = os.environ.get("GLIBC_TUNABLES", "")
-  if _TUNABLE in tunables or not _on_request() or not sys.orig_argv:
+  if HUGE_PAGES in tunables or not _on_request() or not sys.orig_argv:
     return
-  ours = [f"{name}={value}" for name, value in {_TUNABLE: 1, **_kept()}.items() if name not in tunables]
+  ours = [f"{name}={value}" for name, value in {HUGE_PAGES: 1, **_kept()}.items() if name not in tunables]
   os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, *ours]))
   sys.stdout.flush()
   sys.stderr.flush()
@@ -38,12 +38,12 @@ def restart_with_huge_pages() -> None:
 
 
 def _kept() -> dict[str, int]:
-  """`_KEEP_FREED` where it was seen to help: with jaxlib 0.12; 0.10 is a little slower with it."""
+  """`KEEP_FREED` where it was seen to help: with jaxlib 0.12; 0.10 is a little slower with it."""
   try:
     major, minor, *_ = importlib.metadata.version("jaxlib").split(".")
   except importlib.metadata.PackageNotFoundError:
     return {}  # a process of the benchmarks, for PyTorch
-  return _KEEP_FREED if (int(major), int(minor)) >= (0, 12) else {}
+  return KEEP_FREED if (int(major), int(minor)) >= (0, 12) else {}
 
 
 def _on_request() -> bool:

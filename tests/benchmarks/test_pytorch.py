@@ -5,6 +5,7 @@ import pytest
 
 from benchmarks import command, pytorch, torch_loop
 from benchmarks.worker import ROOT
+from ddpm_jax import hugepages
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from tests.benchmarks import fake
@@ -69,24 +70,54 @@ def compare(monkeypatch, *words, parameters=10, devices="1 x cpu", failed=False)
     "parameters": parameters, "variant": "eager", "tried": tried, "versions": {"torch": "9.9"}, "device": "cpu"
   }  # fmt: skip
   ours = {"parameters": 10, "devices": devices, "versions": {"jax": "8.8"}}
-  made = {"PyTorch": fake.Worker(theirs, machine.run("T", 50)), "ddpm_jax": fake.Worker(ours, machine.run("J", 75))}
+  made = {
+    "PyTorch, default malloc": fake.Worker(theirs, machine.run("D", 50)),
+    "PyTorch, tuned malloc": fake.Worker(theirs | {"variant": "compiled"}, machine.run("T", 100)),
+    "ddpm_jax": fake.Worker(ours, machine.run("J", 75)),
+  }
   monkeypatch.setattr(command, "workers", fake.workers(made))
   pytorch.main(["--rounds=4", *words])
   return machine, made
 
 
-def test_the_two_take_turns(monkeypatch, capsys, tmp_path):
+def test_all_take_turns_and_the_claim_is_against_the_faster_opponent(monkeypatch, capsys, tmp_path):
   machine, made = compare(monkeypatch, f"--json={tmp_path / 'out.json'}", "--variants=eager,compiled")
-  assert "".join(name for name, _ in machine.turns[-8:]) == "TJJTTJJT"
-  assert made["PyTorch"].jobs[0]["unet"] == pytorch.unet_options(Config().model, (8, 8, 1))
-  assert made["PyTorch"].jobs[0]["variants"] == ["eager", "compiled"]
+  assert "".join(name for name, _ in machine.turns[-12:]) == "DTJJTDDTJJTD"
+  for name in pytorch.MALLOCS:
+    assert made[name].jobs[0]["unet"] == pytorch.unet_options(Config().model, (8, 8, 1))
+    assert made[name].jobs[0]["variants"] == ["eager", "compiled"]
   lines = capsys.readouterr().out.splitlines()
-  assert lines[-2] == "speed of ddpm_jax over PyTorch eager: 1.50 (1.50 to 1.50)"
+  assert lines[-3:-1] == [
+    "speed of ddpm_jax over PyTorch, default malloc, eager: 1.50 (1.50 to 1.50)",
+    "speed of ddpm_jax over PyTorch, tuned malloc, compiled, the faster opponent: 0.750 (0.750 to 0.750)",
+  ]
   assert any("BackendCompilerFailed" in line for line in lines)
   assert "PyTorch 9.9 on cpu, JAX 8.8 on 1 x cpu" in lines[1]
-  content = json.loads((tmp_path / "out.json").read_text())
-  assert content["results"]["same number of parameters"] is True
-  assert content["results"]["speed of ddpm_jax over PyTorch"] == [1.5, 1.5, 1.5]
+  results = json.loads((tmp_path / "out.json").read_text())["results"]
+  assert results["same number of parameters"] is True
+  assert results["the faster opponent"] == "PyTorch, tuned malloc"
+  assert results["speed of ddpm_jax over"]["PyTorch, tuned malloc"] == [0.75, 0.75, 0.75]
+
+
+def test_the_tuned_opponent_has_every_tunable_that_the_program_gives_itself(monkeypatch):
+  started = {}
+
+  def workers(works, python=None):
+    started.update(works)
+    raise UserError("that is enough")
+
+  monkeypatch.setattr(command, "workers", workers)
+  with pytest.raises(UserError, match="that is enough"):
+    pytorch.main([])
+  monkeypatch.setattr(hugepages.importlib.metadata, "version", lambda name: "0.12.0")
+  ours = {hugepages.HUGE_PAGES: 1, **hugepages._kept()}
+  assert len(ours) == 4
+  environments = {name: environment for name, (_, environment) in started.items()}
+  assert environments == {
+    "PyTorch, default malloc": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"},
+    "PyTorch, tuned malloc": {"GLIBC_TUNABLES": ":".join(f"{name}={value}" for name, value in ours.items())},
+    "ddpm_jax": {},
+  }
 
 
 def test_networks_that_differ_are_said_to(monkeypatch, capsys):
