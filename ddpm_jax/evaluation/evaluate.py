@@ -26,6 +26,7 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.reference import Reference, measure_reference
 from ddpm_jax.models.build import build_model, network_of
 from ddpm_jax.progress import counted
+from ddpm_jax.run import noise_warning
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.sampling.weights import Weights
 
@@ -131,6 +132,7 @@ def evaluate(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "version": ddpm_jax.__version__,
     **numerics.surroundings(),
+    "warnings": [warning] if (warning := noise_warning(weights.run)) else [],
   }
   pictures: dict[str, np.ndarray] = {}
   drawn = None

@@ -31,7 +31,7 @@ from ddpm_jax.exchange import initial
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
-from ddpm_jax.run import Run, build_run, make_train_step
+from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
 from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import resume
@@ -116,6 +116,8 @@ def _resume_or_start(
   if finished:
     return
   if lock:
+    if warning := noise_warning(run):
+      print(f"warning: {warning}", file=sys.stderr, flush=True)
     if restored and start < total:  # a new run has been looked at before its folder was made
       check_space(run, workdir, start)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
