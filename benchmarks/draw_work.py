@@ -32,7 +32,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     Facts, and a function that draws batches with the sampler that is its case.
   """
   config = config_lib.from_json(job["config"])
-  run = build_run(config, tuple(job["image_shape"]), Parallel(config.train.parallel))
+  run = build_run(
+    config, tuple(job["image_shape"]), Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  )
   size = job["batch_size"]
   index = np.arange(size, dtype=np.int32)
   params = run.initial_state().ema_params

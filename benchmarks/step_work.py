@@ -36,7 +36,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     Facts, and a function that makes updates: it takes each batch from the host to the device, as the loop does.
   """
   config, shape = config_lib.from_json(job["config"]), tuple(job["image_shape"])
-  parallel = Parallel(config.train.parallel)
+  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   host_batches = _first_batches(config) if job.get("data") else _random_batches(config.data.batch_size, shape)
   run = build_run(config, shape, parallel)

@@ -184,22 +184,34 @@ def _whole_number(name: str, value: int) -> int:
     raise UserError(f"{name}: a {type(value).__name__} is no whole number; write one such as 16") from None
 
 
-def load(path: str | os.PathLike[str], *, checkpoint: str | int = "newest", weights: str = "ema") -> Model:
+def load(
+  path: str | os.PathLike[str],
+  *,
+  checkpoint: str | int = "newest",
+  weights: str = "ema",
+  dtype: str | None = None,
+  matmul_precision: str | None = None,
+) -> Model:
   """Reads a trained model.
 
   Args:
     path: a workdir, a folder of diffusers, or a safetensors file of `--mode=export`.
     checkpoint: of a workdir: 'newest', 'best' or a number of updates.
     weights: of a workdir: 'ema', the moving average of the parameters, or 'raw', the parameters themselves.
+    dtype: of the activations, 'float32' or 'bfloat16'.
+    matmul_precision: of float32 products, 'default', 'high' or 'highest'.
+      What is None is as the model was trained.
 
   Returns:
-    The model, on all devices of this process.
+    The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
+    process: the precision of products, 64-bit types and the implementation of random keys are its own.
 
   Raises:
     UserError: if there is no such model, or it cannot be read.
   """
   place = initial.absolute(os.fspath(path))
-  asked = {"checkpoint": str(checkpoint), "sample_weights": weights}
+  how = {"dtype": dtype, "matmul_precision": matmul_precision}
+  asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
   if initial.look(place).kind == "workdir":
     config = config_lib.override(workdir.load_config(pathlib.Path(place)), asked)
     with terminal.errors_alone():

@@ -75,7 +75,9 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
   return Config(**sections)
 
 
-def changed(before: Config, after: Config, *, on_resume: bool = False) -> list[tuple[str, Any, Any]]:
+def changed(
+  before: Config, after: Config, *, on_resume: bool = False, once_trained: bool = False
+) -> list[tuple[str, Any, Any]]:
   """The knobs in which two configs differ, as (name, before, after).
 
   Args:
@@ -83,10 +85,11 @@ def changed(before: Config, after: Config, *, on_resume: bool = False) -> list[t
     after: the config of this command.
     on_resume: leave out what a resumed run may change. `num_steps` may not change under a cosine schedule, whose
       learning rate depends on it.
+    once_trained: leave out, with `on_resume`, also what may change where trained weights are only used.
   """
-  differences = []
+  differences, rule = [], "may_change_once_trained" if once_trained else "may_change"
   for (_, field, old), (_, _, new) in zip(knobs(before), knobs(after), strict=True):
-    free = field.metadata["may_change"] and not (field.name == "num_steps" and after.optimizer.lr_schedule == "cosine")
+    free = field.metadata[rule] and not (field.name == "num_steps" and after.optimizer.lr_schedule == "cosine")
     if old != new and not (on_resume and free):
       differences.append((field.name, old, new))
   return differences

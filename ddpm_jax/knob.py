@@ -1,4 +1,4 @@
-"""A knob: a dataclass field that carries its help text, its range, and whether a resumed run may change it."""
+"""A knob: a dataclass field that carries its help text, its range, and when it may change."""
 
 from __future__ import annotations
 
@@ -20,8 +20,19 @@ def knob(
   maximum: float | None = None,
   below: float | None = None,
   may_change: bool = False,
+  may_change_once_trained: bool = False,
 ) -> Any:
-  """A dataclass field that carries its help text, its range and whether a resumed run may change it."""
+  """A dataclass field that carries its help text, its range, and when it may change.
+
+  Args:
+    default: the field's default.
+    help: text of the flag.
+    choices: all values of a text, or of the parts of a tuple of texts.
+    minimum, above, maximum, below: the range of a number.
+    may_change: a resumed run may have another value.
+    may_change_once_trained: drawing, measuring and exporting may use another value than the run that trained the
+      weights; a resumed run may not.
+  """
   return dataclasses.field(
     default=default,
     metadata={
@@ -32,6 +43,7 @@ def knob(
       "maximum": maximum,
       "below": below,
       "may_change": may_change,
+      "may_change_once_trained": may_change or may_change_once_trained,
     },
   )
 

@@ -54,13 +54,12 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
     _check_one_model(given, folder, run)
   if run or not given.get("init_from"):
     assert folder is not None
-    config = _over_stored_run(given, folder)
+    config = _over_stored_run(mode, given, folder)
   else:
     config = config_lib.override(defaults, given)
     if folder is not None:
       workdir.check(folder, config)
-  draws = mode != "export" or config.exchange.export_format == "jax"
-  if draws and "variance" in given and config.sample.sampler != "ddpm":
+  if _runs_the_network(mode, config) and "variance" in given and config.sample.sampler != "ddpm":
     raise UserError(
       f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
       "--variance out, or use --sampler=ddpm"
@@ -68,12 +67,17 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   return config
 
 
-def _over_stored_run(given: dict, folder: pathlib.Path) -> Config:
+def _runs_the_network(mode: str, config: Config) -> bool:
+  """False where parameters are only written in another format."""
+  return mode != "export" or config.exchange.export_format == "jax"
+
+
+def _over_stored_run(mode: str, given: dict, folder: pathlib.Path) -> Config:
   stored = workdir.load_config(folder)
   if workdir.has_checkpoints(folder):
     stored = config_lib.beyond_init_from(stored)
   config = config_lib.override(stored, given)
-  for name, old, new in workdir.changed(folder, stored, config):
+  for name, old, new in workdir.changed(folder, stored, config, once_trained=_runs_the_network(mode, config)):
     raise UserError(
       f"{name}: {workdir.history(folder, stored)} {config_lib.flag_text(old)!r}, not "
       f"{config_lib.flag_text(new)!r}; leave --{name} out"
@@ -102,8 +106,9 @@ def main(argv: Sequence[str]) -> int:
       folder = flags.workdir() if mode not in ("plan", "export") or flags.has_workdir() else None
       compilation.set_xla_flags()
       config = resolve_config(mode, flags.given(), folder)
-      from ddpm_jax import distributed  # with JAX: after what can be said without it
+      from ddpm_jax import distributed, numerics  # with JAX: after what can be said without it
 
+      numerics.check_options(config.model.matmul_precision)
       compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
       together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion.schedules import NoiseSchedule, make_schedule
+from ddpm_jax.diffusion.schedules import (
+  NoiseSchedule,
+  betas_that_reach_noise,
+  largest_prior_kl,
+  make_schedule,
+  reaches_noise,
+)
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Network, Params, build_model, init_params, network_of
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -58,6 +64,25 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
     parallel.state_shardings(shapes),
   )
   return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
+
+
+def noise_warning(run: Run) -> str | None:
+  """A line if at t = T more of the images is left than can go unseen, with the betas that would do; else None."""
+  if reaches_noise(run.schedule):
+    return None
+  d, remedies = run.config.diffusion, []
+  if d.beta_schedule != "cosine":
+    betas = betas_that_reach_noise(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
+    if betas:
+      remedies.append("--beta_start={:g} --beta_end={:g}".format(*betas))
+    if reaches_noise(make_schedule("cosine", d.num_timesteps)):
+      remedies.append("--beta_schedule=cosine")
+  return (
+    f"the noise schedule does not reach noise, from which images are drawn: at t = {d.num_timesteps}, the last "
+    f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T up to "
+    f"{largest_prior_kl(run.schedule):.2g} bits/dim); a run with {' or with '.join(remedies or ['more timesteps'])} "
+    "would"
+  )
 
 
 def make_train_step(run: Run) -> functools.partial:

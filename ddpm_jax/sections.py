@@ -74,8 +74,12 @@ class ModelConfig:
   norm_groups: int = knob(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                           "channels).", minimum=0)
   dropout: float = knob(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
-  dtype: str = knob("float32", "Type of the activations; parameters, loss and optimiser are float32 always.",
-                    choices=("float32", "bfloat16"))
+  dtype: str = knob("float32", "Type of the activations; parameters, loss, optimiser and likelihoods are float32 "
+                    "always.", choices=("float32", "bfloat16"), may_change_once_trained=True)
+  matmul_precision: str = knob("default", "Precision of products and convolutions of float32: 'default' is fastest and "
+                               "of fewer bits on GPUs and TPUs, 'high' is of about 16 to 21 bits, 'highest' float32. "
+                               "Likelihoods and features are of the highest always.",
+                               choices=("default", "high", "highest"), may_change_once_trained=True)
   remat: str = knob("none", "What the backward pass computes again, to save memory: 'norms' what lies between the "
                     "convolutions of a residual block, 'blocks' the block with its attention, a quarter more "
                     "arithmetic.",

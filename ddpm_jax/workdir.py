@@ -60,15 +60,19 @@ def has_checkpoints(workdir: pathlib.Path, folders: Sequence[str] = ("checkpoint
     raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
 
 
-def changed(workdir: pathlib.Path, stored: Config, config: Config) -> list[tuple[str, Any, Any]]:
+def changed(
+  workdir: pathlib.Path, stored: Config, config: Config, *, once_trained: bool = False
+) -> list[tuple[str, Any, Any]]:
   """The knobs that a command would change of the run in `workdir`, and may not, as (name, before, after).
+
+  once_trained: the command only uses its weights, see `config.changed`.
 
   Where the weights of --init_from were only drawn with or measured, that is the model alone: nothing was trained yet.
 
   Raises:
     UserError: if it cannot be seen what was trained.
   """
-  differences = config_lib.changed(stored, config, on_resume=True)
+  differences = config_lib.changed(stored, config, on_resume=True, once_trained=once_trained)
   if _was_trained(workdir, stored):
     return differences
   model = {field.name for section, field, _ in config_lib.knobs(stored) if section in ("model", "diffusion")}

@@ -14,7 +14,14 @@ STEPS = 24
 # Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
 FLAGS = [
   *("--channels=8", "--channel_multipliers=1", "--attention_resolutions=", "--dropout=0.2", "--random_flip"),
-  *("--batch_size=16", "--lr_schedule=constant", "--warmup_steps=4", "--num_timesteps=50", "--log_every=2"),
+  *(
+    "--batch_size=16",
+    "--lr_schedule=constant",
+    "--warmup_steps=4",
+    "--num_timesteps=50",
+    "--beta_end=0.4",
+    "--log_every=2",
+  ),
   *("--checkpoint_every=6", "--sample_every=12", "--preview_images=4", "--preview_steps=2", "--keep_checkpoints=9"),
 ]
 

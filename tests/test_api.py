@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,6 +101,30 @@ def test_draws_what_the_command_draws(trained, model, tmp_path, asked, knobs):
   assert got.shape == theirs.shape and got.dtype == theirs.dtype == np.uint8
   assert np.abs(got.astype(int) - theirs).max() <= 1  # equal but for the rounding to uint8
   assert len(np.unique(got.reshape(11, -1), axis=0)) == 11
+
+
+def test_options_of_the_process_change_nothing(trained, model):
+  """As a script has them that computes in 64 bits."""
+  wanted = model.sample(2, seed=9)
+  with (
+    jax.enable_x64(True),
+    jax.threefry_partitionable(False),
+    jax.default_prng_impl("rbg"),
+    jax.default_matmul_precision("bfloat16"),
+  ):
+    np.testing.assert_array_equal(ddpm_jax.load(trained.path).sample(2, seed=9), wanted)
+
+
+def test_the_arithmetic_may_be_another_than_in_training(trained, model):
+  other = ddpm_jax.load(trained.path, dtype="bfloat16", matmul_precision="highest")
+  assert config_lib.changed(model.config, other.config) == [
+    ("dtype", "float32", "bfloat16"),
+    ("matmul_precision", "default", "highest"),
+  ]
+  x, t = np.random.default_rng(0).standard_normal((2, *IMAGE_SHAPE)), [50, 150]
+  difference = np.abs(other.eps(x, t) - model.eps(x, t)).max()
+  assert 1e-4 < difference < 0.1  # a bfloat16 has 8 bits
+  assert refusal(ddpm_jax.load, trained.path, dtype="float16").startswith("dtype: 'float16' is unknown")
 
 
 def test_another_seed_compiles_nothing(model, monkeypatch):

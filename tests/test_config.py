@@ -102,6 +102,7 @@ OTHER = {
   "norm_groups": 32,
   "dropout": 0.0,
   "dtype": "bfloat16",
+  "matmul_precision": "highest",
   "remat": "blocks",
   "learning_rate": 2e-5,
   "lr_schedule": "constant",
@@ -498,6 +499,15 @@ def test_on_resume_only_what_is_trained_must_stay():
   differences = config_lib.changed(make(lr_schedule="constant"), make(**OTHER), on_resume=True)
   assert {name for name, _, _ in differences} == set(OTHER) - MAY_CHANGE - {"lr_schedule"}
   assert {field.name for _, field in KNOBS if field.metadata["may_change"]} == MAY_CHANGE
+
+
+def test_once_trained_the_arithmetic_may_change_too():
+  stored, other = make(lr_schedule="constant"), make(**OTHER)
+  resumed, used = (
+    {name for name, _, _ in config_lib.changed(stored, other, on_resume=True, once_trained=once_trained)}
+    for once_trained in (False, True)
+  )
+  assert resumed - used == {"dtype", "matmul_precision"} and used < resumed
 
 
 @pytest.mark.parametrize(("schedule", "refused"), [("constant", []), ("cosine", [("num_steps", 4000, 5000)])])

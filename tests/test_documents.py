@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
 README, WORKSPACE = DOCUMENTS.values()
-PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}
+OTHERS = ("SECURITY.md", "docs/precision.md", "docs/reliability.md")
+PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 
 # Flags of other programs that the documents may mention.
@@ -184,7 +185,9 @@ def test_commands_parse():
 def test_what_the_sampling_section_names_may_be_given():
   named = named_flags(section(README, "Drawing samples")) - {"workdir", "mode"}
   sampling = {field.name for part, field, _ in config_lib.knobs(Config()) if part == "sample"}
-  assert named == sampling | {"variance"}
+  only_while_training = {"may_change": False, "may_change_once_trained": True}
+  arithmetic = {name for name, field in KNOBS.items() if field.metadata | only_while_training == field.metadata}
+  assert named == sampling | {"variance"} | arithmetic
 
 
 def test_every_flag_is_in_a_group():

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -356,6 +357,32 @@ def test_an_export_is_of_one_model(model, tmp_path):
   assert main.resolve_config("export", {"init_from": model}, tmp_path / "tuned") == began
   with pytest.raises(UserError, match="workdir: name either a run to export"):
     main.resolve_config("export", {"init_from": str(tmp_path / "run")}, tmp_path / "tuned")
+
+
+def test_weights_may_be_used_in_another_arithmetic_than_they_were_trained_in(tmp_path):
+  stored = config_lib.override(Config(), {"dtype": "bfloat16", "matmul_precision": "high"})
+  workdir.create(tmp_path, stored)
+  given = {"dtype": "float32", "matmul_precision": "highest"}
+  for mode, more in (("sample", {}), ("evaluate", {}), ("export", {"export_format": "jax"})):
+    assert main.resolve_config(mode, given | more, tmp_path) == config_lib.override(stored, given | more)
+  # Where parameters are only written, in float32, it would change nothing.
+  for name, value in given.items():
+    with pytest.raises(UserError, match=rf"^{name}: .* was trained with '.*', not '{value}'; leave --{name} out$"):
+      main.resolve_config("export", {name: value}, tmp_path)
+    resumed = main.resolve_config("train", {"dtype": "bfloat16", "matmul_precision": "high", name: value}, tmp_path)
+    with pytest.raises(UserError, match=rf"^{name}: .* this command says '{value}'"):
+      workdir.check(tmp_path, resumed)
+
+
+def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path, capsys):
+  with jax.enable_x64(True):
+    assert command(f"--workdir={tmp_path}") == 2
+  assert one_line(capsys).startswith("error: JAX_ENABLE_X64: True ")
+  with jax.default_matmul_precision("high"):
+    assert command(f"--workdir={tmp_path}") == 2
+    assert one_line(capsys).startswith("error: JAX_DEFAULT_MATMUL_PRECISION: high is not --matmul_precision=default")
+    assert command(f"--workdir={tmp_path}", "--matmul_precision=high") == 0
+  assert [call[0] for call in runs.calls] == ["distributed", "train"]
 
 
 def test_a_variance_is_no_part_of_an_exported_sampler_that_has_none(tmp_path):

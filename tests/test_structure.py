@@ -96,6 +96,7 @@ SERVICES = [
   "grids",
   "keys",
   "lock",
+  "numerics",
   "paths",
   "plots",
   "progress",

@@ -171,3 +171,58 @@ def make_schedule(name: str, num_timesteps: int, *, beta_start: float = 1e-4, be
     case _:
       raise ValueError(f"unknown beta schedule {name!r}")
   return NoiseSchedule(betas=np.concatenate([[0.0], betas]))
+
+
+# The most of an image that may be left in x_T, as sqrt(alpha_bar_T): one of its 256 grey levels. Drawing begins with
+# N(0, I), as if nothing were left. The paper's linear betas leave 0.8 of a level (L_T = 0.00002 bits/dim).
+SEEN_SIGNAL = 2.0 / 255.0
+_LARGEST_BETA = 0.99  # that is proposed: 1 would be a step after which nothing is left
+
+
+def reaches_noise(schedule: NoiseSchedule) -> bool:
+  """Whether what x_T still holds of x_0 is at most `SEEN_SIGNAL`, so that N(0, I) may stand for it."""
+  return bool(schedule.sqrt_alpha_bar[-1] <= SEEN_SIGNAL)
+
+
+def largest_prior_kl(schedule: NoiseSchedule) -> float:
+  """The largest L_T (`forward.prior_kl`) of any image in [-1, 1], in bits per dimension: -log2(1 - alpha_bar_T) / 2."""
+  return float(-np.log1p(-schedule.alpha_bar[-1]) / (2 * np.log(2.0)))
+
+
+def betas_that_reach_noise(
+  name: str, num_timesteps: int, beta_start: float, beta_end: float
+) -> tuple[float, float] | None:
+  """The smallest multiple of beta_1 and beta_T with which a schedule `reaches_noise`, both rounded up to three digits.
+
+  With the linear schedule and T < 1000 that is somewhat less than the 1000 / T of Nichol and Dhariwal 2021's code.
+
+  Args:
+    name: of a schedule that has these two parameters, see `make_schedule`.
+    num_timesteps: T.
+    beta_start: beta_1.
+    beta_end: beta_T.
+
+  Returns:
+    beta_1 and beta_T; None if with this few timesteps there is no such multiple below `_LARGEST_BETA`.
+  """
+
+  def multiple(factor: float) -> tuple[float, float]:
+    return _rounded_up(factor * beta_start), _rounded_up(factor * beta_end)
+
+  def enough(factor: float) -> bool:
+    start, end = multiple(factor)
+    return reaches_noise(make_schedule(name, num_timesteps, beta_start=start, beta_end=end))
+
+  low, high = 1.0, _LARGEST_BETA / beta_end
+  if high < low or not enough(high):
+    return None
+  for _ in range(30):
+    middle = (low + high) / 2
+    low, high = (low, middle) if enough(middle) else (middle, high)
+  return multiple(high)
+
+
+def _rounded_up(value: float) -> float:
+  """To three significant digits."""
+  unit = 10.0 ** (np.floor(np.log10(value)) - 2)
+  return float(f"{np.ceil(value / unit - 1e-9) * unit:.3g}")

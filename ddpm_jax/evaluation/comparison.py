@@ -13,7 +13,7 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
 from ddpm_jax.evaluation.reference import Reference, batches_of, evenly_spaced
 
-_SET = 10_000  # as many features of either side as the authors of precision and recall, density and coverage take
+_SET = 10_000  # features of either side, as Naeem et al. 2020 take; Kynkäänniemi et al. 2019 take 50,000
 _LOOKED_UP = 1_000  # samples whose nearest training images are looked for
 _SHOWN, _NEAREST = 8, 7  # rows and neighbours of the picture
 # By extractor: what a number is called. Only Inception's are an FID and an Inception Score.

@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 import ddpm_jax
-from ddpm_jax import grids
+from ddpm_jax import grids, numerics
 from ddpm_jax.config import Config
 from ddpm_jax.data.encoded import no_labels
 from ddpm_jax.data.sources import Source, has_split, open_source
@@ -25,7 +24,9 @@ from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import compare, look_up, see
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.reference import Reference, measure_reference
+from ddpm_jax.models.build import build_model, network_of
 from ddpm_jax.progress import counted
+from ddpm_jax.run import noise_warning
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.sampling.weights import Weights
 
@@ -124,13 +125,14 @@ def evaluate(
     UserError: data, labels or weights are missing.
     Abandoned: by `around.beat`.
   """
-  began, devices = time.perf_counter(), jax.devices()
+  began = time.perf_counter()
   result: dict[str, Any] = {
     "step": weights.step,
     "weights": weights.which,
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "version": ddpm_jax.__version__,
-    "machine": f"{len(devices)} x {devices[0].device_kind}",
+    **numerics.surroundings(),
+    "warnings": [warning] if (warning := noise_warning(weights.run)) else [],
   }
   pictures: dict[str, np.ndarray] = {}
   drawn = None
@@ -239,6 +241,8 @@ def _splits(config: Config, train: Source) -> Iterator[tuple[str, Source]]:
 
 def _likelihood(name: str, config: Config, weights: Weights, source: Source, around: Surroundings) -> dict[str, Any]:
   options, run = config.evaluate, weights.run
+  exact = dataclasses.replace(config.model, dtype="float32")  # of a float32 model, however it was trained and is drawn
+  network = network_of(build_model(exact, run.image_shape))
   number = min(options.likelihood_examples or len(source), len(source))
   around.say(f"{name}: bits/dim of {number} images of {source.name}")
   with around.counted("image", number) as done:
@@ -252,19 +256,16 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
       progress=done,
     )
     if name == "bound":
-      return likelihood.bound(
-        run.network,
+      timesteps = min(options.bound_timesteps, run.schedule.num_timesteps)
+      found = likelihood.bound(
+        network,
         weights.params,
         run.schedule,
         variance=config.diffusion.variance,
-        timesteps=min(options.bound_timesteps, run.schedule.num_timesteps),
+        timesteps=timesteps,
         **shared,
       )
-    return likelihood.ode(
-      run.network,
-      weights.params,
-      run.schedule,
-      steps=min(options.ode_steps, run.schedule.num_timesteps),
-      probes=options.ode_probes,
-      **shared,
-    )
+    else:
+      steps = min(options.ode_steps, run.schedule.num_timesteps)
+      found = likelihood.ode(network, weights.params, run.schedule, steps=steps, probes=options.ode_probes, **shared)
+  return found | {"dtype": exact.dtype, "matmul_precision": likelihood.PRECISION}

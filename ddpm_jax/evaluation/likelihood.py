@@ -30,6 +30,7 @@ from ddpm_jax.models.build import Network, Params
 from ddpm_jax.training.parallel import Parallel
 
 Progress = Callable[[int], None]
+PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/precision.md
 _AT_ONCE = 25  # strata in one call on the devices: long enough to hide its cost, short enough to be interrupted
 _MOST_BINS = 100  # of the result by timestep
 
@@ -84,7 +85,7 @@ def bound(
   calls = math.ceil(number / _AT_ONCE)
   at_once = math.ceil(number / calls)
   function = _bound_function(network, schedule, prediction, variance, edges, at_once, seed)
-  compiled = parallel.by_rows(function)
+  compiled = parallel.by_rows(function, matmul_precision=PRECISION)
 
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
@@ -212,7 +213,7 @@ def ode(
     predict_eps = eps_predictor(lambda xt, t: network(params, xt, t, None), schedule, prediction)
     return ode_log_density(schedule, predict_eps, x0, probe_keys, num_steps=steps, num_probes=probes)
 
-  compiled = parallel.by_rows(function)
+  compiled = parallel.by_rows(function, matmul_precision=PRECISION)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))

@@ -200,7 +200,7 @@ def _around_zero(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3, block: int = 1000) -> tuple[float, float]:
-  """Improved precision and recall of Kynkäänniemi et al. 2019, eqs. 1 and 2.
+  """Improved precision and recall of Kynkäänniemi et al. 2019, eqs. 1 and 2, whose numbers are of VGG-16 features.
 
   The manifold of a set is the union of balls around its points, each as large as the distance to the k-th nearest other
   point of the set, the surface included. Both depend on N and M: compare only numbers from sets of the same sizes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 
 import jax
 
@@ -35,6 +36,8 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
   around.say(f"evaluating {weights.text}: {', '.join(config.evaluate.measures)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:
+    for warning in result["warnings"]:
+      print(f"warning: {warning}", file=sys.stderr, flush=True)
     path = write_result(workdir, result, pictures)
     for name, value in scalars(result).items():
       print(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")

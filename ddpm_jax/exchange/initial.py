@@ -165,7 +165,7 @@ def find_weights(config: Config, workdir: pathlib.Path | None) -> Weights:
   if workdir is not None and (not config.exchange.init_from or workdir_lib.has_checkpoints(workdir)):
     return load_weights(config, workdir)
   params, image_shape = read_params(config)
-  run = build_run(config, image_shape, Parallel(config.train.parallel))
+  run = build_run(config, image_shape, Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision))
   params = run.place(params)
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)))
 
@@ -178,7 +178,7 @@ def adopt(config: Config, workdir: pathlib.Path) -> None:
   if not config.exchange.init_from or workdir_lib.has_checkpoints(workdir) or jax.process_index() != 0:
     return
   exists = workdir_lib.holds_run(workdir)
-  if not exists or config_lib.changed(workdir_lib.load_config(workdir), config, on_resume=True):
+  if not exists or config_lib.changed(workdir_lib.load_config(workdir), config, on_resume=True, once_trained=True):
     workdir_lib.create(workdir, config)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.errors import UserError
+from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Params, build_model, init_params
 
 # Blocks: ours -> theirs. `level` counts from the full resolution, `up` the same levels from the smallest.
@@ -79,7 +80,7 @@ class Row(NamedTuple):
 def param_shapes(model: ModelConfig, image_shape: tuple[int, int, int]) -> dict[tuple[str, ...], tuple[int, ...]]:
   """Path -> shape of every parameter. Raises UserError if that network cannot draw such images [H, W, C]."""
   module = build_model(model, image_shape)
-  params = jax.eval_shape(lambda: init_params(module, jax.random.key(0), image_shape))
+  params = jax.eval_shape(lambda: init_params(module, stream_key(0, "init"), image_shape))
   return {path: leaf.shape for path, leaf in _leaves(params).items()}
 
 

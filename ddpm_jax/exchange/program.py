@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax import export
 
+from ddpm_jax import numerics
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.exchange.names import from_flat, to_flat
@@ -132,11 +133,12 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
     return draw(from_flat(weights, config.model, run.image_shape), seed, index)
 
   (rows,) = (number,) if number else export.symbolic_shape("n")
-  return export.export(jax.jit(sampler), platforms=config.exchange.export_platforms)(
-    {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in to_flat(weights.params).items()},
-    jax.ShapeDtypeStruct((), np.uint32),
-    jax.ShapeDtypeStruct((rows,), np.int32),
-  )
+  with numerics.pinned(config.model.matmul_precision):
+    return export.export(jax.jit(sampler), platforms=config.exchange.export_platforms)(
+      {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in to_flat(weights.params).items()},
+      jax.ShapeDtypeStruct((), np.uint32),
+      jax.ShapeDtypeStruct((rows,), np.int32),
+    )
 
 
 def _readme(config: Config, weights: Weights, exported: dict[str, export.Exported]) -> str:
@@ -146,6 +148,8 @@ def _readme(config: Config, weights: Weights, exported: dict[str, export.Exporte
   settings = {name: getattr(config.sample, name) for name in _SETTINGS} | {
     "network evaluations for each image": len(table.t),
     "timesteps": config.diffusion.num_timesteps,
+    "dtype": config.model.dtype,
+    "matmul_precision": config.model.matmul_precision,
     **({"variance": config.diffusion.variance} if config.sample.sampler == "ddpm" else {}),
     "weights": weights.text,
     "digest of the weights": weights.identity,

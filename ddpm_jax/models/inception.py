@@ -211,7 +211,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "runni
 
 def _abstract_variables() -> Variables:
   x = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-  return jax.eval_shape(lambda x: InceptionV3().init(jax.random.key(0), x), x)
+  return jax.eval_shape(lambda x: InceptionV3().init(jax.random.key(0, impl="threefry2x32"), x), x)
 
 
 def _tensor_name(path: tuple[Any, ...]) -> str:

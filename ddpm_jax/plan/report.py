@@ -23,7 +23,11 @@ def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
   config = run.config
   chips = "" if topology.chips == len(topology.devices) else f" ({topology.chips} chips)"
   rows = [
-    ("model", f"U-Net of {num_params(run.abstract_state.params):,} parameters, {config.model.dtype} activations"),
+    (
+      "model",
+      f"U-Net of {num_params(run.abstract_state.params):,} parameters, {config.model.dtype} activations, "
+      f"{config.model.matmul_precision} matmul precision",
+    ),
     ("images", f"{height}x{width}x{channels} ({config.data.dataset}), {config.data.batch_size} in an update"),
     (
       "topology",

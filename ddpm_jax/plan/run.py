@@ -28,7 +28,7 @@ def plan(config: Config) -> None:
   """
   jax.config.update("jax_platforms", "cpu")  # other devices of this machine are left to those who use them
   target = topology.find(config.plan.topology)
-  parallel = Parallel(config.train.parallel, target.devices)
+  parallel = Parallel(config.train.parallel, target.devices, matmul_precision=config.model.matmul_precision)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   run = build_run(config, image_shape(config.data), parallel)
   best = peaks(target)

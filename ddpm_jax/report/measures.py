@@ -25,16 +25,18 @@ _LOWER = ("fid", "distance", "kid")
 _HIGHER = ("score", "precision", "recall", "density", "coverage")
 _ORDER = (*_LOWER, *_HIGHER)
 # What must be equal for two values to be comparable; of samples, the weights too.
+_ARITHMETIC = ("dtype", "matmul_precision")
+_SAMPLER = ("sampler", "evaluations", "time_grid", "eta", "variance", "threshold", "threshold_quantile")
 _CONDITIONS = {
-  "samples": ("number", "sampler", "evaluations", "time_grid", "eta", "variance", "threshold", "threshold_quantile"),
+  "samples": ("number", *_SAMPLER, *_ARITHMETIC),
   "reference": ("dataset", "split", "number", "fingerprint"),
   "features": ("name", "identity", "resize"),
   "measures": ("set_size",),
 }
-_TOLD = ("sampler", "time_grid", "seed", "sample_seed")
+_TOLD = ("sampler", "time_grid", "seed", "sample_seed", *_ARITHMETIC)
 _TERMS = ("total", "prior", "chain", "decoder", "rate", "distortion")
-_BOUND = ("examples", "timesteps_per_example")
-_ODE = ("examples", "steps", "probes")
+_BOUND = ("examples", "timesteps_per_example", *_ARITHMETIC)
+_ODE = ("examples", "steps", "probes", *_ARITHMETIC)
 
 
 @dataclasses.dataclass
@@ -64,6 +66,26 @@ def part(evaluation: Any, *names: str) -> dict[str, Any]:
   for name in names:
     evaluation = evaluation.get(name) if isinstance(evaluation, dict) else None
   return evaluation if isinstance(evaluation, dict) else {}
+
+
+def completed(evaluation: Evaluation, dtype: str) -> Evaluation:
+  """With the arithmetic that results of release 0.1 do not name: that of the run, of the default precision.
+
+  On CPUs the products of float32 are of the highest precision by default.
+
+  dtype: of the run's activations.
+  """
+  usual = dict(zip(_ARITHMETIC, (dtype, "default"), strict=True))
+  exact = dtype == "float32" and str(evaluation.get("machine")).endswith(" x cpu")
+  of_likelihoods = usual | {"matmul_precision": "highest"} if exact else usual
+  full = dict(evaluation)
+  if part(evaluation, "samples"):
+    full["samples"] = usual | part(evaluation, "samples")
+  for kind in ("bits_per_dim", "ode_bits_per_dim"):
+    splits = part(evaluation, kind)
+    if splits:
+      full[kind] = {split: of_likelihoods | terms if part(terms) else terms for split, terms in splits.items()}
+  return full
 
 
 def said(value: Any) -> str:
@@ -191,6 +213,11 @@ def _how(evaluation: Evaluation) -> Html:
   size = finite(part(evaluation, "measures").get("set_size"))
   if size is not None:
     sentences.append(f"KID, precision, recall, density and coverage compare {number(size)} of either.")
+  if "precision" in part(evaluation, "measures"):
+    sentences.append(
+      "Precision and recall are those of Kynkäänniemi et al. 2019 (k = 3) in these features and of so many images. "
+      "Theirs are of 50,000 of either in features of VGG-16: not to be compared."
+    )
   if features:
     more = [f"{said(features['width'])} numbers an image"] if "width" in features else []
     accuracy = finite(features.get("accuracy"))
@@ -259,6 +286,12 @@ def _by_timestep(splits: dict[str, Any]) -> list[Html]:
   return [tag("div", *drawn, class_="grid wide")] if any(drawn) else []
 
 
+def _in_what(splits: dict[str, Any]) -> str:
+  """In which arithmetic likelihoods were computed, as a sentence."""
+  kinds = {tuple(str(part(terms).get(key, "unknown")) for key in _ARITHMETIC) for terms in splits.values()}
+  return "".join(f" Computed in {dtype} with products of {precision} precision." for dtype, precision in sorted(kinds))
+
+
 def measured(evaluations: Sequence[Evaluation]) -> list[Html]:
   """The sections about what was measured, oldest checkpoint first in `evaluations`; nothing if there is none."""
   if not evaluations:
@@ -270,7 +303,8 @@ def measured(evaluations: Sequence[Evaluation]) -> list[Html]:
   remark = (
     f"{at} Bits per dimension of the image, prior + chain + decoder: an upper bound on the negative log-likelihood."
   )
-  shown += _terms("Variational bound", remark, bound) + _by_timestep(bound)
-  shown += _terms("Likelihood of the probability-flow ODE", f"{at} Bits per dimension, an estimate.", ode)
+  shown += _terms("Variational bound", remark + _in_what(bound), bound) + _by_timestep(bound)
+  remark = f"{at} Bits per dimension, an estimate."
+  shown += _terms("Likelihood of the probability-flow ODE", remark + _in_what(ode), ode)
   remark = f"{at} Near duplicates are the share of samples that seem to copy an image of the training."
   return shown + _terms("Nearest neighbours", remark, part(newest, "neighbours"))

@@ -16,7 +16,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.report.charts import Series, line_chart, running_mean
-from ddpm_jax.report.measures import measured, part, tiles
+from ddpm_jax.report.measures import completed, measured, part, tiles
 from ddpm_jax.report.page import Html, document, finite, join, number, picture, tag, tile
 from ddpm_jax.storage import write_whole
 
@@ -111,10 +111,14 @@ def _read(run: _Run) -> None:
       evaluation = _json(run.text(f"eval/{path.name}") or "")
       step = evaluation.get("step") if isinstance(evaluation, dict) else None
       if isinstance(step, int) and 0 <= step < 1e15 and isinstance(evaluation, dict):
-        run.evaluations.append({**evaluation, "step": int(step)})
+        dtype = run.config.model.dtype if run.config else "unknown"
+        run.evaluations.append(completed({**evaluation, "step": int(step)}, dtype))
       else:
         run.notes.append(f"eval/{path.name} is damaged, and left out.")
   run.evaluations.sort(key=lambda evaluation: evaluation["step"])
+  warnings = run.evaluations[-1].get("warnings") if run.evaluations else None
+  for warning in warnings if isinstance(warnings, list) else ():
+    run.notes.append(f"{str(warning)[:1].upper()}{str(warning)[1:]}.")
 
 
 def _json(text: str) -> Any:

@@ -125,7 +125,13 @@ class Drawn:
 def settings(config: Config, weights: Weights) -> dict[str, Any]:
   """How images are drawn, JSON values: the knobs of the section `sample` and what else they depend on."""
   own = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
-  return own | {"checkpoint": weights.step, "variance": config.diffusion.variance}
+  return own | {
+    "checkpoint": weights.step,
+    "variance": config.diffusion.variance,
+    "dtype": config.model.dtype,
+    "matmul_precision": config.model.matmul_precision,
+    "device": jax.devices()[0].device_kind,
+  }
 
 
 def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:

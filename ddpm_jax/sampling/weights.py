@@ -50,10 +50,10 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   missing = UserError(f"workdir: {workdir} holds no {'best ' * (name == 'best')}checkpoint yet; {remedy}")
   if not folder.is_dir():
     raise missing
-  parallel, runs = Parallel(config.train.parallel), {}
+  parallel, runs = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision), {}
 
   def expect(manifest: Manifest) -> TrainState:
-    resume.check_config(manifest, config, workdir)
+    resume.check_config(manifest, config, workdir, once_trained=True)
     run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
     return run.abstract_state
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, grids
+from ddpm_jax import compilation, grids, numerics
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -31,7 +31,7 @@ from ddpm_jax.exchange import initial
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
-from ddpm_jax.run import Run, build_run, make_train_step
+from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
 from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import resume
@@ -61,7 +61,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     RunError: if what must be kept cannot be written.
     NonFiniteError: if the loss or the gradient is not finite, as often as is not put up with.
   """
-  parallel = Parallel(config.train.parallel)
+  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   exists = workdir_lib.check(workdir, config)
   source = open_source(config.data)
@@ -116,6 +116,8 @@ def _resume_or_start(
   if finished:
     return
   if lock:
+    if warning := noise_warning(run):
+      print(f"warning: {warning}", file=sys.stderr, flush=True)
     if restored and start < total:  # a new run has been looked at before its folder was made
       check_space(run, workdir, start)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
@@ -319,10 +321,10 @@ def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
 
 def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool) -> str:
   height, width, channels = run.image_shape
-  devices, total = jax.devices(), run.config.train.num_steps
+  total = run.config.train.num_steps
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
-    f"{num_params(run.abstract_state.params):,} parameters, {len(devices)} x {devices[0].device_kind} "
+    f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
     f"({run.parallel.mode})\n{job.text}\n"
   )
   if finished:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ddpm_jax import compilation
+from ddpm_jax import compilation, numerics
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.updates import make_updates
 
@@ -30,16 +30,17 @@ Tree = Any
 class Parallel:
   """A mesh over all devices of all processes, and the placements that follow from `--parallel`."""
 
-  def __init__(self, mode: str, devices: Sequence[Any] | None = None):
+  def __init__(self, mode: str, devices: Sequence[Any] | None = None, *, matmul_precision: str = "default"):
     """Args:
       mode: 'pmap' or 'fsdp'.
+      matmul_precision: of products and convolutions in all that is compiled here, see `numerics.pinned`.
       devices: JAX's, for the mesh; None: all that JAX has. For others, such as those of a topology that is not here, a
         step can be compiled, but they hold no arrays.
 
     Raises:
       UserError: if JAX has no device.
     """
-    self.mode = mode
+    self.mode, self.matmul_precision = mode, matmul_precision
     self._elsewhere = devices is not None
     if devices is None:
       try:
@@ -93,7 +94,7 @@ class Parallel:
     """Within a compiled function: the arrays on every device. For fsdp they are gathered."""
     return jax.lax.with_sharding_constraint(tree, self.replicated) if self.mode == "fsdp" else tree
 
-  def compile(self, train_step: Callable, abstract_state: Tree, *, updates: int = 1) -> Callable:
+  def compile(self, train_step: Callable, abstract_state: Tree, *, updates: int = 1) -> PinnedStep:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
     Args:
@@ -116,7 +117,7 @@ class Parallel:
           step = functools.partial(train_step, axis_name=AXIS)
           return *make_updates(step, state, batches, number, most=updates, packed=self._packs), stop
 
-        return jax.pmap(
+        step = jax.pmap(
           mapped,
           axis_name=AXIS,
           in_axes=(None, 0, 0),
@@ -132,7 +133,7 @@ class Parallel:
           return *make_updates(step, state, batches, number, most=updates), stop
 
         shardings = self.state_shardings(abstract_state)
-        return jax.jit(
+        step = jax.jit(
           sharded,
           in_shardings=(shardings, self._batches_sharding(updates), self.split),
           out_shardings=(shardings, self.replicated, self.replicated),
@@ -140,6 +141,7 @@ class Parallel:
         )
       case _:
         raise ValueError(f"unknown parallelism {self.mode!r}")
+    return PinnedStep(step, self.matmul_precision)
 
   @property
   def _packs(self) -> bool:
@@ -204,14 +206,17 @@ class Parallel:
       self._orders[updates, stop] = jax.make_array_from_process_local_data(self.split, rows)
     return self._orders[updates, stop]
 
-  def by_rows(self, function: Callable[..., Tree], *, keep: bool = False) -> ByRows:
+  def by_rows(
+    self, function: Callable[..., Tree], *, keep: bool = False, matmul_precision: str | None = None
+  ) -> ByRows:
     """Compiles a function of many examples so that all devices share them: for drawing and measuring.
 
     Args:
       function: (constants, *columns [B, ...]) -> tree of [B, ...]; row i of the result depends on row i alone.
       keep: it computes little: that the next process need not compile it again matters more than how fast it is.
+      matmul_precision: of its products and convolutions; None: that of this object.
     """
-    return ByRows(function, self, keep=keep)
+    return ByRows(function, self, keep=keep, matmul_precision=matmul_precision or self.matmul_precision)
 
   def globalize(self, state: Tree) -> Tree:
     """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
@@ -225,11 +230,29 @@ class Parallel:
     return jax.tree.map(join, state)
 
 
+class PinnedStep:
+  """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`."""
+
+  def __init__(self, step: Any, matmul_precision: str):
+    self._step, self._matmul_precision = step, matmul_precision
+
+  def __call__(self, *arguments: Any) -> Any:
+    """Runs the step; compiles it first if it has to."""
+    with numerics.pinned(self._matmul_precision):
+      return self._step(*arguments)
+
+  def lower(self, *arguments: Any) -> jax.stages.Lowered:
+    """As of what `jax.jit` returns."""
+    with numerics.pinned(self._matmul_precision):
+      return self._step.lower(*arguments)
+
+
 class ByRows:
   """A function of rows, compiled once for each number of rows, that all devices share; see `Parallel.by_rows`."""
 
-  def __init__(self, function: Callable[..., Tree], parallel: Parallel, *, keep: bool):
+  def __init__(self, function: Callable[..., Tree], parallel: Parallel, *, keep: bool, matmul_precision: str):
     """As `Parallel.by_rows` says."""
+    self._matmul_precision = matmul_precision
     options = compilation.options_to_be_kept(parallel.mesh.devices.flat[0].platform) if keep else {}
 
     def compiled(constants: Tree, *columns: jax.Array) -> Tree:
@@ -291,7 +314,8 @@ class ByRows:
 
   def _lower(self, constants: Tree, columns: list[np.ndarray]) -> jax.stages.Lowered:
     abstract = [jax.ShapeDtypeStruct(c.shape, c.dtype, sharding=self._parallel.split) for c in columns]
-    return self._jitted.lower(constants, *abstract)
+    with numerics.pinned(self._matmul_precision):
+      return self._jitted.lower(constants, *abstract)
 
   def _executable(self, constants: Tree, columns: list[np.ndarray]) -> Any:
     shapes = _shapes(columns)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import lock
+from ddpm_jax import lock, numerics
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint, shuffle
 from ddpm_jax.data.sources import Source
@@ -24,7 +24,7 @@ from ddpm_jax.training.state import TrainState
 
 
 def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str, Any]:
-  """What the manifests of a run say beside the arrays: image_shape, config, data, and how the data changed before.
+  """What the manifests of a run say beside the arrays: image_shape, config, data, how the data changed before, where.
 
   Args:
     run: the parts of the run.
@@ -42,6 +42,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     "config": json.loads(config_lib.to_json(run.config)),
     "data": data,
     "data_changes": changes,
+    "surroundings": numerics.surroundings(),
   }
 
 
@@ -72,10 +73,13 @@ def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manif
   return expect
 
 
-def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path) -> None:
-  """Raises UserError if a checkpoint was trained with settings that may not change, and have."""
+def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:
+  """Raises UserError if a checkpoint was trained with settings that may not change, and have.
+
+  once_trained: its weights are only used, see `config.changed`.
+  """
   stored = config_lib.from_json(json.dumps(manifest["config"]))
-  for name, before, now in config_lib.changed(stored, config, on_resume=True):
+  for name, before, now in config_lib.changed(stored, config, on_resume=True, once_trained=once_trained):
     raise UserError(
       f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
       f"command says {config_lib.flag_text(now)!r}; use another --workdir"

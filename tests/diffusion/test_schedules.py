@@ -118,3 +118,33 @@ def test_impossible_betas(betas):
 def test_unknown_schedule():
   with pytest.raises(ValueError, match="'lineal'"):
     make_schedule("lineal", 10)
+
+
+def test_the_betas_that_are_proposed_reach_noise_for_every_length():
+  """By the sum of log(1 - beta); 2% less would not do."""
+  wrong, none = [], []
+  for name in ("linear", "quadratic", "sigmoid"):
+    for num_timesteps in [*range(10, 100), *range(100, 951, 25)]:
+      found = schedules.betas_that_reach_noise(name, num_timesteps, 1e-4, 0.02)
+      if found is None:
+        none.append((name, num_timesteps))
+        continue
+      start, end = found
+      log_signal = np.sum(np.log1p(-make_schedule(name, num_timesteps, beta_start=start, beta_end=end).betas)) / 2
+      less = make_schedule(name, num_timesteps, beta_start=0.98 * start, beta_end=0.98 * end)
+      largest = less.sqrt_alpha_bar[-1]
+      if not (0 < start < end < 1 and np.exp(log_signal) <= 2 / 255 < largest):
+        wrong.append((name, num_timesteps, found))
+  assert not wrong
+  assert none == [("quadratic", 10), ("quadratic", 11)]  # beta_T would have to be nearly 1
+  assert all(schedules.reaches_noise(make_schedule("cosine", t)) for t in range(7, 1001))
+
+
+def test_the_paper_reaches_noise_and_its_betas_with_fewer_steps_do_not():
+  assert schedules.reaches_noise(make_schedule("linear", 1000))
+  for num_timesteps in (10, 100, 900):
+    schedule = make_schedule("linear", num_timesteps)
+    assert not schedules.reaches_noise(schedule)
+    x0 = jnp.asarray([1.0, -1.0])  # of which the most is left
+    np.testing.assert_allclose(schedules.largest_prior_kl(schedule), prior_kl(schedule, x0), rtol=1e-5)
+  np.testing.assert_allclose(make_schedule("linear", 100).sqrt_alpha_bar[-1], 0.603, atol=5e-4)

@@ -282,6 +282,10 @@ def test_what_went_wrong_is_said(workdir):
   metrics(workdir, [{"step": 1, "loss": None, "nonfinite": 3, "bad_records": 2}, {"step": 2, "loss": 1.0}])
   text = Page(write_report(workdir)).text
   assert "Updates that were not finite, and so not applied: 3." in text and "Bad records: 2." in text
+  evaluate(workdir, 1, warnings=["an older one"])
+  evaluate(workdir, 2, warnings=["the schedule does not reach noise"])
+  text = Page(write_report(workdir)).text
+  assert "The schedule does not reach noise." in text and "older" not in text
 
 
 @pytest.mark.parametrize(
@@ -365,6 +369,34 @@ def test_only_what_was_measured_alike_is_compared(workdir):
   other["samples"]["seed"] = 5  # another seed is another draw of the same thing
   evaluate(workdir, 15, **other)
   assert Page(write_report(workdir)).best == ["1.000"]
+
+
+def test_the_arithmetic_is_part_of_how_a_measure_was_taken(workdir):
+  """Results of release 0.1 name none: float32 at the default precision, which on CPUs is the highest."""
+  ours, old = {"dtype": "float32", "matmul_precision": "highest"}, bound(1.0)
+  usual = samples(fid=1.0)
+  usual["samples"] |= {"dtype": "float32", "matmul_precision": "default"}
+  other = samples(fid=1.0)
+  other["samples"] |= {"dtype": "bfloat16", "matmul_precision": "default"}
+  for parts, machine, best in (
+    (usual, "1 x cpu", ["1.000", "1.000"]),
+    (usual, "8 x TPU v3", ["1.000"]),
+    (other, "8 x TPU v3", []),
+  ):
+    evaluate(workdir, 10, **samples(fid=2.0), bits_per_dim={"test": bound(2.0)}, machine=machine)
+    evaluate(workdir, 20, **parts, bits_per_dim={"test": old | ours}, machine=machine)
+    page = Page(write_report(workdir))
+    assert page.best == best, (parts["samples"], machine)
+  assert "dtype bfloat16, matmul precision default" in page.text
+  assert "Computed in float32 with products of highest precision." in page.text
+
+
+def test_precision_and_recall_are_not_those_of_the_paper(workdir):
+  evaluate(workdir, 10, **samples(fid=2.0))
+  assert "VGG-16" not in Page(write_report(workdir)).text
+  evaluate(workdir, 10, **samples(precision=0.5, recall=0.25))
+  text = Page(write_report(workdir)).text
+  assert "compare 900 of either" in text and "50,000 of either in features of VGG-16: not to be compared" in text
 
 
 def test_measures_in_other_features_have_their_own_column(workdir):

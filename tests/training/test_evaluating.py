@@ -27,6 +27,7 @@ from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
 
 # A network that is built in a moment; dropout and flips, so that a state depends on every key before it.
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.3, num_timesteps=20)
+LITTLE |= dict(beta_schedule="cosine")  # so that no warning is printed
 EVALUATED = LITTLE | dict(
   evaluate_every=3,
   keep_checkpoints=9,
