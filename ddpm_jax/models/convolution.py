@@ -10,7 +10,7 @@ products. Other compilers have kernels for the plain one, and get that. `benchma
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jax.typing import DTypeLike
 
 # Of a 3x3 kernel's three rows (or columns), which ones meet the two pixels that a row of the enlarged image sees:
@@ -48,47 +51,39 @@ class Conv3x3(nn.Module):
     """[B, H, W, C] -> [B, H, W, features], [B, 2H, 2W, features] or, of even H and W, [B, H/2, W/2, features]."""
     kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-    x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-    return convolve(x, kernel, self.resample) + bias[None, None, None, :]
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+    y = convolve(x, kernel, self.resample)
+    # Added as float32 even if the activations are bfloat16: the gradient by the bias, a sum over all pixels, has the type
+    # of this addition.
+    return (y + bias[None, None, None, :]).astype(y.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Array:
   """Cross-correlation of x [B, H, W, C] with a kernel [3, 3, C, F], zeros around the image.
 
-  resample: 'none' gives [B, H, W, F]; 'up', of the image with each pixel repeated 2 x 2, [B, 2H, 2W, F]; 'down', with
-    stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F].
+  Derivatives of any order, forward and reverse, and batching by `jax.vmap` are made of the three primitives below.
+
+  Args:
+    x: of the type of the kernel.
+    kernel: see above.
+    resample: 'none' gives [B, H, W, F]; 'up', of the image with each pixel repeated 2 x 2, [B, 2H, 2W, F]; 'down', with
+      stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F].
+
+  Raises:
+    TypeError: the shapes or types do not fit.
   """
-  way = _WAYS[resample]
-  return jax.lax.platform_dependent(x, kernel, cpu=way.convolve, default=way.plain)
+  # Within `jax.shard_map` the two must vary over the same mesh axes; the transpose of `pcast` is the sum over the rest.
+  x, kernel = (_vary(array, _varying(x) | _varying(kernel)) for array in (x, kernel))
+  return _convolution.bind(x, kernel, resample=resample)
 
 
-# Linear in both arguments, so the derivative is the function itself at the tangents. How that is transposed, for
-# reverse mode, is said here.
-def _convolve_jvp(resample, primals, tangents):
-  (x, kernel), (dx, dkernel) = primals, tangents
-  way = _WAYS[resample]
-  y = convolve(x, kernel, resample)
-  dy = jnp.zeros_like(y)
-
-  def gradient(plain: Callable, shape: tuple[int, ...], on_cpu: Callable) -> Callable:
-    """(other, dy) -> the gradient of `shape`, by the argument in which plain(other, argument) is linear."""
-
-    def elsewhere(other: jax.Array, dy: jax.Array) -> jax.Array:
-      return jax.linear_transpose(functools.partial(plain, other), jax.ShapeDtypeStruct(shape, dy.dtype))(dy)[0]
-
-    return lambda other, dy: jax.lax.platform_dependent(other, dy, cpu=on_cpu, default=elsewhere)
-
-  if not isinstance(dx, jax.custom_derivatives.SymbolicZero):
-    by_image = gradient(lambda kernel, x: way.plain(x, kernel), x.shape, way.image_gradient)
-    dy += jax.custom_derivatives.linear_call(lambda kernel, dx: convolve(dx, kernel, resample), by_image, kernel, dx)
-  if not isinstance(dkernel, jax.custom_derivatives.SymbolicZero):
-    by_kernel = gradient(way.plain, kernel.shape, way.kernel_gradient)
-    dy += jax.custom_derivatives.linear_call(lambda x, dk: convolve(x, dk, resample), by_kernel, x, dkernel)
-  return y, dy
+def _varying(array: jax.Array) -> frozenset[str]:
+  return jax.typeof(array).manual_axis_type.varying
 
 
-convolve.defjvp(_convolve_jvp, symbolic_zeros=True)
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+  missing = tuple(sorted(axes - _varying(array)))
+  return jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 def _slide(x: jax.Array, kernel: jax.Array, before: int = 1, after: int = 1, stride: int = 1) -> jax.Array:
@@ -160,27 +155,30 @@ def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> ja
   """The gradient [n, n, C, F] of sum(dy * y) by the kernel, y = _slide(x, kernel, before, after), as matrix products.
 
   Entry (i, j) is the sum of x[r - before + i, s - before + j] dy[r, s] over all pixels: the image moved sideways by j
-  meets dy moved down by i. A few images at a time, so that what is moved stays in the cache.
+  meets dy moved down by i. A few images at a time, so that what is moved stays in the cache. The sums, and the result,
+  are float32 or wider.
   """
   height, width = x.shape[1], dy.shape[2]
   # Once for all copies below: XLA would compute what they are made of anew for each.
   x, dy = jax.lax.optimization_barrier((x, dy))
 
+  dtype = jnp.promote_types(dy.dtype, jnp.float32)
+
   def product(x: jax.Array, dy: jax.Array) -> jax.Array:
     columns = _moved(x, 2, [before - j for j in range(n)], width)  # [B, H, W', n C]
     rows = _moved(dy, 1, [i - before for i in range(n)], height)  # [B, H, W', n F]
     columns, rows = (moved.reshape(-1, moved.shape[-1]) for moved in (columns, rows))
-    return jnp.einsum("pc,pf->cf", columns, rows, preferred_element_type=jnp.float32)
+    return jnp.einsum("pc,pf->cf", columns, rows, preferred_element_type=dtype)
 
   def gradient(product: jax.Array) -> jax.Array:  # [n C, n F] -> [n, n, C, F]
-    return product.astype(dy.dtype).reshape(n, x.shape[-1], n, dy.shape[-1]).transpose(2, 0, 1, 3)
+    return product.reshape(n, x.shape[-1], n, dy.shape[-1]).transpose(2, 0, 1, 3)
 
   most = max(1, _PIXELS_AT_ONCE // (height * width))
   images = max(size for size in range(1, most + 1) if len(x) % size == 0)
   if images == len(x):
     return gradient(product(x, dy))
   parts = tuple(array.reshape(-1, images, *array.shape[1:]) for array in (x, dy))
-  zero = jnp.zeros((n * x.shape[-1], n * dy.shape[-1]), jnp.float32)
+  zero = jnp.zeros_like(x, dtype, shape=(n * x.shape[-1], n * dy.shape[-1]))
   total, _ = jax.lax.scan(lambda total, part: (total + product(*part), None), zero, parts)
   return gradient(total)
 
@@ -209,17 +207,19 @@ def _same(x: jax.Array) -> jax.Array:
 
 
 class _Way(NamedTuple):
-  """How a convolution is computed on CPUs: y = leave(_slide(enter(x), expand(kernel), before, after)).
+  """How a convolution and its two gradients are computed.
+
+  On CPUs y = leave(_slide(enter(x), expand(kernel), before, after)); elsewhere y = _slide(repeat(x), kernel, stride).
 
   Attributes:
-    plain: the same for other compilers.
-    size: n, of the kernel that slides.
+    size: n, of the kernel that slides on CPUs.
     before, after: zeros around enter(x).
     expand: [3, 3, C, F] to the kernel that slides.
     enter, leave: of images, each with its transpose.
+    repeat: how often a row of x is repeated.
+    stride: of the 3x3 kernel.
   """
 
-  plain: Callable[[jax.Array, jax.Array], jax.Array]
   size: int
   before: int
   after: int
@@ -228,6 +228,8 @@ class _Way(NamedTuple):
   enter_transposed: Callable[[jax.Array], jax.Array] = _same
   leave: Callable[[jax.Array], jax.Array] = _same
   leave_transposed: Callable[[jax.Array], jax.Array] = _same
+  repeat: int = 1
+  stride: int = 1
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [B, H, W, C], kernel [3, 3, C, F] -> y."""
@@ -243,21 +245,123 @@ class _Way(NamedTuple):
   def kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient [3, 3, C, F] of sum(dy * y) by the kernel."""
     gradient = _product(self.enter(x), self.leave_transposed(dy), self.size, self.before, self.after)
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], dy.shape[-1]), dy.dtype)
-    return jax.linear_transpose(self.expand, kernel)(gradient)[0]
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], dy.shape[-1]), gradient.dtype)
+    return jax.linear_transpose(self.expand, kernel)(gradient)[0].astype(dy.dtype)
+
+  def plain_convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`convolve` for other compilers."""
+    x = jnp.repeat(jnp.repeat(x, self.repeat, axis=1), self.repeat, axis=2)
+    return _slide(x, kernel, 1 if self.stride == 1 else 0, 1, self.stride)
+
+  def plain_image_gradient(self, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+    """`image_gradient` for other compilers."""
+    height, width = (size * self.stride // self.repeat for size in dy.shape[1:3])
+    x = jax.ShapeDtypeStruct((dy.shape[0], height, width, kernel.shape[2]), dy.dtype)
+    return jax.linear_transpose(lambda x: self.plain_convolve(x, kernel), x)(dy)[0]
+
+  def plain_kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
+    """`kernel_gradient` for other compilers."""
+    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[3], dy.shape[3]), dy.dtype)
+    return jax.linear_transpose(lambda kernel: self.plain_convolve(x, kernel), kernel)(dy)[0]
 
 
 _WAYS = {
-  "none": _Way(_slide, 3, 1, 1),
+  "none": _Way(3, 1, 1),
   # The enlarged image is never made: 4/9 of the multiplications.
-  "up": _Way(
-    lambda x, kernel: _slide(_repeat(x), kernel), 2, 1, 1, expand=_merge, leave=_interleave, leave_transposed=_part
-  ),
-  "down": _Way(
-    lambda x, kernel: _slide(x, kernel, 0, 1, stride=2),
-    *(2, 0, 1),
-    expand=_pair,
-    enter=_space_to_depth,
-    enter_transposed=_depth_to_space,
-  ),
+  "up": _Way(2, 1, 1, expand=_merge, leave=_interleave, leave_transposed=_part, repeat=2),
+  "down": _Way(2, 0, 1, expand=_pair, enter=_space_to_depth, enter_transposed=_depth_to_space, stride=2),
 }
+
+_Axes = dict[str, int]
+# The axes of x, kernel and y whose sizes are free: B examples, C channels of x, F channels of y. A bilinear function of
+# two of these arrays sums over the letter that both have; each has one that the other has not, and so has the result.
+_X, _KERNEL, _Y = _Axes(B=0, C=3), _Axes(C=2, F=3), _Axes(B=0, F=3)
+
+
+def _bilinear(name: str, a_axes: _Axes, b_axes: _Axes, c_axes: _Axes, on_cpu: Callable, plain: Callable) -> Primitive:
+  """A primitive (a, b) -> c, which is linear in a and in b, with all rules but the transposes.
+
+  Both operands have 4 axes, or 5, of which the first counts independent problems.
+
+  Args:
+    name: of the primitive.
+    a_axes, b_axes, c_axes: `_X`, `_KERNEL` or `_Y`.
+    on_cpu, plain: (way, a, b) -> c, of 4 axes, for CPUs and for other compilers.
+  """
+  primitive = Primitive(name)
+
+  def lower_for_cpus(a: jax.Array, b: jax.Array, *, resample: str) -> jax.Array:
+    function = functools.partial(on_cpu, _WAYS[resample])
+    # A loop, as `jax.vmap` would make a grouped convolution, which is slow there.
+    return function(a, b) if a.ndim == 4 else jax.lax.map(lambda pair: function(*pair), (a, b))
+
+  def lower(a: jax.Array, b: jax.Array, *, resample: str) -> jax.Array:
+    function = functools.partial(plain, _WAYS[resample])
+    return function(a, b) if a.ndim == 4 else jax.vmap(function)(a, b)
+
+  def abstract(a: ShapedArray, b: ShapedArray, *, resample: str) -> ShapedArray:
+    shapes = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (a, b))
+    c = jax.eval_shape(functools.partial(lower, resample=resample), *shapes)
+    return a.update(shape=c.shape, dtype=c.dtype, weak_type=False)
+
+  def batch(arrays: Sequence[jax.Array], axes: Sequence[int | None], *, resample: str) -> tuple[jax.Array, int]:
+    bind = functools.partial(primitive.bind, resample=resample)
+    problems = arrays[0].ndim - (axes[0] is not None) - 4  # 1, if there is an axis that counts them already
+    if None not in axes:
+      arrays = [jnp.moveaxis(array, axis, 0) for array, axis in zip(arrays, axes, strict=True)]
+      if not problems:
+        return bind(*arrays), 0
+      return _split_axis(bind(*(_merge_axes(array, 0) for array in arrays)), 0, arrays[0].shape[0], -1), 0
+    # One operand alone is batched: that makes the axis longer that the other has not. The new part of the index is the
+    # last, so that examples that are spread over devices stay where they are.
+    which = 0 if axes[1] is None else 1
+    own, other = (a_axes, b_axes) if which == 0 else (b_axes, a_axes)
+    (letter,) = own.keys() - other.keys()
+    at, size = own[letter] + problems, arrays[which].shape[axes[which]]
+    arrays = list(arrays)
+    arrays[which] = _merge_axes(jnp.moveaxis(arrays[which], axes[which], at + 1), at)
+    at = c_axes[letter] + problems
+    return _split_axis(bind(*arrays), at, -1, size), at + 1
+
+  # Outside of `jax.jit` too it is compiled.
+  compiled = jax.jit(lambda a, b, resample: primitive.bind(a, b, resample=resample), static_argnames="resample")
+  primitive.def_impl(compiled)
+  primitive.def_abstract_eval(abstract)
+  batching.primitive_batchers[primitive] = batch
+  mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=False))
+  mlir.register_lowering(primitive, mlir.lower_fun(lower_for_cpus, multiple_results=False), platform="cpu")
+  return primitive
+
+
+def _merge_axes(array: jax.Array, at: int) -> jax.Array:
+  """Makes one axis of `at` and the next."""
+  shape = array.shape
+  return array.reshape(*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
+
+
+def _split_axis(array: jax.Array, at: int, *sizes: int) -> jax.Array:
+  """The inverse of `_merge_axes`."""
+  return array.reshape(*array.shape[:at], *sizes, *array.shape[at + 1 :])
+
+
+_convolution = _bilinear("convolution_3x3", _X, _KERNEL, _Y, _Way.convolve, _Way.plain_convolve)
+_image_gradient = _bilinear("image_gradient_3x3", _KERNEL, _Y, _X, _Way.image_gradient, _Way.plain_image_gradient)
+_kernel_gradient = _bilinear("kernel_gradient_3x3", _X, _Y, _KERNEL, _Way.kernel_gradient, _Way.plain_kernel_gradient)
+
+# sum(dy * convolution(x, kernel)) is linear in each of the three arrays. Its gradient by dy is `_convolution`, by x
+# `_image_gradient`, by the kernel `_kernel_gradient`; so each one's transposes are the two others.
+ad.defbilinear(
+  _convolution,
+  lambda dy, x, kernel, resample: _image_gradient.bind(kernel, dy, resample=resample),
+  lambda dy, x, kernel, resample: _kernel_gradient.bind(x, dy, resample=resample),
+)
+ad.defbilinear(
+  _image_gradient,
+  lambda x, kernel, dy, resample: _kernel_gradient.bind(x, dy, resample=resample),
+  lambda x, kernel, dy, resample: _convolution.bind(x, kernel, resample=resample),
+)
+ad.defbilinear(
+  _kernel_gradient,
+  lambda kernel, x, dy, resample: _image_gradient.bind(kernel, dy, resample=resample),
+  lambda kernel, x, dy, resample: _convolution.bind(x, kernel, resample=resample),
+)

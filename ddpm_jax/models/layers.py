@@ -8,6 +8,7 @@ import zlib
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
@@ -49,12 +50,37 @@ def timestep_embedding(positions: jax.Array, channels: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
-def pixelwise(dense: nn.Dense, x: jax.Array) -> jax.Array:
-  """A 1x1 convolution: x [B, H, W, C] -> [B, H, W, dense.features].
+class Dense(nn.Module):
+  """`flax.linen.Dense` for rows, whose bias is added as float32: parameters of the same names, shapes and values.
+
+  The gradient by the bias is a sum over all rows, in the type of that addition. In bfloat16, with its 8 bits, sums over
+  the pixels of a batch stop to grow.
+
+  Attributes:
+    features: F.
+    kernel_init: of the kernel; the bias begins with zeros.
+    dtype: of the product; the parameters are float32.
+  """
+
+  features: int
+  kernel_init: nn.initializers.Initializer
+  dtype: DTypeLike
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[N, C] -> [N, F], float32 also if `dtype` is bfloat16."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", zeros_init, (self.features,), jnp.float32)
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+    return x @ kernel + bias[None, :]
+
+
+def pixelwise(dense: Dense, x: jax.Array) -> jax.Array:
+  """A 1x1 convolution: x [B, H, W, C] -> [B, H, W, dense.features], of the dtype of `dense`.
 
   One product of matrices with a row for each pixel: of [B, H, W, C], XLA would transpose the image for the gradient.
   """
-  return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], dense.features)
+  return dense(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], dense.features).astype(dense.dtype)
 
 
 class Dropout(nn.Module):
@@ -119,13 +145,13 @@ class ResBlock(nn.Module):
     """x [B, H, W, C], temb [B, E] after swish, dropout_keys [B] or None -> [B, H, W, features]."""
     h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm1")(x))
     h = checkpoint_name(Conv3x3(self.features, default_init, self.dtype, name="conv1")(h), CONVOLUTION)
-    temb = nn.Dense(self.features, kernel_init=default_init, dtype=self.dtype, name="temb_proj")(temb)
-    h = h + temb[:, None, None, :]
+    temb = Dense(self.features, default_init, self.dtype, name="temb_proj")(temb)
+    h = (h + temb[:, None, None, :]).astype(h.dtype)  # added as float32, as a bias is
     h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm2")(h))
     h = Dropout(self.dropout, name="dropout")(h, dropout_keys)
     h = Conv3x3(self.features, zeros_init, self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
-      x = pixelwise(nn.Dense(self.features, kernel_init=default_init, dtype=self.dtype, name="shortcut"), x)
+      x = pixelwise(Dense(self.features, default_init, self.dtype, name="shortcut"), x)
     return x + h
 
 
@@ -143,10 +169,10 @@ class SelfAttention(nn.Module):
     # One product for queries, keys and values. Its fan-out is three times theirs, so scale 2 makes its uniform range
     # that of three separate C -> C layers: 2 / ((C + 3C) / 2) = 1 / ((C + C) / 2).
     init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
-    qkv = pixelwise(nn.Dense(3 * channels, kernel_init=init, dtype=self.dtype, name="qkv"), h)
+    qkv = pixelwise(Dense(3 * channels, init, self.dtype, name="qkv"), h)
     q, k, v = jnp.split(qkv.reshape(batch, height * width, 1, 3 * channels), 3, axis=-1)
     h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels)
-    return x + pixelwise(nn.Dense(channels, kernel_init=zeros_init, dtype=self.dtype, name="proj"), h)
+    return x + pixelwise(Dense(channels, zeros_init, self.dtype, name="proj"), h)
 
 
 class Downsample(nn.Module):

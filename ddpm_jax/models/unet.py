@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from ddpm_jax.models.convolution import Conv3x3
 from ddpm_jax.models.layers import (
   CONVOLUTION,
+  Dense,
   Downsample,
   GroupNorm,
   ResBlock,
@@ -87,9 +88,9 @@ class UNet(nn.Module):
       return f"{name}_attention" if h.shape[1] in self.attention_resolutions else None
 
     # Timestep embedding. Published weights count timesteps from 0, so the network is given t - 1: here and only here.
-    temb = timestep_embedding(t - 1, self.channels).astype(self.dtype)
-    temb = nn.Dense(4 * self.channels, kernel_init=default_init, dtype=self.dtype, name="temb_dense1")(temb)
-    temb = nn.Dense(4 * self.channels, kernel_init=default_init, dtype=self.dtype, name="temb_dense2")(nn.swish(temb))
+    temb = timestep_embedding(t - 1, self.channels)
+    temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense1")(temb)
+    temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense2")(nn.swish(temb))
     temb = nn.swish(temb)  # every block begins its use of the embedding with a swish; done once
 
     # Down.
