@@ -49,7 +49,7 @@ class Setting:
 class Parser(argparse.ArgumentParser):
   """Options of a benchmark; an error is one line and exit code 2."""
 
-  def __init__(self, name: str, description: str):
+  def __init__(self, name: str, description: str, *, timed: bool = True):
     super().__init__(
       prog=f"python -m benchmarks.{name}",
       description=description,
@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
       "--flagfile=experiments/fashion_mnist.flags --dtype=bfloat16.",
     )
     self.add_argument("--json", default="", metavar="FILE", help="also write everything that was measured to FILE")
+    if not timed:
+      return
     self.add_argument("--rounds", type=positive(int), default=6, help="turns of each setting (6)")
     self.add_argument("--block_seconds", type=positive(float), default=5, help="about how long a turn takes (5)")
     self.add_argument("--image_shape", type=_shape, metavar="H,W,C", help="of the images, if it is not known")

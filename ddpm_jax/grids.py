@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from ddpm_jax.storage import write_whole
 
 _MARGIN = 2  # pixels between tiles
+_FRAME = (230, 120, 0)
 _TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
 
 
@@ -37,6 +38,18 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   for i, image in enumerate(images):
     top, left = _MARGIN + i // columns * tall, _MARGIN + i % columns * wide
     grid[top : top + height * scale, left : left + width * scale] = image
+  return grid
+
+
+def framed(grid: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+  """A grid of `image_grid` with a coloured frame in the margin around the tiles `chosen`, bool [rows, columns]."""
+  grid = grid.copy()
+  tall, wide = ((side - _MARGIN) // number for side, number in zip(grid.shape, chosen.shape, strict=False))
+  for row, column in np.argwhere(chosen):
+    top, left = row * tall, column * wide
+    tile = grid[top + _MARGIN : top + tall, left + _MARGIN : left + wide].copy()
+    grid[top : top + tall + _MARGIN, left : left + wide + _MARGIN] = _FRAME
+    grid[top + _MARGIN : top + tall, left + _MARGIN : left + wide] = tile
   return grid
 
 

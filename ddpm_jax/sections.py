@@ -167,8 +167,9 @@ class SampleConfig:
                              minimum=0, may_change=True)
   time_grid: str = knob("auto", "Where the evaluations are: 'trailing' T, T - T/n, ...; 'uniform' from T to 1; "
                         "'quadratic' denser near 1; 'logsnr' even in the logarithm of the signal-to-noise ratio; "
-                        "'auto': logsnr for dpmpp and heun, else trailing.",
-                        choices=("auto", "trailing", "uniform", "quadratic", "logsnr"), may_change=True)
+                        "'logistic' densest where signal and noise are about equal; 'auto': trailing for ddpm, "
+                        "else logistic.", choices=("auto", "trailing", "uniform", "quadratic", "logsnr", "logistic"),
+                        may_change=True)
   eta: float = knob(0.0, "Noise of ddim and dpmpp: 0 deterministic; 1 the ancestral posterior for ddim, "
                     "SDE-DPM-Solver++ for dpmpp.", minimum=0, maximum=1, may_change=True)
   threshold: str = knob("static", "What keeps x0_hat in range: 'static' clips to [-1, 1]; 'dynamic' (Saharia et al. "

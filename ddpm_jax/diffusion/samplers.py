@@ -23,6 +23,12 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule, posterior, reverse_varia
 PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
 
 
+# Center and width in log SNR of the time grid 'logistic', found by measuring, see docs/time_grids.md. The correction of
+# Heun's method grows with the ratio of sbar at the two ends of a step, so it needs shorter steps at high noise.
+_CENTER_AND_WIDTH = {"ddpm": (0.0, 2.5), "ddim": (0.0, 2.5), "dpmpp": (0.0, 2.5), "heun": (-3.0, 3.0)}
+_LEAST_LOG_SNR = -10.2  # where it begins
+
+
 class SamplerTable(typing.NamedTuple):
   """One row for each network evaluation, in order. `t` and `s` are int [N], the coefficients float64 [N]."""
 
@@ -34,13 +40,21 @@ class SamplerTable(typing.NamedTuple):
   sigma: np.ndarray
 
 
-def time_grid(schedule: NoiseSchedule, num_steps: int, kind: str = "trailing", first: int = 0) -> np.ndarray:
+def time_grid(
+  schedule: NoiseSchedule, num_steps: int, kind: str = "trailing", first: int = 0, *, sampler: str = "ddim"
+) -> np.ndarray:
   """num_steps + 1 whole timesteps from T, or from `first`, down to 0: int64 [num_steps + 1], strictly falling.
 
   'trailing' T, T - T/n, ..., T/n, 0 (Lin et al. 2024, section 3.3).
   'uniform' even from T to 1, then 0: Song et al. 2021's "linear", but beginning at T, where x is N(0, I).
   'quadratic' even in sqrt(t) from T to 1, then 0: Song et al.'s choice for CIFAR-10, again beginning at T.
-  'logsnr' even in log SNR from T to 1, then 0: the choice of Lu et al. 2022 for DPM-Solver.
+  'logsnr' even in log SNR from T to 1, then 0: the choice of Lu et al. 2022 for DPM-Solver, but beginning at T.
+  'logistic' even in the logistic function of (center - log SNR) / width, from its value at T to 0, that at t = 0. Half
+    of the timesteps have a log SNR within 1.1 width of the center: 0 +- 2.7, or -3 +- 3.3 for the sampler 'heun'. (With
+    0 and a width of 2 it is even in sigma / (1 + sigma), the time of a rectified flow, Liu et al. 2023.) Where log SNR
+    falls below -10.2, as with the cosine schedule, it begins there, at t = 996 of 1,000: 0.6% of the image is left in
+    x_t, and below that steps become so long that solvers of second order fail. The code of Lu et al. 2022 begins at
+    0.9946 T there, that of diffusers where this does with `lambda_min_clipped=-5.1`.
 
   Raises:
     ValueError: unless 1 <= num_steps <= T, or `first`; or for an unknown kind.
@@ -58,6 +72,11 @@ def time_grid(schedule: NoiseSchedule, num_steps: int, kind: str = "trailing", f
     case "logsnr":
       log_snr = schedule.log_snr[1 : last + 1]  # falls in t
       times = np.interp(np.linspace(log_snr[-1], log_snr[0], num_steps), log_snr[::-1], np.arange(last, 0, -1))
+    case "logistic":
+      center, width = _CENTER_AND_WIDTH[sampler]
+      even = 1.0 / (1.0 + (schedule.snr[: last + 1] / np.exp(center)) ** (1.0 / width))  # rises in t from 0
+      begin = max(1, int(np.sum(schedule.log_snr[: last + 1] >= _LEAST_LOG_SNR)) - 1)
+      times = np.interp(np.linspace(even[begin], 0, num_steps + 1)[:-1], even, np.arange(last + 1))
     case _:
       raise ValueError(f"unknown time grid {kind!r}")
   # Where rounding makes two alike, the later ones are pushed down, and up again where there is no room left below.
@@ -172,15 +191,21 @@ def steps_table(
       raise ValueError(f"unknown sampler {name!r}")
 
 
+def grid_name(sampler: str, grid: str) -> str:
+  """The time grid that 'auto' stands for, else `grid` itself."""
+  if grid != "auto":
+    return grid
+  return "trailing" if sampler == "ddpm" else "logistic"
+
+
 def sampler_grid(
   schedule: NoiseSchedule, name: str, *, num_steps: int = 0, grid: str = "auto", first: int = 0
 ) -> np.ndarray:
   """The falling timesteps of a sampler of that name: `time_grid` for the arguments of `make_sampler`."""
   first = first or schedule.num_timesteps
   evaluations = min(num_steps or first, first)
-  if grid == "auto":
-    grid = "logsnr" if name in ("dpmpp", "heun") else "trailing"
-  return time_grid(schedule, (evaluations + 1) // 2 if name == "heun" else evaluations, grid, first)
+  steps = (evaluations + 1) // 2 if name == "heun" else evaluations
+  return time_grid(schedule, steps, grid_name(name, grid), first, sampler=name)
 
 
 def make_sampler(
@@ -199,7 +224,7 @@ def make_sampler(
     schedule: the noise schedule.
     name: 'ddpm', 'ddim', 'dpmpp' or 'heun'.
     num_steps: network evaluations; 0 for T, and at most `first`. Heun's method makes one less if the number is even.
-    grid: where they are, see `time_grid`; 'auto' is 'logsnr' for those of second order, 'trailing' for the others.
+    grid: where they are, see `time_grid`; 'auto' is 'trailing' for 'ddpm', 'logistic' for the others.
     eta: noise of DDIM and DPM-Solver++, 0..1.
     variance: 'fixed_small' or 'fixed_large'.
     first: the timestep of the state that the sampler starts from; 0 for T. Limits num_steps.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -90,23 +90,33 @@ def look_up(
   seen: Seen,
   train: Source,
   reference: Reference,
+  features: Features,
   batch_size: int,
+  *,
+  flips: bool,
   done: Callable[[int], None] = lambda number: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
   """The training images nearest to samples, by pixels and by features: is the model only remembering?
+
+  A model that was trained with flips has seen each image in two orientations, and may copy either. So there each sample
+  is looked up twice, as it is and mirrored, and a training image is as near as the nearer of the two: by pixels that is
+  the distance to the nearer orientation of the training image.
 
   Args:
     images: the samples, uint8 [N, H, W, C].
     seen: their features.
     train: the images of the training.
     reference: their features.
-    batch_size: training images at once.
+    features: the extractor of both.
+    batch_size: images at once.
+    flips: whether training mirrored images.
     done: told how many training images have been looked at, now and then. What it raises ends the work.
 
   Returns:
     For "pixels" and "features": the share of near-duplicates (see `neighbours.near_duplicates`), the median distance
-    to the nearest, the number of samples and of training images. And a picture of samples, those nearest by pixels of
-    all first, with their nearest training images by pixels.
+    to the nearest, the number of samples, of training images, and of orientations that were looked up. And a picture
+    of samples, those nearest by pixels of all first, with their nearest training images by pixels, in the orientation
+    that is nearer.
   """
   chosen = evenly_spaced(len(seen.index), _LOOKED_UP)
   samples = np.asarray(images[seen.index[chosen]])
@@ -119,20 +129,38 @@ def look_up(
       yield first, block.reshape(len(block), -1)
       done(first + len(block))
 
-  by_pixels, where = neighbours.nearest(samples.reshape(len(samples), -1), blocks(), nearest)
-  by_features, _ = neighbours.nearest(seen.features[chosen], [(0, reference.features)], nearest)
-  order = np.argsort(by_pixels[:, 0], kind="stable")[:_SHOWN]
+  queries = [samples, samples[:, :, ::-1]] if flips else [samples]  # uint8 [S, H, W, C]: the third axis is the width
+  by_features, by_pixels = [seen.features[chosen]], np.concatenate(queries)
+  for mirrored in queries[1:]:
+    parts = [mirrored[first : first + batch_size] for first in range(0, len(mirrored), batch_size)]
+    by_features.append(np.concatenate([features.extract(part).features for part in parts]))
+  pixel_distances, where, mirrored = _nearest(by_pixels, len(samples), blocks(), nearest)
+  feature_distances, _, _ = _nearest(np.concatenate(by_features), len(samples), [(0, reference.features)], nearest)
+  order = np.argsort(pixel_distances[:, 0], kind="stable")[:_SHOWN]
   shown = train.read(where[order].ravel()).images.reshape(len(order), nearest, *train.image_shape)
+  shown = np.where(mirrored[order][..., None, None, None], shown[:, :, :, ::-1], shown)
   facts = {
     space: {
       "near_duplicates": float(neighbours.near_duplicates(distances).mean()),
       "median_distance": float(np.median(distances[:, 0])),
       "number": len(samples),
       "training_images": number,
+      "orientations": len(queries),
     }
     for space, distances, number in (
-      ("pixels", by_pixels, len(train)),
-      ("features", by_features, len(reference.features)),
+      ("pixels", pixel_distances, len(train)),
+      ("features", feature_distances, len(reference.features)),
     )
   }
-  return facts, neighbours.picture(samples[order], shown)
+  return facts, neighbours.picture(samples[order], shown, mirrored[order] if flips else None)
+
+
+def _nearest(
+  queries: np.ndarray, number: int, references: Iterable[tuple[int, np.ndarray]], k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Distances, indices, and whether mirrored, each [number, k], of `number` queries that may be there mirrored too."""
+  distances, indices = neighbours.nearest(queries.reshape(len(queries), -1), references, k)
+  given, mirrored = ((distances[part], indices[part]) for part in (slice(number), slice(number, None)))
+  if not len(mirrored[0]):
+    return *given, np.zeros(given[0].shape, bool)
+  return neighbours.nearer_orientation(given, mirrored)

@@ -184,7 +184,9 @@ def _samples(
       reference = _reference(train, features, size, around)
     around.say(f"looking for the samples' nearest images among {len(train)}")
     with around.counted("training image", len(train)) as done:
-      result["neighbours"], pictures["neighbours"] = look_up(images, seen, train, reference, size, done)
+      result["neighbours"], pictures["neighbours"] = look_up(
+        images, seen, train, reference, features, size, flips=config.data.random_flip, done=done
+      )
   multihost_utils.sync_global_devices("the images have been read")
   return result, pictures
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ddpm_jax.grids import captioned, image_grid
+from ddpm_jax.grids import captioned, framed, image_grid
 
 _AT_ONCE = 1000  # queries, and references
 _NUMBERS = 2**22  # in one temporary array of exact differences
@@ -82,6 +82,33 @@ def nearest(queries: np.ndarray, references: Iterable[tuple[int, np.ndarray]], k
   return np.sqrt(squared), indices
 
 
+def nearer_orientation(
+  given: tuple[np.ndarray, np.ndarray], mirrored: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """The k nearest references where each counts once, at the smaller of its two distances.
+
+  Without that, a reference that is nearly its own mirror image would be both the nearest and the second nearest, and
+  `near_duplicates` could not see its copies. The k best of both are among the k best of either.
+
+  Args:
+    given: (distances, indices) [N, k] of `nearest`, for the queries.
+    mirrored: the same for the queries mirrored.
+
+  Returns:
+    Distances, float64 [N, k], ascending; indices, int64 [N, k]; and whether it was the mirrored query that was nearer,
+    bool [N, k]. Of equal distances that of the lower index, and of the query as it is given.
+  """
+  distances, indices = (np.concatenate(pair, axis=1) for pair in zip(given, mirrored, strict=True))
+  k = given[0].shape[1]
+  flipped = np.broadcast_to(np.arange(2 * k) >= k, distances.shape)
+  order = np.lexsort((flipped, indices, distances))
+  distances, indices, flipped = (np.take_along_axis(array, order, axis=1) for array in (distances, indices, flipped))
+  repeated = np.tril(indices[:, :, None] == indices[:, None, :], -1).any(axis=2)
+  first = np.argsort(repeated, axis=1, kind="stable")[:, :k]
+  distances, indices, flipped = (np.take_along_axis(array, first, axis=1) for array in (distances, indices, flipped))
+  return distances, indices, flipped
+
+
 def near_duplicates(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
   """Which samples count as copies of a training image: bool [N]; its mean is the memorised share.
 
@@ -106,12 +133,13 @@ def near_duplicates(distances: np.ndarray, ratio: float = 1 / 3) -> np.ndarray:
   return (first < ratio * second) | (first <= _ZERO * typical)
 
 
-def picture(samples: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+def picture(samples: np.ndarray, neighbours: np.ndarray, mirrored: np.ndarray | None = None) -> np.ndarray:
   """Each sample with its nearest training images to the right of it, a row for each sample.
 
   Args:
     samples: uint8 [R, H, W, C], C 1 or 3.
-    neighbours: uint8 [R, k, H, W, C], nearest first.
+    neighbours: uint8 [R, k, H, W, C], nearest first, in the orientation that is nearest.
+    mirrored: bool [R, k], which of them are mirrored: these are framed. None if only one orientation was looked up.
 
   Returns:
     uint8 [height, width, 3].
@@ -122,9 +150,13 @@ def picture(samples: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
   if neighbours.ndim != 5 or (len(neighbours), *neighbours.shape[2:]) != samples.shape:
     raise ValueError(f"samples {samples.shape} and neighbours {neighbours.shape} do not fit")
   right = image_grid(neighbours.reshape(-1, *samples.shape[1:]), columns=neighbours.shape[1])
-  room = max(0, 150 - right.shape[1])  # for the caption
+  caption, least = "nearest training images", 150  # pixels, for the caption
+  if mirrored is not None:
+    right = framed(right, mirrored)
+    caption, least = "nearest training images (framed: mirrored)", 240
+  room = max(0, least - right.shape[1])
   right = np.pad(right, ((0, 0), (0, room), (0, 0)), constant_values=255)
   left = captioned({"sample": image_grid(samples, columns=1)})
-  right = captioned({"nearest training images": right})
+  right = captioned({caption: right})
   gap = np.full((len(left), 12, 3), 255, np.uint8)
   return np.concatenate([left, gap, right], axis=1)

@@ -39,6 +39,8 @@ pipeline = DDPMPipeline.from_pretrained("PATH")  # this folder
 pipeline(num_inference_steps={steps}).images[0].save("sample.png")
 ```
 
+Fewer steps take less time. Their number should divide {steps}: with others diffusers begins at a lower noise level.
+
 In ddpm_jax: `python -m ddpm_jax.main --mode=sample --init_from=PATH --workdir=DIR`.
 """
 

@@ -150,7 +150,10 @@ def _image_shape(options: Options) -> tuple[int, int, int]:
 
 
 def scheduler_options(config: Config) -> dict[str, Any]:
-  """A DDPMScheduler with the betas, the variance, the prediction and the clipping of a run."""
+  """A DDPMScheduler with the betas, the variance, the prediction and the clipping of a run.
+
+  Its images are free of noise with any number of steps.
+  """
   diffusion, sample = config.diffusion, config.sample
   return {
     "num_train_timesteps": diffusion.num_timesteps,
@@ -165,7 +168,9 @@ def scheduler_options(config: Config) -> dict[str, Any]:
     "thresholding": sample.threshold == "dynamic",
     "dynamic_thresholding_ratio": sample.threshold_quantile,
     "sample_max_value": _NO_LIMIT,
-    "timestep_spacing": "trailing",
+    # Ends at their t = 0. DDPMScheduler adds no noise there, but does in a last step from any other timestep: with
+    # "trailing" and "fixed_large" of variance 1 - alpha_bar_t, left in the image.
+    "timestep_spacing": "leading",
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
   }

@@ -306,5 +306,6 @@ def measured(evaluations: Sequence[Evaluation]) -> list[Html]:
   shown += _terms("Variational bound", remark + _in_what(bound), bound) + _by_timestep(bound)
   remark = f"{at} Bits per dimension, an estimate."
   shown += _terms("Likelihood of the probability-flow ODE", remark + _in_what(ode), ode)
-  remark = f"{at} Near duplicates are the share of samples that seem to copy an image of the training."
+  remark = f"{at} Near duplicates are the share of samples that seem to copy an image of the training; orientations: 2 "
+  remark += "where mirrored copies count too, as the run mirrors its images."
   return shown + _terms("Nearest neighbours", remark, part(newest, "neighbours"))

@@ -16,6 +16,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
@@ -125,6 +126,7 @@ class Drawn:
 def settings(config: Config, weights: Weights) -> dict[str, Any]:
   """How images are drawn, JSON values: the knobs of the section `sample` and what else they depend on."""
   own = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
+  own["time_grid"] = grid_name(config.sample.sampler, config.sample.time_grid)  # 'auto' may once mean another one
   return own | {
     "checkpoint": weights.step,
     "variance": config.diffusion.variance,

@@ -112,7 +112,7 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
       files[".gif"] = lambda path: _save_gif(path, outcome.frames)
     _write(folder, name, files)
     for fact, value in outcome.told.items():
-      print(f"{fact.replace('_', ' ')}: {value:.4g}")
+      print(f"{fact.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.4g}'}")
     print("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
 
 

@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
   arrays: dict[str, np.ndarray]
   picture: np.ndarray
   frames: list[np.ndarray]
-  told: Mapping[str, float]
+  told: Mapping[str, float | str]
 
 
 class Parts(NamedTuple):
@@ -214,6 +214,7 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   shown = [given, np.asarray(images.to_uint8(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
   error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
   told = {
+    "time_grid": grid,
     "network_evaluations": 2 * len(up.t),
     "rms_error_in_grey_levels": error,
     "peak_signal_to_noise_db": float(20 * np.log10(255 / max(error, 1e-3))),

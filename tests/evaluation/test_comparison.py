@@ -1,5 +1,7 @@
 """Samples beside data: each number is the measure of what its name says."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -127,7 +129,9 @@ def test_copies_are_found(tmp_path):
   samples[3, 0, 0, 0] ^= 1
   told = []
   seen = see(FEATURES, samples, 16, lambda number: None)
-  facts, picture = look_up(samples, seen, source_of(train), reference_of(train, tmp_path), 64, told.append)
+  facts, picture = look_up(
+    samples, seen, source_of(train), reference_of(train, tmp_path), FEATURES, 64, flips=False, done=told.append
+  )
   assert facts["pixels"]["near_duplicates"] == 12 / 40
   assert facts["features"]["near_duplicates"] >= 11 / 40, "in three dimensions there are coincidences"
   for space in ("pixels", "features"):
@@ -143,12 +147,48 @@ def test_copies_are_found(tmp_path):
   assert picture.dtype == np.uint8
 
 
+@pytest.mark.parametrize("flips", [False, True])
+def test_mirrored_copies_count_where_training_mirrors(tmp_path, monkeypatch, flips):
+  """All samples are copies, half of them mirrored; one training image is its own mirror image.
+
+  Then the two smallest distances to all images in both orientations are of that one image, and say nothing.
+  """
+  train = random_images(60, 0)
+  train[0] = np.maximum(train[0], train[0][:, ::-1])
+  samples = train[:40].copy()
+  samples[::2] = samples[::2, :, ::-1]
+  samples[:, 0, 0, 0] ^= 1  # close, but not exact copies
+  seen = see(FEATURES, samples, 16, lambda number: None)
+  monkeypatch.setattr(comparison, "_SHOWN", len(samples))
+  look = functools.partial(look_up, samples, seen, source_of(train), reference_of(train, tmp_path), FEATURES, 16)
+  facts, picture = look(flips=flips)
+  near = 1.0 if flips else 21 / 40  # 20 are not mirrored, and image 0 is its own mirror image
+  assert facts["pixels"]["near_duplicates"] == near
+  assert facts["pixels"]["orientations"] == facts["features"]["orientations"] == 1 + flips
+  # By a second path: every training image in both orientations, the nearer of each.
+  ways = np.stack([train, train[:, :, ::-1]] if flips else [train]).astype(float)
+  each = np.linalg.norm((samples[None, :, None] - ways[:, None]).reshape(len(ways), 40, 60, -1), axis=-1)
+  assert facts["pixels"]["median_distance"] == pytest.approx(np.median(each.min((0, 2))))
+  each_features = [
+    np.linalg.norm(project(queries)[:, None] - project(train), axis=2)
+    for queries in (samples, samples[:, :, ::-1])[: len(ways)]
+  ]
+  by_features = np.sort(np.min(each_features, axis=0), axis=1)
+  assert facts["features"]["median_distance"] == pytest.approx(np.median(by_features[:, 0]), rel=1e-4, abs=1e-4)
+  assert facts["features"]["near_duplicates"] == neighbours.near_duplicates(by_features).mean()
+  order = np.argsort(each.min((0, 2)), kind="stable")
+  nearest = np.argsort(each.min(0)[order], axis=1, kind="stable")[:, :7]
+  way = each.argmin(0)[order[:, None], nearest]
+  shown = ways[way, nearest].astype(np.uint8)
+  np.testing.assert_array_equal(picture, neighbours.picture(samples[order], shown, way == 1 if flips else None))
+
+
 def test_a_few_samples_are_looked_up_and_a_small_set(tmp_path, monkeypatch):
   monkeypatch.setattr(comparison, "_LOOKED_UP", 4)
   train, samples = random_images(3, 0), random_images(10, 1)
   samples[2] = train[1]
   seen = see(FEATURES, samples, 16, lambda number: None)
-  facts, picture = look_up(samples, seen, source_of(train), reference_of(train, tmp_path), 64)
+  facts, picture = look_up(samples, seen, source_of(train), reference_of(train, tmp_path), FEATURES, 64, flips=False)
   assert (facts["pixels"]["number"], facts["pixels"]["training_images"]) == (4, 3)
   assert facts["pixels"]["near_duplicates"] == 1 / 4, "samples 0, 2, 5 and 7 are looked up"
   assert picture.shape[0] >= 4 * 66
@@ -158,4 +198,4 @@ def test_one_image_has_no_second_nearest(tmp_path):
   train = random_images(1, 0)
   seen = see(FEATURES, train, 16, lambda number: None)
   with pytest.raises(ValueError, match="no second nearest"):
-    look_up(train, seen, source_of(train), reference_of(train, tmp_path), 64)
+    look_up(train, seen, source_of(train), reference_of(train, tmp_path), FEATURES, 64, flips=False)

@@ -130,6 +130,7 @@ def test_all_of_it(whole):
     result["measures"]
   )
   assert result["neighbours"]["pixels"]["training_images"] == 37
+  assert result["neighbours"]["pixels"]["orientations"] == 2, "as the run flips"
   for key in ("bits_per_dim", "ode_bits_per_dim"):
     assert list(result[key]) == ["train", "test"]
     assert all(facts["examples"] == 11 and np.isfinite(facts["total"]) for facts in result[key].values())

@@ -111,6 +111,24 @@ def test_nearest_refuses_what_makes_no_sense():
     nearest(good, blocks(good[:, :2], 2), 1)
 
 
+@pytest.mark.parametrize("k", [1, 2, 5, 12])
+def test_the_nearer_of_two_orientations_is_that_of_all_distances(k):
+  """Among the references are near mirror images of themselves, and of each other."""
+  random = np.random.default_rng(0)
+  rows = random.integers(0, 3, (12, 4)).astype(float)
+  rows[:3] = rows[:3, ::-1] + rows[:3]
+  rows[5] = rows[4, ::-1]
+  queries = np.concatenate([rows, random.integers(0, 3, (20, 4))])
+  given, mirrored = (nearest(asked, [(0, rows)], k) for asked in (queries, queries[:, ::-1]))
+  distances, indices, flipped = neighbours.nearer_orientation(given, mirrored)
+  for query, *found in zip(queries, distances, indices, flipped, strict=True):
+    both = [(math.dist(query, row), math.dist(query, row[::-1])) for row in rows]
+    expected = sorted((min(pair), i) for i, pair in enumerate(both))[:k]
+    np.testing.assert_allclose(found[0], [d for d, _ in expected], rtol=1e-14)
+    assert found[1].tolist() == [i for _, i in expected]
+    assert found[2].tolist() == [both[i][1] < both[i][0] for _, i in expected]
+
+
 def test_near_duplicates_by_hand():
   distances = np.asarray([[1.0, 3.1], [1.0, 3.0], [1.0, 2.9], [0.0, 5.0], [0.0, 0.0], [2.0, 2.0], [9.0, 28.0]])
   np.testing.assert_array_equal(near_duplicates(distances), [True, False, False, True, True, False, True])
@@ -166,6 +184,20 @@ def test_picture(height, width, channels, k):
       tile = grids.image_grid(image[None])[2:-2, 2:-2]
       np.testing.assert_array_equal(page[top : top + tall, at : at + wide], tile)
   assert page[18:, left + 14 + k * (wide + 2) :].min(initial=255) == 255
+
+
+def test_mirrored_neighbours_are_framed():
+  """Nothing but the margin around them changes."""
+  near, samples = np.full((2, 4, 64, 64, 3), 100, np.uint8), np.full((2, 64, 64, 3), 50, np.uint8)
+  plain = picture(samples, near)
+  page = picture(samples, near, np.array([[True, False, False, False], [False, False, True, False]]))
+  coloured = (page[18:] != page[18:, :, :1]).any(axis=2)
+  expected = np.zeros_like(coloured)
+  for top, left in ((0, 80 + 12), (66, 80 + 12 + 2 * 66)):
+    expected[top : top + 68, left : left + 68] = True
+    expected[top + 2 : top + 66, left + 2 : left + 66] = False
+  np.testing.assert_array_equal(coloured, expected)
+  np.testing.assert_array_equal(page[18:][~coloured], plain[18:][~coloured])
 
 
 def test_picture_refuses_other_shapes():

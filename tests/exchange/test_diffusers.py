@@ -61,7 +61,7 @@ def test_a_ddim_trajectory_is_that_of_diffusers(tmp_path, name):
   predict = x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, d.prediction, threshold="static")
   start, keys = network_input("start", shape), jax.random.split(jax.random.key(0), BATCH)
   middle, end = golden(f"{name}/ddim")
-  whole = make_sampler(schedule, "ddim", num_steps=STEPS)
+  whole = make_sampler(schedule, "ddim", num_steps=STEPS, grid="trailing")
   half = type(whole)(*(column[:5] for column in whole))
   for table, theirs in ((half, middle), (whole, end)):
     ours, _ = jax.jit(lambda x, table=table: sample(table, predict, keys, shape, start=x))(start)
@@ -89,10 +89,20 @@ def test_what_is_written_is_what_was_read(tmp_path):
     np.testing.assert_array_equal(after[name].view(np.uint32), tensor.view(np.uint32))
   for file in ("unet/config.json", "scheduler/scheduler_config.json", "model_index.json"):
     old, new = (json.loads((folder / file).read_text()) for folder in (source, tmp_path / "b"))
-    # How to draw is not said by the weights; what is left out of ours are options that are off.
-    free = {"_diffusers_version", "timestep_spacing", "sample_max_value"}
+    # The limit of dynamic thresholding, which is off; what is left out of ours are options that are off.
+    free = {"_diffusers_version", "sample_max_value"}
     assert {name: new.get(name) for name in old if name not in free} == {n: v for n, v in old.items() if n not in free}
   assert open_folder(tmp_path / "b")[:2] == (config, shape)
+
+
+def test_the_spacing_of_timesteps_is_no_part_of_a_model(tmp_path):
+  """Release 0.1.0 wrote 'trailing'; whatever a folder says, --sampler and its flags say how to draw."""
+  read = []
+  for spacing in ("leading", "trailing", "linspace"):
+    folder = saved(tmp_path / spacing)
+    change_json(folder / "scheduler" / "scheduler_config.json", timestep_spacing=spacing)
+    read.append(open_folder(folder)[0])
+  assert read[0] == read[1] == read[2]
 
 
 def test_half_precision_is_widened(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.prediction import to_x0
-from ddpm_jax.diffusion.samplers import make_sampler, sample, threshold_x0, x0_predictor
+from ddpm_jax.diffusion.samplers import make_sampler, sample, steps_table, threshold_x0, x0_predictor
 from ddpm_jax.diffusion.schedules import make_schedule, reverse_variance
 from ddpm_jax.exchange import diffusers as folders
 from ddpm_jax.exchange.options import diffusion_knobs, scheduler_options, unet_options
@@ -34,7 +34,7 @@ from tests.exchange.make_diffusers_golden import (
 with warnings.catch_warnings():
   warnings.simplefilter("ignore")
   import torch
-  from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler
+  from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what others warn of is theirs
 
@@ -104,7 +104,10 @@ def test_a_whole_trajectory(tmp_path):
   schedule = make_schedule("linear", 1000)
   network = network_of(build_model(config.model, shape))
   predict = x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, config.diffusion.prediction)
-  table, keys = make_sampler(schedule, "ddim", num_steps=100), jax.random.split(jax.random.key(0), len(start))
+  table, keys = (
+    make_sampler(schedule, "ddim", num_steps=100, grid="trailing"),
+    jax.random.split(jax.random.key(0), len(start)),
+  )
   ours, _ = jax.jit(lambda x: sample(table, predict, keys, shape, start=x))(start)
   print(f"largest difference {np.abs(ours - expected).max():.1e}, deviation {expected.std():.2f}")
   assert 0.1 < expected.std() < 0.9 and np.abs(ours - expected).max() < 1e-3
@@ -206,6 +209,60 @@ def test_a_step_of_the_scheduler(prediction, variance, threshold):
   np.testing.assert_allclose(mean + table.sigma[row] * noise, nhwc(stepped.prev_sample), atol=2e-4)
   expected = reverse_variance(schedule, variance, np.asarray(t - 1), np.asarray(t))
   np.testing.assert_allclose(theirs._get_variance(t - 1).numpy(), expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_no_noise_is_left_in_an_image(variance):
+  """Of a network that knows the one image there is, a scheduler as it is exported draws that image, to rounding."""
+  config, image = config_lib.override(Config(), {"variance": variance}), 0.25
+  for make in (DDPMScheduler, DDIMScheduler):
+    scheduler = make.from_config(DDPMScheduler(**scheduler_options(config)).config)
+    for steps in (20, 50, 250, 300, 1000):
+      scheduler.set_timesteps(steps)
+      generator = torch.Generator().manual_seed(0)
+      x = torch.randn((8, 1, 8, 8), generator=generator)
+      for t in scheduler.timesteps:
+        alpha_bar = scheduler.alphas_cumprod[t]
+        eps = (x - alpha_bar**0.5 * image) / (1 - alpha_bar) ** 0.5
+        x = scheduler.step(eps, t, x, generator=generator).prev_sample
+      left = 127.5 * (x - image).abs().max()
+      assert left < 0.01, f"{make.__name__}, {steps} steps: {left:.2g} grey levels"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """A folder as it is exported, of a random network that predicts v (a random eps would be clipped everywhere)."""
+  folder, unet = tmp_path_factory.mktemp("exported"), SMALL["attention at two levels, grey"]
+  make_folder(folder / "theirs", unet, DDPMScheduler(prediction_type="v_prediction", variance_type="fixed_large"))
+  config, shape, params = open_folder(folder / "theirs")
+  (folder / "ours").mkdir()
+  folders.write_folder(folder / "ours", config, shape, params)
+  return folder / "ours"
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "ddim"])
+def test_a_draw_of_50_steps_is_that_of_the_pipeline(exported, kind):
+  """Their DDPMPipeline and DDIMPipeline from an exported folder; our sampler at their timesteps, with their noise."""
+  theirs = {"ddpm": DDPMPipeline, "ddim": DDIMPipeline}[kind].from_pretrained(exported)
+  theirs.set_progress_bar_config(disable=True)
+  own = {"ddim": {"use_clipped_model_output": True}, "ddpm": {}}[kind]
+  drawn = theirs(2, torch.Generator().manual_seed(0), num_inference_steps=50, output_type="np", **own).images
+  config, shape, params = open_folder(exported)
+  generator = torch.Generator().manual_seed(0)
+  x = nhwc(torch.randn((2, shape[2], *shape[:2]), generator=generator))
+  d = config.diffusion
+  schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
+  network = network_of(build_model(config.model, shape))
+  predict = jax.jit(x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, d.prediction))
+  times = np.append(np.asarray(theirs.scheduler.timesteps) + 1, 0)
+  assert (times[0], times[-2], len(times)) == (981, 1, 51)
+  table = steps_table(schedule, kind, times[:-1], times[1:], eta=0.0, variance=d.variance)
+  for t, _, c_xt, c_x0, _, sigma in zip(*table, strict=True):
+    noise = nhwc(torch.randn(nchw(x).shape, generator=generator)) if sigma else 0.0
+    x = (c_xt * x + c_x0 * np.asarray(predict(x, np.full(2, t))) + sigma * noise).astype(np.float32)
+  ours = (x / 2 + 0.5).clip(0, 1)
+  print(f"largest difference {np.abs(ours - drawn).max():.1e}, deviation {drawn.std():.2f}")
+  assert drawn.std() > 0.05 and np.abs(ours - drawn).max() < 1e-3
 
 
 def test_the_pipeline_draws(tmp_path):

@@ -184,6 +184,18 @@ def test_other_settings_use_another_file(perfect, config, tmp_path):
   assert len({ours, *paths}) == len(paths) + 1
 
 
+@pytest.mark.parametrize(("sampler", "grid"), [("ddpm", "trailing"), ("dpmpp", "logistic")])
+def test_what_auto_stands_for_is_part_of_the_settings(perfect, config, tmp_path, sampler, grid):
+  """So a draw that an earlier release began with another grid is not gone on with."""
+  drawn = []
+  for time_grid in ("auto", grid):
+    with contextlib.closing(
+      Drawn(perfect, having(config, sampler=sampler, eta=0.0, time_grid=time_grid), tmp_path)
+    ) as one:
+      drawn.append((one.path, one.settings["time_grid"]))
+  assert drawn[0] == drawn[1] and drawn[0][1] == grid
+
+
 def test_a_disk_that_is_full_while_drawing(perfect, config, twenty, tmp_path, monkeypatch):
   """What was drawn before stays, and the draw goes on from there."""
   drawn = Drawn(perfect, config, tmp_path)

@@ -4,9 +4,13 @@ import contextlib
 import threading
 
 import jax
+import numpy as np
 import pytest
 
+from ddpm_jax.config import SampleConfig
 from ddpm_jax.run import make_train_step
+from ddpm_jax.sampling.draw import table_of
+from ddpm_jax.training import loop
 from ddpm_jax.training.loop import make_preview
 from ddpm_jax.training.parallel import Parallel
 from ddpm_jax.training.programs import Compiler, StepProgram
@@ -81,3 +85,21 @@ def test_a_compiler_that_is_closed_forgets_what_it_has_not_begun():
   compiler.close()
   go.set()
   assert first.result(10) == "compiled" and second.cancelled()
+
+
+def test_previews_are_drawn_with_the_grid_that_auto_means(monkeypatch):
+  """The table is that of --mode=sample --sampler=dpmpp: there is no second choice of timesteps."""
+  tables = []
+  real = loop.make_draw
+
+  def make_draw(predictor, table, **how):
+    tables.append(table)
+    return real(predictor, table, **how)
+
+  monkeypatch.setattr(loop, "make_draw", make_draw)
+  for schedule in ("linear", "cosine"):
+    run = tiny_run(tiny_config(beta_schedule=schedule, num_timesteps=40, preview_steps=7))
+    make_preview(run, None)
+    wanted = table_of(SampleConfig(sampler="dpmpp", sampling_steps=7), run.schedule, "fixed_large")
+    for mine, theirs in zip(tables.pop(), wanted, strict=True):
+      np.testing.assert_array_equal(mine, theirs)
