@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
+from ddpm_jax import console
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import digits, fingerprint, folder
 from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels, stand_ins
@@ -253,7 +254,7 @@ def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
     text=True,
     check=False,
     stdout=subprocess.PIPE,
-    stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+    stderr=None if console.columns() else subprocess.PIPE,
   )
   if process.returncode:
     lines = (process.stdout or process.stderr or "").strip().splitlines()

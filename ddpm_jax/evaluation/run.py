@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 
+from ddpm_jax import console
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
@@ -37,5 +38,5 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
   if not quiet:
     path = write_result(workdir, result, pictures)
     for name, value in scalars(result).items():
-      print(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")
-    print(f"done: {path} and {workdir / 'report.html'}")
+      console.say(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")
+    console.say(f"done: {path} and {workdir / 'report.html'}")

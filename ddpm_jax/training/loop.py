@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import pathlib
-import sys
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, grids
+from ddpm_jax import compilation, console, grids
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -110,9 +109,9 @@ def _resume_or_start(
   for step, reason in restored.damaged.items() if restored else ():
     moved = checkpoints.set_aside(step)
     if lock:
-      print(f"warning: checkpoint {step} is damaged: {reason}; moved to {moved}", file=sys.stderr, flush=True)
+      console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
   if lock:
-    print(_headline(run, source, workdir, start, job, finished), flush=True)
+    console.say(_headline(run, source, workdir, start, job, finished))
   if finished:
     return
   if lock:
@@ -151,10 +150,10 @@ def _resume_or_start(
 
         plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
     except OSError as error:  # all that matters is saved
-      print(f"warning: cannot write {workdir / 'loss.png'} ({error.strerror})", file=sys.stderr, flush=True)
+      console.warn(f"cannot write {workdir / 'loss.png'} ({error.strerror})")
     except UserError as error:
-      print(f"warning: {error}", file=sys.stderr, flush=True)
-    print(_farewell(workdir, end, total), flush=True)
+      console.warn(f"{error}")
+    console.say(_farewell(workdir, end, total))
 
 
 def _renew(workdir: pathlib.Path, config: Config) -> None:
