@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import pathlib
+import shlex
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, console, grids
+from ddpm_jax import compilation, console, grids, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -337,8 +338,9 @@ def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
   done = step >= total
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else "  to go on      the same command again\n"
+  board = shlex.join(["tensorboard", f"--logdir={workdir}"])
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and tensorboard --logdir={workdir}
-{again}  draw images   python -m ddpm_jax.main --mode=sample --workdir={workdir}"""
+  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and {board}
+{again}  draw images   {paths.command("--mode=sample", f"--workdir={workdir}")}"""
