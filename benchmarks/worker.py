@@ -140,5 +140,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  hugepages.restart_with_huge_pages()  # as the command does; benchmarks.pytorch says what its opponents get
+  hugepages.restart_with_huge_pages("benchmarks.worker")  # as the command does; benchmarks.pytorch says for PyTorch
   main()

@@ -11,7 +11,7 @@ import platform
 import warnings
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.paths import expanded
+from ddpm_jax.paths import expanded, home
 
 _USUAL_GARBAGE = gc.get_threshold()
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
@@ -95,10 +95,14 @@ def keep_compiled_programs(where: str) -> None:
   if where == "off":
     jax.config.update("jax_enable_compilation_cache", False)
     return
-  if where == "auto" and os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+  if where == "auto" and (chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
     _hear_warnings(None)
+    jax.config.update("jax_compilation_cache_dir", expanded("JAX_COMPILATION_CACHE_DIR", chosen))
     return  # as the user has set it, with its limits
   folder = default_folder() if where == "auto" else pathlib.Path(expanded("compilation_cache", where))
+  if folder is None:
+    jax.config.update("jax_enable_compilation_cache", False)
+    return
   try:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -117,14 +121,19 @@ def keep_compiled_programs(where: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take seconds together
 
 
-def default_folder() -> pathlib.Path:
-  """`ddpm_jax/MACHINE` in XDG_CACHE_HOME or ~/.cache.
+def default_folder() -> pathlib.Path | None:
+  """`ddpm_jax/MACHINE` in XDG_CACHE_HOME or ~/.cache; None where there is no home.
 
   A program for a CPU uses what that CPU can do, and divides its work among the cores that it has; a home directory may
   be shared by machines of several kinds. MACHINE tells them apart.
   """
-  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-  return pathlib.Path(base) / "ddpm_jax" / _machine()
+  base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+  if not base.is_absolute():  # is to be ignored, says its specification
+    folder = home()
+    if folder is None:
+      return None
+    base = folder / ".cache"
+  return base / "ddpm_jax" / _machine()
 
 
 def cores() -> int:

@@ -18,7 +18,6 @@ import pathlib
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -26,17 +25,18 @@ from typing import Any
 
 import jax
 
-from ddpm_jax import watchdog
+from ddpm_jax import console, watchdog
 from ddpm_jax.errors import RunError, UserError
 
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # JAX reads them
+_GKE_TPU = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_PROCESS_ADDRESSES_PATH")  # JAX reads them
 _FOUND_BY = {
   "explicit": "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set",
   "slurm": "a Slurm step of several tasks",
   "openmpi": "started by Open MPI's mpirun",
   "kubernetes": "a pod of an indexed Kubernetes job",
-  "tpu": "a Cloud TPU VM with libtpu",
+  "tpu": "a Cloud TPU VM, or a TPU pod of GKE, with libtpu",
 }
 _BEAT_S = 1.0  # from one sign of life to the next
 _MUTE_S = 2.5  # process 0 does not answer: see whether it is there at all
@@ -75,12 +75,18 @@ def detect(environment: Mapping[str, str]) -> str:
     return "slurm"
   if _count(environment, "OMPI_COMM_WORLD_SIZE") > 1:
     return "openmpi"
+  on_tpu = _has_tpu()
+  if on_tpu and any(environment.get(name) for name in _GKE_TPU):
+    return "tpu"  # also in a pod of an indexed job: the environment names the hosts, so JAX need not ask Kubernetes
   if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:
     return "kubernetes"
-  on_tpu_vm = any(pathlib.Path("/dev").glob("accel[0-9]*")) or any(pathlib.Path("/dev").glob("vfio/[0-9]*"))
-  if on_tpu_vm and importlib.util.find_spec("libtpu"):
-    return "tpu"
-  return "single"
+  return "tpu" if on_tpu else "single"
+
+
+def _has_tpu() -> bool:
+  devices = pathlib.Path("/dev")
+  chips = any(devices.glob("accel[0-9]*")) or any(devices.glob("vfio/[0-9]*"))
+  return chips and importlib.util.find_spec("libtpu") is not None
 
 
 def _count(environment: Mapping[str, str], name: str) -> int:
@@ -207,10 +213,11 @@ def _explicit_job(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _not_joined(found: str, seconds: float) -> None:
-  watchdog.tell(
+  console.note(
     f"error: distributed: not all processes of the {found} job have come within {seconds} s; start all of them, with "
     "the same address, or train alone with --distributed=off"
   )
+  console.drain()
   os._exit(2)
 
 
@@ -298,10 +305,11 @@ class _Peers:
     with self._verdict:  # never given back
       if not self._ended:
         watchdog.exit_within(_LINGER_S + 2, 1)  # whatever stderr or the store does
-        watchdog.tell(f"error: {line}")
+        console.note(f"error: {line}")
         self._publish(line)
       while self._ended:  # this process ends already, with a code of its own
         time.sleep(60)
+      console.drain()
       os._exit(1)
 
   def _publish(self, line: str) -> None:
@@ -313,7 +321,7 @@ class _Peers:
   def wait_for_verdict(self, error: BaseException) -> None:
     limit = self._timeout + 3 * _BEAT_S
     reason = _first_line(error)
-    watchdog.tell(f"process {self._process}: {reason}; waiting up to {limit:.0f} s to learn which process is lost")
+    console.note(f"process {self._process}: {reason}; waiting up to {limit:.0f} s to learn which process is lost")
     time.sleep(limit)
     with self._verdict:  # which whoever has found one never gives back
       return
@@ -334,9 +342,7 @@ class _Peers:
   def _fail(self, code: int) -> None:
     self._ended = f"ended with exit code {code}"
     watchdog.exit_within(_GRACE_S + _LINGER_S + 1, code)  # process 0 may answer no more
-    with contextlib.suppress(OSError, ValueError):  # nobody listens any more
-      sys.stdout.flush()
-      sys.stderr.flush()
+    console.drain()
     try:
       self._put("alive", self._ended)
       self._client.wait_at_barrier(_PREFIX + "failed", int(_GRACE_S * 1000))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pathlib
+import re
 import sys
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
@@ -18,23 +19,43 @@ KEEP_FREED = {  # bytes: map nothing apart, give nothing back, ask for more at a
   "glibc.malloc.trim_threshold": 2**36,
   "glibc.malloc.top_pad": 2**26,
 }
+# Of Python's command line: options of one letter may stand together.
+_RUNS_MODULE, _RUNS_TEXT = re.compile("-[a-zA-VY-Z]*?m(.*)"), re.compile("-[a-zA-VY-Z]*?c|-$")
+_WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
 _MODES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def restart_with_huge_pages() -> None:
+def restart_with_huge_pages(module: str) -> None:
   """Starts this command anew in the same process, once, where glibc can ask for huge pages and has not been told to.
 
   glibc reads that variable only when a process begins. What the user has set stays: GLIBC_TUNABLES with
-  glibc.malloc.hugetlb=0 is without huge pages.
+  glibc.malloc.hugetlb=0 is without huge pages. Nothing may have been printed before.
+
+  Args:
+    module: is restarted if it is what `python -m` was asked to run. In a process that is somebody else's, such as an
+      interactive session, a debugger or a script that calls `runpy`, nothing happens.
   """
   tunables = os.environ.get("GLIBC_TUNABLES", "")
-  if HUGE_PAGES in tunables or not _on_request() or not sys.orig_argv:
+  if HUGE_PAGES in tunables or not _is_program(module) or not _on_request():
     return
   ours = [f"{name}={value}" for name, value in {HUGE_PAGES: 1, **_kept()}.items() if name not in tunables]
   os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, *ours]))
-  sys.stdout.flush()
-  sys.stderr.flush()
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _is_program(module: str) -> bool:
+  """Whether this process was started as `python [OPTIONS] -m module ...`, and ends with it."""
+  if sys.flags.inspect or not sys.executable:  # `python -i`, PYTHONINSPECT
+    return False
+  words = iter(sys.orig_argv[1:])
+  for word in words:
+    if found := _RUNS_MODULE.fullmatch(word):
+      return (found[1] or next(words, "")) == module
+    if word in _WITH_VALUE:
+      next(words, None)
+    elif not word.startswith("-") or _RUNS_TEXT.match(word):
+      return False
+  return False
 
 
 def _kept() -> dict[str, int]:

@@ -9,10 +9,10 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import time
 import weakref
 
+from ddpm_jax import console
 from ddpm_jax.errors import RunError, UserError
 
 NAME = "lock"
@@ -101,10 +101,7 @@ def _locked(file: int, path: pathlib.Path) -> bool:
   except OSError as error:
     if error.errno not in _NO_LOCKS:
       raise
-    print(
-      f"warning: {path}: this file system has no locks ({error.strerror}); take care that no second run trains there",
-      file=sys.stderr,
-    )
+    console.warn(f"{path}: this file system has no locks ({error.strerror}); take care that no second run trains there")
   return True
 
 

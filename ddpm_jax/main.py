@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from absl import app
 from absl import flags as absl_flags
 
-from ddpm_jax import compilation, flags, hugepages, terminal, workdir
+from ddpm_jax import compilation, console, flags, hugepages, terminal, workdir
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
@@ -158,9 +158,7 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
 def _exit_code(error: UserError | RunError | NonFiniteError) -> int:
   """Tells what ended the run on purpose, in one line. Returns the exit code."""
-  sys.stderr.flush()
-  sys.stderr.buffer.write(f"error: {error}\n".encode(errors="backslashreplace"))  # a path may be no text
-  sys.stderr.flush()
+  console.note(f"error: {error}")
   return next(code for kind, code in ((UserError, 2), (RunError, 1), (NonFiniteError, 3)) if isinstance(error, kind))
 
 
@@ -177,12 +175,13 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
-    print(f"error: {flags.one_line(error)}; --help lists the flags", file=sys.stderr)
+    console.note(f"error: {flags.one_line(error)}; --help lists the flags")
     sys.exit(2)
 
 
 if __name__ == "__main__":
-  hugepages.restart_with_huge_pages()
+  console.protect_streams()
+  hugepages.restart_with_huge_pages("ddpm_jax.main")
   compilation.seldom_look_for_garbage()
   flags.define()
   absl_flags.adopt_module_key_flags(flags)  # so that --help lists them

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import pathlib
+import pwd
+import shlex
+import sys
 
 from ddpm_jax.errors import UserError
 
@@ -25,10 +28,30 @@ def expanded(flag: str, text: str) -> str:
   Raises:
     UserError: if it begins with the home of nobody.
   """
-  path = os.path.expanduser(text)
-  if text.startswith("~") and path == text:
+  if text == "~" or text.startswith("~/"):
+    folder = home()
+    path = os.path.join(folder, text[2:]) if folder else text
+  else:
+    path = os.path.expanduser(text)
+  if text.startswith("~") and not os.path.isabs(path):
     raise UserError(f"{flag}: {text!r} begins with the home of nobody here; write the whole path")
   return path
+
+
+def home() -> pathlib.Path | None:
+  """The home folder of this user; None if neither HOME nor the system's list of users names one."""
+  text = os.environ.get("HOME", "")
+  if not os.path.isabs(text):
+    try:
+      text = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # a user id without an entry, as under `docker run -u 12345`
+      return None
+  return pathlib.Path(text) if os.path.isabs(text) else None
+
+
+def command(*flags: str, module: str = "ddpm_jax.main") -> str:
+  """A command to be printed, which can be pasted into a shell whatever is in its paths."""
+  return shlex.join(["python", "-m", module, *flags])
 
 
 def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:
@@ -37,6 +60,10 @@ def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:
   try:
     text.encode()
   except UnicodeEncodeError:
+    if sys.getfilesystemencoding() != "utf-8" and _is_utf8(os.fsencode(text)):
+      raise UserError(
+        f"{flag}: this locale cannot spell the name {text!a}; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+      ) from None
     raise UserError(f"{flag}: the name {text!a} is not UTF-8; use another --{flag}") from None
   for letter in text:
     if letter in also or ord(letter) < 32 or ord(letter) == 127:
@@ -44,6 +71,14 @@ def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:
         f"{flag}: the name {text!a} has the character {letter!a}, with which files cannot be written safely; use "
         f"another --{flag}"
       )
+
+
+def _is_utf8(name: bytes) -> bool:
+  try:
+    name.decode()
+  except UnicodeDecodeError:
+    return False
+  return True
 
 
 def exists(flag: str, path: pathlib.Path) -> bool:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-import tqdm
+from ddpm_jax import console
 
 _LINE_EVERY_S = 10.0
 
@@ -21,8 +19,8 @@ class Progress:
     """Args: a word for the unit, such as 'step'; how many in all; how many already; print nothing at all."""
     self._what, self._total, self._quiet = what, total, quiet
     self._bar = None
-    if not quiet and sys.stderr.isatty() and _columns() > 0:
-      self._bar = tqdm.tqdm(total=total, initial=done, unit=what, dynamic_ncols=True, smoothing=0.05)
+    if not quiet and console.columns() > 0:
+      self._bar = console.bar(total=total, initial=done, unit=what, dynamic_ncols=True, smoothing=0.05)
 
   def advance(self, by: int = 1) -> None:
     """Moves the bar."""
@@ -44,14 +42,12 @@ class Progress:
       if rate:
         left = datetime.timedelta(seconds=round((self._total - done) / rate))
         speed = f"  {rate:.3g} {self._what}s/s  {left} left"
-      print(f"{self._what} {done}/{self._total}{text and '  ' + text}{speed}", flush=True)
+      console.say(f"{self._what} {done}/{self._total}{text and '  ' + text}{speed}")
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
-    if self._bar is not None:
-      self._bar.write(text)
-    elif not self._quiet:
-      print(text, flush=True)
+    if not self._quiet:
+      console.say(text)
 
   def close(self) -> None:
     """Leaves the terminal on a fresh line."""
@@ -81,11 +77,3 @@ def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[i
         progress.report(number, {}, (number - at_first) / max(now - began, 1e-9))
 
     yield done, progress.say
-
-
-def _columns() -> int:
-  """Width of the terminal; 0 for one that has no size, as under `docker exec -t`, where a bar cannot be drawn."""
-  try:
-    return os.get_terminal_size(sys.stderr.fileno()).columns
-  except (OSError, ValueError):
-    return 80

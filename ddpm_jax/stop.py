@@ -1,4 +1,7 @@
-"""Stopping on request: the first SIGTERM or SIGINT asks the run to save and end, a second one ends the process at once.
+"""Stopping on request: the first signal asks the run to save and end, a second one ends the process at once.
+
+The signals are SIGTERM, SIGINT and SIGHUP (a terminal was closed, a connection was lost). Under `nohup`, or wherever
+else SIGHUP is ignored when the process starts, it stays ignored.
 
 Python handles signals between two bytecodes of the main thread, which may be inside a compilation or a collective for
 minutes. So a thread of its own listens: the kernel's note of a signal reaches it through a pipe at any time.
@@ -12,7 +15,9 @@ import signal
 import threading
 from collections.abc import Iterator
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+from ddpm_jax import console
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -27,6 +32,8 @@ class StopRequest:
     self.requested: int | None = None
     self._exit_code = exit_code
     self._deferred, self._exit_text = False, "stopped; there was nothing to save"
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    self._numbers = tuple(number for number in _SIGNALS if not (ignored and number == signal.SIGHUP))
 
   def __enter__(self) -> StopRequest:
     self._reader, self._writer = os.pipe()
@@ -34,7 +41,7 @@ class StopRequest:
     self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
     self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
     self._thread.start()
-    self._previous = {number: signal.signal(number, _heard) for number in _SIGNALS}
+    self._previous = {number: signal.signal(number, _heard) for number in self._numbers}
     return self
 
   def __exit__(self, *_) -> None:
@@ -48,7 +55,7 @@ class StopRequest:
 
   def again(self) -> None:
     """Takes the signals back from a library that has installed a handler of its own."""
-    for number in _SIGNALS:
+    for number in self._numbers:
       signal.signal(number, _heard)
 
   def defer(self) -> None:
@@ -67,22 +74,18 @@ class StopRequest:
 
   def _listen(self) -> None:
     while (number := os.read(self._reader, 1)[0]) != 0:
-      if number not in _SIGNALS:
+      if number not in self._numbers:
         continue
       if self.requested is not None:
         os._exit(128 + number)
       name = signal.Signals(number).name
       if not self._deferred:
-        _tell(f"{name}: {self._exit_text}")
+        console.note(f"{name}: {self._exit_text}")
+        console.drain()
         os._exit(128 + number if self._exit_code is None else self._exit_code)
       self.requested = number
-      _tell(f"{name}: saving, then stopping; a second signal ends at once, without a checkpoint")
+      console.note(f"{name}: saving, then stopping; a second signal ends at once, without a checkpoint")
 
 
 def _heard(_number: int, _frame) -> None:
   """Nothing: the thread has heard it. But without a handler of Python's the kernel would write no note of it."""
-
-
-def _tell(text: str) -> None:
-  with contextlib.suppress(OSError):  # nobody listens any more
-    os.write(2, f"{os.linesep if os.isatty(2) else ''}{text}\n".encode())  # a progress bar has no line of its own

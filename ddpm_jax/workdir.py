@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shlex
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -29,7 +30,7 @@ def load_config(workdir: pathlib.Path) -> Config:
       _check_links(workdir)
     if not path.is_file():
       raise UserError(
-        f"workdir: {workdir} holds no run (no config.json); train one with python -m ddpm_jax.main --workdir={workdir}"
+        f"workdir: {workdir} holds no run (no config.json); train one with {paths.command(f'--workdir={workdir}')}"
       )
     text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
@@ -116,7 +117,8 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
       )
       raise UserError(
         f"{name}: {history(workdir, stored)} {config_lib.flag_text(old)!r}, this command says "
-        f"{config_lib.flag_text(new)!r}{others}; go on with --flagfile={workdir / 'flags.txt'} or use another --workdir"
+        f"{config_lib.flag_text(new)!r}{others}; go on with "
+        f"{shlex.quote(f'--flagfile={workdir}/flags.txt')} or use another --workdir"
       )
     for name in ("", "checkpoints", "samples", "tensorboard"):
       if not name or (workdir / name).exists():

@@ -14,6 +14,8 @@ import types
 
 import jax
 import pytest
+from jax._src.clusters import cloud_tpu_cluster
+from jax._src.clusters.cluster import ClusterEnv
 
 from ddpm_jax import distributed
 from ddpm_jax.errors import UserError
@@ -99,6 +101,24 @@ def test_a_tpu_needs_its_device_and_its_library(monkeypatch, libtpu, kind):
   monkeypatch.setattr(pathlib.Path, "glob", lambda self, pattern: iter([self / "accel0"]))
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if libtpu and name == "libtpu" else None)
   assert distributed.detect({}) == kind
+
+
+def test_a_tpu_pod_of_gke_needs_no_package_kubernetes(monkeypatch):
+  """Neither for us nor for JAX, which finds the hosts in the environment."""
+  gke = KUBERNETES | {"TPU_WORKER_HOSTNAMES": "localhost,other", "TPU_WORKER_ID": "1"}
+  assert distributed.detect(gke) == "kubernetes"  # of CPUs: JAX ignores the names of TPU hosts there
+  monkeypatch.setattr(pathlib.Path, "glob", lambda self, pattern: iter([self / "vfio" / "0"]))
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+  assert distributed.detect(gke) == "tpu"
+  assert distributed.detect(KUBERNETES) == "kubernetes"
+  monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+  monkeypatch.setitem(sys.modules, "kubernetes", None)
+  for name in ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"):
+    monkeypatch.setenv(name, "")
+  for name, value in gke.items():
+    monkeypatch.setenv(name, value)
+  found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, 10)
+  assert found[:3] == ("localhost:8482", 2, 1)
 
 
 def test_off_joins_nothing(joined, monkeypatch):

@@ -10,12 +10,13 @@ import pytest
 
 from ddpm_jax import hugepages
 
+ROOT = pathlib.Path(hugepages.__file__).parents[1]
 PROGRAM = """
 import os, pathlib, sys
 from ddpm_jax import hugepages
 hugepages._MODES = pathlib.Path(sys.argv[1])
 print(os.getpid(), flush=True)
-hugepages.restart_with_huge_pages()
+hugepages.restart_with_huge_pages("program")
 print(os.getpid(), os.environ.get("GLIBC_TUNABLES"), sys.argv[2:], sys.stdin.read())
 """
 
@@ -27,21 +28,53 @@ def modes(tmp_path):
   return path
 
 
-def lines(modes, tunables=None):
+def lines(modes, tunables=None, start=("-m", "program")):
   """What a program prints that is started with the words 'a b' and c, and hears d."""
   environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
   if tunables is not None:
     environment["GLIBC_TUNABLES"] = tunables
+  (modes.parent / "program.py").write_text(PROGRAM)
+  environment["PYTHONPATH"] = os.pathsep.join([str(modes.parent), str(ROOT)])
   done = subprocess.run(
-    [sys.executable, "-W", "error", "-c", PROGRAM, modes, "a b", "c"],
+    [sys.executable, "-W", "error", *start, modes, "a b", "c"],
     env=environment,
     input="d",
     capture_output=True,
     text=True,
     check=True,
-    cwd=pathlib.Path(hugepages.__file__).parents[1],
   )
   return done.stdout.splitlines()
+
+
+def test_a_process_that_is_somebody_elses_is_not_replaced(modes):
+  """Here one in which `runpy` runs the program; the ways to start it are below."""
+  by_runpy = "import runpy; runpy.run_module('program', run_name='__main__')"
+  first, *more = lines(modes, start=("-c", by_runpy))
+  assert more == [f"{first} None ['a b', 'c'] d"]
+
+
+@pytest.mark.parametrize(
+  ("command", "is_program"),
+  [
+    ("-m program --flag", True),
+    ("-mprogram", True),
+    ("-Im program", True),
+    ("-X dev -W error -u -m program -m other", True),
+    ("-Werror::m -Xm -m program", True),
+    ("--check-hash-based-pycs always -m program", True),
+    ("", False),
+    ("-m pdb -m program", False),
+    ("-m tests.other program", False),
+    ("-c text -m program", False),
+    ("-Ic text -m program", False),
+    ("script.py -m program", False),
+    ("/bin/coverage run -m program", False),
+    ("- -m program", False),
+  ],
+)
+def test_which_commands_are_the_program(monkeypatch, command, is_program):
+  monkeypatch.setattr(sys, "orig_argv", ["python", *command.split()])
+  assert hugepages._is_program("program") == is_program
 
 
 @pytest.fixture

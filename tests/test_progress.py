@@ -39,7 +39,7 @@ def test_an_unknown_speed_is_not_shown(capsys):
 
 def test_no_bar_on_a_terminal_without_size(capsys, monkeypatch):
   monkeypatch.setattr(sys, "stderr", Terminal())
-  monkeypatch.setattr("ddpm_jax.progress._columns", lambda: 0)
+  monkeypatch.setattr("ddpm_jax.console.columns", lambda: 0)
   Progress("step", total=10).report(1, {"loss": 0.5}, 3.0)
   assert capsys.readouterr().out == "step 1/10  loss 0.5  3 steps/s  0:00:03 left\n"
 

@@ -46,11 +46,19 @@ def send(script, *numbers, before=0.0, apart=0.3):
   return process.returncode, out, err, time.monotonic() - began
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_the_first_signal_asks(number):
   code, out, err, _ = send(SAVES.replace("BODY", "pass"), number)
   assert (code, out) == (0, f"saved {int(number)}\n")
   assert f"{number.name}: saving, then stopping; a second signal ends at once" in err
+
+
+def test_a_closed_terminal_is_ignored_where_it_is_ignored():
+  """Under nohup."""
+  script = "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SAVES.replace("BODY", "pass")
+  code, out, err, _ = send(script, signal.SIGHUP, signal.SIGTERM)
+  assert (code, out) == (0, f"saved {int(signal.SIGTERM)}\n")
+  assert "SIGHUP" not in err
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

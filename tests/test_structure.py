@@ -91,6 +91,7 @@ def test_config_is_standard_library_only():
 
 SERVICES = [
   "compilation",
+  "console",
   "distributed",
   "flags",
   "grids",
@@ -103,20 +104,26 @@ SERVICES = [
   "stop",
   "terminal",
   "watchdog",
+  "watcher",
 ]
 FILING = ["storage", "workdir", "writers"]
 
 
 @pytest.mark.parametrize("name", [*SERVICES, *FILING])
 def test_services_know_at_most_the_config_and_how_files_are_written(name):
-  allowed = {"ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.paths", "ddpm_jax.storage"}
-  own = {"workdir": {"ddpm_jax.lock"}, "distributed": {"ddpm_jax.watchdog"}}
+  allowed = {"ddpm_jax.config", "ddpm_jax.console", "ddpm_jax.errors", "ddpm_jax.paths", "ddpm_jax.storage"}
+  own = {
+    "workdir": {"ddpm_jax.lock"},
+    "distributed": {"ddpm_jax.watchdog"},
+    "watchdog": {"ddpm_jax.watcher"},
+    "watcher": set(),
+  }
   assert ours(f"{name}.py") <= allowed | own.get(name, set())
 
 
 @pytest.mark.parametrize("file", below("data"))
 def test_the_data_know_no_model(file):
-  services = {"ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.paths"}
+  services = {"ddpm_jax.config", "ddpm_jax.console", "ddpm_jax.errors", "ddpm_jax.paths"}
   assert {name for name in ours(file) if not name.startswith("ddpm_jax.data")} <= services
 
 
@@ -192,6 +199,21 @@ def test_a_worker_with_pytorch_needs_nothing_else():
     *("benchmarks/torch_loop.py", "benchmarks/worker.py", "benchmarks/hardware.py"),
     *("config.py", "sections.py", "knob.py", "errors.py", "paths.py", "compilation.py", "hugepages.py"),
   }
+
+
+def test_only_the_console_prints():
+  """And `watcher.py`, which is a program of its own: what is printed anywhere else may end a run, or hold it up."""
+  streams = {"stdout", "stderr", "__stdout__", "__stderr__"}
+  found = []
+  for file, tree in TREES.items():
+    for node in ast.walk(tree):
+      is_stream = isinstance(node, ast.Attribute) and node.attr in streams and ast.unparse(node.value) == "sys"
+      name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+      first = ast.unparse(node.args[0]) if isinstance(node, ast.Call) and node.args else ""
+      writes = name in ("print", "tqdm.write") or (name == "os.write" and first in ("1", "2")) or "tqdm" in name
+      if file not in ("console.py", "watcher.py") and (is_stream or writes):
+        found.append(f"{file}:{node.lineno}")
+  assert not found, f"call console.say, console.warn or console.note: {', '.join(found)}"
 
 
 def test_no_cycle_at_import_time():

@@ -3,8 +3,11 @@
 import contextlib
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import timeit
 
@@ -41,7 +44,7 @@ def run(
 def check_line(text):
   line, stacks = text.split("\n", 1)
   assert line.startswith("error: nothing done for 1 s after update 7 on process 3 (host ")
-  assert "pid " in line and line.endswith("raise --step_timeout if this is normal")
+  assert "it is stuck" in line and line.endswith("raise --step_timeout if this is normal")
   assert "in stuck_here" in stacks
 
 
@@ -61,11 +64,43 @@ def test_stuck(tmp_path, stuck):
   check_line((tmp_path / "stuck.3.txt").read_text())
 
 
+# In C with Python's lock, for ever, and without end for a signal.
+KEEPS_THE_LOCK = "ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buffer(1), 1)"
+
+
 def test_stuck_with_the_lock_of_python(tmp_path):
-  process, seconds = run(tmp_path, "ctypes.PyDLL(None).sleep(60)", before='watchdog.beat("update 7"); time.sleep(0.3)')
-  assert process.returncode == 1
-  assert 1 < seconds < 8
-  assert "Timeout" in process.stderr and "in stuck_here" in process.stderr
+  process, seconds = run(tmp_path, KEEPS_THE_LOCK, before='watchdog.beat("update 7"); time.sleep(1)', timeout=2)
+  assert process.returncode == -signal.SIGKILL
+  assert 2 < seconds < 12
+  for text in (process.stderr, (tmp_path / "stuck.3.txt").read_text()):
+    line, stacks = text.split("\n", 1)
+    assert re.match(r"error: nothing done for \d s after update 7 on process 3 \(host .*it is stuck in compiled", line)
+    assert "in stuck_here" in stacks
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
+  """Stopped for longer than any limit, it goes on; stuck afterwards, it ends."""
+  then = f'watchdog.beat("update 8"); time.sleep(1); {KEEPS_THE_LOCK}'
+  code = START.format(
+    stuck='while os.read(0, 1) != b"x": pass',
+    before='watchdog.beat("update 7"); time.sleep(1); print("ready", flush=True)',
+    after=f"with Watchdog(2, folder=pathlib.Path(sys.argv[1])) as watchdog: {then}",
+    timeout=3,
+    first_s=60,
+  )
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  with subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, text=True, **pipes) as process:
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(8)  # more than the limit and what the second process waits
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.5)
+    assert process.poll() is None and list(tmp_path.iterdir()) == []
+    killed = threading.Timer(30, process.kill)
+    killed.start()
+    _, err = process.communicate("x")
+    killed.cancel()
+  assert process.returncode == -signal.SIGKILL and "after update 8" in err
 
 
 def test_before_the_first_beat_the_limit_is_longer(tmp_path):

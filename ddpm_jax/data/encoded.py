@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import os
 import pathlib
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import tqdm
 
+from ddpm_jax import console
 from ddpm_jax.data import images
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import UserError
@@ -170,8 +169,8 @@ def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
       rows.replaced[start + row] = True
     return stop - start
 
-  progress = tqdm.tqdm(
-    total=encoded.length, desc=f"decoding {encoded.name}", unit=" images", leave=False, disable=not sys.stderr.isatty()
+  progress = console.bar(
+    total=encoded.length, desc=f"decoding {encoded.name}", unit=" images", leave=False, disable=not console.columns()
   )
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
     for count in pool.map(fill, range(0, encoded.length, _CHUNK)):  # the first error cancels the tasks that wait
@@ -199,7 +198,7 @@ class Skipped:
     with self._lock:
       if index not in self._told:
         self._told.add(index)
-        tqdm.tqdm.write(f"skipped: {what}", file=sys.stderr)  # above a progress bar, if there is one
+        console.note(f"skipped: {what}")
 
 
 def _decode(encoded: EncodedImages, positions: list[int], out: np.ndarray) -> dict[int, BadRecord]:

@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.download import download_manager, downloader, extractor, util
 
+from ddpm_jax import console
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
 from ddpm_jax.errors import UserError
@@ -61,7 +62,7 @@ def prepare(data: DataConfig) -> None:
     if builder.data_path.exists():  # TFDS would take it for prepared
       raise UserError(f"data_dir: {builder.data_path} is not a complete data set; delete that folder")
     try:
-      with contextlib.redirect_stdout(sys.stderr):  # standard output is for the one line of an error
+      with console.stdout_to_stderr():  # standard output is for the one line of an error
         builder.download_and_prepare(
           file_format="array_record",
           download_config=tfds.download.DownloadConfig(manual_dir=manual_dir, try_download_gcs=False),
@@ -123,17 +124,18 @@ def main() -> int:
   if parent := arguments.pop("parent"):
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
   data = DataConfig(**arguments)
-  if not sys.stderr.isatty() or data.dataset.startswith("digits"):  # the digits are quick, and nothing is downloaded
+  if not console.columns() or data.dataset.startswith("digits"):  # the digits are quick, and nothing is downloaded
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)
   downloader.MAX_RETRIES = 4  # a machine without a network is told so in seconds, not minutes
   try:
     prepare(data)
   except UserError as error:
-    print(error)
+    console.say(str(error))
     return 2
   return 0
 
 
 if __name__ == "__main__":
+  console.protect_streams()
   sys.exit(main())

@@ -10,8 +10,10 @@ import itertools
 import os
 import pathlib
 import re
+import stat
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +21,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
+from ddpm_jax import console
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import digits, fingerprint, folder
 from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.paths import expanded
+from ddpm_jax.paths import command, expanded, home
 
 # Builders that come with ddpm_jax write PNG bytes and need no TensorFlow; TFDS's own encode arrays with it.
 _TENSORFLOW_FREE = (digits.Digits,)
@@ -187,7 +190,7 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
   try:
     if not re.match(r"\w+($|[/:])", name):
       raise tfds.core.DatasetNotFoundError
-    return tfds.builder(name, data_dir=expanded("data_dir", data.data_dir) or None)
+    return tfds.builder(name, data_dir=_data_dir(data))
   except tfds.core.DatasetNotFoundError:
     near = difflib.get_close_matches(base.lower(), tfds.list_builders(with_community_datasets=False), n=3)
     if folder.exists(data):
@@ -210,6 +213,49 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
     raise UserError(f"dataset: {name!r} cannot be opened ({reason}); use {hint}") from None
 
 
+def _data_dir(data: DataConfig) -> str:
+  """Where prepared data sets lie: `data.data_dir`, TFDS_DATA_DIR, or `tensorflow_datasets` in the home folder.
+
+  Where there is no home, or the digits cannot be written there, in a folder for temporary files.
+  """
+  if data.data_dir:
+    return expanded("data_dir", data.data_dir)
+  if chosen := os.environ.get("TFDS_DATA_DIR"):
+    return expanded("TFDS_DATA_DIR", chosen)
+  folder = home()
+  usual = folder / "tensorflow_datasets" if folder else None
+  if usual and (not _are_digits(data) or os.path.isdir(usual / "digits") or _can_be_made(usual)):
+    return str(usual)
+  own = pathlib.Path(tempfile.gettempdir()) / f"ddpm_jax-{os.getuid()}"
+  _check_own(own)
+  return str(own / "tensorflow_datasets")
+
+
+def _are_digits(data: DataConfig) -> bool:
+  return data.dataset.partition(":")[0] == "digits"
+
+
+def _can_be_made(folder: pathlib.Path) -> bool:
+  """Whether a folder is there and can be written, or can be made."""
+  there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+  return os.access(there, os.W_OK | os.X_OK)
+
+
+def _check_own(folder: pathlib.Path) -> None:
+  """Raises UserError unless a folder among temporary files, made if need be, is this user's alone."""
+  try:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+    reason = "is not this user's alone"
+  except OSError as error:
+    own, reason = False, f"cannot be written: {error.strerror}"
+  if not own:
+    raise UserError(
+      f"data_dir: no home folder to prepare data sets in, and {folder} {reason}; name one with --data_dir"
+    )
+
+
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
   """Whether the data set lies in its folder. `builder.is_prepared` says the same, with a warning when it does not."""
   return (builder.data_path / "dataset_info.json").exists()
@@ -223,6 +269,10 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
   """Prepares the data set in a process of its own, so that TensorFlow never enters this one. Raises UserError."""
+  if not data.data_dir and not os.environ.get("TFDS_DATA_DIR") and home() is None and not _are_digits(data):
+    raise UserError(
+      f"data_dir: {data.dataset!r} is to be prepared, and this user has no home folder; name a folder with --data_dir"
+    )
   has_tensorflow = importlib.util.find_spec("tensorflow") is not None
   if not has_tensorflow and not isinstance(builder, _TENSORFLOW_FREE):
     raise UserError(
@@ -237,7 +287,7 @@ def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
     TF_CPP_MIN_LOG_LEVEL="3",
     TF_ENABLE_ONEDNN_OPTS="0",
   )
-  command = [
+  words = [
     sys.executable,
     "-m",
     "ddpm_jax.data.prepare",
@@ -248,12 +298,12 @@ def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
   ]
   # On a terminal its progress bars are worth seeing; elsewhere what it writes is noise, unless it dies.
   process = subprocess.run(
-    command,
+    words,
     env=environment,
     text=True,
     check=False,
     stdout=subprocess.PIPE,
-    stderr=None if sys.stderr.isatty() else subprocess.PIPE,
+    stderr=None if console.columns() else subprocess.PIPE,
   )
   if process.returncode:
     lines = (process.stdout or process.stderr or "").strip().splitlines()
@@ -261,7 +311,7 @@ def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
       lines[-1]
       if lines
       else f"dataset: {data.dataset!r}: preparing it ended with exit code {process.returncode}; run "
-      f"python -m ddpm_jax.data.prepare --dataset={data.dataset} to see why"
+      f"{command(f'--dataset={data.dataset}', module='ddpm_jax.data.prepare')} to see why"
     )
 
 

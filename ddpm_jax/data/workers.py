@@ -67,7 +67,7 @@ def _start(iterators: list[grain.DatasetIterator]) -> None:
   resource_tracker.ensure_running()
   for iterator in iterators:
     iterator.get_state()  # Grain makes here what it starts
-  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+  blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
   try:
     for iterator in iterators:
       iterator.start_prefetch()

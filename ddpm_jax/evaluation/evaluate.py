@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import ddpm_jax
-from ddpm_jax import grids, numerics
+from ddpm_jax import console, grids, numerics
 from ddpm_jax.config import Config
 from ddpm_jax.data.encoded import no_labels
 from ddpm_jax.data.sources import Source, has_split, open_source
@@ -59,7 +59,7 @@ class Surroundings:
   def say(self, line: str) -> None:
     """Prints it."""
     if not self.quiet:
-      print(line, flush=True)
+      console.say(line)
 
   @contextlib.contextmanager
   def counted(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

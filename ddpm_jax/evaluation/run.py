@@ -7,6 +7,7 @@ import sys
 
 import jax
 
+from ddpm_jax import console
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
@@ -40,5 +41,5 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
       print(f"warning: {warning}", file=sys.stderr, flush=True)
     path = write_result(workdir, result, pictures)
     for name, value in scalars(result).items():
-      print(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")
-    print(f"done: {path} and {workdir / 'report.html'}")
+      console.say(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")
+    console.say(f"done: {path} and {workdir / 'report.html'}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ddpm_jax import paths
+from ddpm_jax import console, paths
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange import diffusers, file
@@ -46,7 +46,7 @@ def export(config: Config, workdir: pathlib.Path | None) -> None:
         write_program(config, weights, folder)
       case name:
         raise ValueError(f"unknown format {name!r}")
-  print(f"done: {target} holds {weights.text}", flush=True)
+  console.say(f"done: {target} holds {weights.text}")
 
 
 def _write_diffusers(folder: pathlib.Path, config: Config, weights: Weights, workdir: pathlib.Path | None) -> None:

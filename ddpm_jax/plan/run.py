@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 
 import jax
 
+from ddpm_jax import console
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import image_shape
 from ddpm_jax.plan import report, topology
@@ -32,17 +32,17 @@ def plan(config: Config) -> None:
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   run = build_run(config, image_shape(config.data), parallel)
   best = peaks(target)
-  _say(report.headline(run, target, best))
+  console.say(report.headline(run, target, best))
   size = config.data.batch_size
   step = _compile(run, size)
   if isinstance(step, OutOfMemory):
-    _say(report.refusal(step))
+    console.say(report.refusal(step))
   else:
     times = roofline(step, best) if best else None
-    _say(report.memory_table(step.memory, target))
-    _say(report.step_table(step, best, times))
+    console.say(report.memory_table(step.memory, target))
+    console.say(report.step_table(step, best, times))
     if times:
-      _say(report.bound(run, step, times))
+      console.say(report.bound(run, step, times))
   if target.memory is not None:
     _say_largest(run, target, target.memory, step)
 
@@ -57,7 +57,7 @@ def _say_largest(run: Run, target: Topology, limit: int, step: CompiledStep | Ou
     return known[size]
 
   found: Largest = largest(dict(known), fixed, memory, unit=devices * parts, limit=limit)
-  _say(report.largest_text(found, devices, known, limit))
+  console.say(report.largest_text(found, devices, known, limit))
 
 
 def _bytes_of(step: CompiledStep | OutOfMemory) -> float:
@@ -69,12 +69,8 @@ def _bytes_of(step: CompiledStep | OutOfMemory) -> float:
 
 def _compile(run: Run, size: int) -> CompiledStep | OutOfMemory:
   """Compiles, and says so where a person waits: this takes minutes for a large network."""
-  print(f"compiling the step for a batch of {size} ...", end=" ", file=sys.stderr, flush=True)
+  console.note(f"compiling the step for a batch of {size} ...", end=" ")
   start = time.monotonic()
   step = compile_step(run, size)
-  print(f"{time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+  console.note(f"{time.monotonic() - start:.0f} s")
   return step
-
-
-def _say(text: str) -> None:
-  print(text, flush=True)

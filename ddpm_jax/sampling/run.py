@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ddpm_jax import grids
+from ddpm_jax import console, grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange.initial import adopt, find_weights
@@ -75,7 +75,7 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
     if png_folder is not None:
       _save_pngs(png_folder, images)
     shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
-    print(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
+    console.say(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
   drawn.forget()
 
 
@@ -112,8 +112,8 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
       files[".gif"] = lambda path: _save_gif(path, outcome.frames)
     _write(folder, name, files)
     for fact, value in outcome.told.items():
-      print(f"{fact.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.4g}'}")
-    print("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
+      console.say(f"{fact.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.4g}'}")
+    console.say("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
 
 
 def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:
@@ -140,7 +140,7 @@ def _save_pngs(folder: pathlib.Path, images: np.ndarray) -> None:
   except OSError as error:
     shutil.rmtree(new, ignore_errors=True)
     raise RunError(f"sample_png_dir: cannot write {folder} ({error.strerror or error}); make room") from error
-  print(f"{len(images)} PNG files in {folder}")
+  console.say(f"{len(images)} PNG files in {folder}")
 
 
 def _save_npz(path: pathlib.Path, arrays: dict[str, np.ndarray], facts: dict) -> None:

@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from ddpm_jax import console
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
@@ -64,7 +64,7 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     raise missing
   if jax.process_index() == 0:
     for number, reason in restored.damaged.items():
-      print(f"warning: checkpoint {number} is damaged: {reason}; using {restored.step}", file=sys.stderr, flush=True)
+      console.warn(f"checkpoint {number} is damaged: {reason}; using {restored.step}")
   which = config.sample.sample_weights
   field = "ema_params" if which == "ema" else "params"
   leaves = {

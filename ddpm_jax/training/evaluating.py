@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from ddpm_jax import console
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError
@@ -97,7 +97,7 @@ class Evaluations:
       try:
         self._keep(result, pictures)
       except RunError as error:  # the checkpoint is safe, and the same command can evaluate it
-        print(f"warning: {error}; update {step} counts as not evaluated", file=sys.stderr, flush=True)
+        console.warn(f"{error}; update {step} counts as not evaluated")
     return False
 
   def _keep(self, result: Result, pictures: dict[str, np.ndarray]) -> None:
@@ -106,6 +106,4 @@ class Evaluations:
     best = keep_best(self._workdir, result, measure)
     self._reports.evaluated(step, scalars(result))
     write_result(self._workdir, result, pictures)
-    print(
-      f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{', the best so far' * best}", flush=True
-    )
+    console.say(f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{', the best so far' * best}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import pathlib
-import sys
+import shlex
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, grids, numerics
+from ddpm_jax import compilation, console, grids, numerics, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -110,9 +110,9 @@ def _resume_or_start(
   for step, reason in restored.damaged.items() if restored else ():
     moved = checkpoints.set_aside(step)
     if lock:
-      print(f"warning: checkpoint {step} is damaged: {reason}; moved to {moved}", file=sys.stderr, flush=True)
+      console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
   if lock:
-    print(_headline(run, source, workdir, start, job, finished), flush=True)
+    console.say(_headline(run, source, workdir, start, job, finished))
   if finished:
     return
   if lock:
@@ -153,10 +153,10 @@ def _resume_or_start(
 
         plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
     except OSError as error:  # all that matters is saved
-      print(f"warning: cannot write {workdir / 'loss.png'} ({error.strerror})", file=sys.stderr, flush=True)
+      console.warn(f"cannot write {workdir / 'loss.png'} ({error.strerror})")
     except UserError as error:
-      print(f"warning: {error}", file=sys.stderr, flush=True)
-    print(_farewell(workdir, end, total), flush=True)
+      console.warn(f"{error}")
+    console.say(_farewell(workdir, end, total))
 
 
 def _renew(workdir: pathlib.Path, config: Config) -> None:
@@ -340,8 +340,9 @@ def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
   done = step >= total
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else "  to go on      the same command again\n"
+  board = shlex.join(["tensorboard", f"--logdir={workdir}"])
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and tensorboard --logdir={workdir}
-{again}  draw images   python -m ddpm_jax.main --mode=sample --workdir={workdir}"""
+  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and {board}
+{again}  draw images   {paths.command("--mode=sample", f"--workdir={workdir}")}"""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
-from ddpm_jax import grids
+from ddpm_jax import console, grids
 from ddpm_jax.config import TrainConfig
 from ddpm_jax.errors import NonFiniteError
 from ddpm_jax.progress import Progress
@@ -120,7 +119,7 @@ class Reports:
       yield
     except OSError as error:
       if not self._failing:
-        print(f"warning: cannot write ({error}); {loss}, and so on", file=sys.stderr, flush=True)
+        console.warn(f"cannot write ({error}); {loss}, and so on")
       self._failing = True
     else:
       if self._failing:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from ddpm_jax import console
 from ddpm_jax.config import TrainConfig
 from ddpm_jax.errors import RunError
 from ddpm_jax.lock import Lock
@@ -68,7 +68,7 @@ class Saver:
       raise earlier
     if earlier:  # judged below: this save may succeed
       self._has_failed = True
-      print(f"warning: {earlier}", file=sys.stderr, flush=True)
+      console.warn(f"{earlier}")
     self._check_workdir()
     try:
       self._flush()
@@ -138,4 +138,4 @@ class Saver:
       raise error
     if step - self._saved >= self._limit and not try_again:
       raise RunError(f"{error}; nothing could be saved since update {self._saved}, see --max_unsaved_steps") from error
-    print(f"warning: {error}; the run goes on and tries again", file=sys.stderr, flush=True)
+    console.warn(f"{error}; the run goes on and tries again")

@@ -1,8 +1,11 @@
 """One device, eight with pmap and eight with fsdp are one computation."""
 
 import collections
+import os
 import pathlib
 import re
+import subprocess
+import sys
 from concurrent.futures import Future
 
 import chex
@@ -18,6 +21,7 @@ from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def train(mode, **changes):
@@ -218,3 +222,19 @@ def test_free_memory_of_a_machine():
   lines = pathlib.Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
   total = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:"))
   assert 0 < free_memory() <= total / 2 / 8
+
+
+def test_a_platform_that_is_not_installed_is_one_line_with_the_remedy():
+  """JAX raises an AssertionError without a word for it."""
+  code = """if True:
+    from ddpm_jax.errors import UserError
+    from ddpm_jax.training.parallel import Parallel
+    try:
+      Parallel("pmap")
+    except UserError as error:
+      print(error)
+  """
+  environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
+  done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+  (line,) = done.stdout.splitlines()
+  assert "JAX finds no device" in line and "cuda" in line and "mend JAX_PLATFORMS" in line, done.stderr

@@ -1,0 +1,95 @@
+"""Homes that are not there, and commands that can be pasted."""
+
+import os
+import pathlib
+import pwd
+import shlex
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+from ddpm_jax import compilation, paths
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import prepared
+from ddpm_jax.errors import UserError
+from ddpm_jax.training import loop
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def no_entry(monkeypatch, tmp_path):
+  """A user id without an entry, in a working directory of its own, with a folder for temporary files."""
+
+  def unknown(uid):
+    raise KeyError(uid)
+
+  monkeypatch.setattr(pwd, "getpwuid", unknown)
+  for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+    monkeypatch.delenv(name, raising=False)
+  (tmp_path / "tmp").mkdir()
+  (tmp_path / "work").mkdir()
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+  monkeypatch.chdir(tmp_path / "work")
+  return tmp_path / "tmp" / f"ddpm_jax-{os.getuid()}"
+
+
+@pytest.mark.parametrize("home", [None, "", "~", "relative"])
+def test_without_a_home_nothing_is_called_tilde(no_entry, monkeypatch, home):
+  monkeypatch.delenv("HOME", raising=False)
+  if home is not None:
+    monkeypatch.setenv("HOME", home)
+  assert paths.home() is None
+  assert compilation.default_folder() is None
+  monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+  assert compilation.default_folder() is None
+  for text in ("~", "~/runs", "~nobody_of_that_name/runs"):
+    with pytest.raises(UserError, match=r"workdir: .* begins with the home of nobody here; write the whole path"):
+      paths.absolute("workdir", text, "")
+  builder = prepared.make_builder(DataConfig())
+  assert pathlib.Path(builder.data_dir_root) == no_entry / "tensorflow_datasets"
+  assert no_entry.stat().st_mode & 0o777 == 0o700
+  with pytest.raises(UserError, match=r"data_dir: 'fashion_mnist' .* no home folder; name a folder with --data_dir"):
+    prepared.open_prepared(DataConfig(dataset="fashion_mnist"))
+  assert list(pathlib.Path.cwd().iterdir()) == []
+
+
+def test_digits_go_elsewhere_where_the_home_cannot_be_written(no_entry, monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", "/dev/null/home")
+  assert paths.home() == pathlib.Path("/dev/null/home")
+  assert prepared._data_dir(DataConfig()) == str(no_entry / "tensorflow_datasets")
+  assert prepared._data_dir(DataConfig(dataset="cifar10")) == "/dev/null/home/tensorflow_datasets"  # preparing names it
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert prepared._data_dir(DataConfig()) == str(tmp_path / "tensorflow_datasets")
+  assert paths.expanded("data_dir", "~/data") == str(tmp_path / "data")
+
+
+def test_a_folder_of_somebody_else_among_temporary_files_is_not_used(no_entry, monkeypatch, tmp_path):
+  monkeypatch.delenv("HOME", raising=False)
+  no_entry.symlink_to(tmp_path)
+  with pytest.raises(UserError, match="is not this user's alone; name one with --data_dir"):
+    prepared._data_dir(DataConfig())
+  no_entry.unlink()
+  no_entry.mkdir()
+  no_entry.chmod(0o777)
+  with pytest.raises(UserError, match="is not this user's alone; name one with --data_dir"):
+    prepared._data_dir(DataConfig())
+
+
+def test_printed_commands_can_be_pasted():
+  workdir = pathlib.Path("/runs/it's a $run; #1")
+  assert shlex.split(paths.command(f"--workdir={workdir}")) == ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}"]
+  assert paths.command("--workdir=/runs/a-b_1.2") == "python -m ddpm_jax.main --workdir=/runs/a-b_1.2"
+  farewell = loop._farewell(workdir, 1, 2)
+  assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[-1] == f"--workdir={workdir}"
+  assert shlex.split(farewell.partition("and tensorboard ")[2].splitlines()[0]) == [f"--logdir={workdir}"]
+
+
+def test_a_locale_that_cannot_spell_a_path_is_named():
+  code = "import sys, pathlib; from ddpm_jax import paths; paths.check_name('workdir', pathlib.Path(sys.argv[1]))"
+  locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+  command = [sys.executable, "-c", code, "é"]
+  done = subprocess.run(command, env=os.environ | locale, capture_output=True, text=True)
+  assert "this locale cannot spell the name" in done.stderr and "PYTHONUTF8=1" in done.stderr
