@@ -168,7 +168,7 @@ def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseExce
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
-    return absl_flags.FLAGS([argv[0], *flags.flagfiles_first(argv[1:])])
+    return absl_flags.FLAGS([argv[0], *flags.expand_flagfiles(argv[1:])])
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:

@@ -137,15 +137,6 @@ def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   assert one_line(capsys) == f"error: {error}\n"
 
 
-def test_a_flag_wins_over_a_flagfile_wherever_it_stands(runs, command, tmp_path):
-  (tmp_path / "my.flags").write_text("--batch_size=32\n--num_steps=500\n")
-  arguments = ["--batch_size=16", f"--flagfile={tmp_path / 'my.flags'}", f"--workdir={tmp_path / 'run'}"]
-  for order in (arguments, arguments[::-1]):
-    assert command(*order) == 0
-    _, config, _ = runs.calls[-1]
-    assert (config.data.batch_size, config.train.num_steps) == (16, 500)
-
-
 def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
   runs.error = RuntimeError("out of memory")  # Python itself makes this exit code 1
   with pytest.raises(RuntimeError, match="out of memory"):
@@ -163,7 +154,10 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--channel_multipliers=1,x"], ["channel_multipliers", "1,x", "commas"]),
     (["--random_flip=perhaps"], ["random_flip", "perhaps"]),
     (["--channels"], ["channels", "value"]),
-    (["--flagfile=nowhere.flags"], ["nowhere.flags"]),
+    (["--flagfile=nowhere.flags"], ["flagfile", "nowhere.flags", "No such file"]),
+    (["--flagfile="], ["flagfile", "empty", "flags.txt"]),
+    (["--flagfile"], ["flagfile", "empty"]),
+    (["--flagfile", "/"], ["flagfile", "Is a directory"]),
     (["--batch_size=0"], ["batch_size", "0", "at least 1"]),
     (["--learning_rate=nan"], ["learning_rate", "nan", "finite"]),
     (["--learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
