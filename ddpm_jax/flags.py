@@ -45,7 +45,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "workdir",
     None,
     "Folder of this run: config, checkpoints, metrics, samples. Created if absent; "
-    "the same command goes on where it stopped.",
+    "--workdir alone goes on where it stopped, with the run's own settings, over which flags win.",
     flag_values=registry,
     required=False,
   )
@@ -90,7 +90,7 @@ def expand_flagfiles(words: Sequence[str]) -> list[str]:
     Words without flagfiles, for absl, of which the last one wins.
 
   Raises:
-    flags.Error: if a flagfile has no name, cannot be read, is not UTF-8 text, or names itself.
+    UserError: if a flagfile has no name, cannot be read, is not UTF-8 text, or names itself.
   """
   return _expand(words, ())
 
@@ -104,7 +104,7 @@ def _expand(words: Sequence[str], within: tuple[str, ...]) -> list[str]:
     if name in ("--flagfile", "-flagfile"):
       if not equals:
         path = rest.pop(0) if rest else ""
-      lines += _lines_of(os.path.expanduser(path.strip()), within)
+      lines += _lines_of(paths.expanded("flagfile", path.strip()), within)
       continue
     others.append(word)
     if word == "--" or not word.startswith("-"):  # absl takes no flag after these
@@ -117,15 +117,15 @@ def _expand(words: Sequence[str], within: tuple[str, ...]) -> list[str]:
 def _lines_of(path: str, within: tuple[str, ...]) -> list[str]:
   """The flags in a file, which the files `within` lead to, after those of the flagfiles that it names itself."""
   if not path:
-    raise flags.IllegalFlagValueError("flagfile: empty; name a file of flags, such as --flagfile=runs/digits/flags.txt")
+    raise UserError("flagfile: empty; name a file of flags, such as --flagfile=runs/digits/flags.txt")
   if os.path.realpath(path) in within:
-    raise flags.Error(f"flagfile: {path} names itself, maybe by way of others; remove that line")
+    raise UserError(f"flagfile: {path} names itself, maybe by way of others; remove that line")
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
   except OSError as error:
-    raise flags.CantOpenFlagFileError(f"flagfile: cannot read {path} ({error.strerror})") from error
+    raise UserError(f"flagfile: cannot read {path} ({error.strerror}); name another file") from error
   except ValueError as error:
-    raise flags.CantOpenFlagFileError(f"flagfile: {path} is not UTF-8 text ({error})") from error
+    raise UserError(f"flagfile: {path} is not UTF-8 text ({error}); name another file") from error
   words = []
   for line in map(str.strip, text.split("\n")):
     if line.startswith(("--flagfile ", "-flagfile ")):

@@ -24,7 +24,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
 README, WORKSPACE = DOCUMENTS.values()
-PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}
+PAGES = DOCUMENTS | {
+  name: (ROOT / name).read_text(encoding="utf-8")
+  for name in ("SECURITY.md", "docs/reliability.md", "docs/learning_rate.md")
+}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 
 # Flags of other programs that the documents may mention.

@@ -177,6 +177,7 @@ REFUSED = [  # words of a command -> what the error says
   ("--flagfile={none}", "flagfile: cannot read .*none .No such file or directory."),
   ("--flagfile={circle}", "flagfile: .*circle names itself"),
   ("--flagfile={latin}", "flagfile: .*latin is not UTF-8"),
+  ("--flagfile=~nobody_here/x", "flagfile: '~nobody_here/x' begins with the home of nobody here"),
 ]
 
 
@@ -197,7 +198,7 @@ def test_a_flag_of_the_command_line_wins_over_flagfiles_wherever_they_stand(tmp_
   assert expand("--batch_size=9 --flagfile={a}")[0] == {"batch_size": 9, "num_steps": 500}
   assert expand("--flagfile={bare}")[1] == ["channels=64"]  # `main` refuses what is no flag
   for command, message in REFUSED:
-    with pytest.raises(absl_flags.Error, match=f"^{message}"):
+    with pytest.raises(UserError, match=f"^{message}"):
       expand(command)
 
 

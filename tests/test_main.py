@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -211,9 +212,30 @@ def test_bad_input_is_one_line_and_exit_code_2(runs, command, capsys, tmp_path, 
 # What a command means.
 
 
-def test_train_is_flags_over_defaults_whatever_is_stored(tmp_path):
-  workdir.create(tmp_path, config_lib.override(Config(), {"channels": 64}))
-  assert main.resolve_config("train", {"dropout": 0.2}, tmp_path) == config_lib.override(Config(), {"dropout": 0.2})
+def test_train_is_flags_over_the_stored_run(tmp_path):
+  """What may not change is refused when the run starts, by `workdir.check`; a consent is for one command."""
+  stored = config_lib.override(Config(), {"channels": 64, "num_steps": 777, "lr_schedule": "cosine"})
+  workdir.create(tmp_path, config_lib.override(stored, {"allow_data_change": True}))
+  assert main.resolve_config("train", {}, tmp_path) == stored
+  given = {"num_steps": 2000, "channels": 32}  # the defaults, but given
+  assert main.resolve_config("train", given, tmp_path) == config_lib.override(stored, given)
+  assert main.resolve_config("train", given, tmp_path / "new") == config_lib.override(Config(), given)
+
+
+def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
+  """Release 0.1.0 had a cosine by default, and knew no --decay_fraction."""
+  stored = config_lib.override(Config(), {"lr_schedule": "cosine"})
+  workdir.create(tmp_path, stored)
+  text = (tmp_path / "config.json").read_text()
+  (tmp_path / "config.json").write_text(re.sub(r' *"decay_fraction": .*\n', "", text))
+  assert text != (tmp_path / "config.json").read_text()
+  config = main.resolve_config("train", {}, tmp_path)
+  assert config == stored and workdir.check(tmp_path, config)
+  assert main.resolve_config("train", {"num_steps": 4000}, tmp_path).optimizer == stored.optimizer
+  with pytest.raises(
+    UserError, match=r"lr_schedule: .* 'cosine', .* 'constant_then_decay'; leave --lr_schedule out, or"
+  ):
+    workdir.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
 
 
 def test_sample_is_flags_over_the_stored_run(tmp_path):
@@ -289,7 +311,8 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
   workdir.create(tmp_path / "run", config)
   (tmp_path / "model" / "config.json").unlink()
   assert main.resolve_config("train", {"init_from": model}, tmp_path / "run") == config
-  assert main.resolve_config("sample", {}, tmp_path / "run") == config
+  for mode in ("train", "sample"):
+    assert main.resolve_config(mode, {}, tmp_path / "run") == config
   with pytest.raises(UserError, match="init_from: "):
     main.resolve_config("train", {"init_from": model}, tmp_path / "new")
 
@@ -315,7 +338,7 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(model, tmp_pa
   which = lambda mode, **given: main.resolve_config(mode, given, folder).sample  # noqa: E731
   assert (which("sample").checkpoint, which("sample").sample_weights) == ("4", "raw")  # nothing is trained yet
   (folder / "checkpoints" / "3").mkdir(parents=True)
-  for mode in ("sample", "evaluate", "export"):
+  for mode in ("train", "sample", "evaluate", "export"):
     assert (which(mode).checkpoint, which(mode).sample_weights) == ("newest", "ema")
   assert which("sample", checkpoint="3").checkpoint == "3"
 
