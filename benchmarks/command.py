@@ -142,7 +142,7 @@ def _parse_flags(words: Sequence[str]) -> dict[str, Any]:
   registry = absl_flags.FlagValues()
   flags.define(registry)
   try:
-    left = registry(["benchmarks", *flags.flagfiles_first(words)])[1:]
+    left = registry(["benchmarks", *flags.expand_flagfiles(words)])[1:]
   except absl_flags.Error as error:
     raise UserError(flags.one_line(error)) from error
   if left:

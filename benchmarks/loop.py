@@ -37,6 +37,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.training.loop import dispatches
+from ddpm_jax.training.optimizer import decay_start
 
 _COMPILED = "compiled and made update"
 _STARTS = ("cold", "warm")
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   """Measures and prints."""
   options, (setting,) = command.parse(make_parser(), argv)
   config, blocks = setting.config, []
-  if config.train.num_steps <= len(next(dispatches(config.train, 0))):
+  if config.train.num_steps <= _first_call(config):
     raise UserError(f"num_steps: {config.train.num_steps} updates are a single call; use more")
   shape = command.image_shape(config, options.image_shape)
   with command.workers({"bare": ("step_work", {})}) as workers:
@@ -145,7 +146,7 @@ def whole_run(
     blocks.append(bare())
   last = last_written(workdir, config.train.num_steps)
   until_last = [turn._replace(end=min(turn.end, last)) for turn in turns if turn.begin < last]
-  first_call = len(next(dispatches(config.train, 0)))
+  first_call = _first_call(config)
   return {
     "to_first_update": first - began,
     "turns": [turn.end - turn.begin for turn in until_last],
@@ -203,6 +204,11 @@ class _CpuTime:
   def until(self, moment: float) -> float:
     """Seconds that it had had at that time since the epoch."""
     return max(seconds for when, seconds in self._readings if when <= moment)
+
+
+def _first_call(config: Config) -> int:
+  """The number of updates in the first call of the step."""
+  return len(next(dispatches(config.train, 0, decay_start(config.optimizer, config.train.num_steps))))
 
 
 def last_written(workdir: pathlib.Path, step: int) -> float:

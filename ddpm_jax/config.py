@@ -83,16 +83,23 @@ def changed(
   Args:
     before: the config of the workdir.
     after: the config of this command.
-    on_resume: leave out what a resumed run may change. `num_steps` may not change under a cosine schedule, whose
-      learning rate depends on it.
+    on_resume: leave out what a resumed run may change.
     once_trained: leave out, with `on_resume`, also what may change where trained weights are only used.
   """
   differences, rule = [], "may_change_once_trained" if once_trained else "may_change"
   for (_, field, old), (_, _, new) in zip(knobs(before), knobs(after), strict=True):
-    free = field.metadata[rule] and not (field.name == "num_steps" and after.optimizer.lr_schedule == "cosine")
-    if old != new and not (on_resume and free):
+    if old != new and not (on_resume and field.metadata[rule]):
       differences.append((field.name, old, new))
   return differences
+
+
+# Knobs that are a consent: for the command that gives it, and for no later one.
+_CONSENTS = ("allow_data_change",)
+
+
+def without_consents(config: Config) -> Config:
+  """The settings of a workdir as a later command takes them up."""
+  return override(config, {name: value for name, value in values(Config()).items() if name in _CONSENTS})
 
 
 # Knobs of drawing that choose among the weights of a workdir.
@@ -195,10 +202,11 @@ def _check_together(config: Config) -> None:
     raise UserError(
       f"grad_accum_steps: {config.train.grad_accum_steps} does not divide batch_size={config.data.batch_size}; use 1"
     )
-  if config.optimizer.lr_schedule == "cosine" and config.optimizer.warmup_steps >= config.train.num_steps:
+  optimizer = config.optimizer
+  if optimizer.lr_schedule != "constant_then_decay" and optimizer.decay_fraction != OptimizerConfig().decay_fraction:
     raise UserError(
-      f"warmup_steps: {config.optimizer.warmup_steps} must be less than num_steps={config.train.num_steps} with "
-      "lr_schedule=cosine; lower --warmup_steps or raise --num_steps"
+      f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
+      "--lr_schedule=constant_then_decay, or leave it out"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +45,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "workdir",
     None,
     "Folder of this run: config, checkpoints, metrics, samples. Created if absent; "
-    "the same command goes on where it stopped.",
+    "--workdir alone goes on where it stopped, with the run's own settings, over which flags win.",
     flag_values=registry,
     required=False,
   )
@@ -75,9 +76,63 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
       flags.DEFINE_string(field.name, default, text, flag_values=registry)
 
 
-def flagfiles_first(words: Sequence[str]) -> list[str]:
-  """The words of a command with its flagfiles first, wherever they stand: a flag on the command line always wins."""
-  return sorted(words, key=lambda word: not word.startswith("--flagfile="))
+def expand_flagfiles(words: Sequence[str]) -> list[str]:
+  """The words of a command with the lines of its flagfiles in front, so that a flag on the command line always wins.
+
+  A flagfile is named as `--flagfile=PATH` or `--flagfile PATH`, with one dash or two, anywhere among the flags. Of
+  several, the later one wins. A flagfile may name others, and the same rule holds: its own lines win over theirs. absl
+  alone puts the lines where the flagfile is named, so that it wins over the flags before it.
+
+  Args:
+    words: what follows the name of the program.
+
+  Returns:
+    Words without flagfiles, for absl, of which the last one wins.
+
+  Raises:
+    UserError: if a flagfile has no name, cannot be read, is not UTF-8 text, or names itself.
+  """
+  return _expand(words, ())
+
+
+def _expand(words: Sequence[str], within: tuple[str, ...]) -> list[str]:
+  """`expand_flagfiles` for the words of a command, or of the file that is the last of `within`."""
+  lines, others, rest = [], [], list(words)
+  while rest:
+    word = rest.pop(0)
+    name, equals, path = word.partition("=")
+    if name in ("--flagfile", "-flagfile"):
+      if not equals:
+        path = rest.pop(0) if rest else ""
+      lines += _lines_of(paths.expanded("flagfile", path.strip()), within)
+      continue
+    others.append(word)
+    if word == "--" or not word.startswith("-"):  # absl takes no flag after these
+      break
+    if not equals and rest and not rest[0].startswith("-"):
+      others.append(rest.pop(0))  # the value of `--flag value`
+  return [*lines, *others, *rest]
+
+
+def _lines_of(path: str, within: tuple[str, ...]) -> list[str]:
+  """The flags in a file, which the files `within` lead to, after those of the flagfiles that it names itself."""
+  if not path:
+    raise UserError("flagfile: empty; name a file of flags, such as --flagfile=runs/digits/flags.txt")
+  if os.path.realpath(path) in within:
+    raise UserError(f"flagfile: {path} names itself, maybe by way of others; remove that line")
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
+  except OSError as error:
+    raise UserError(f"flagfile: cannot read {path} ({error.strerror}); name another file") from error
+  except ValueError as error:
+    raise UserError(f"flagfile: {path} is not UTF-8 text ({error}); name another file") from error
+  words = []
+  for line in map(str.strip, text.split("\n")):
+    if line.startswith(("--flagfile ", "-flagfile ")):
+      words += line.split(maxsplit=1)
+    elif line and not line.startswith(("#", "//")):
+      words.append(line)
+  return _expand(words, (*within, os.path.realpath(path)))
 
 
 def one_line(error: flags.Error) -> str:

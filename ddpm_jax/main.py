@@ -7,7 +7,7 @@
   python -m ddpm_jax.main --workdir=runs/cifar10 --mode=export --export_format=diffusers --export_dir=exported
   python -m ddpm_jax.main --flagfile=experiments/cifar10.flags --mode=plan --topology=v5e:4x4
 
-The same command goes on where it stopped.
+The same command goes on where it stopped, and so does --workdir alone: flags win over the settings of the workdir.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ if TYPE_CHECKING:
 
 
 def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Config:
-  """The run that a command means: for training its flags over the defaults, else its flags over the workdir's config.
+  """The run that a command means: its flags over the settings of the workdir, or over the defaults if it holds no run.
 
-  With --init_from, what comes with the weights takes the place of the defaults. A plan may change everything, as it
-  trains nothing, also by --init_from, and needs no workdir: without a run its flags are over the defaults.
+  With --init_from, what comes with the weights lies between the two. A plan may change everything, as it trains
+  nothing, also by --init_from, and needs no workdir.
 
   Raises:
     UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
   """
   run = folder if folder is not None and workdir.holds_run(folder) else None
-  defaults = workdir.load_config(run) if run and mode == "plan" else Config()
+  defaults = _stored(run) if run and mode in ("train", "plan") else Config()
   if given.get("init_from"):
     from ddpm_jax.exchange import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
     defaults = initial.beginning(given["init_from"], folder, defaults)
   if mode in ("train", "plan"):
-    return config_lib.override(defaults, given)
+    return config_lib.override(defaults, given)  # what may not change is compared when the run starts
   if mode == "export":
     _check_one_model(given, folder, run)
   if run or not given.get("init_from"):
@@ -72,10 +72,14 @@ def _runs_the_network(mode: str, config: Config) -> bool:
   return mode != "export" or config.exchange.export_format == "jax"
 
 
+def _stored(folder: pathlib.Path) -> Config:
+  """The settings of a workdir, as a later command takes them up."""
+  stored = config_lib.without_consents(workdir.load_config(folder))
+  return config_lib.beyond_init_from(stored) if workdir.has_checkpoints(folder) else stored
+
+
 def _over_stored_run(mode: str, given: dict, folder: pathlib.Path) -> Config:
-  stored = workdir.load_config(folder)
-  if workdir.has_checkpoints(folder):
-    stored = config_lib.beyond_init_from(stored)
+  stored = _stored(folder)
   config = config_lib.override(stored, given)
   for name, old, new in workdir.changed(folder, stored, config, once_trained=_runs_the_network(mode, config)):
     raise UserError(
@@ -171,12 +175,13 @@ def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseExce
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
-    return absl_flags.FLAGS([argv[0], *flags.flagfiles_first(argv[1:])])
+    return absl_flags.FLAGS([argv[0], *flags.expand_flagfiles(argv[1:])])
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
-    console.note(f"error: {flags.one_line(error)}; --help lists the flags")
-    sys.exit(2)
+    sys.exit(_exit_code(UserError(f"{flags.one_line(error)}; --help lists the flags")))
+  except UserError as error:
+    sys.exit(_exit_code(error))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ class Run(NamedTuple):
   network: Network
   parallel: Parallel
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
+  lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
 
   def initial_state(self, params: Params | None = None) -> TrainState:
     """The state before the first update, placed.
@@ -93,8 +94,8 @@ def make_train_step(run: Run) -> functools.partial:
     train_step,
     seed=config.train.seed,
     loss_fn=run.parallel.spread(loss_fn),
-    optimizer=make_optimizer(config.optimizer, config.train.num_steps),
-    learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps),
+    optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
+    learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,
     grad_accum_steps=config.train.grad_accum_steps,
   )

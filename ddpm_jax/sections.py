@@ -91,9 +91,16 @@ class OptimizerConfig:
   """Adam (beta1 0.9, beta2 0.999, epsilon 1e-8, as in the paper) and the moving average of the weights."""
 
   learning_rate: float = knob(2e-3, "Learning rate after the warm-up.", above=0)
-  lr_schedule: str = knob("cosine", "After the warm-up: constant as in the paper, or a cosine down to zero at "
-                          "--num_steps.", choices=("constant", "cosine"))
-  warmup_steps: int = knob(100, "Updates over which the learning rate rises linearly from zero.", minimum=0)
+  lr_schedule: str = knob("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
+                          "'constant_then_decay', constant up to the last --decay_fraction of the steps, then down "
+                          "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes on "
+                          "from where the decay began; with cosine the rate begins anew for the added steps.",
+                          choices=("constant", "constant_then_decay", "cosine"))
+  decay_fraction: float = knob(0.2, "The part of --num_steps over which the learning rate of constant_then_decay "
+                               "falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0, maximum=1)
+  warmup_steps: int = knob(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
+                           "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
+                           minimum=0)
   grad_clip: float = knob(1.0, "Largest global norm of the mean gradient (0: no clipping).", minimum=0)
   ema_decay: float = knob(0.995, "Decay of the exponential moving average of the weights; reached gradually as "
                           "min(decay, (1 + n) / (10 + n)) after n updates.", minimum=0, below=1)

@@ -117,8 +117,7 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
       )
       raise UserError(
         f"{name}: {history(workdir, stored)} {config_lib.flag_text(old)!r}, this command says "
-        f"{config_lib.flag_text(new)!r}{others}; go on with "
-        f"{shlex.quote(f'--flagfile={workdir}/flags.txt')} or use another --workdir"
+        f"{config_lib.flag_text(new)!r}{others}; leave --{name} out, or use another --workdir"
       )
     for name in ("", "checkpoints", "samples", "tensorboard"):
       if not name or (workdir / name).exists():

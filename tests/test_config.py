@@ -105,7 +105,8 @@ OTHER = {
   "matmul_precision": "highest",
   "remat": "blocks",
   "learning_rate": 2e-5,
-  "lr_schedule": "constant",
+  "lr_schedule": "constant_then_decay",
+  "decay_fraction": 0.5,
   "warmup_steps": 5000,
   "grad_clip": 0.125,
   "ema_decay": 0.9999,
@@ -301,7 +302,7 @@ def test_words_of_a_list_are_checked():
     ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
     ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
     ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
-    ({"warmup_steps": 4000}, ("warmup_steps", "4000", "num_steps=4000", "cosine")),
+    ({"decay_fraction": 0.5}, ("decay_fraction", "0.5", "lr_schedule=cosine", "--lr_schedule=constant_then_decay")),
     ({"eta": 0.5, "sampler": "heun"}, ("eta", "0.5", "sampler=heun", "--sampler=ddim or dpmpp", "--eta=0")),
     ({"mask": "m.png"}, ("mask", "'m.png'", "sample_task=images", "--sample_task=inpaint,")),
     ({"repaint_jump": 5, "sample_task": "slerp"}, ("repaint_jump", "5", "sample_task=slerp", "=inpaint")),
@@ -356,8 +357,8 @@ def test_contradictions_are_refused(changes, parts):
     {"eta": 1.0, "sampler": "dpmpp"},
     {"norm_groups": 16},
     {"grad_accum_steps": 128},
-    {"warmup_steps": 3999},
-    {"warmup_steps": 5000, "lr_schedule": "constant"},
+    {"warmup_steps": 5000},
+    {"decay_fraction": 1.0, "lr_schedule": "constant_then_decay"},
     {"attention_resolutions": ()},
     {"seed": 2**32 - 1},
     {"sample_task": "interpolate", "interpolation_timestep": 1000},
@@ -496,8 +497,8 @@ def test_changed_names_both_values_in_order():
 
 
 def test_on_resume_only_what_is_trained_must_stay():
-  differences = config_lib.changed(make(lr_schedule="constant"), make(**OTHER), on_resume=True)
-  assert {name for name, _, _ in differences} == set(OTHER) - MAY_CHANGE - {"lr_schedule"}
+  differences = config_lib.changed(make(), make(**OTHER), on_resume=True)
+  assert {name for name, _, _ in differences} == set(OTHER) - MAY_CHANGE
   assert {field.name for _, field in KNOBS if field.metadata["may_change"]} == MAY_CHANGE
 
 
@@ -510,10 +511,8 @@ def test_once_trained_the_arithmetic_may_change_too():
   assert resumed - used == {"dtype", "matmul_precision"} and used < resumed
 
 
-@pytest.mark.parametrize(("schedule", "refused"), [("constant", []), ("cosine", [("num_steps", 4000, 5000)])])
-def test_num_steps_is_fixed_where_the_learning_rate_depends_on_it(schedule, refused):
-  before, after = make(lr_schedule=schedule), make(lr_schedule=schedule, num_steps=5000)
-  assert config_lib.changed(before, after, on_resume=True) == refused
+def test_a_consent_is_not_taken_up_again():
+  assert config_lib.without_consents(make(allow_data_change=True, on_bad_record="skip")) == make(on_bad_record="skip")
 
 
 # One knob, one reader.

@@ -1,4 +1,5 @@
 import pathlib
+import re
 
 import pytest
 from absl import flags as absl_flags
@@ -134,6 +135,81 @@ def test_every_default_survives_its_own_text(registry):
 def test_flags_into_string_is_itself_a_command_line(registry):
   registry(["main", "--channel_multipliers=1,2,4"])
   assert "--channel_multipliers=1,2,4" in registry.flags_into_string().splitlines()
+
+
+# Flagfiles.
+
+# file -> its lines; what is read from them in a run is batch_size, by name below.
+FILES = {
+  "a": "--batch_size=1\n--num_steps=500\n",
+  "b": "--batch_size=2",
+  "marked": "\ufeff--batch_size=3\r\n  # no flag\n// none either\n\n",
+  "outer": "--batch_size=4\n--flagfile={a}\n",
+  "outermost": "--flagfile {outer}\n-flagfile={b}\n",
+  "sp ace": "--batch_size=5\n",
+  "circle": "--flagfile={round}\n",
+  "round": "-flagfile={circle}",
+  "latin": b"--dataset=folder:\xe9",
+  "bare": "--batch_size=6\nchannels=64\n",
+}
+WINS = [  # words of a command -> batch_size
+  ("--flagfile={a}", 1),
+  ("--batch_size=9 --flagfile={a}", 9),
+  ("--flagfile={a} --batch_size=9", 9),
+  ("--batch_size=9 --flagfile {a}", 9),
+  ("--batch_size=9 -flagfile={a}", 9),
+  ("--batch_size=9 -flagfile {a}", 9),
+  ("--batch_size 9 --flagfile {a} --seed 3", 9),
+  ("-batch_size=9 --seed=3 --flagfile={a} -flagfile={b}", 9),
+  ("--flagfile={a} --flagfile={b}", 2),
+  ("--flagfile={b} --seed 3 --flagfile {a}", 1),
+  ("--flagfile={marked}", 3),
+  ("--flagfile={outer}", 4),  # its own lines win over those of the file that it names
+  ("--flagfile={outermost}", 2),
+  ("--batch_size=9 --flagfile={outermost}", 9),
+  ("--flagfile={sp ace}", 5),
+  ("--batch_size=9 -- --flagfile={a}", 9),
+]
+REFUSED = [  # words of a command -> what the error says
+  ("--flagfile=", "flagfile: empty"),
+  ("-flagfile=", "flagfile: empty"),
+  ("--seed=3 --flagfile", "flagfile: empty"),
+  ("--flagfile={none}", "flagfile: cannot read .*none .No such file or directory."),
+  ("--flagfile={circle}", "flagfile: .*circle names itself"),
+  ("--flagfile={latin}", "flagfile: .*latin is not UTF-8"),
+  ("--flagfile=~nobody_here/x", "flagfile: '~nobody_here/x' begins with the home of nobody here"),
+]
+
+
+def test_a_flag_of_the_command_line_wins_over_flagfiles_wherever_they_stand(tmp_path):
+  for name, text in FILES.items():
+    text = text if isinstance(text, bytes) else text.format_map(_Paths(tmp_path)).encode()
+    (tmp_path / name).write_bytes(text)
+
+  def expand(command):
+    words = [word.format_map(_Paths(tmp_path)) for word in re.split(r" (?!ace)", command)]
+    registry = absl_flags.FlagValues()
+    flags.define(registry)
+    rest = registry(["main", *flags.expand_flagfiles(words)])[1:]
+    return flags.given(registry), rest
+
+  wrong = {command: found for command, value in WINS if (found := expand(command)[0].get("batch_size")) != value}
+  assert not wrong
+  assert expand("--batch_size=9 --flagfile={a}")[0] == {"batch_size": 9, "num_steps": 500}
+  assert expand("--flagfile={bare}")[1] == ["channels=64"]  # `main` refuses what is no flag
+  for command, message in REFUSED:
+    with pytest.raises(UserError, match=f"^{message}"):
+      expand(command)
+
+
+class _Paths(dict):
+  """The name of a file of the test -> its path."""
+
+  def __init__(self, folder):
+    self._folder = folder
+
+  def __missing__(self, name):
+    return str(self._folder / name)
 
 
 @pytest.mark.parametrize("arguments", [(), ("--workdir=",)])

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import types
@@ -138,15 +139,6 @@ def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   assert one_line(capsys) == f"error: {error}\n"
 
 
-def test_a_flag_wins_over_a_flagfile_wherever_it_stands(runs, command, tmp_path):
-  (tmp_path / "my.flags").write_text("--batch_size=32\n--num_steps=500\n")
-  arguments = ["--batch_size=16", f"--flagfile={tmp_path / 'my.flags'}", f"--workdir={tmp_path / 'run'}"]
-  for order in (arguments, arguments[::-1]):
-    assert command(*order) == 0
-    _, config, _ = runs.calls[-1]
-    assert (config.data.batch_size, config.train.num_steps) == (16, 500)
-
-
 def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
   runs.error = RuntimeError("out of memory")  # Python itself makes this exit code 1
   with pytest.raises(RuntimeError, match="out of memory"):
@@ -164,7 +156,10 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     (["--channel_multipliers=1,x"], ["channel_multipliers", "1,x", "commas"]),
     (["--random_flip=perhaps"], ["random_flip", "perhaps"]),
     (["--channels"], ["channels", "value"]),
-    (["--flagfile=nowhere.flags"], ["nowhere.flags"]),
+    (["--flagfile=nowhere.flags"], ["flagfile", "nowhere.flags", "No such file"]),
+    (["--flagfile="], ["flagfile", "empty", "flags.txt"]),
+    (["--flagfile"], ["flagfile", "empty"]),
+    (["--flagfile", "/"], ["flagfile", "Is a directory"]),
     (["--batch_size=0"], ["batch_size", "0", "at least 1"]),
     (["--learning_rate=nan"], ["learning_rate", "nan", "finite"]),
     (["--learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
@@ -218,9 +213,30 @@ def test_bad_input_is_one_line_and_exit_code_2(runs, command, capsys, tmp_path, 
 # What a command means.
 
 
-def test_train_is_flags_over_defaults_whatever_is_stored(tmp_path):
-  workdir.create(tmp_path, config_lib.override(Config(), {"channels": 64}))
-  assert main.resolve_config("train", {"dropout": 0.2}, tmp_path) == config_lib.override(Config(), {"dropout": 0.2})
+def test_train_is_flags_over_the_stored_run(tmp_path):
+  """What may not change is refused when the run starts, by `workdir.check`; a consent is for one command."""
+  stored = config_lib.override(Config(), {"channels": 64, "num_steps": 777, "lr_schedule": "cosine"})
+  workdir.create(tmp_path, config_lib.override(stored, {"allow_data_change": True}))
+  assert main.resolve_config("train", {}, tmp_path) == stored
+  given = {"num_steps": 2000, "channels": 32}  # the defaults, but given
+  assert main.resolve_config("train", given, tmp_path) == config_lib.override(stored, given)
+  assert main.resolve_config("train", given, tmp_path / "new") == config_lib.override(Config(), given)
+
+
+def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
+  """Release 0.1.0 had a cosine by default, and knew no --decay_fraction."""
+  stored = config_lib.override(Config(), {"lr_schedule": "cosine"})
+  workdir.create(tmp_path, stored)
+  text = (tmp_path / "config.json").read_text()
+  (tmp_path / "config.json").write_text(re.sub(r' *"decay_fraction": .*\n', "", text))
+  assert text != (tmp_path / "config.json").read_text()
+  config = main.resolve_config("train", {}, tmp_path)
+  assert config == stored and workdir.check(tmp_path, config)
+  assert main.resolve_config("train", {"num_steps": 4000}, tmp_path).optimizer == stored.optimizer
+  with pytest.raises(
+    UserError, match=r"lr_schedule: .* 'cosine', .* 'constant_then_decay'; leave --lr_schedule out, or"
+  ):
+    workdir.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
 
 
 def test_sample_is_flags_over_the_stored_run(tmp_path):
@@ -296,7 +312,8 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
   workdir.create(tmp_path / "run", config)
   (tmp_path / "model" / "config.json").unlink()
   assert main.resolve_config("train", {"init_from": model}, tmp_path / "run") == config
-  assert main.resolve_config("sample", {}, tmp_path / "run") == config
+  for mode in ("train", "sample"):
+    assert main.resolve_config(mode, {}, tmp_path / "run") == config
   with pytest.raises(UserError, match="init_from: "):
     main.resolve_config("train", {"init_from": model}, tmp_path / "new")
 
@@ -322,7 +339,7 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(model, tmp_pa
   which = lambda mode, **given: main.resolve_config(mode, given, folder).sample  # noqa: E731
   assert (which("sample").checkpoint, which("sample").sample_weights) == ("4", "raw")  # nothing is trained yet
   (folder / "checkpoints" / "3").mkdir(parents=True)
-  for mode in ("sample", "evaluate", "export"):
+  for mode in ("train", "sample", "evaluate", "export"):
     assert (which(mode).checkpoint, which(mode).sample_weights) == ("newest", "ema")
   assert which("sample", checkpoint="3").checkpoint == "3"
 

@@ -129,10 +129,11 @@ def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
     for path in best.iterdir():
       if not path.name.isdecimal():
         shutil.rmtree(path)  # a copy that a kill cut short
-    if not (best / str(step)).exists():
-      copy = best / f".{step}.new"
-      shutil.copytree(workdir / "checkpoints" / str(step), copy)
-      os.replace(copy, best / str(step))
+    copy = best / f".{step}.new"
+    shutil.copytree(workdir / "checkpoints" / str(step), copy)
+    if (best / str(step)).exists():  # of a run that was shorter, or that a kill left without its note
+      shutil.rmtree(best / str(step))
+    os.replace(copy, best / str(step))
     write_whole(note, json.dumps({"measure": measure, "value": value, "step": step}).encode())
     for path in best.iterdir():
       if path.name != str(step):

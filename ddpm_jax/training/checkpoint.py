@@ -6,7 +6,7 @@ import errno
 import pathlib
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.errors import RunError, UserError, root_cause
 from ddpm_jax.training import manifest as manifest_lib
-from ddpm_jax.training.manifest import DamagedError, Manifest
+from ddpm_jax.training.manifest import DamagedError, Manifest, OtherPastError
 from ddpm_jax.training.parallel import on_any_process
 from ddpm_jax.training.state import TrainState
 
@@ -42,14 +43,18 @@ class Restored(NamedTuple):
   state: TrainState
   manifest: Manifest
   damaged: dict[int, str]  # newer checkpoints that were not, and why
+  passed: list[int]  # newer ones that are of another past, in order
 
 
 class Checkpoints:
   """The folder `checkpoints/` of a workdir: `N/` holds the state after N updates and the manifest of it."""
 
-  def __init__(self, directory: pathlib.Path, *, keep: int | None = None):
-    """Opens the folder: to write, keeping the newest `keep` checkpoints, or only to read if `keep` is None."""
-    self._directory, self._keep = directory, keep
+  def __init__(self, directory: pathlib.Path, *, keep: int | None = None, keep_step: int | None = None):
+    """Opens the folder: to write, keeping the newest `keep` checkpoints and that of `keep_step`, or only to read.
+
+    Only to read if `keep` is None.
+    """
+    self._directory, self._keep, self._keep_step = directory, keep, keep_step
     self._saving: int | None = None
     self._lame = False  # a save has failed on one of several processes: nothing collective works any more
     # What an earlier process left half-written is removed: the caller holds the workdir's lock.
@@ -59,8 +64,9 @@ class Checkpoints:
     if self._keep is None:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
+      kept = [managers.LatestN(self._keep), managers.CustomSteps([] if self._keep_step is None else [self._keep_step])]
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=self._keep,
+        preservation_policy=managers.AnyPreservationPolicy(kept),
         create=True,
         cleanup_tmp_directories=clean,
         async_options=ocp.AsyncOptions(timeout_secs=_PATIENCE_S),
@@ -138,7 +144,7 @@ class Checkpoints:
 
     Args:
       expect: manifest -> shapes, types and shardings of the state (ShapeDtypeStructs). It raises UserError if the
-        manifest is of another run.
+        manifest is of another run, and OtherPastError, with the message for a person, if an older checkpoint is needed.
       on_corrupt: 'fallback' goes on to the next older one where one is damaged, 'fail' does not.
       only: the number of the one checkpoint to read.
 
@@ -147,6 +153,7 @@ class Checkpoints:
         and `on_corrupt` is 'fail', or none is intact; or if there are some, but not `only`.
     """
     damaged: dict[int, str] = {}
+    passed: dict[int, OtherPastError] = {}
     steps = self.steps()
     if only is not None and steps:
       if only not in steps:
@@ -166,8 +173,13 @@ class Checkpoints:
             f"on_corrupt: checkpoint {step} in {self._directory} is damaged: {error}; use --on_corrupt=fallback to go "
             "back to the newest intact one"
           ) from error
+      except OtherPastError as error:
+        passed[step] = error
       else:
-        return Restored(step, state, manifest, damaged)
+        return Restored(step, state, manifest, damaged, sorted(passed))
+    if passed:
+      oldest = passed[min(passed)]
+      raise UserError(str(oldest)) from oldest
     if damaged:
       if only is not None:
         raise UserError(f"checkpoint: {only} in {self._directory} is damaged: {damaged[only]}; use another one")
@@ -183,24 +195,33 @@ class Checkpoints:
       number += 1
       target = folder / f"{step}.{number}"
     multihost_utils.sync_global_devices("every process has chosen where to move the checkpoint")
-    if jax.process_index() == 0:
-      try:
-        folder.mkdir(exist_ok=True)
-        (self._directory / str(step)).rename(target)
-      except OSError as error:
-        raise RunError(f"checkpoint {step} is damaged and cannot be moved to {target} ({error.strerror})") from error
-    multihost_utils.sync_global_devices("the checkpoint has been moved")
-    self._manager.close()
-    self._open()
+    self.move({step: target})
     return target
 
+  def move(self, targets: Mapping[int, pathlib.Path]) -> None:
+    """Moves checkpoints, one after the other, so that their numbers can be saved again; all processes must call it.
+
+    Raises:
+      RunError: if one cannot be moved.
+    """
+    if jax.process_index() == 0:
+      for step, target in targets.items():
+        try:
+          target.parent.mkdir(parents=True, exist_ok=True)
+          (self._directory / str(step)).rename(target)
+        except OSError as error:
+          raise RunError(f"checkpoint {step} cannot be moved to {target} ({error.strerror})") from error
+    multihost_utils.sync_global_devices("the checkpoints have been moved")
+    self._manager.close()
+    self._open()
+
   def _check_alone(self, step: int, expect: Expect) -> tuple[Manifest, TrainState]:
-    """The manifest, and the abstract state that it leads to; DamagedError on all processes or on none.
+    """The manifest, and the abstract state that it leads to; DamagedError or OtherPastError on all processes or none.
 
     Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So where
     there are several, each reads and verifies all by itself first, and they compare what they found.
     """
-    problem, found = None, None
+    problem, past, found = None, None, None
     try:
       manifest = self._read_manifest(step)
       found = manifest, self._expected(expect, manifest, step)
@@ -208,8 +229,12 @@ class Checkpoints:
         manifest_lib.verify_host(manifest, self._read_on_host(step, found[1]))
     except DamagedError as error:
       problem = error
+    except OtherPastError as error:  # of the same manifest on all
+      past = error
     if on_any_process(problem is not None):
       raise problem or DamagedError("another process cannot read it")
+    if past:
+      raise past
     assert found is not None
     return found
 

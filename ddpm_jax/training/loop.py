@@ -34,9 +34,10 @@ from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
 from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
-from ddpm_jax.training import resume
+from ddpm_jax.training import earlier, resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
+from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import Parallel, to_host
 from ddpm_jax.training.programs import Compiler, StepProgram
 from ddpm_jax.training.reports import Reports
@@ -86,7 +87,8 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     # Until everything is closed, as that waits for what is being saved.
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints)
+    start = decay_start(config.optimizer, config.train.num_steps)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=start)
     cleanup.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
     _resume_or_start(run, source, workdir, checkpoints, restored, params, lock, stop, job, watchdog)
@@ -111,8 +113,11 @@ def _resume_or_start(
     moved = checkpoints.set_aside(step)
     if lock:
       console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
+  passed = earlier.set_aside(workdir, checkpoints, restored.passed, start) if restored and restored.passed else None
+  restarts = resume.restarts(run.config, restored.manifest if restored else None)
+  run = run._replace(lr_restart=restarts[-1] if restarts else 0)
   if lock:
-    console.say(_headline(run, source, workdir, start, job, finished))
+    console.say(_headline(run, source, workdir, start, job, finished, passed))
   if finished:
     return
   if lock:
@@ -135,7 +140,15 @@ def _resume_or_start(
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
     )
-    saver = Saver(checkpoints, run.config.train, facts, start_step=start, lock=lock, flush=reports.flush)
+    saver = Saver(
+      checkpoints,
+      run.config.train,
+      facts,
+      start_step=start,
+      lock=lock,
+      flush=reports.flush,
+      extra_step=decay_start(run.config.optimizer, total),
+    )
     trains_first = start < total and not evaluation_missing(run.config, workdir, start)
     with contextlib.closing(reports), contextlib.closing(Compiler()) as compiler:
       make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
@@ -204,7 +217,7 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
         watchdog.beat(f"update {done}")
       return asked
 
-    for steps in dispatches(options, start):
+    for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
       order = parallel.put_order(len(steps), stop=stop.requested is not None)
@@ -251,15 +264,16 @@ def calls_ahead(options: TrainConfig) -> int:
   return 2 if options.steps_per_dispatch == 1 else 1
 
 
-def dispatches(options: TrainConfig, start: int) -> Iterator[range]:
+def dispatches(options: TrainConfig, start: int, extra_step: int | None = None) -> Iterator[range]:
   """The updates after `start`, in the calls that the device gets them in: at most `steps_per_dispatch` in each.
 
-  A call ends where something is written.
+  A call ends where something is written, and at `extra_step`.
   """
   points = (options.log_every, options.checkpoint_every, options.sample_every, options.evaluate_every)
   step = start
   while step < options.num_steps:
     ends = [step + options.steps_per_dispatch, options.num_steps, *(step + n - step % n for n in points if n)]
+    ends += [extra_step] if extra_step is not None and extra_step > step else []
     yield range(step + 1, min(ends) + 1)
     step = min(ends)
 
@@ -316,10 +330,16 @@ def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
   saves = sum(
     (options.num_steps - start) // every + 1 for every in (options.checkpoint_every, options.evaluate_every) if every
   )
-  workdir_lib.check_space(workdir, size, options.keep_checkpoints, saves)
+  begin = decay_start(run.config.optimizer, options.num_steps)
+  decay = begin is not None  # one more is kept, and written unless it exists
+  saves += decay and begin > start
+  workdir_lib.check_space(workdir, size, options.keep_checkpoints + decay, saves)
 
 
-def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool) -> str:
+def _headline(
+  run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool, passed: pathlib.Path | None
+) -> str:
+  """What is going to happen. `passed`: where the end of a shorter run is now, which this one does not go on from."""
   height, width, channels = run.image_shape
   total = run.config.train.num_steps
   what = (
@@ -328,8 +348,14 @@ def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: 
     f"({run.parallel.mode})\n{job.text}\n"
   )
   if finished:
-    longer = "; raise --num_steps to train longer" if run.config.optimizer.lr_schedule == "constant" else ""
-    return what + f"{workdir} already holds all {total} updates: nothing to do{longer}"
+    return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
+  if passed:
+    what += (
+      f"going back to update {start}, as the learning rate of those after it decayed toward another --num_steps; they "
+      f"are kept in {passed}, a workdir of its own\n"
+    )
+  if start and run.lr_restart == start:
+    what += f"the learning rate, a cosine, begins anew for the {total - start} updates from here to {total}\n"
   if start:
     return what + f"resuming {workdir} after update {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
@@ -339,7 +365,7 @@ def _headline(run: Run, source: Source, workdir: pathlib.Path, start: int, job: 
 def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
   done = step >= total
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
-  again = "" if done else "  to go on      the same command again\n"
+  again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   board = shlex.join(["tensorboard", f"--logdir={workdir}"])
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}

@@ -26,6 +26,10 @@ class DamagedError(Exception):
   """A checkpoint is not what was saved."""
 
 
+class OtherPastError(Exception):
+  """A checkpoint holds steps that this run would make otherwise, so that it goes on from an earlier one."""
+
+
 def make(state: TrainState, step: int, facts: dict[str, Any]) -> Manifest:
   """The manifest of `state`, which all processes must ask for together.
 

@@ -10,25 +10,52 @@ from ddpm_jax.config import OptimizerConfig
 from ddpm_jax.models.build import Params
 
 
-def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-  """Update number (from 0) -> learning rate: linear from 0 over the warm-up, then constant or a cosine to 0.
+def decay_start(config: OptimizerConfig, num_steps: int) -> int | None:
+  """The step after which the learning rate of `constant_then_decay` decays; None for the other schedules.
 
-  The first update of a warm-up has rate 0, as in the authors' code.
+  Up to there a run does not depend on `num_steps`, but for being at least so long. It never falls as `num_steps` grows.
   """
+  if config.lr_schedule != "constant_then_decay":
+    return None
+  return num_steps - max(1, round(config.decay_fraction * num_steps))
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int, restart: int = 0) -> optax.Schedule:
+  """Step number (from 0) -> learning rate: linear from 0 over the warm-up, then what `lr_schedule` says.
+
+  The first step of a warm-up has rate 0, as in the authors' code.
+
+  Args:
+    config: the options.
+    num_steps: of the whole run.
+    restart: the step at which the rate begins again from 0, for `cosine`: of a run that was made longer, see
+      `resume.restarts`.
+  """
+  warmup_steps = config.warmup_steps
   match config.lr_schedule:
-    case "constant":
+    case "constant" | "constant_then_decay":
       after = optax.constant_schedule(config.learning_rate)
     case "cosine":
-      after = optax.cosine_decay_schedule(config.learning_rate, num_steps - config.warmup_steps)
+      steps = num_steps - restart
+      if warmup_steps >= steps:  # it ends at 0 all the same
+        warmup_steps = steps // 2
+      after = optax.cosine_decay_schedule(config.learning_rate, steps - warmup_steps)
     case _:
       raise ValueError(f"unknown learning-rate schedule {config.lr_schedule!r}")
-  if config.warmup_steps == 0:
-    return after
-  warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-  return optax.join_schedules([warmup, after], [config.warmup_steps])
+  rate = after
+  if warmup_steps:
+    warmup = optax.linear_schedule(0.0, config.learning_rate, warmup_steps)
+    rate = optax.join_schedules([warmup, after], [warmup_steps])
+  begin = decay_start(config, num_steps)
+  if begin is not None:
+    # A product, so that no step before the decay depends on num_steps, also where the warm-up is longer than the run.
+    return lambda n: rate(n) * (1.0 - jnp.sqrt(jnp.clip((n - begin) / (num_steps - begin), 0.0, 1.0)))
+  if restart:
+    return lambda n: rate(jnp.maximum(n - restart, 0))  # n leaves out the steps that were not finite
+  return rate
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) -> optax.GradientTransformationExtraArgs:
   """Clip by the global norm of the mean gradient, then Adam; of update(..., finite=False) the state stays as it is.
 
   The authors' TPU code clips each replica's gradient to 1/8 of the norm before the replicas are summed
@@ -36,7 +63,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
   devices.
   """
   clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
-  rate = if_finite(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps)))
+  rate = if_finite(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps, restart)))
   return optax.chain(clip, optax.chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), rate))
 
 

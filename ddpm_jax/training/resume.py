@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from ddpm_jax.data import fingerprint, shuffle
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.run import Run
-from ddpm_jax.training.manifest import Manifest
+from ddpm_jax.training.manifest import Manifest, OtherPastError
+from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import from_all_processes
 from ddpm_jax.training.state import TrainState
 
 
 def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str, Any]:
-  """What the manifests of a run say beside the arrays: image_shape, config, data, how the data changed before, where.
+  """What the manifests of a run say beside the arrays: image_shape, config, data, what changed before, surroundings.
 
   Args:
     run: the parts of the run.
@@ -42,8 +44,22 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     "config": json.loads(config_lib.to_json(run.config)),
     "data": data,
     "data_changes": changes,
+    "lr_restarts": restarts(run.config, earlier),
     "surroundings": numerics.surroundings(),
   }
+
+
+def restarts(config: Config, earlier: Manifest | None) -> list[int]:
+  """The steps after which the learning rate began anew, because a run with `cosine` was given another length there.
+
+  Args:
+    config: of the run.
+    earlier: the manifest that it goes on from.
+  """
+  made = list(earlier.get("lr_restarts", ())) if earlier else []
+  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != config.train.num_steps:
+    made.append(earlier["step"])
+  return made
 
 
 def _data(source: Source) -> fingerprint.Fingerprint:
@@ -56,6 +72,7 @@ def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manif
 
   def expect(manifest: Manifest) -> TrainState:
     check_config(manifest, run.config, workdir)
+    _check_past(manifest, run.config, workdir)
     for field, before, now in fingerprint.differences(manifest["data"], _data(source)):
       if not run.config.data.allow_data_change:
         if field == "order":
@@ -84,6 +101,31 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
       f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
       f"command says {config_lib.flag_text(now)!r}; use another --workdir"
     )
+
+
+def _num_steps(manifest: Manifest) -> int:
+  """The --num_steps that a checkpoint was trained with."""
+  return manifest["config"]["train"]["num_steps"]
+
+
+def _check_past(manifest: Manifest, config: Config, workdir: pathlib.Path) -> None:
+  """Raises OtherPastError unless a run of this length would have come by this checkpoint.
+
+  That is where the learning rate decays toward another --num_steps. One that was trained so far already is finished.
+  """
+  step, before, now = manifest["step"], _num_steps(manifest), config.train.num_steps
+  their_start, our_start = (decay_start(config.optimizer, num_steps) for num_steps in (before, now))
+  if their_start is None or our_start is None or before == now or step >= now or step <= min(their_start, our_start):
+    return
+  longer = ""
+  if step <= their_start:  # a shorter run was asked for
+    enough = next(number for number in itertools.count(now) if decay_start(config.optimizer, number) >= step)
+    longer = f" or at least --num_steps={enough}"
+  raise OtherPastError(
+    f"num_steps: with {now} the learning rate decays from step {our_start} on, and with {before}, as checkpoint {step} "
+    f"in {workdir} was trained, from {their_start}; none from before both is left to go on from; use "
+    f"--num_steps={before}{longer}, or another --workdir"
+  )
 
 
 def check_hosts(run: Run, source: Source) -> None:

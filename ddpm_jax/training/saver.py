@@ -27,6 +27,7 @@ class Saver:
     start_step: int,
     lock: Lock | None,
     flush: Callable[[], None],
+    extra_step: int | None = None,
   ):
     """Nothing is saved yet.
 
@@ -37,9 +38,10 @@ class Saver:
       start_step: the number of updates in the newest checkpoint that exists.
       lock: of the workdir, which is looked at before each save; None where another process has it.
       flush: writes what belongs to a checkpoint, the metrics; called before each save, raises OSError.
+      extra_step: is saved whatever `checkpoint_every` is.
     """
     self._checkpoints, self._facts, self._lock, self._flush = checkpoints, facts, lock, flush
-    self._every = options.checkpoint_every
+    self._every, self._extra_step = options.checkpoint_every, extra_step
     self._limit = options.max_unsaved_steps or 2 * options.checkpoint_every
     self._saved = start_step  # the newest that is known to be on disk
     self._pending: int | None = None
@@ -48,7 +50,7 @@ class Saver:
   def due(self, step: int) -> bool:
     """Whether the state after `step` updates is to be saved."""
     last_chance = self._has_failed and self._pending is None and step - self._saved >= self._limit
-    return step % self._every == 0 or last_chance
+    return step % self._every == 0 or step == self._extra_step or last_chance
 
   def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
     """Starts to save; returns once the state may be donated again.

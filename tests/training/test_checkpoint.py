@@ -67,8 +67,8 @@ def restore(directory, run=None, **options):
 def test_round_trip_to_any_placement(saved, mode):
   directory, expected, _ = saved
   run = tiny_run(tiny_config(parallel=mode))
-  step, state, manifest, damaged = restore(directory, run)
-  assert (step, damaged, manifest["image_shape"]) == (9, {}, [8, 8, 1])
+  step, state, manifest, damaged, passed = restore(directory, run)
+  assert (step, damaged, passed, manifest["image_shape"]) == (9, {}, [], [8, 8, 1])
   chex.assert_trees_all_equal(host(state), expected)
   chex.assert_trees_all_equal_shapes_and_dtypes(state, run.abstract_state)
   for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(run.abstract_state), strict=True):

@@ -19,6 +19,7 @@ from ddpm_jax.errors import NonFiniteError, RunError, UserError
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
 
@@ -47,6 +48,7 @@ def train_little(workdir, **changes):
   train(workdir, **(LITTLE | changes))
 
 
+DECAY = dict(lr_schedule="constant_then_decay", decay_fraction=0.3)
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
 
 
@@ -389,10 +391,14 @@ def test_another_configuration_is_refused_before_anything_is_written(uninterrupt
     ),
     (5, {"steps_per_dispatch": 4, "num_steps": 12, "log_every": 4}, [3, 4]),
     (8, {"steps_per_dispatch": 4, "num_steps": 8}, []),
+    (0, {"steps_per_dispatch": 4, "num_steps": 10, "log_every": 99, "checkpoint_every": 99} | DECAY, [4, 3, 3]),
+    (8, {"steps_per_dispatch": 4, "num_steps": 10, "log_every": 99, "checkpoint_every": 99} | DECAY, [2]),
   ],
 )
 def test_calls_end_where_something_is_written(start, changes, want):
-  calls = list(loop.dispatches(tiny_config(**changes).train, start))
+  config = tiny_config(**changes)
+  extra = decay_start(config.optimizer, config.train.num_steps)
+  calls = list(loop.dispatches(config.train, start, extra))
   assert [len(steps) for steps in calls] == want
   assert [step for steps in calls for step in steps] == list(range(start + 1, changes["num_steps"] + 1))
 

@@ -8,7 +8,14 @@ import optax
 import pytest
 
 from ddpm_jax.config import OptimizerConfig
-from ddpm_jax.training.optimizer import computed_once, ema_decay_at, learning_rate_schedule, make_optimizer, update_ema
+from ddpm_jax.training.optimizer import (
+  computed_once,
+  decay_start,
+  ema_decay_at,
+  learning_rate_schedule,
+  make_optimizer,
+  update_ema,
+)
 
 
 def test_warm_up_then_constant_as_in_the_paper():
@@ -22,6 +29,38 @@ def test_cosine_after_the_warm_up():
   rate = learning_rate_schedule(OptimizerConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100), 1100)
   half = 1e-3 * (1 + np.cos(np.pi / 4)) / 2
   np.testing.assert_allclose([rate(n) for n in (50, 100, 350, 600, 1100)], [5e-4, 1e-3, half, 5e-4, 0], atol=1e-9)
+
+
+def test_cosine_in_a_run_that_is_shorter_than_its_warm_up_and_anew_after_a_restart():
+  config = OptimizerConfig(learning_rate=1e-3, lr_schedule="cosine", warmup_steps=100)
+  rate = learning_rate_schedule(config, 40)  # a warm-up of 20
+  np.testing.assert_allclose([rate(n) for n in (10, 20, 30, 40)], [5e-4, 1e-3, 5e-4, 0], atol=1e-9)
+  rate = learning_rate_schedule(config, 1100 + 700, restart=700)
+  # Less than 700 where steps were not finite.
+  np.testing.assert_allclose([rate(n) for n in (690, 700, 750, 800, 1300)], [0, 0, 5e-4, 1e-3, 5e-4], atol=1e-9)
+
+
+def test_constant_then_decay():
+  """1 - sqrt over the last fifth, as a factor, so that a short warm-up or a short run are no other case."""
+  config = OptimizerConfig(learning_rate=1e-3, lr_schedule="constant_then_decay", decay_fraction=0.2, warmup_steps=100)
+  rate = learning_rate_schedule(config, 1000)
+  np.testing.assert_allclose(
+    [rate(n) for n in (0, 50, 100, 799, 800, 850, 1000)], [0, 5e-4, 1e-3, 1e-3, 1e-3, 5e-4, 0], atol=1e-9
+  )
+  rate = learning_rate_schedule(config, 40)
+  np.testing.assert_allclose([rate(n) for n in (10, 32, 34, 40)], [1e-4, 3.2e-4, 1.7e-4, 0], atol=1e-9)
+
+
+def test_a_longer_run_has_the_rates_of_a_shorter_one_up_to_its_decay():
+  for fraction, warmup in ((0.2, 100), (0.37, 5), (1.0, 3), (0.001, 0)):
+    config = OptimizerConfig(lr_schedule="constant_then_decay", decay_fraction=fraction, warmup_steps=warmup)
+    starts = [decay_start(config, num_steps) for num_steps in range(1, 300)]
+    assert starts == sorted(starts) and all(start < n for n, start in enumerate(starts, 1))
+    n = np.arange(300)
+    for short in (1, 2, 40, 173, 299):
+      rates = [np.asarray(learning_rate_schedule(config, length)(n)) for length in (short, 300)]
+      np.testing.assert_array_equal(*(rate[: starts[short - 1] + 1] for rate in rates))
+  assert decay_start(OptimizerConfig(lr_schedule="cosine"), 100) is None
 
 
 def test_no_warm_up():

@@ -1,0 +1,52 @@
+"""The end of a run that is made longer: steps whose learning rate decayed, which the longer run makes otherwise."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import jax
+
+from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.errors import RunError
+from ddpm_jax.training.checkpoint import Checkpoints
+
+
+def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[int], after: int) -> pathlib.Path:
+  """Moves what was made after a step to `earlier/N/`, a workdir of its own to draw from; all processes must call it.
+
+  These are checkpoints, sample grids and evaluations. Checkpoints go last, and the newest of them at the end: after a
+  kill the same command finds it, and goes on with moving.
+
+  Args:
+    workdir: of the run, with the settings that these steps were trained with.
+    checkpoints: its checkpoints.
+    steps: the numbers of those to move, in order; N is the last.
+    after: the step from which the run goes on.
+
+  Returns:
+    The new workdir.
+
+  Raises:
+    RunError: if something cannot be moved.
+  """
+  target, number = workdir / "earlier" / str(steps[-1]), 0
+  while (target / "checkpoints" / str(steps[-1])).exists():  # of the same length, set aside before
+    number += 1
+    target = workdir / "earlier" / f"{steps[-1]}.{number}"
+  if jax.process_index() == 0:
+    workdir_lib.create(target, workdir_lib.load_config(workdir))
+    try:
+      if (workdir / "metrics.jsonl").exists():
+        shutil.copy2(workdir / "metrics.jsonl", target)
+      for folder in ("samples", "eval"):
+        (target / folder).mkdir(exist_ok=True)
+        for path in (workdir / folder).iterdir() if (workdir / folder).exists() else ():
+          step = path.name.removeprefix("step_").split(".")[0]
+          if step.isdecimal() and int(step) > after:
+            path.replace(target / folder / path.name)
+    except OSError as error:
+      raise RunError(f"workdir: cannot move {error.filename or workdir} to {target} ({error.strerror})") from error
+  checkpoints.move({step: target / "checkpoints" / str(step) for step in steps})
+  return target
