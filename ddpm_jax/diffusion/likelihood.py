@@ -198,8 +198,8 @@ def ode_log_density(
     predict_eps: (x_t float32 [B, ...], t int32 [B]) -> eps_hat float32 [B, ...].
     x0: float32 [B, ...].
     keys: B random keys, for the vectors v; the result for x0[i] depends on keys[i] alone.
-    num_steps: n in 1..T, see `ode_table`. `predict_eps` is evaluated `ode_evaluations(n)` times, half of them with
-      `num_probes` derivatives.
+    num_steps: n in 1..T, see `ode_table`. `predict_eps` is evaluated `ode_evaluations(n)` times; half of these are
+      linearised, once for all probes.
     num_probes: vectors v for each example.
 
   Returns:
@@ -212,14 +212,11 @@ def ode_log_density(
     xbar, integral = carry
     t, scale, t_next, scale_next, step, weight = row
 
-    def along(probe: jax.Array) -> tuple[jax.Array, jax.Array]:
-      return jax.jvp(lambda at_xbar: predict_eps(scale * at_xbar, jnp.full(len(x0), t)), (xbar,), (probe,))
-
-    # [P, B, ...]; all eps are the same. One after the other: a network's derivatives may have no rule for `jax.vmap`.
-    eps, derivative = jax.lax.map(along, probes)
+    eps, along = jax.linearize(lambda xbar: predict_eps(scale * xbar, jnp.full(len(x0), t)), xbar)
+    derivative = jax.vmap(along)(probes)  # [P, B, ...]
     divergence = jnp.mean(jnp.sum(probes * derivative, axis=tuple(d + 1 for d in dimensions)), axis=0)
-    ahead = predict_eps(scale_next * (xbar + step * eps[0]), jnp.full(len(x0), t_next))
-    return (xbar + step / 2 * (eps[0] + ahead), integral + weight * divergence), None
+    ahead = predict_eps(scale_next * (xbar + step * eps), jnp.full(len(x0), t_next))
+    return (xbar + step / 2 * (eps + ahead), integral + weight * divergence), None
 
   table = ode_table(schedule, num_steps)
   later = np.minimum(np.arange(len(table.t)) + 1, len(table.t) - 1)

@@ -53,8 +53,8 @@ class Conv3x3(nn.Module):
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     y = convolve(x, kernel, self.resample)
-    # Added as float32 even if the activations are bfloat16: the gradient by the bias, a sum over all pixels, has the type
-    # of this addition.
+    # Added as float32 even if the activations are bfloat16: the gradient by the bias, a sum over all pixels, has the
+    # type of this addition.
     return (y + bias[None, None, None, :]).astype(y.dtype)
 
 
@@ -70,7 +70,7 @@ def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Arr
       stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F].
 
   Raises:
-    TypeError: the shapes or types do not fit.
+    TypeError, ValueError: types or shapes do not fit, as `jax.lax.conv_general_dilated` says it.
   """
   # Within `jax.shard_map` the two must vary over the same mesh axes; the transpose of `pcast` is the sum over the rest.
   x, kernel = (_vary(array, _varying(x) | _varying(kernel)) for array in (x, kernel))
@@ -97,8 +97,8 @@ def _slide(x: jax.Array, kernel: jax.Array, before: int = 1, after: int = 1, str
   return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _repeat(x: jax.Array) -> jax.Array:
-  return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+def _repeat(x: jax.Array, times: int) -> jax.Array:
+  return x if times == 1 else jnp.repeat(jnp.repeat(x, times, axis=1), times, axis=2)
 
 
 def _interleave(y: jax.Array) -> jax.Array:
@@ -145,10 +145,22 @@ def _merge(kernel: jax.Array) -> jax.Array:
   return jnp.einsum("aui,bvj,ijcf->uvcabf", merge, merge, kernel).reshape(2, 2, kernel.shape[2], -1)
 
 
+def _merge_transposed(merged: jax.Array) -> jax.Array:
+  """The transpose of `_merge`."""
+  merge, (channels, features) = _MERGE.astype(merged.dtype), (merged.shape[2], merged.shape[3] // 4)
+  return jnp.einsum("aui,bvj,uvcabf->ijcf", merge, merge, merged.reshape(2, 2, channels, 2, 2, features))
+
+
 def _pair(kernel: jax.Array) -> jax.Array:
   """[3, 3, C, F] -> [2, 2, 4 C, F]: the kernel of stride 2 over an image as `_space_to_depth` has it."""
   pairs = _PAIRS.astype(kernel.dtype)
   return jnp.einsum("uai,vbj,ijcf->uvabcf", pairs, pairs, kernel).reshape(2, 2, -1, kernel.shape[3])
+
+
+def _pair_transposed(paired: jax.Array) -> jax.Array:
+  """The transpose of `_pair`."""
+  pairs, (channels, features) = _PAIRS.astype(paired.dtype), (paired.shape[2] // 4, paired.shape[3])
+  return jnp.einsum("uai,vbj,uvabcf->ijcf", pairs, pairs, paired.reshape(2, 2, 2, 2, channels, features))
 
 
 def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> jax.Array:
@@ -209,12 +221,12 @@ def _same(x: jax.Array) -> jax.Array:
 class _Way(NamedTuple):
   """How a convolution and its two gradients are computed.
 
-  On CPUs y = leave(_slide(enter(x), expand(kernel), before, after)); elsewhere y = _slide(repeat(x), kernel, stride).
+  On CPUs y = leave(_slide(enter(x), expand(kernel), before, after)); elsewhere y = _slide(x repeated, kernel, stride).
 
   Attributes:
     size: n, of the kernel that slides on CPUs.
     before, after: zeros around enter(x).
-    expand: [3, 3, C, F] to the kernel that slides.
+    expand: [3, 3, C, F] to the kernel that slides, with its transpose.
     enter, leave: of images, each with its transpose.
     repeat: how often a row of x is repeated.
     stride: of the 3x3 kernel.
@@ -224,6 +236,7 @@ class _Way(NamedTuple):
   before: int
   after: int
   expand: Callable[[jax.Array], jax.Array] = _same
+  expand_transposed: Callable[[jax.Array], jax.Array] = _same
   enter: Callable[[jax.Array], jax.Array] = _same
   enter_transposed: Callable[[jax.Array], jax.Array] = _same
   leave: Callable[[jax.Array], jax.Array] = _same
@@ -245,31 +258,53 @@ class _Way(NamedTuple):
   def kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient [3, 3, C, F] of sum(dy * y) by the kernel."""
     gradient = _product(self.enter(x), self.leave_transposed(dy), self.size, self.before, self.after)
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[-1], dy.shape[-1]), gradient.dtype)
-    return jax.linear_transpose(self.expand, kernel)(gradient)[0].astype(dy.dtype)
+    return self.expand_transposed(gradient).astype(dy.dtype)
 
   def plain_convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve` for other compilers."""
-    x = jnp.repeat(jnp.repeat(x, self.repeat, axis=1), self.repeat, axis=2)
-    return _slide(x, kernel, 1 if self.stride == 1 else 0, 1, self.stride)
+    return _slide(_repeat(x, self.repeat), kernel, 2 - self.stride, 1, self.stride)
 
   def plain_image_gradient(self, kernel: jax.Array, dy: jax.Array) -> jax.Array:
     """`image_gradient` for other compilers."""
-    height, width = (size * self.stride // self.repeat for size in dy.shape[1:3])
-    x = jax.ShapeDtypeStruct((dy.shape[0], height, width, kernel.shape[2]), dy.dtype)
-    return jax.linear_transpose(lambda x: self.plain_convolve(x, kernel), x)(dy)[0]
+    dx = jax.lax.conv_general_dilated(
+      *(dy, kernel[::-1, ::-1], (1, 1), [(self.stride, 1)] * 2),
+      lhs_dilation=(self.stride, self.stride),
+      dimension_numbers=("NHWC", "HWOI", "NHWC"),
+    )
+    if self.repeat == 1:
+      return dx
+    batch, height, width, channels = dx.shape
+    shape = (batch, height // self.repeat, self.repeat, width // self.repeat, self.repeat, channels)
+    return jnp.sum(dx.reshape(shape), axis=(2, 4))
 
   def plain_kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """`kernel_gradient` for other compilers."""
-    kernel = jax.ShapeDtypeStruct((3, 3, x.shape[3], dy.shape[3]), dy.dtype)
-    return jax.linear_transpose(lambda kernel: self.plain_convolve(x, kernel), kernel)(dy)[0]
+    """`kernel_gradient` for other compilers: dy slides over x, and the sum is over the batch."""
+    return jax.lax.conv_general_dilated(
+      *(_repeat(x, self.repeat), dy, (1, 1), [(2 - self.stride, 1)] * 2),
+      rhs_dilation=(self.stride, self.stride),
+      dimension_numbers=("CHWN", "IHWO", "HWNC"),
+    )
 
 
 _WAYS = {
   "none": _Way(3, 1, 1),
   # The enlarged image is never made: 4/9 of the multiplications.
-  "up": _Way(2, 1, 1, expand=_merge, leave=_interleave, leave_transposed=_part, repeat=2),
-  "down": _Way(2, 0, 1, expand=_pair, enter=_space_to_depth, enter_transposed=_depth_to_space, stride=2),
+  "up": _Way(
+    *(2, 1, 1),
+    expand=_merge,
+    expand_transposed=_merge_transposed,
+    leave=_interleave,
+    leave_transposed=_part,
+    repeat=2,
+  ),
+  "down": _Way(
+    *(2, 0, 1),
+    expand=_pair,
+    expand_transposed=_pair_transposed,
+    enter=_space_to_depth,
+    enter_transposed=_depth_to_space,
+    stride=2,
+  ),
 }
 
 _Axes = dict[str, int]

@@ -1,8 +1,7 @@
 """How a step runs on many devices, of one process or of several: the only module that knows devices.
 
 Between steps the state is a tree of global arrays over a one-dimensional mesh ("data"): replicated for pmap, sharded
-for fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding; of bfloat16 activations,
-fsdp sums the gradients over the devices in bfloat16 too.
+for fsdp. Both run the same pure `train_step` and give the same numbers to float32 rounding.
 """
 
 from __future__ import annotations
@@ -80,15 +79,19 @@ class Parallel:
   def spread(self, loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """(params, batch, keys) -> loss, for a compiled step: each device takes its rows, with parameters that are whole.
 
-    Left alone, XLA would cut the activations of fsdp where the parameters are cut, and send them around.
+    Left alone, XLA would cut the activations of fsdp where the parameters are cut, and send them around; and it would
+    sum gradients over the devices in the type of the product that each is made of. Here they are summed in that of the
+    parameters, float32.
     """
     if self.mode != "fsdp":
       return loss_fn
 
-    def spread(params: Tree, batch: Tree, keys: jax.Array) -> jax.Array:
-      return loss_fn(self._whole(params), *jax.lax.with_sharding_constraint((batch, keys), self.split))
+    def of_a_device(params: Tree, batch: Tree, keys: jax.Array) -> jax.Array:
+      params = jax.lax.pcast(params, AXIS, to="varying")  # whose transpose is the sum over the devices
+      return jax.lax.pmean(loss_fn(params, batch, keys), AXIS)
 
-    return spread
+    rows, whole = PartitionSpec(AXIS), PartitionSpec()
+    return jax.shard_map(of_a_device, mesh=self.mesh, in_specs=(whole, rows, rows), out_specs=whole)
 
   def _whole(self, tree: Tree) -> Tree:
     """Within a compiled function: the arrays on every device. For fsdp they are gathered."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from scipy import special, stats
 
 from ddpm_jax.diffusion import likelihood
@@ -252,6 +253,24 @@ def test_hutchinsons_estimate_is_unbiased_and_more_probes_are_more_exact():
   np.testing.assert_allclose((low + high) / 2, expected, atol=0.01)
   assert abs(np.mean(one > expected) - 0.5) < 4 * 0.5 / np.sqrt(len(x0))
   np.testing.assert_allclose(one.std() / eight.std(), np.sqrt(8), rtol=0.2)
+
+
+def test_probes_share_one_evaluation_of_the_network():
+  """Of each step's two, each of all examples once, however many probes there are."""
+
+  def evaluations(jaxpr, times=1):
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "tanh":
+        yield equation.outvars[0].aval.shape, times
+      for inner in jaxprs_in_params(equation.params):
+        yield from evaluations(inner, times * equation.params.get("length", 1))
+
+  def density(x0):
+    keys = jax.random.split(jax.random.key(0), len(x0))
+    return likelihood.ode_log_density(LINEAR, lambda xt, t: jnp.tanh(xt), x0, keys, num_steps=4, num_probes=5)
+
+  found = list(evaluations(jax.make_jaxpr(density)(jnp.zeros((3, 2))).jaxpr))
+  assert found == [((3, 2), likelihood.ode_evaluations(4) // 2)] * 2
 
 
 def test_density_of_an_example_depends_on_its_own_key_alone():

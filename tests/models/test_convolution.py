@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddpm_jax.models import convolution
 from ddpm_jax.models.convolution import Conv3x3, convolve
+from tests.models import derivatives
 
 
 def reference(x, kernel):
@@ -31,13 +33,6 @@ CASES = {
 }
 
 
-def xla(x, kernel, resample):
-  if resample == "up":
-    x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-  strides = (2, 2) if resample == "down" else (1, 1)
-  return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
 @pytest.fixture(params=[(2, 6, 10, 3, 4), (1, 2, 4, 1, 2), (3, 8, 8, 4, 1)], ids=str)
 def arrays(request):
   batch, height, width, channels, features = request.param
@@ -55,28 +50,83 @@ def test_values(case, arrays):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("by", ["x", "kernel", "both"])
-def test_derivatives_forward_and_backward(case, by, arrays):
-  plain = CASES[case]
+def test_derivatives_forward_and_backward(case, arrays):
   x, kernel, dx, dkernel = arrays
-  dx, dkernel = (dx * (by != "kernel"), dkernel * (by != "x"))
-  primals, tangents = {"x": ((x,), (dx,)), "kernel": ((kernel,), (dkernel,)), "both": ((x, kernel), (dx, dkernel))}[by]
-
-  def of(function):
-    return {
-      "x": lambda x: function(x, kernel, case),
-      "kernel": lambda kernel: function(x, kernel, case),
-      "both": lambda x, kernel: function(x, kernel, case),
-    }[by]
-
   # Bilinear: the derivative is the function itself at the tangents.
-  want = plain(dx, kernel) + plain(x, dkernel)
-  np.testing.assert_allclose(jax.jit(lambda: jax.jvp(of(convolve), primals, tangents)[1])(), want, atol=5e-5)
+  want = CASES[case](dx, kernel) + CASES[case](x, dkernel)
+  derivative = jax.jit(lambda x, kernel: jax.jvp(lambda *a: convolve(*a, case), (x, kernel), (dx, dkernel))[1])
+  np.testing.assert_allclose(derivative(x, kernel), want, atol=5e-5)
 
   y = jax.random.normal(jax.random.key(1), want.shape)
-  mine, xlas = (jax.jit(lambda f=f: jax.vjp(of(f), *primals)[1](y))() for f in (convolve, xla))
+  mine, xlas = (
+    jax.jit(lambda *arrays, f=f: jax.vjp(lambda *a: f(*a, case), *arrays)[1](y))(x, kernel)
+    for f in (convolve, derivatives.plain)
+  )
   for one, other in zip(mine, xlas, strict=True):
     np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("resample", "dtype", "most"),
+  [
+    *((resample, "float64", 1e-13) for resample in derivatives.MODES),
+    ("up", "float32", 2e-6),
+    ("none", "bfloat16", 0.04),
+    ("down", "bfloat16", 0.04),
+  ],
+)
+def test_derivatives_of_both_orders_batched_or_not(resample, dtype, most):
+  """Against XLA's convolution in float64, differentiated and batched by JAX's own rules."""
+  found = derivatives.errors(resample, dtype)
+  assert len(found) == 18
+  assert {name: error for name, error in found.items() if not error < most} == {}
+
+
+@pytest.mark.parametrize("resample", CASES)
+def test_derivatives_within_shard_map(resample, monkeypatch):
+  """Each device has its images, all have the kernel: its gradient is summed over the devices, as are second ones."""
+  monkeypatch.setattr(convolution, "_PIXELS_AT_ONCE", 32)  # so that there is a loop over parts of the batch
+  mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+  keys = jax.random.split(jax.random.key(0), 3)
+  x, (kernel, dkernel) = jax.random.normal(keys[0], (8, 4, 4, 3)), jax.random.normal(keys[1], (2, 3, 3, 3, 5))
+
+  def loss(kernel, x):
+    return jnp.sum(jnp.square(convolve(x, kernel, resample)))
+
+  def of_devices(check):
+    function = lambda *arrays: jax.lax.psum(loss(*arrays), "d")  # noqa: E731
+    specs = (PartitionSpec(), PartitionSpec("d"))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=check)
+
+  def gradient_and_hessian_vector(loss):
+    return jax.jit(lambda kernel, x: jax.jvp(lambda k: jax.grad(loss)(k, x), (kernel,), (dkernel,)))(kernel, x)
+
+  want = gradient_and_hessian_vector(loss)
+  for check in (True, False):
+    for one, other in zip(gradient_and_hessian_vector(of_devices(check)), want, strict=True):
+      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+def test_images_that_are_batched_stay_on_their_devices():
+  """Probes [P] of images [B], which are spread over devices, are convolved as B P images: nothing is sent around."""
+  mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+  x = jax.ShapeDtypeStruct((3, 16, 4, 4, 2), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(None, "d")))
+  kernel = jax.ShapeDtypeStruct((3, 3, 2, 5), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+  function = jax.jit(jax.vmap(convolve, (0, None)), out_shardings=x.sharding)
+  text = function.lower(x, kernel).compile().as_text()
+  assert re.findall(r"all-\w+|collective-\w+|reduce-scatter", text) == [] and "convolution" in text
+
+
+@pytest.mark.parametrize(
+  ("x", "kernel"),
+  [
+    (jnp.zeros((1, 4, 4, 2)), jnp.zeros((3, 3, 3, 5))),
+    (jnp.zeros((1, 4, 4, 3), jnp.bfloat16), jnp.zeros((3, 3, 3, 5))),
+  ],
+)
+def test_shapes_and_types_that_do_not_fit(x, kernel):
+  with pytest.raises((TypeError, ValueError), match="conv_general_dilated"):
+    convolve(x, kernel)
 
 
 def test_a_sum_over_the_batch_is_not_forgotten():
@@ -102,6 +152,15 @@ def test_parameters_and_types_are_those_of_flax(resample, dtype):
   np.testing.assert_allclose(
     np.asarray(y, np.float32), np.asarray(want, np.float32), atol=1e-5 if dtype == jnp.float32 else 0.15
   )
+
+
+@pytest.mark.parametrize("resample", CASES)
+def test_the_gradient_by_a_bias_is_summed_in_float32(resample):
+  """That of a sum over the output is the number of pixels; bfloat16 counts to 256."""
+  conv, x = Conv3x3(2, nn.initializers.ones_init(), jnp.bfloat16, resample), jnp.zeros((2, 200, 250, 1))
+  params = conv.init(jax.random.key(0), x[:1, :2, :2])
+  gradient = jax.jit(jax.grad(lambda params: jnp.sum(conv.apply(params, x).astype(jnp.float32))))(params)
+  np.testing.assert_array_equal(gradient["params"]["bias"], {"none": 1e5, "up": 4e5, "down": 2.5e4}[resample])
 
 
 @pytest.mark.parametrize("resample", CASES)

@@ -68,6 +68,24 @@ def test_eight_devices_are_one(one_device, mode, changes):
   assert int(state.step) == STEPS
 
 
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_gradients_of_bfloat16_activations_are_summed_over_the_devices_in_float32(mode):
+  """The gradient of each device's row is that row, which bfloat16 holds; their mean has up to eleven bits."""
+  parallel, rows = Parallel(mode), np.random.default_rng(0).integers(128, 256, (8, 16)).astype(np.float32)
+
+  def loss_fn(params, batch, keys):
+    return jnp.mean((batch.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16)).astype(jnp.float32))
+
+  def step(state, batch, axis_name):
+    gradient = jax.grad(parallel.spread(loss_fn))(state, batch["rows"], batch["rows"])
+    return (gradient if axis_name is None else jax.lax.pmean(gradient, axis_name)), {}
+
+  params = np.zeros((16, 1), np.float32)
+  state = jax.device_put(params, parallel.state_shardings(jax.ShapeDtypeStruct(params.shape, params.dtype)))
+  gradient, *_ = parallel.compile(step, state)(state, parallel.put_batches([{"rows": rows}]), parallel.put_order())
+  np.testing.assert_array_equal(np.asarray(gradient)[:, 0], rows.mean(axis=0))
+
+
 def test_where_the_state_lies():
   for mode, most in (("pmap", 1.0), ("fsdp", 0.25)):
     run = tiny_run(tiny_config(parallel=mode))
