@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shlex
 import shutil
 from collections.abc import Sequence
 from typing import Any

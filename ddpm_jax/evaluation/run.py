@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import sys
 
 import jax
 
@@ -38,7 +37,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:
     for warning in result["warnings"]:
-      print(f"warning: {warning}", file=sys.stderr, flush=True)
+      console.warn(warning)
     path = write_result(workdir, result, pictures)
     for name, value in scalars(result).items():
       console.say(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")

@@ -122,7 +122,7 @@ def _resume_or_start(
     return
   if lock:
     if warning := noise_warning(run):
-      print(f"warning: {warning}", file=sys.stderr, flush=True)
+      console.warn(warning)
     if restored and start < total:  # a new run has been looked at before its folder was made
       check_space(run, workdir, start)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
