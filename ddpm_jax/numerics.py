@@ -70,7 +70,7 @@ def check_options(matmul_precision: str) -> None:
         f"{name.upper()}: {value} gives other numbers, which no checkpoint or result would tell; unset it in the "
         "environment"
       )
-  precision = jax.config.jax_default_matmul_precision
+  precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  unknown to type checkers
   if (precision or "default") != matmul_precision:
     raise UserError(
       f"JAX_DEFAULT_MATMUL_PRECISION: {precision} is not --matmul_precision={matmul_precision}, which decides; unset "

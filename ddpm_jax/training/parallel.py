@@ -244,8 +244,8 @@ class PinnedStep:
     with numerics.pinned(self._matmul_precision):
       return self._step(*arguments)
 
-  def lower(self, *arguments: Any) -> jax.stages.Lowered:
-    """As of what `jax.jit` returns."""
+  def lower(self, *arguments: Any) -> Any:
+    """A `jax.stages.Lowered`, as what `jax.jit` returns has it."""
     with numerics.pinned(self._matmul_precision):
       return self._step.lower(*arguments)
 
