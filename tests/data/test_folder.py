@@ -175,7 +175,6 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
   refuse(tmp_path, "the folder .*/shut cannot be listed .Permission denied.", on_bad_record="skip")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
   write(tmp_path / "bomb.png", plain("red", (11, 11)))
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
