@@ -75,6 +75,10 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
   return Config(**sections)
 
 
+# What the value of `dataset` begins with where it is a folder of images; the rest is its path.
+FOLDER = "folder:"
+
+
 def changed(before: Config, after: Config, *, on_resume: bool = False) -> list[tuple[str, Any, Any]]:
   """The knobs in which two configs differ, as (name, before, after).
 
@@ -82,12 +86,14 @@ def changed(before: Config, after: Config, *, on_resume: bool = False) -> list[t
     before: the config of the workdir.
     after: the config of this command.
     on_resume: leave out what a resumed run may change. `num_steps` may not change under a cosine schedule, whose
-      learning rate depends on it.
+      learning rate depends on it. The path of a folder of images may: whether it holds the same images is for their
+      fingerprint to say.
   """
   differences = []
   for (_, field, old), (_, _, new) in zip(knobs(before), knobs(after), strict=True):
     free = field.metadata["may_change"] and not (field.name == "num_steps" and after.optimizer.lr_schedule == "cosine")
-    if old != new and not (on_resume and free):
+    moved = field.name == "dataset" and old.startswith(FOLDER) and new.startswith(FOLDER)
+    if old != new and not (on_resume and (free or moved)):
       differences.append((field.name, old, new))
   return differences
 
