@@ -124,7 +124,7 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) 
   """
   with _opened(file, name) as image, _pillow(name, "is broken"):
     image.load()  # which turns a TIFF itself, and takes its orientation away
-    upright = _UPRIGHT.get(_orientation(image))
+    upright = _to_upright(image)
     pixels = _to_8_bits(image, "L" if channels == 1 else "RGB")
     if upright is not None:
       pixels = pixels.transpose(upright)
@@ -150,13 +150,13 @@ def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
   return image
 
 
-def _orientation(image: Image.Image) -> int:
-  """The EXIF orientation of an image; 1, upright, where the block cannot be read: its pixels may be sound."""
+def _to_upright(image: Image.Image) -> Image.Transpose | None:
+  """How an image is turned upright; not at all where its EXIF block cannot be read: the pixels may be sound."""
   try:
     with _pillow("EXIF block", "is broken"):
-      return image.getexif().get(_ORIENTATION, 1)
+      return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
   except BadRecord:
-    return 1
+    return None
 
 
 @contextlib.contextmanager

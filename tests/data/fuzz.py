@@ -119,7 +119,8 @@ def run(first: int, stop: int) -> collections.Counter:
   counts = collections.Counter()
   before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, PIXELS
   try:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+      warnings.simplefilter("error")
       for index in range(first, stop):
         kind, suffix, content = damaged(sound, index)
         file = pathlib.Path(folder, f"{index}{suffix}")
@@ -133,7 +134,6 @@ def run(first: int, stop: int) -> collections.Counter:
 
 def _share(first: int, stop: int) -> None:
   """A process of its own: prints a line for each (format, outcome)."""
-  warnings.simplefilter("error")
   for (kind, end), count in run(first, stop).items():
     print(kind, count, repr(end))
   print("memory", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, repr("KiB"))
