@@ -13,7 +13,7 @@ from absl import flags as absl_flags
 
 from benchmarks import hardware
 from ddpm_jax import config as config_lib
-from ddpm_jax.data import folder
+from ddpm_jax.config import FOLDER
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import open_source
 
@@ -65,9 +65,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
 def forget(dataset: str) -> None:
   """Asks the system to drop the files of 'folder:PATH' from its cache, so that they come from the disk again."""
-  if not dataset.startswith(folder.PREFIX) or not hasattr(os, "posix_fadvise"):
+  if not dataset.startswith(FOLDER) or not hasattr(os, "posix_fadvise"):
     return
-  for path in pathlib.Path(dataset.removeprefix(folder.PREFIX)).rglob("*"):
+  for path in pathlib.Path(dataset.removeprefix(FOLDER)).rglob("*"):
     if path.is_file():
       with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

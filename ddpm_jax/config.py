@@ -75,6 +75,10 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
   return Config(**sections)
 
 
+# What the value of `dataset` begins with where it is a folder of images; the rest is its path.
+FOLDER = "folder:"
+
+
 def changed(
   before: Config, after: Config, *, on_resume: bool = False, once_trained: bool = False
 ) -> list[tuple[str, Any, Any]]:
@@ -83,12 +87,14 @@ def changed(
   Args:
     before: the config of the workdir.
     after: the config of this command.
-    on_resume: leave out what a resumed run may change.
+    on_resume: leave out what a resumed run may change. The path of a folder of images may: whether it holds the same
+      images is for their fingerprint to say.
     once_trained: leave out, with `on_resume`, also what may change where trained weights are only used.
   """
   differences, rule = [], "may_change_once_trained" if once_trained else "may_change"
   for (_, field, old), (_, _, new) in zip(knobs(before), knobs(after), strict=True):
-    if old != new and not (on_resume and field.metadata[rule]):
+    moved = field.name == "dataset" and old.startswith(FOLDER) and new.startswith(FOLDER)
+    if old != new and not (on_resume and (field.metadata[rule] or moved)):
       differences.append((field.name, old, new))
   return differences
 

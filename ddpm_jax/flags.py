@@ -140,9 +140,32 @@ def one_line(error: flags.Error) -> str:
   return " ".join(str(error).split()).removeprefix("ERROR:: ")
 
 
+# Where the data of a run lie: kept in its workdir, and looked for again by commands from other working directories.
+_PLACES = ("data_dir", "manual_dir", "inception_weights")
+
+
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
-  """The knobs that the command line or a flagfile names, with their values."""
-  return {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
+  """The knobs that the command line or a flagfile names, with their values; places of data as absolute paths.
+
+  Raises:
+    UserError: if a path begins with the home of nobody.
+  """
+  found = {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
+  for name in found.keys() & _PLACES:
+    found[name] = _absolute(name, found[name])
+  if str(found.get("dataset")).startswith(config_lib.FOLDER):
+    place = found["dataset"].removeprefix(config_lib.FOLDER)
+    found["dataset"] = config_lib.FOLDER + _absolute("dataset", place)
+  return found
+
+
+def _absolute(name: str, text: str) -> str:
+  """The path that a flag names, absolute; no path and the address of something else stay, for others to refuse."""
+  if not text or "://" in text:
+    return text
+  path = os.path.join(os.getcwd(), paths.expanded(name, text))
+  plain = os.path.normpath(path)  # behind a symbolic link, `..` leads elsewhere than it reads
+  return plain if os.path.realpath(plain) == os.path.realpath(path) else str(pathlib.Path(path))
 
 
 def has_workdir(registry: flags.FlagValues = flags.FLAGS) -> bool:

@@ -48,6 +48,18 @@ def knob(
   )
 
 
+def _check_text(name: str, text: str) -> None:
+  """Raises UserError for a text that flags.txt could not give back: absl reads a flag a line, and strips the lines."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"{name}: {text!a} is not UTF-8; rename what it names") from None
+  letter = next((letter for letter in "\n\r\0" if letter in text), "")
+  if letter or text != text.rstrip():
+    problem = f"has the character {letter!a}" if letter else "ends in a space"
+    raise UserError(f"{name}: {text!a} {problem}, which a flagfile cannot hold; rename what it names")
+
+
 _LIMITS = (
   ("minimum", operator.ge, "must be at least"),
   ("above", operator.gt, "must be greater than"),
@@ -68,6 +80,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
   for choice in parts if rules["choices"] else ():
     if choice not in rules["choices"]:
       raise UserError(f"{field.name}: {choice!r} is unknown; use one of {', '.join(rules['choices'])}")
+  if isinstance(value, str):
+    _check_text(field.name, value)
   for number in parts:
     if isinstance(number, str | bool):
       continue

@@ -23,6 +23,8 @@ class DataConfig:
                        "~/tensorflow_datasets).", may_change=True)
   manual_dir: str = knob("", "A folder that already holds the data set's original files; TFDS verifies their "
                          "checksums and downloads nothing that is there.", may_change=True)
+  follow_links: bool = knob(False, "Take what symbolic links in a folder of images lead to, also outside of it, as in "
+                            "a cache of huggingface_hub.", may_change=True)
   image_size: int = knob(0, "Resize the short side to this many pixels and crop the centre (0: images as they are).",
                          minimum=0)
   batch_size: int = knob(64, "Images in one update, over all devices and processes.", minimum=1)

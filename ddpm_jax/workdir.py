@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +15,17 @@ from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.storage import size_text, write_whole
 
-# What a kill between the lock and the end of `create` may leave behind.
-_UNFINISHED = (lock.NAME, ".config.json.tmp", ".flags.txt.tmp", "samples")
+# Everything that a run writes, by name. Whatever else lies in a workdir (a log, lost+found, .DS_Store) is not touched.
+WRITTEN = re.compile(
+  r"config\.json|flags\.txt|metrics\.jsonl|loss\.png|report\.html|stuck\.\d+\.txt|"
+  r"lock|checkpoints|best|damaged|earlier|samples|eval|tensorboard"
+)
 # Backslashes, and patterns of shells: Orbax writes elsewhere, or cannot read what it wrote, without an error.
 _NOT_IN_PATHS = "\\*?["
 
 
 def load_config(workdir: pathlib.Path) -> Config:
-  """The configuration of an existing run. Raises UserError if there is none, or if it has a link that leads outside."""
+  """The configuration of an existing run. Raises UserError if there is none, or a link of it leads outside."""
   _check_name(workdir)
   path = workdir / "config.json"
   try:
@@ -93,10 +97,12 @@ def _was_trained(workdir: pathlib.Path, stored: Config) -> bool:
 def check(workdir: pathlib.Path, config: Config) -> bool:
   """Whether `workdir` already holds this run. Writes nothing.
 
-  Another process may be about to change the answer: ask again under the `Lock`.
+  A folder that holds other things, and nothing under a name that a run writes, is a new workdir. Another process may
+  be about to change the answer: ask again under the `Lock`.
 
   Raises:
-    UserError: if it holds another configuration, something else or a link that leads outside, or cannot be written.
+    UserError: if it holds another configuration, something that a run would write over or a link that leads outside,
+      cannot be written, or is new and lies where its pictures would be taken for images of the data set.
   """
   _check_name(workdir)
   try:
@@ -124,10 +130,16 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
     return True
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"workdir: {workdir} is a file; name a folder")
-  if workdir.is_dir() and any(path.name not in _UNFINISHED for path in workdir.iterdir()):
-    raise UserError(f"workdir: {workdir} is not empty and holds no run of ddpm_jax; use another --workdir")
   if workdir.is_dir():
     _check_links(workdir)
+    for path in sorted(workdir.iterdir()):
+      # A kill between the lock and the end of `create` leaves a lock and an empty folder.
+      if WRITTEN.fullmatch(path.name) and path.name != lock.NAME and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(
+          f"workdir: {workdir} holds no run of ddpm_jax, but {path.name}, over which a run would write; move that "
+          "away, or use another --workdir"
+        )
+  _check_outside_images(workdir, config.data.dataset)
   _check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
   return False
 
@@ -174,6 +186,18 @@ def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: 
     )
 
 
+def _check_outside_images(workdir: pathlib.Path, dataset: str) -> None:
+  """Raises UserError if sample grids would become images of the folder that is trained on."""
+  if not dataset.startswith(config_lib.FOLDER):
+    return
+  images = paths.expanded("dataset", dataset.removeprefix(config_lib.FOLDER))
+  inside = os.path.relpath(os.path.realpath(workdir), os.path.realpath(images)).split(os.sep)
+  if inside[0] != os.pardir and not any(part.startswith(".") for part in inside if part != os.curdir):
+    raise UserError(
+      f"workdir: {workdir} lies in the folder of images {images}, which would grow; use another --workdir"
+    )
+
+
 def _check_name(workdir: pathlib.Path) -> None:
   """Refuses paths that something in this package could not write to, or not print."""
   paths.check_name("workdir", workdir, _NOT_IN_PATHS)
@@ -186,9 +210,12 @@ def _check_links(workdir: pathlib.Path) -> None:
   root = os.path.realpath(workdir)
   folders = [root]
   while folders:
+    folder = folders.pop()
     try:
-      with os.scandir(folders.pop()) as entries:
+      with os.scandir(folder) as entries:
         for entry in entries:
+          if folder == root and not WRITTEN.fullmatch(entry.name):
+            continue
           if entry.is_dir(follow_symlinks=False):
             folders.append(entry.path)
           elif entry.is_symlink() and os.path.commonpath([root, target := os.path.realpath(entry.path)]) != root:

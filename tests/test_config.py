@@ -79,6 +79,7 @@ OTHER = {
   "split": "train[:90%]",
   "data_dir": "/data/tfds",
   "manual_dir": "/data/manual",
+  "follow_links": True,
   "image_size": 32,
   "batch_size": 64,
   "random_flip": True,
@@ -476,7 +477,7 @@ def test_override_refuses_a_name_that_is_no_knob():
 # What a resumed run may change.
 
 MAY_CHANGE = {
-  *("data_dir", "manual_dir", "cache_gib", "data_threads", "data_workers", "variance", "remat"),
+  *("data_dir", "manual_dir", "follow_links", "cache_gib", "data_threads", "data_workers", "variance", "remat"),
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
   *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),

@@ -5,7 +5,7 @@ import pytest
 from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags
+from ddpm_jax import flags, knob
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
@@ -130,6 +130,61 @@ def test_unknown_flag_suggests_the_near_one(registry):
 def test_every_default_survives_its_own_text(registry):
   given = parse(registry, *(f"--{n}={config_lib.flag_text(v)}" for n, v in config_lib.values(Config()).items()))
   assert given == config_lib.values(Config())
+
+
+def test_places_of_data_are_absolute(registry, tmp_path, monkeypatch):
+  """A later command may come from another working directory."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", "/home/me")
+  for text, path in [
+    *(("pics", f"{tmp_path}/pics"), ("./pics/", f"{tmp_path}/pics"), ("../pics", f"{tmp_path.parent}/pics")),
+    *(("/data//pics/.", "/data/pics"), ("~/pics", "/home/me/pics"), ("a: b", f"{tmp_path}/a: b"), ("", "")),
+  ]:
+    given = parse(registry, f"--dataset=folder:{text}", f"--data_dir={text}", f"--inception_weights={text}")
+    assert given == {"dataset": f"folder:{path}", "data_dir": path, "inception_weights": path}
+  (tmp_path / "far" / "away").mkdir(parents=True)
+  (tmp_path / "link").symlink_to("far/away")  # so link/.. is far
+  assert parse(registry, "--data_dir=./link/../pics/")["data_dir"] == f"{tmp_path}/link/../pics"
+  assert parse(registry, "--dataset=lsun/bedroom", "--data_dir=gs://bucket", "--inception_weights=") == {
+    "dataset": "lsun/bedroom",
+    "data_dir": "gs://bucket",
+    "inception_weights": "",
+  }
+  with pytest.raises(UserError, match="dataset: '~nobody_here/x' begins with the home of nobody"):
+    parse(registry, "--dataset=folder:~nobody_here/x")
+
+
+def holds(registry, tmp_path, texts) -> bool:
+  """Whether a flagfile gives these back as the values of flags."""
+  lines = [f"--mask={text}" for text in texts]
+  (tmp_path / "flags.txt").write_bytes("".join(f"{line}\n" for line in lines).encode(errors="surrogatepass"))
+  try:
+    return registry.read_flags_from_files([f"--flagfile={tmp_path / 'flags.txt'}"], force_gnu=True) == lines
+  except UnicodeDecodeError:
+    return False
+
+
+def test_texts_that_a_flagfile_cannot_hold_are_refused_for_every_flag_and_no_others(registry, tmp_path):
+  fields = [f for _, f, default in config_lib.knobs(Config()) if type(default) is str and not f.metadata["choices"]]
+  assert {"dataset", "split", "data_dir", "checkpoint", "mask", "topology", "init_from"} <= {f.name for f in fields}
+  letters = [chr(code) for code in (*range(1, 0x3100), 0xD800, 0xDFFF, 0xFEFF, 0xFFFD, 0x1F600)]
+  texts = [text for letter in letters for text in (f"a{letter}b", f"{letter}b", f"a{letter}")]
+  texts += ["", "--seed=1", "a=b,c", "'a b'", '"', "#", "a # b", "//", "$HOME", "--", "\\n", "  a"]
+
+  def refused(field, text):
+    try:
+      knob.check_range(field, text)
+    except UserError as error:
+      return str(error).startswith(f"{field.name}: ") and str(error).isprintable()
+    return False
+
+  bad = {text for text in texts if refused(fields[0], text)}
+  for field in fields[1:]:
+    assert {text for text in [*bad, "a b"] if refused(field, text)} == bad, field.name
+  assert holds(registry, tmp_path, [text for text in texts if text not in bad])
+  assert [text for text in bad if holds(registry, tmp_path, [text])] == []
+  assert {"a\n", "a\rb", "a ", "a\udfffb"} <= bad
+  assert all(refused(field, "a\0b") for field in fields)  # which no path can hold
 
 
 def test_flags_into_string_is_itself_a_command_line(registry):

@@ -358,8 +358,8 @@ def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
   with pytest.raises(UserError, match=r"init_from: .* was trained with '', not '.*model'; leave --init_from out"):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "run")
   (tmp_path / "full").mkdir()
-  (tmp_path / "full" / "x").write_text("mine")
-  with pytest.raises(UserError, match="is not empty and holds no run"):
+  (tmp_path / "full" / "metrics.jsonl").write_text("mine")
+  with pytest.raises(UserError, match=r"holds no run of ddpm_jax, but metrics\.jsonl"):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "full")
 
 

@@ -258,12 +258,16 @@ def test_nothing_runs_text_unpickles_or_unpacks(file):
         assert not (keyword.arg in ("allow_pickle", "shell") and on), node.lineno
 
 
-@pytest.mark.parametrize("file", ALL_FILES)
-def test_only_named_errors_are_caught(file):
-  for node in ast.walk(ALL_TREES[file]):
-    if isinstance(node, ast.ExceptHandler):
+def test_only_named_errors_are_caught():
+  """But for one function, the boundary to Pillow, whose decoders raise what they like."""
+  found = []
+  for file, tree in ALL_TREES.items():
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in (node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)):
       caught = {"everything"} if node.type is None else {part.id for part in ast.walk(node.type) if hasattr(part, "id")}
-      assert not caught & {"everything", "Exception", "BaseException"}, node.lineno
+      if caught & {"everything", "Exception", "BaseException"}:
+        found.append((file, [function.name for function in functions if node in ast.walk(function)], node.lineno))
+  assert [entry[:2] for entry in found] == [("data/images.py", ["_pillow"])], found
 
 
 @pytest.mark.parametrize("file", ALL_FILES)

@@ -88,12 +88,60 @@ def test_what_may_change_may_change(tmp_path):
   assert workdir.load_config(tmp_path) == longer
 
 
-def test_a_folder_that_holds_something_else(tmp_path):
-  (tmp_path / "photo.png").write_bytes(b"mine")
-  assert refusal(tmp_path, Config()) == (
-    f"workdir: {tmp_path} is not empty and holds no run of ddpm_jax; use another --workdir"
-  )
-  assert tree(tmp_path) == {str(tmp_path / "photo.png"): b"mine"}
+def test_what_others_put_into_a_folder_is_left_alone(tmp_path):
+  """A log, what file systems and desktops leave, the script that starts the run, a link to the data."""
+  folder = tmp_path / "run"
+  for name in (
+    "slurm-12.out",
+    "log.txt",
+    "nohup.out",
+    ".DS_Store",
+    "Thumbs.db",
+    ".nfs0001",
+    "code/main.py",
+    "stuck.txt",
+  ):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"mine")
+  for name in ("lost+found", "tensorboard", "checkpoints", "samples"):  # a launcher may make some that are empty
+    (folder / name).mkdir()
+  (folder / "data").symlink_to(tmp_path)
+  (folder / "code" / "data").symlink_to(tmp_path)
+  before = tree(tmp_path)
+  assert not workdir.check(folder, Config())
+  workdir.create(folder, Config())
+  assert workdir.check(folder, Config())
+  assert workdir.load_config(folder) == Config()
+  after = tree(tmp_path)
+  assert {name: after[name] for name in before} == before
+
+
+def test_what_a_run_would_write_over_is_named(tmp_path):
+  files = ["flags.txt", "metrics.jsonl", "loss.png", "report.html", "stuck.0.txt"]
+  folders = ["checkpoints", "best", "damaged", "earlier", "samples", "eval", "tensorboard"]
+  for name in [*files, *(f"{folder}/mine" for folder in folders)]:
+    folder = tmp_path / name.replace("/", "_")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).write_bytes(b"mine")
+    assert refusal(folder, Config()) == (
+      f"workdir: {folder} holds no run of ddpm_jax, but {name.split('/')[0]}, over which a run would write; move that "
+      "away, or use another --workdir"
+    )
+    assert (folder / name).read_bytes() == b"mine"
+
+
+def test_a_new_workdir_does_not_lie_among_the_images(tmp_path):
+  """Its sample grids would be taken for some of them, and the run could not be resumed."""
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  (tmp_path / "link").symlink_to(pictures)
+  config = make(dataset=f"folder:{pictures}")
+  for folder in (pictures, pictures / "run", tmp_path / "link" / "a" / "b"):
+    assert "which would grow; use another --workdir" in refusal(folder, config)
+  for folder in (tmp_path, tmp_path / "pictures2", pictures / ".runs" / "a", tmp_path / "link" / ".." / "run"):
+    assert not workdir.check(folder, config)
+  workdir.create(pictures / "old", config)  # by a release that did not look: it goes on
+  assert workdir.check(pictures / "old", config)
 
 
 def test_a_file_is_no_folder(tmp_path):
@@ -316,6 +364,14 @@ def test_a_full_disk_leaves_the_configuration_as_it_was(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"cannot write .*No space left"):
     workdir.create(tmp_path, make())
   assert tree(tmp_path) == before
+
+
+def test_the_place_of_a_folder_of_images_may_change(tmp_path):
+  workdir.create(tmp_path, make(dataset="folder:pictures"))
+  assert workdir.check(tmp_path, make(dataset="folder:/elsewhere/pictures"))
+  assert "dataset: " in refusal(tmp_path, make(dataset="digits"))
+  workdir.create(tmp_path / "other", make(dataset="digits"))
+  assert "dataset: " in refusal(tmp_path / "other", make(dataset="folder:pictures"))
 
 
 @pytest.mark.parametrize("left", ["lock", ".config.json.tmp", ".flags.txt.tmp"])

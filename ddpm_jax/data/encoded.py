@@ -70,6 +70,7 @@ class EncodedImages:
       be read. Called from several threads.
     label: what to call image i in an error.
     classes: the class of each image, see `Source.labels`; None if they have none. Nothing is read before it is called.
+    remark: a line for people about what was found, once a start; empty if there is nothing to say.
   """
 
   name: str
@@ -81,6 +82,7 @@ class EncodedImages:
   fetch: Callable[[list[int]], Sequence[bytes | pathlib.Path | BadRecord]]
   label: Callable[[int], str]
   classes: Callable[[], np.ndarray] | None = None
+  remark: str = ""
 
 
 def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int) -> tuple[int, int]:
@@ -105,11 +107,13 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
   return height, width
 
 
-def no_labels(name: str, why: str = "has none") -> UserError:
-  """What ends a run that needs classes, where the data set `name` cannot say them."""
-  return UserError(
-    f"features: 'classifier' needs labels, and {name} {why}; use --features=inception with --inception_weights"
-  )
+class NoLabels(UserError):
+  """Classes are needed, and the data set `name` cannot say them."""
+
+  def __init__(self, name: str, why: str = "has none"):
+    super().__init__(
+      f"features: 'classifier' needs labels, and {name} {why}; use --features=inception with --inception_weights"
+    )
 
 
 def stand_ins(bad: np.ndarray) -> np.ndarray:

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 import os
 import pathlib
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import fingerprint, images
-from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels
+from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size
 from ddpm_jax.errors import UserError
 from ddpm_jax.paths import expanded
 
-PREFIX = "folder:"
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def exists(data: DataConfig) -> bool:
   """Whether there is a folder of that name."""
-  path = data.dataset.removeprefix(PREFIX)
+  path = data.dataset.removeprefix(FOLDER)
   return bool(path) and os.path.isdir(expanded("dataset", path))
 
 
@@ -36,19 +37,24 @@ def open_folder(data: DataConfig) -> EncodedImages:
       skip: all are not), a split that a folder does not have, or images of different sizes, or not square, where
       `data.image_size` is 0.
   """
-  root = pathlib.Path(expanded("dataset", data.dataset.removeprefix(PREFIX)))
+  root = pathlib.Path(expanded("dataset", data.dataset.removeprefix(FOLDER)))
   if not exists(data):
-    raise UserError(f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images")
+    raise UserError(
+      f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images, the new one if "
+      "it was moved"
+    )
   if data.split != "train":
     raise UserError(
       f"split: {data.split!r} is unknown, a folder has only 'train'; name the folder of that split in "
       "--dataset=folder:PATH"
     )
-  files = find_images(root)
+  found = find_images(root, follow_links=data.follow_links)
+  files = found.files
   if not files:
+    there = f", only {found.left_out_text()}" if found.left_out else ""
     raise UserError(
-      f"dataset: {data.dataset!r} holds no {' '.join(sorted(_SUFFIXES))} file (hidden files, and links "
-      "that lead out of the folder, are left out); name a folder of images"
+      f"dataset: {data.dataset!r} holds no {' '.join(sorted(_SUFFIXES))} file{there}; name a folder of images"
+      + ", or use --follow_links" * found.has_links
     )
 
   paths = np.array([os.fsencode(file) for file in files])  # of a million, a worker process gets its copy at once
@@ -80,6 +86,7 @@ def open_folder(data: DataConfig) -> EncodedImages:
     fetch=lambda indices: [path(i) for i in indices],
     label=label,
     classes=lambda: _classes(data.dataset, [_relative(path(i), root) for i in range(len(paths))]),
+    remark=found.remark(data.dataset),
   )
 
 
@@ -91,35 +98,127 @@ def _classes(name: str, paths: list[str]) -> np.ndarray:
   """
   heads = [path.partition("/") for path in paths]
   if not all(slash for _, slash, _ in heads) or len({head for head, _, _ in heads}) < 2:
-    raise no_labels(name)
+    raise NoLabels(name)
   number = {head: index for index, head in enumerate(sorted({head for head, _, _ in heads}))}
   return np.array([number[head] for head, _, _ in heads], np.int32)
 
 
-def find_images(root: pathlib.Path) -> list[pathlib.Path]:
-  """Image files below `root`, sorted by relative path; no hidden ones, none that a link leads out of `root` for.
+# What is left out, in the order in which it is told.
+_PLURALS = {
+  "file of another format": "files of other formats",
+  "hidden file": "hidden files",
+  "hidden folder": "hidden folders",
+  "special file": "special files",
+  "broken link": "broken links",
+  "link to a file outside": "links to files outside",
+  "link to a folder": "links to folders",
+}
+
+
+class Found(NamedTuple):
+  """The images of a folder.
+
+  Attributes:
+    files: sorted by path below the folder.
+    left_out: what is there and is no image of it, kind -> suffix (or nothing) -> how many.
+  """
+
+  files: list[pathlib.Path]
+  left_out: dict[str, collections.Counter[str]]
+
+  @property
+  def has_links(self) -> bool:
+    """Whether --follow_links would take more."""
+    return any(kind.startswith("link to") for kind in self.left_out)
+
+  def remark(self, name: str) -> str:
+    """A line that says what of the data set `name` was left out; empty if nothing was."""
+    if not self.left_out:
+      return ""
+    number = len(self.files)
+    return (
+      f"{name}: {number} image{'s' * (number != 1)}; left out: {self.left_out_text()}"
+      + " (--follow_links takes what links lead to)" * self.has_links
+    )
+
+  def left_out_text(self) -> str:
+    """What was left out, for people; empty if nothing was."""
+    kinds = []
+    for kind, suffixes in self.left_out.items():
+      number = suffixes.total()
+      named = sorted((-count, suffix) for suffix, count in suffixes.items() if suffix)
+      most = ", ".join([f"{suffix} {-count}" for count, suffix in named[:8]] + ["..."] * (len(named) > 8))
+      kinds.append(f"{number} {kind if number == 1 else _PLURALS[kind]}{f' ({most})' * bool(most)}")
+    return ", ".join(kinds)
+
+
+def find_images(root: pathlib.Path, *, follow_links: bool = False) -> Found:
+  """Image files below `root`, sorted by relative path: no hidden ones, and what links lead to only if it lies inside.
+
+  Args:
+    root: the folder.
+    follow_links: take what links lead to, wherever it lies, under the path of the link. A folder is taken once, under
+      its own path if it has one below `root`, else under the first link to it; so a link in a circle ends.
 
   Raises:
     UserError: a folder cannot be listed. Without its files the order would be another.
   """
   inside = root.resolve()
-  found = []
-  for folder, subfolders, names in os.walk(root, onerror=_refuse):
-    subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-    for name in names:
-      file = pathlib.Path(folder, name)
-      if name.startswith(".") or file.suffix.lower() not in _SUFFIXES or not file.is_file():
-        continue
-      if not file.is_symlink() or file.resolve().is_relative_to(inside):
-        found.append(file)
-  return sorted(found, key=functools.partial(_relative, root=root))
+  files, links, seen = [], [root], set()
+  left_out: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+
+  def identity(folder: pathlib.Path) -> tuple[int, int]:
+    try:
+      status = folder.stat()
+    except OSError as error:
+      _refuse(error)
+    return status.st_dev, status.st_ino
+
+  while links:
+    start = links.pop(0)
+    if start != root and identity(start) in seen:
+      continue  # its images are there already, under another path
+    linked = []
+    for folder, subfolders, names in os.walk(start, onerror=_refuse):
+      here = pathlib.Path(folder)
+      if follow_links:
+        seen.add(identity(here))
+      for name in list(subfolders):
+        path = here / name
+        if name.startswith("."):
+          left_out["hidden folder"][""] += 1
+        elif path.is_symlink():
+          linked.append(path)
+          if not follow_links:
+            left_out["link to a folder"][""] += 1
+        elif not follow_links or identity(path) not in seen:
+          continue
+        subfolders.remove(name)
+      for name in names:
+        file = here / name
+        if name.startswith("."):
+          left_out["hidden file"][""] += 1
+        elif not file.is_file():
+          left_out["broken link" if file.is_symlink() else "special file"][""] += 1
+        elif file.suffix.lower() not in _SUFFIXES:
+          left_out["file of another format"][file.suffix.lower() or "no suffix"] += 1
+        elif file.is_symlink() and not follow_links and not file.resolve().is_relative_to(inside):
+          left_out["link to a file outside"][""] += 1
+        else:
+          files.append(file)
+    if follow_links:
+      links += sorted(linked)
+  return Found(
+    sorted(files, key=functools.partial(_relative, root=root)),
+    {kind: left_out[kind] for kind in _PLURALS if kind in left_out},
+  )
 
 
 def _relative(file: pathlib.Path, root: pathlib.Path) -> str:
   return file.relative_to(root).as_posix()
 
 
-def _refuse(error: OSError) -> None:
+def _refuse(error: OSError) -> NoReturn:
   raise UserError(f"dataset: the folder {error.filename} cannot be listed ({error.strerror}); make it readable")
 
 

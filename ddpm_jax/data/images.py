@@ -6,10 +6,15 @@ model (Ho et al. 2020, section 3.3).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import logging
+import os
 import pathlib
-import struct
+import re
+import warnings
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +23,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ddpm_jax.errors import RunError, UserError
 
-# What Pillow raises for a file that is cut short or damaged: its plugins do not agree on one type. An
-# AssertionError is of a palette image without its palette.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, AssertionError)
 # Nothing is wrong with a file when one of these is what keeps it from being opened.
 OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-_BOMB = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+# What Pillow logs, of damaged TIFF files, is in the error that follows: without a handler, `logging` would print it.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+# As an entry of `warnings.filters`.
+_IGNORED = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+# EXIF orientation: how the stored pixels become upright. 1 is upright, and so is whatever is not in the standard.
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -85,14 +101,15 @@ def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
   Raises:
     BadRecord: the file cannot be read, is not an image, or has more pixels than Pillow accepts.
   """
-  with _open(path, name) as image:
+  with _opened(path, name) as image:
     return image.height, image.width, image.mode in _GREY_MODES
 
 
 def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) -> np.ndarray:
   """One encoded image as uint8 [H, W, channels].
 
-  Turned upright as its EXIF data say; transparency shows white; 16-bit grey is scaled to 8 bits.
+  Turned upright as its EXIF (or XMP) orientation says, whatever else the metadata hold; transparency shows white;
+  16-bit grey is scaled to 8 bits.
 
   Args:
     file: the encoded image, or the path to it.
@@ -105,39 +122,82 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) 
       larger one are never decoded.
     RunError: this process has no file handle or memory left to open it.
   """
-  with _open(file, name) as image:
-    try:
-      ImageOps.exif_transpose(image, in_place=True)
-      image = _to_8_bits(image, "L" if channels == 1 else "RGB")
-    except _BROKEN as error:
-      raise BadRecord(f"{name} is broken ({_reason(error)})", "repair or remove it") from None
-  if size:
-    image = resize_and_crop(image, size)
-  return np.asarray(image, np.uint8).reshape(image.height, image.width, channels)
+  with _opened(file, name) as image, _pillow(name, "is broken"):
+    image.load()  # which turns a TIFF itself, and takes its orientation away
+    upright = _to_upright(image)
+    pixels = _to_8_bits(image, "L" if channels == 1 else "RGB")
+    if upright is not None:
+      pixels = pixels.transpose(upright)
+    if size:
+      pixels = resize_and_crop(pixels, size)
+    return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
 
 
-def _open(file: bytes | pathlib.Path, name: str) -> Image.Image:
+def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
   """Opens an image and reads its header. Raises BadRecord, RunError."""
-  try:
+  with _pillow(name, "is not an image that Pillow can read"):
     image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-  except _BOMB as error:
-    raise BadRecord(f"{name} is too large ({_reason(error)})", "resize or remove it") from None
-  except _BROKEN as error:
-    if isinstance(error, OSError) and error.errno in OF_THE_PROCESS:
-      raise RunError(f"dataset: {name} cannot be opened ({error.strerror}); raise that limit of the process") from None
-    if isinstance(error, OSError) and error.errno:  # of the system and not of Pillow: the file is gone, say
-      raise BadRecord(f"{name} cannot be read ({error.strerror})", "repair or remove it") from None
-    # Pillow's own words name an object in memory.
-    reason = "unknown format" if isinstance(error, UnidentifiedImageError) else _reason(error)
-    raise BadRecord(f"{name} is not an image that Pillow can read ({reason})", "repair or remove it") from None
-  # Between one and two times the limit Pillow only warns. A warnings filter would be process-wide and not thread-safe.
+  refusal = None
+  # Between one and two times the limit Pillow only warns.
   if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+    reason = f"{image.width} x {image.height} pixels, the limit is {Image.MAX_IMAGE_PIXELS}"
+    refusal = BadRecord(f"{name} is too large ({reason})", "resize or remove it")
+  elif image.format == "EPS":  # a program in PostScript, which Pillow would have Ghostscript run
+    refusal = BadRecord(f"{name} is EPS, which is not decoded", "convert or remove it")
+  if refusal:
     image.close()
-    raise BadRecord(
-      f"{name} is too large ({image.width} x {image.height} pixels, the limit is {Image.MAX_IMAGE_PIXELS})",
-      "resize or remove it",
-    )
+    raise refusal
   return image
+
+
+def _to_upright(image: Image.Image) -> Image.Transpose | None:
+  """How an image is turned upright; not at all where its EXIF block cannot be read: the pixels may be sound."""
+  try:
+    with _pillow("EXIF block", "is broken"):
+      return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+  except BadRecord:
+    return None
+
+
+@contextlib.contextmanager
+def _pillow(name: str, problem: str) -> Iterator[None]:
+  """The boundary to Pillow: whatever it raises inside becomes a BadRecord that says "`name` `problem` (why)".
+
+  Its decoders raise nearly every type that Python has (AttributeError, KeyError, NotImplementedError, RuntimeError,
+  zlib.error, ...), and another one with each version, so that no list of types is right for long. Only Pillow's own
+  functions may be called inside.
+
+  Raises:
+    BadRecord: for the file.
+    RunError: this process has no file handle or memory left.
+  """
+  _ignore_warnings()
+  try:
+    yield
+  except (BadRecord, RunError):
+    raise
+  except Image.DecompressionBombError as error:
+    raise BadRecord(f"{name} is too large ({_reason(error)})", "resize or remove it") from error
+  except UnidentifiedImageError as error:  # Pillow's own words name an object in memory
+    raise BadRecord(f"{name} {problem} (unknown format)", "repair or remove it") from error
+  except Exception as error:
+    code = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
+    if code in OF_THE_PROCESS:
+      raise RunError(
+        f"dataset: {name} cannot be opened ({os.strerror(code)}); raise that limit of the process"
+      ) from error
+    if code:  # of the system and not of Pillow: the file is gone, say
+      raise BadRecord(f"{name} cannot be read ({os.strerror(code)})", "repair or remove it") from error
+    raise BadRecord(f"{name} {problem} ({_reason(error)})", "repair or remove it") from error
+
+
+def _ignore_warnings() -> None:
+  """Keeps what Pillow only warns of (odd metadata, large images) from being printed, and from being an error.
+
+  One filter for the process, at the front of the list: `warnings.catch_warnings` is not safe with threads.
+  """
+  if warnings.filters[:1] != [_IGNORED]:
+    warnings.filterwarnings(_IGNORED[0], module=_IGNORED[3].pattern)
 
 
 def _reason(error: BaseException) -> str:

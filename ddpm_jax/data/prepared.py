@@ -22,9 +22,9 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
 from ddpm_jax import console
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import digits, fingerprint, folder
-from ddpm_jax.data.encoded import EncodedImages, decoded_size, no_labels, stand_ins
+from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.paths import command, expanded, home
@@ -167,9 +167,9 @@ def _classes(
   classes = np.array([-1 if skipped else int(value) for value, skipped in zip(found, bad, strict=True)], np.int32)
   classes[bad] = classes[stand_ins(bad)]
   if classes.min() < 0:
-    raise no_labels(data.dataset, f"has none for image {int(np.argmin(classes))} of {data.split}")
+    raise NoLabels(data.dataset, f"has none for image {int(np.argmin(classes))} of {data.split}")
   if classes.max() == classes.min():
-    raise no_labels(data.dataset, f"has one and the same for all images of {data.split}")
+    raise NoLabels(data.dataset, f"has one and the same for all images of {data.split}")
   return classes
 
 
@@ -185,7 +185,7 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
   if re.match(r"\w+:\D", name):  # NAME:1.2.3 is a version, SPACE:NAME needs TensorFlow and a network to be looked up
     raise UserError(
       f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "
-      f"images as files and use {folder.PREFIX}PATH"
+      f"images as files and use {FOLDER}PATH"
     )
   try:
     if not re.match(r"\w+($|[/:])", name):
@@ -194,10 +194,10 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
   except tfds.core.DatasetNotFoundError:
     near = difflib.get_close_matches(base.lower(), tfds.list_builders(with_community_datasets=False), n=3)
     if folder.exists(data):
-      near = [f"{folder.PREFIX}{name}"]
+      near = [f"{FOLDER}{name}"]
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
     raise UserError(
-      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {folder.PREFIX}PATH"
+      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {FOLDER}PATH"
     ) from None
   except json_format.ParseError as error:
     raise UserError(
@@ -332,7 +332,7 @@ def _image_feature(
       if dtype.kind != "u":
         raise UserError(
           f"dataset: the images of {data.dataset!r} are {dtype}, not uint8 or uint16; save them as files "
-          f"and use {folder.PREFIX}PATH"
+          f"and use {FOLDER}PATH"
         )
       return name, features[name].shape
   raise UserError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import fingerprint, folder, prepared
 from ddpm_jax.data.encoded import Elsewhere, Rows, Skipped, decode_all, elsewhere, on_demand
 
@@ -48,7 +50,7 @@ def open_source(data: DataConfig) -> Source:
   """Opens `data.dataset`, which is prepared first if need be.
 
   A data set whose decoded images take at most `data.cache_gib` GiB is decoded here, once, into one array. TensorFlow is
-  not imported, not even if it is installed.
+  not imported, not even if it is installed. The first process says on standard error what of a folder is left out.
 
   With `data.on_bad_record=skip` the place of a bad image is taken by the next one that is not, so that the order of all
   others stays. That is a function of the data and the index: the same on any number of processes and after a resume.
@@ -58,8 +60,10 @@ def open_source(data: DataConfig) -> Source:
       `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
       cannot be prepared.
   """
-  opener = folder.open_folder if data.dataset.startswith(folder.PREFIX) else prepared.open_prepared
+  opener = folder.open_folder if data.dataset.startswith(FOLDER) else prepared.open_prepared
   encoded = opener(data)
+  if encoded.remark and jax.process_index() == 0:
+    print(encoded.remark, file=sys.stderr, flush=True)
   skip = data.on_bad_record == "skip"
   if encoded.length * math.prod(encoded.shape) <= data.cache_gib * 2**30:
     cached = decode_all(encoded, skip=skip)
@@ -86,7 +90,7 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
   Raises:
     UserError: no such data set, or its images have different sizes or none that is known, and `data.image_size` is 0.
   """
-  if not data.dataset.startswith(folder.PREFIX):
+  if not data.dataset.startswith(FOLDER):
     return prepared.image_shape(data)
   if folder.exists(data) or not data.image_size:
     return folder.open_folder(data).shape
@@ -103,4 +107,4 @@ def has_split(data: DataConfig, split: str) -> bool:
   Raises:
     UserError: no such data set, none of images, `data.image_size` is 0 and has to be set, or it cannot be prepared.
   """
-  return split in (["train"] if data.dataset.startswith(folder.PREFIX) else prepared.split_names(data))
+  return split in (["train"] if data.dataset.startswith(FOLDER) else prepared.split_names(data))

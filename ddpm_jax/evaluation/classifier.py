@@ -19,7 +19,7 @@ import optax
 from flax import traverse_util
 
 from ddpm_jax.data import images, pipeline
-from ddpm_jax.data.encoded import no_labels
+from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation.arrays import UnusableError, arrays_sha256, load_arrays, save_arrays
 from ddpm_jax.evaluation.features import Extracted, Features
@@ -87,7 +87,7 @@ def classifier_features(
     UserError: the images have no labels, or one cannot be read.
   """
   if source.labels is None:
-    raise no_labels(source.name)
+    raise NoLabels(source.name)
   labels = source.labels()
   training, held_out = _divide(labels)
   updates = updates or min(max(math.ceil(_EPOCHS * len(training) / _BATCH), _LEAST), _MOST)

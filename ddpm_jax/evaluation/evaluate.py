@@ -14,9 +14,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 import ddpm_jax
+from ddpm_jax import config as config_lib
 from ddpm_jax import console, grids, numerics
-from ddpm_jax.config import Config
-from ddpm_jax.data.encoded import no_labels
+from ddpm_jax.config import Config, EvaluateConfig
+from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception, likelihood
@@ -77,21 +78,54 @@ class Abandoned(Exception):
   """An evaluation that was asked to stop; what it drew so far is kept."""
 
 
+def measurable(config: Config, train: Source) -> tuple[Config, str]:
+  """What can be measured, where nothing particular is asked for.
+
+  Args:
+    config: of the run. Where --measures names other than the defaults, all of them are wanted.
+    train: the images of the training.
+
+  Returns:
+    The settings with those of --measures that can be measured, and a line that says which were left out and why; empty
+    if none were.
+
+  Raises:
+    UserError: that by which the best checkpoint is to be kept cannot be measured.
+  """
+  measures = config.evaluate.measures
+  if measures != EvaluateConfig().measures or config.evaluate.features != "classifier":
+    return config, ""
+  try:
+    _check_labels(train)
+    return config, ""
+  except NoLabels as error:
+    if config.train.evaluate_every and config.train.best_measure in _OF_SAMPLES:
+      raise UserError(f"{error}, or --best_measure=bound") from None
+    without = tuple(name for name in measures if name not in _OF_SAMPLES)
+    left_out = ", ".join(name for name in measures if name in _OF_SAMPLES)
+    return config_lib.override(config, {"measures": without}), f"left out: {left_out} ({error})"
+
+
 def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
   """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training."""
+  config, _ = measurable(config, train)
   options = config.evaluate
   if _needs_samples(config):
     check_room("evaluate_samples", workdir, train.image_shape, options.evaluate_samples, copies=1)
     if options.features == "inception":
       inception.read_weights(options.inception_weights)
-    elif train.labels is None:
-      raise no_labels(train.name)
     else:
-      train.labels()
+      _check_labels(train)
     _check_numbers(config, train, _split(config, train, options.reference_split))
   if any(name in options.measures for name in ("bound", "ode")):
     for _ in _splits(config, train):
       pass
+
+
+def _check_labels(source: Source) -> None:
+  if source.labels is None:
+    raise NoLabels(source.name)
+  source.labels()
 
 
 def _check_numbers(config: Config, train: Source, reference: Source) -> None:
@@ -109,7 +143,7 @@ def _check_numbers(config: Config, train: Source, reference: Source) -> None:
 def evaluate(
   config: Config, weights: Weights, train: Source, around: Surroundings
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Measures what `--measures` names. All processes must call it.
+  """Measures what `--measures` names, of the defaults what can be measured. All processes must call it.
 
   Args:
     config: what to measure, and how to draw.
@@ -126,6 +160,9 @@ def evaluate(
     Abandoned: by `around.beat`.
   """
   began = time.perf_counter()
+  config, left_out = measurable(config, train)
+  if left_out:
+    around.say(left_out)
   result: dict[str, Any] = {
     "step": weights.step,
     "weights": weights.which,

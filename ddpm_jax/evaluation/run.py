@@ -13,6 +13,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import scalars, write_result
 from ddpm_jax.exchange.initial import adopt, find_weights
+from ddpm_jax.sampling.weights import keep_place
 
 
 def evaluate(config: Config, workdir: pathlib.Path) -> None:
@@ -30,10 +31,12 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
       f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
     )
   evaluate_lib.check(config, workdir, train)
+  keep_place(config, workdir, weights, train)
   adopt(config, workdir)
   quiet = jax.process_index() != 0
   around = evaluate_lib.Surroundings(workdir, beat=lambda what: None, quiet=quiet)
-  around.say(f"evaluating {weights.text}: {', '.join(config.evaluate.measures)}")
+  measured = evaluate_lib.measurable(config, train)[0].evaluate.measures
+  around.say(f"evaluating {weights.text}: {', '.join(measured)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:
     for warning in result["warnings"]:

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.data import folder, images
-from ddpm_jax.data.sources import open_source
+from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.paths import expanded
 
 
-def given_images(config: Config, image_shape: tuple[int, int, int], number: int) -> np.ndarray:
+def given_images(
+  config: Config,
+  image_shape: tuple[int, int, int],
+  number: int,
+  accept: Callable[[Source], None] = lambda source: None,
+) -> np.ndarray:
   """`number` images uint8 [number, H, W, C] of the shape that the model has, from `--input_images` or the data set.
 
   Files are resized and cropped like those of a data set where the run has `image_size`; else they must fit.
+
+  Args:
+    config: of the run.
+    image_shape: (H, W, C).
+    number: of images.
+    accept: called with the data set if the images are its, and raises if it is not to be used.
 
   Raises:
     UserError: no such file, too few images, a broken one, or one of another size.
@@ -31,9 +43,12 @@ def given_images(config: Config, image_shape: tuple[int, int, int], number: int)
       )
     if len(source) < number:
       raise UserError(f"num_samples: {number} images are needed, {source.name} has {len(source)}; lower --num_samples")
+    accept(source)
     return source.read(np.arange(number)).images
   root = pathlib.Path(expanded("input_images", path))
-  files = folder.find_images(root) if root.is_dir() else [root] if root.is_file() else []
+  files = [root] if root.is_file() else []
+  if root.is_dir():
+    files = folder.find_images(root, follow_links=config.data.follow_links).files
   if not files:
     raise UserError(f"input_images: {path!r} names no image file and no folder of some; use --input_images=PATH")
   if len(files) < number:

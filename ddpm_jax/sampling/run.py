@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import shutil
@@ -21,7 +22,7 @@ from ddpm_jax.paths import expanded
 from ddpm_jax.progress import counted
 from ddpm_jax.sampling import inputs, tasks
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, settings
-from ddpm_jax.sampling.weights import Weights
+from ddpm_jax.sampling.weights import Weights, keep_place
 from ddpm_jax.storage import sync_file
 
 _GRID_IMAGES = 256  # more than that is no picture any more
@@ -83,7 +84,8 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   options, run, folder = config.sample, weights.run, workdir / "samples"
   name, number = options.sample_task, options.num_samples
   given = {"interpolate": 2 * number, "inpaint": number, "reconstruct": number}.get(name, 0)
-  images = inputs.given_images(config, run.image_shape, given) if given else np.empty(0)
+  accept = functools.partial(keep_place, config, workdir, weights)
+  images = inputs.given_images(config, run.image_shape, given, accept) if given else np.empty(0)
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
   adopt(config, workdir)
   rows = number * tasks.rows_for_each(name)

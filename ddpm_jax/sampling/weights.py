@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import console
+from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
+from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.run import Run, build_run
@@ -31,6 +34,7 @@ class Weights(NamedTuple):
   step: int  # the number of updates; 0 if nothing was trained here
   which: str  # 'ema' or 'raw'
   identity: str  # SHA-256, see `identity_of`
+  manifest: Manifest | None = None  # of the checkpoint that they were read from, if they were
 
   @property
   def text(self) -> str:
@@ -72,7 +76,32 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     for name, leaf in restored.manifest["leaves"].items()
     if name.startswith(f"{field}/")
   }
-  return Weights(runs[restored.step], getattr(restored.state, field), restored.step, which, identity_of(leaves))
+  params, number = getattr(restored.state, field), restored.step
+  return Weights(runs[number], params, number, which, identity_of(leaves), restored.manifest)
+
+
+def keep_place(config: Config, workdir: pathlib.Path, weights: Weights, source: Source) -> None:
+  """Where a command says that a run's folder of images lies elsewhere: checks that, and keeps it in the workdir.
+
+  Args:
+    config: of the command.
+    workdir: of the run.
+    weights: of the run.
+    source: the images that the command names.
+
+  Raises:
+    UserError: if they are other images, and --allow_data_change is not given, or the workdir cannot be written.
+  """
+  if not workdir_lib.holds_run(workdir):
+    return
+  stored = workdir_lib.load_config(workdir)
+  place = {name: getattr(config.data, name) for name in ("dataset", "follow_links")}
+  if config_lib.override(stored, place) == stored:
+    return
+  if weights.manifest and not config.data.allow_data_change:
+    resume.check_images(weights.manifest, source, workdir)
+  if jax.process_index() == 0 and not config.data.allow_data_change:
+    workdir_lib.create(workdir, config_lib.override(stored, place))
 
 
 def identity_of(leaves: Mapping[str, Mapping[str, Any]]) -> str:

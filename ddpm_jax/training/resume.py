@@ -73,21 +73,26 @@ def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manif
   def expect(manifest: Manifest) -> TrainState:
     check_config(manifest, run.config, workdir)
     _check_past(manifest, run.config, workdir)
-    for field, before, now in fingerprint.differences(manifest["data"], _data(source)):
-      if not run.config.data.allow_data_change:
-        if field == "order":
-          raise UserError(
-            f"dataset: checkpoint {manifest['step']} in {workdir} is of a version of ddpm_jax that shuffles the images "
-            "in another order; go on with that version, or all the same with --allow_data_change"
-          )
+    if not run.config.data.allow_data_change:
+      if manifest["data"].get("order") != shuffle.KIND:
         raise UserError(
-          f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
-          f"{field} was {_short(before)}, is {_short(now)}; restore them, or go on all the same with "
-          "--allow_data_change"
+          f"dataset: checkpoint {manifest['step']} in {workdir} is of a version of ddpm_jax that shuffles the images "
+          "in another order; go on with that version, or all the same with --allow_data_change"
         )
+      check_images(manifest, source, workdir)
     return run.abstract_state
 
   return expect
+
+
+def check_images(manifest: Manifest, source: Source, workdir: pathlib.Path) -> None:
+  """Raises UserError if a checkpoint was trained with other images than those of `source`, wherever they lie."""
+  before = {name: value for name, value in manifest["data"].items() if name != "order"}
+  for field, then, now in fingerprint.differences(before, source.fingerprint):
+    raise UserError(
+      f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
+      f"{field} was {_short(then)}, is {_short(now)}; restore them, or go on all the same with --allow_data_change"
+    )
 
 
 def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:
@@ -135,6 +140,8 @@ def check_hosts(run: Run, source: Source) -> None:
   """
   local = ("data_dir", "manual_dir")  # where a host keeps its data is its own business
   flags = {name: value for name, value in config_lib.values(run.config).items() if name not in local}
+  if run.config.data.dataset.startswith(config_lib.FOLDER):
+    flags["dataset"] = config_lib.FOLDER
   for what, facts in (("flags", flags), ("images", source.fingerprint)):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     for process, other in enumerate(from_all_processes(np.frombuffer(digest, np.uint8))):

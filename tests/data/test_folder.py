@@ -175,7 +175,6 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
   refuse(tmp_path, "the folder .*/shut cannot be listed .Permission denied.", on_bad_record="skip")
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_decompression_bomb_is_named(tmp_path, monkeypatch):
   write(tmp_path / "bomb.png", plain("red", (11, 11)))
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -247,3 +246,59 @@ def test_what_is_no_folder_of_images(tmp_path):
   refuse(tmp_path, r"holds no .*\.png.* file")
   write(tmp_path / "a.png", plain("red"))
   refuse(tmp_path, "split: 'test' is unknown", split="test")
+
+
+def test_what_is_left_out_is_told_by_kind(tmp_path, capsys):
+  root, outside = tmp_path / "root", tmp_path / "outside"
+  for number in range(3):
+    write(root / f"{number}.png", plain(number, mode="L"))
+    write(outside / f"{number}.png", plain(number, mode="L"))
+    (root / f"link{number}.png").symlink_to(outside / f"{number}.png")
+  (root / "inside.png").symlink_to("0.png")
+  (root / "more").symlink_to(outside)
+  (root / "broken.png").symlink_to("nowhere")
+  for name in ("a.bmp", "b.BMP", "c.jfif", "notes", ".DS_Store", ".hidden/x.png"):
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_bytes(b"")
+  os.mkfifo(root / "pipe.png")
+  assert len(open_folder(root)) == 4
+  captured = capsys.readouterr()
+  assert captured.out == ""
+  assert captured.err == (
+    f"folder:{root}: 4 images; left out: 4 files of other formats (.bmp 2, .jfif 1, no suffix 1), 1 hidden file, 1 "
+    "hidden folder, 1 special file, 1 broken link, 3 links to files outside, 1 link to a folder (--follow_links takes "
+    "what links lead to)\n"
+  )
+  open_folder(outside)
+  assert capsys.readouterr().err == ""  # nothing is left out
+
+
+def test_links_are_followed_where_that_is_asked_for(tmp_path, capsys):
+  """As in a cache of huggingface_hub, and to folders. In a circle, each folder is taken once, under its own path."""
+  root, outside = tmp_path / "root", tmp_path / "outside"
+  (outside / "sub").mkdir(parents=True)
+  for number in range(3):
+    write(tmp_path / "blobs" / f"{number:040x}", plain(number, mode="L"), format="PNG")
+    (root / "hub").mkdir(parents=True, exist_ok=True)
+    (root / "hub" / f"{number}.png").symlink_to(f"../../blobs/{number:040x}")
+  write(outside / "sub" / "a.png", plain(3, mode="L"))
+  write(outside / "b.png", plain(4, mode="L"))
+  for link, target in [
+    *(("again", outside), ("linked", outside), ("loop", root), ("a_hub", root / "hub")),
+    *(("hub/up", root), ("../outside/sub/up", outside), ("../outside/in", root)),
+  ]:
+    (root / link).symlink_to(target)
+  with pytest.raises(UserError, match=r"only 3 links to files outside, 5 links to folders; .* or use --follow_links$"):
+    open_folder(root)
+  source = open_folder(root, follow_links=True)
+  found = folder.find_images(root, follow_links=True)
+  assert [str(file.relative_to(root)) for file in found.files] == [
+    *("again/b.png", "again/sub/a.png", "hub/0.png", "hub/1.png", "hub/2.png"),
+  ]
+  assert found.left_out == {} and capsys.readouterr().err == ""
+  assert read_all(source)[:, 0, 0, 0].tolist() == [4, 3, 0, 1, 2]
+  copy = tmp_path / "copy"
+  for file in found.files:
+    (copy / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+    (copy / file.relative_to(root)).write_bytes(file.read_bytes())
+  assert open_folder(copy).fingerprint == source.fingerprint

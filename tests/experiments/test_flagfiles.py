@@ -163,7 +163,7 @@ def test_hours_in_the_headers_follow_from_steps_and_speed():
 
 def test_images64_leaves_the_folder_to_the_command():
   given = parse(f"--flagfile={ROOT}/experiments/images64.flags", "--dataset=folder:pictures")
-  assert given["dataset"] == "folder:pictures"
+  assert given["dataset"] == f"folder:{pathlib.Path('pictures').absolute()}"
   assert given["random_flip"]
 
 

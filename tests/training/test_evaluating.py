@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
@@ -155,6 +156,13 @@ def test_each_due_state_is_measured(whole):
   values = [result(whole, step)["measures"]["classifier_distance"] for step in (3, 6, 8)]
   assert len(set(values)) == 3, "each of another state"
   assert (whole / "report.html").exists()
+
+
+def test_everything_that_a_run_writes_is_known_by_name(whole):
+  """What is not, another program may have put there."""
+  names = {path.name for path in whole.iterdir()}
+  assert {"config.json", "checkpoints", "best", "eval", "lock"} <= names
+  assert [name for name in names if not workdir_lib.WRITTEN.fullmatch(name)] == []
 
 
 def test_the_numbers_are_in_the_line_of_their_update(whole):

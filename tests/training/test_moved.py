@@ -1,0 +1,137 @@
+"""A run goes on wherever its folder of images lies and however that is written; other images are refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+from absl import flags as absl_flags
+from PIL import Image
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags, main
+from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import run as evaluation_run
+from ddpm_jax.sampling import run as sampling_run
+from ddpm_jax.stop import StopRequest
+from ddpm_jax.training import loop
+from tests.training.tiny import tiny_config
+
+LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
+DRAWN = dict(num_samples=1, sampling_steps=2, bound_timesteps=2)
+TINY = [
+  f"--{name}={config_lib.flag_text(value)}"
+  for name, value in config_lib.values(tiny_config(**LITTLE)).items()
+  if name not in ("dataset", "num_steps")
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+  """A working directory with the folder `pictures` of 16 images."""
+  write_pictures(tmp_path / "pictures")
+  monkeypatch.chdir(tmp_path)
+  return tmp_path
+
+
+def write_pictures(folder, seed=0):
+  folder.mkdir(parents=True)
+  for number, pixels in enumerate(np.random.default_rng(seed).integers(0, 256, (16, 8, 8), np.uint8)):
+    Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+def resolve(mode, folder, *arguments):
+  registry = absl_flags.FlagValues()
+  flags.define(registry)
+  registry(["main", *arguments])
+  return main.resolve_config(mode, flags.given(registry), folder)
+
+
+def train(folder, dataset, num_steps, *more):
+  """The command `train`. Returns the settings that it kept."""
+  config = resolve("train", folder, *TINY, f"--dataset={dataset}", f"--num_steps={num_steps}", *more)
+  with StopRequest() as stop:
+    loop.train(config, folder, stop)
+  return workdir_lib.load_config(folder)
+
+
+def as_release_0_1_0(folder, dataset):
+  """The workdir with the folder of images as that release kept it: as it was written."""
+  workdir_lib.create(folder, config_lib.override(workdir_lib.load_config(folder), {"dataset": dataset}))
+
+
+def test_a_run_goes_on_however_its_folder_is_written(place, monkeypatch):
+  (place / "elsewhere" / "deep").mkdir(parents=True)
+  run = place / "run"
+  assert train(run, "folder:pictures", 1).data.dataset == f"folder:{place}/pictures"
+  as_release_0_1_0(run, "folder:pictures/")
+  for number, (working, written, kept) in enumerate(
+    [
+      (place, "folder:./pictures/", "pictures"),
+      (place / "elsewhere", "folder:../pictures", "pictures"),
+      (place / "elsewhere" / "deep", "folder:~/moved", "moved"),
+    ],
+    start=2,
+  ):
+    monkeypatch.chdir(working)
+    monkeypatch.setenv("HOME", str(place))
+    if kept == "moved":
+      shutil.move(place / "pictures", place / "moved")
+    assert train(run, written, number).data.dataset == f"folder:{place}/{kept}", written
+  assert (run / "checkpoints" / "4").is_dir()
+
+
+def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch, capsys):
+  run = place / "run"
+  train(run, "folder:pictures", 1)
+  as_release_0_1_0(run, "folder:pictures")
+  (place / "elsewhere").mkdir()
+  monkeypatch.chdir(place / "elsewhere")
+  shutil.move(place / "pictures", place / "moved")
+  drawn = [f"--{name}={value}" for name, value in DRAWN.items()]
+  task = ["--sample_task=interpolate", *drawn]
+  with pytest.raises(
+    UserError, match=r"'folder:pictures' names no folder; use folder:PATH .*the new one if it was moved"
+  ):
+    sampling_run.sample(resolve("sample", run, *task), run)
+  sampling_run.sample(resolve("sample", run, *task, "--dataset=folder:../moved"), run)
+  kept = workdir_lib.load_config(run)
+  assert kept.data.dataset == f"folder:{place}/moved"
+  assert kept.sample.num_samples != 1  # the place alone
+  sampling_run.sample(resolve("sample", run, *task), run)
+
+  as_release_0_1_0(run, "folder:pictures")
+  evaluation_run.evaluate(resolve("evaluate", run, *drawn, f"--dataset=folder:{place}/moved"), run)
+  assert workdir_lib.load_config(run).data.dataset == f"folder:{place}/moved"
+  told = capsys.readouterr().out
+  assert "evaluating the ema weights after update 1: bound" in told
+  assert "left out: frechet, kid, score, precision_recall, density_coverage, neighbours (features: 'classifier'" in told
+  assert "  bits_per_dim" in told
+  with pytest.raises(UserError, match="features: 'classifier' needs labels"):
+    evaluation_run.evaluate(resolve("evaluate", run, *drawn, "--measures=frechet,bound"), run)
+
+
+def test_other_images_in_another_place_are_refused_and_not_kept(place):
+  run = place / "run"
+  before = train(run, "folder:pictures", 1)
+  write_pictures(place / "others", seed=1)
+  changed = "dataset: the images of folder:.*others have changed since checkpoint 1 in .*run: (listing|probe) was"
+  with pytest.raises(UserError, match=changed):
+    train(run, "folder:others", 2)
+  for mode, start in (("sample", sampling_run.sample), ("evaluate", evaluation_run.evaluate)):
+    given = ["--sample_task=reconstruct", "--sampler=ddim", "--num_samples=1", "--dataset=folder:others"]
+    with pytest.raises(UserError, match=changed):
+      start(resolve(mode, run, *given), run)
+  with pytest.raises(UserError, match=r"dataset: .* was trained with 'folder:.*pictures'"):
+    train(run, "digits", 2)
+  assert workdir_lib.load_config(run) == before
+  assert train(run, "folder:others", 2, "--allow_data_change").data.dataset == f"folder:{place}/others"
+
+
+def test_unlabelled_images_while_training(place):
+  every = "--evaluate_every=1"
+  with pytest.raises(UserError, match=r"has none; use --features=inception .*, or --best_measure=bound"):
+    train(place / "run", "folder:pictures", 1, every)
+  assert not (place / "run").exists()
+  train(place / "run", "folder:pictures", 1, every, "--best_measure=bound", "--bound_timesteps=2")
+  assert (place / "run" / "best" / "1").is_dir()
