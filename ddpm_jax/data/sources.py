@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
+from ddpm_jax import console
 from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import fingerprint, folder, prepared
 from ddpm_jax.data.encoded import Elsewhere, Rows, Skipped, decode_all, elsewhere, on_demand
@@ -63,7 +63,7 @@ def open_source(data: DataConfig) -> Source:
   opener = folder.open_folder if data.dataset.startswith(FOLDER) else prepared.open_prepared
   encoded = opener(data)
   if encoded.remark and jax.process_index() == 0:
-    print(encoded.remark, file=sys.stderr, flush=True)
+    console.note(encoded.remark)
   skip = data.on_bad_record == "skip"
   if encoded.length * math.prod(encoded.shape) <= data.cache_gib * 2**30:
     cached = decode_all(encoded, skip=skip)
