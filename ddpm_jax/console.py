@@ -127,7 +127,7 @@ class _Outlet(io.RawIOBase):
   """
 
   def __init__(self, number: int):
-    self._number = number
+    self._number, self.name = number, f"<output {number}>"
     self._file = os.dup(number)  # whoever closes the standard descriptor, and opens another file, changes nothing here
     self._changed = threading.Condition()
     self._waiting: collections.deque[bytes] = collections.deque()

@@ -19,8 +19,8 @@ class DataConfig:
   dataset: str = knob("digits", "'digits' (embedded), any TensorFlow Datasets name such as 'cifar10' or "
                       "'lsun/bedroom', or 'folder:PATH' for a folder of PNG, JPEG or WebP images.")
   split: str = knob("train", "Split of a TFDS data set, in TFDS's notation ('train', 'train+test', 'train[:90%]').")
-  data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, "
-                       "~/tensorflow_datasets).", may_change=True)
+  data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets; the "
+                       "digits, where there is no home: the folder for temporary files).", may_change=True)
   manual_dir: str = knob("", "A folder that already holds the data set's original files; TFDS verifies their "
                          "checksums and downloads nothing that is there.", may_change=True)
   follow_links: bool = knob(False, "Take what symbolic links in a folder of images lead to, also outside of it, as in "
