@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
 README, WORKSPACE = DOCUMENTS.values()
-PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}
+OTHER_PAGES = ("SECURITY.md", "docs/reliability.md", "docs/time_grids.md")
+PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHER_PAGES}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 
 # Flags of other programs that the documents may mention.
@@ -34,7 +35,7 @@ OTHER_FLAGS = {
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
-  *("b",),  # benchmarks
+  *("b", "models", "samplers", "images"),  # benchmarks
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
