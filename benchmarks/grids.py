@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
     model = with_threshold(ddpm_jax.load(path), setting.config)
     command.say(f"measuring {path}: {model}")
     results[path] = measure(model, samplers, numbers, options.images)
-    about[path] = {"flags": setting.flags, "config": config_lib.to_json(model.config)}
+    about[path] = {"flags": setting.flags}
     diffusion, threshold = model.config.diffusion, model.config.sample.threshold
     print(report.heading(f"{path}: {diffusion.beta_schedule}, threshold {threshold}, {options.images} images"))
     print(f"{text(results[path])}\n")
@@ -140,7 +140,7 @@ def make_draw(model: Model, number: int) -> Callable[[SamplerTable], np.ndarray]
 
   @functools.partial(jax.jit, static_argnames="sigma")
   def draw(params: Params, columns: Any, sigma: tuple[float, ...]) -> jax.Array:
-    return sample(SamplerTable(*columns, np.asarray(sigma)), predictor(params), keys, run.image_shape)[0]
+    return sample(SamplerTable._make((*columns, np.asarray(sigma))), predictor(params), keys, run.image_shape)[0]
 
   return lambda table: np.asarray(draw(params, tuple(table[:-1]), tuple(table.sigma.tolist())))
 

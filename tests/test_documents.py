@@ -35,7 +35,7 @@ OTHER_FLAGS = {
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
-  *("b",),  # benchmarks
+  *("b", "models", "samplers", "images"),  # benchmarks
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.

@@ -25,7 +25,7 @@ PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Center and width in log SNR of the time grid 'logistic', found by measuring, see docs/time_grids.md. The correction of
 # Heun's method grows with the ratio of sbar at the two ends of a step, so it needs shorter steps at high noise.
-_CENTER_AND_WIDTH = {"ddpm": (0.0, 2.5), "ddim": (0.0, 2.5), "dpmpp": (0.0, 2.5), "heun": (-3.0, 3.0)}
+_CENTER_AND_WIDTH, _OF_HEUN = (0.0, 2.5), (-3.0, 3.0)
 _LEAST_LOG_SNR = -10.2  # where it begins
 
 
@@ -73,7 +73,7 @@ def time_grid(
       log_snr = schedule.log_snr[1 : last + 1]  # falls in t
       times = np.interp(np.linspace(log_snr[-1], log_snr[0], num_steps), log_snr[::-1], np.arange(last, 0, -1))
     case "logistic":
-      center, width = _CENTER_AND_WIDTH[sampler]
+      center, width = _OF_HEUN if sampler == "heun" else _CENTER_AND_WIDTH
       even = 1.0 / (1.0 + (schedule.snr[: last + 1] / np.exp(center)) ** (1.0 / width))  # rises in t from 0
       begin = max(1, int(np.sum(schedule.log_snr[: last + 1] >= _LEAST_LOG_SNR)) - 1)
       times = np.interp(np.linspace(even[begin], 0, num_steps + 1)[:-1], even, np.arange(last + 1))
