@@ -150,7 +150,7 @@ def test_a_changed_bit_is_found_and_the_older_checkpoint_taken(copy):
   directory, _, older = copy
   data = largest(directory / "9")
   flip(data, data.stat().st_size // 2)
-  step, state, _, damaged = restore(directory)
+  step, state, _, damaged, _ = restore(directory)
   assert step == 5 and list(damaged) == [9]
   chex.assert_trees_all_equal(host(state), older)
   with pytest.raises(UserError, match=r"on_corrupt: checkpoint 9 in .* is damaged: .*--on_corrupt=fallback"):
@@ -163,7 +163,7 @@ def test_the_one_checkpoint_that_was_asked_for(copy):
     restore(directory, only=7)
   data = largest(directory / "9")
   flip(data, data.stat().st_size // 2)
-  step, state, manifest, damaged = restore(directory, only=5)
+  step, state, manifest, damaged, _ = restore(directory, only=5)
   assert (step, manifest["step"], damaged) == (5, 5, {})
   chex.assert_trees_all_equal(host(state), older)
   with pytest.raises(
