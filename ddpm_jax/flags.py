@@ -150,7 +150,7 @@ def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
   Raises:
     UserError: if a path begins with the home of nobody.
   """
-  found = {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
+  found: dict[str, Any] = {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
   for name in found.keys() & _PLACES:
     found[name] = _absolute(name, found[name])
   if str(found.get("dataset")).startswith(config_lib.FOLDER):
