@@ -98,7 +98,7 @@ class OptimizerConfig:
                           "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes on "
                           "from where the decay began; with cosine the rate begins anew for the added steps.",
                           choices=("constant", "constant_then_decay", "cosine"))
-  decay_fraction: float = knob(0.2, "The part of --num_steps over which the learning rate of constant_then_decay "
+  decay_fraction: float = knob(0.4, "The part of --num_steps over which the learning rate of constant_then_decay "
                                "falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0, maximum=1)
   warmup_steps: int = knob(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
                            "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
