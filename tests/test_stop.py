@@ -10,6 +10,7 @@ import pytest
 PRELUDE = """
 import hashlib, os, signal, sys, time
 from ddpm_jax.stop import StopRequest
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which is ignored where the tests run under nohup
 def compute():
   # In C for half a minute, without Python's lock, like a compilation: no handler runs.
   hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)

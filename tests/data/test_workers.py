@@ -174,7 +174,7 @@ def test_close_ends_workers_in_a_read_that_hangs(folder, monkeypatch):
   assert not workers_alive()
 
 
-def test_workers_end_with_a_parent_that_is_killed(folder):
+def test_workers_end_with_a_parent_that_is_killed(folder, tmp_path_factory):
   """And nothing is said about the memory that it shared with them."""
   script = f"""
     import multiprocessing, os, signal
@@ -190,10 +190,11 @@ def test_workers_end_with_a_parent_that_is_killed(folder):
       print(len(multiprocessing.active_children()), "workers", flush=True)
       os.kill(os.getpid(), signal.SIGKILL)
   """
-  (folder / "killed.py").write_text(textwrap.dedent(script))
+  program = tmp_path_factory.mktemp("program") / "killed.py"  # it would be counted among the images
+  program.write_text(textwrap.dedent(script))
   environment = os.environ | {"PYTHONPATH": str(ROOT)}
   # It comes back when the last process has ended that holds the pipes.
   ended = subprocess.run(
-    [sys.executable, folder / "killed.py"], env=environment, capture_output=True, text=True, timeout=30, check=False
+    [sys.executable, program], env=environment, capture_output=True, text=True, timeout=30, check=False
   )
   assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGKILL, "2 workers\n", "")
