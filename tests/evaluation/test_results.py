@@ -205,6 +205,17 @@ def test_the_best_is_the_lowest(saved):
   assert sorted(path.name for path in (saved / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
+def test_a_checkpoint_of_the_same_number_is_another_one(saved):
+  """Of a run that was made longer since, and came by that number again."""
+  keep_best(saved, of_model(4, train=3.0), "bound")
+  data = saved / "best" / "4" / "state" / "data"
+  data.write_text("of the run that was shorter")
+  assert not keep_best(saved, of_model(4, train=3.5), "bound")
+  assert data.read_text() == "of the run that was shorter"
+  assert keep_best(saved, of_model(4, train=2.0), "bound")
+  assert best(saved) == {"measure": "bound", "value": 2.0, "step": 4}
+
+
 def test_by_another_measure_it_begins_anew(saved):
   keep_best(saved, of_model(2, train=3.0), "bound")
   assert keep_best(saved, of_samples(4, classifier_distance=90.0), "frechet")

@@ -9,7 +9,7 @@ import pytest
 from tests import command
 from tests.faults import pair
 
-SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30"]
+SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30", "--heartbeat_timeout=100"]
 
 
 @pytest.fixture(scope="module")
