@@ -24,7 +24,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
 README, WORKSPACE = DOCUMENTS.values()
-OTHERS = ("SECURITY.md", *(f"docs/{name}.md" for name in ("learning_rate", "precision", "reliability", "time_grids")))
+OTHERS = (
+  "SECURITY.md",
+  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "precision", "reliability", "time_grids")),
+)
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 

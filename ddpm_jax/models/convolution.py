@@ -148,7 +148,8 @@ def _merge(kernel: jax.Array) -> jax.Array:
 def _merge_transposed(merged: jax.Array) -> jax.Array:
   """The transpose of `_merge`."""
   merge, (channels, features) = _MERGE.astype(merged.dtype), (merged.shape[2], merged.shape[3] // 4)
-  return jnp.einsum("aui,bvj,uvcabf->ijcf", merge, merge, merged.reshape(2, 2, channels, 2, 2, features))
+  columns = jnp.einsum("bvj,uvcabf->jcfau", merge, merged.reshape(2, 2, channels, 2, 2, features))
+  return jnp.einsum("aui,jcfau->ijcf", merge, columns)
 
 
 def _pair(kernel: jax.Array) -> jax.Array:
@@ -160,7 +161,8 @@ def _pair(kernel: jax.Array) -> jax.Array:
 def _pair_transposed(paired: jax.Array) -> jax.Array:
   """The transpose of `_pair`."""
   pairs, (channels, features) = _PAIRS.astype(paired.dtype), (paired.shape[2] // 4, paired.shape[3])
-  return jnp.einsum("uai,vbj,uvabcf->ijcf", pairs, pairs, paired.reshape(2, 2, 2, 2, channels, features))
+  columns = jnp.einsum("vbj,uvabcf->jcfua", pairs, paired.reshape(2, 2, 2, 2, channels, features))
+  return jnp.einsum("uai,jcfua->ijcf", pairs, columns)
 
 
 def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> jax.Array:
@@ -339,24 +341,30 @@ def _bilinear(name: str, a_axes: _Axes, b_axes: _Axes, c_axes: _Axes, on_cpu: Ca
     c = jax.eval_shape(functools.partial(lower, resample=resample), *shapes)
     return a.update(shape=c.shape, dtype=c.dtype, weak_type=False)
 
+  def enlarge(array: jax.Array, axis: int, at: int) -> jax.Array:  # the axis `at` by the batch axis
+    return _merge_axes(jnp.moveaxis(array, axis, at + 1), at)
+
   def batch(arrays: Sequence[jax.Array], axes: Sequence[int | None], *, resample: str) -> tuple[jax.Array, int]:
     bind = functools.partial(primitive.bind, resample=resample)
-    problems = arrays[0].ndim - (axes[0] is not None) - 4  # 1, if there is an axis that counts them already
-    if None not in axes:
-      arrays = [jnp.moveaxis(array, axis, 0) for array, axis in zip(arrays, axes, strict=True)]
+    (a, b), (i, j) = arrays, axes
+    problems = a.ndim - 4 - (i is not None)  # 1, if there is an axis that counts them already
+    if i is not None and j is not None:
+      a, b = jnp.moveaxis(a, i, 0), jnp.moveaxis(b, j, 0)
       if not problems:
-        return bind(*arrays), 0
-      return _split_axis(bind(*(_merge_axes(array, 0) for array in arrays)), 0, arrays[0].shape[0], -1), 0
-    # One operand alone is batched: that makes the axis longer that the other has not. The new part of the index is the
+        return bind(a, b), 0
+      return _split_axis(bind(_merge_axes(a, 0), _merge_axes(b, 0)), 0, (a.shape[0], -1)), 0
+
+    # One operand alone is batched: its axis that the other has not becomes longer. The new part of the index is the
     # last, so that examples that are spread over devices stay where they are.
-    which = 0 if axes[1] is None else 1
-    own, other = (a_axes, b_axes) if which == 0 else (b_axes, a_axes)
-    (letter,) = own.keys() - other.keys()
-    at, size = own[letter] + problems, arrays[which].shape[axes[which]]
-    arrays = list(arrays)
-    arrays[which] = _merge_axes(jnp.moveaxis(arrays[which], axes[which], at + 1), at)
-    at = c_axes[letter] + problems
-    return _split_axis(bind(*arrays), at, -1, size), at + 1
+    if i is not None:
+      (letter,), size = a_axes.keys() - b_axes.keys(), a.shape[i]
+      a = enlarge(a, i, problems + a_axes[letter])
+    else:
+      assert j is not None
+      (letter,), size = b_axes.keys() - a_axes.keys(), b.shape[j]
+      b = enlarge(b, j, problems + b_axes[letter])
+    at = problems + c_axes[letter]
+    return _split_axis(bind(a, b), at, (-1, size)), at + 1
 
   # Outside of `jax.jit` too it is compiled.
   compiled = jax.jit(lambda a, b, resample: primitive.bind(a, b, resample=resample), static_argnames="resample")
@@ -374,7 +382,7 @@ def _merge_axes(array: jax.Array, at: int) -> jax.Array:
   return array.reshape(*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :])
 
 
-def _split_axis(array: jax.Array, at: int, *sizes: int) -> jax.Array:
+def _split_axis(array: jax.Array, at: int, sizes: tuple[int, int]) -> jax.Array:
   """The inverse of `_merge_axes`."""
   return array.reshape(*array.shape[:at], *sizes, *array.shape[at + 1 :])
 
