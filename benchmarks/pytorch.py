@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
   shape = command.image_shape(setting.config, options.image_shape)
   works = {name: ("torch_loop", {"GLIBC_TUNABLES": _text(values)}) for name, values in MALLOCS.items()}
   works["ddpm_jax"] = ("step_work", {})
-  with command.workers(works, dict.fromkeys(MALLOCS, options.torch_python)) as workers:
+  with command.workers(works, {name: str(options.torch_python) for name in MALLOCS}) as workers:
     command.say(f"compiling: {setting}")
     facts = {"ddpm_jax": workers["ddpm_jax"].prepare(setting.job(shape))}
     if not facts["ddpm_jax"]["devices"].startswith("1 x"):
