@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
 README, WORKSPACE = DOCUMENTS.values()
-PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md", "docs/reliability.md")}
+OTHERS = ("SECURITY.md", "docs/reliability.md", "docs/derivatives.md")
+PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 
 # Flags of other programs that the documents may mention.
