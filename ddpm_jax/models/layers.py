@@ -54,7 +54,7 @@ class Dense(nn.Module):
   """`flax.linen.Dense` for rows, whose bias is added as float32: parameters of the same names, shapes and values.
 
   The gradient by the bias is a sum over all rows, in the type of that addition. In bfloat16, with its 8 bits, sums over
-  the pixels of a batch stop to grow.
+  the pixels of a batch stop growing.
 
   Attributes:
     features: F.
