@@ -287,7 +287,8 @@ def test_a_draw_leaves_images_their_settings_and_a_picture(quick, twenty, capsys
   settings = quick.settings()
   assert settings["checkpoint"] == 5 and settings["variance"] == "fixed_large"
   assert (settings["sampler"], settings["sampling_steps"], settings["num_samples"]) == ("ddim", 4, 3)
-  assert set(settings) == {"variance"} | set(vars(quick.config.sample))
+  also = {"variance", "dtype", "matmul_precision", "device"}
+  assert set(settings) == also | set(vars(quick.config.sample))
   with Image.open(quick.samples / "samples.png") as picture:
     assert picture.size == (2 + 2 * 66, 2 + 2 * 66)
     np.testing.assert_array_equal(np.asarray(picture)[2:66:8, 2:66:8, 0], twenty[0, :, :, 0])
