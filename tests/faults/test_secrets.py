@@ -33,7 +33,7 @@ def test_no_variable_of_the_environment_is_written_or_told(folder, launch, tmp_p
   (workdir / "checkpoints" / str(checkpoints(workdir)[-1]) / "state" / "manifest.ocdbt").write_bytes(b"no")
   told += launch("secrets", "--mode=sample", "--on_corrupt=fail", **environment).finish(2)
   told += launch("secrets", "--mode=sample", "--num_samples=4", "--sampling_steps=2", **environment).finish()
-  assert "damaged" in told[-1] and "Current thread" in told[3], "nothing went wrong, so this shows nothing"
+  assert "damaged" in told[-1] and "innermost call first" in told[3], "nothing went wrong, so this shows nothing"
 
   assert CANARY not in "".join(told)
   files = [path for root in (workdir, folder / "tfds") for path in root.rglob("*") if path.is_file()]
