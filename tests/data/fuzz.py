@@ -108,7 +108,7 @@ def outcome(file: pathlib.Path) -> str:
       ends.append("decoded" if pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8 else f"{pixels.shape}")
     except images.BadRecord as error:
       ends.append("named" if str(error).startswith("dataset: this ") and "\n" not in str(error) else str(error))
-    except BaseException:  # what must not be
+    except Exception:  # what must not be: it is listed, and the next file is tried
       ends.append(traceback.format_exc(limit=-3))
   return ends[0] if ends[0] in ("decoded", "named") and ends[1] in ("decoded", "named") else "\n".join(ends)
 
