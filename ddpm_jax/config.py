@@ -269,10 +269,12 @@ def _check_evaluate(config: Config) -> None:
       raise UserError(
         f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
       )
+  if evaluate.evaluate_samples == 1:
+    raise UserError("evaluate_samples: 1 must be at least 2; use 0 for as many as fit")
   if evaluate.features == "inception" and not evaluate.inception_weights:
     raise UserError(
       "inception_weights: missing; name the safetensors file that experiments/convert_inception.py made, or use "
-      "--features=classifier"
+      "--features=auto"
     )
   for name in ("inception_weights", "inception_resize"):
     if evaluate.features != "inception" and getattr(evaluate, name) != getattr(defaults, name):

@@ -157,7 +157,7 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
     case "evaluate":
       from ddpm_jax.evaluation import run as evaluation_run
 
-      evaluation_run.evaluate(config, folder)
+      evaluation_run.evaluate(config, folder, flags.given())
 
 
 def _exit_code(error: UserError | RunError | NonFiniteError) -> int:

@@ -18,7 +18,8 @@ class DataConfig:
 
   dataset: str = knob("digits", "'digits' (embedded), any TensorFlow Datasets name such as 'cifar10' or "
                       "'lsun/bedroom', or 'folder:PATH' for a folder of PNG, JPEG or WebP images.")
-  split: str = knob("train", "Split of a TFDS data set, in TFDS's notation ('train', 'train+test', 'train[:90%]').")
+  split: str = knob("train", "Which part of the data set, in TFDS's notation ('train', 'train+test', 'train[:90%]'). "
+                    "A folder has 'train' and slices of it, each a random part of all of its subfolders.")
   data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets; the "
                        "digits, where there is no home: the folder for temporary files).", may_change=True)
   manual_dir: str = knob("", "A folder that already holds the data set's original files; TFDS verifies their "
@@ -215,21 +216,28 @@ class EvaluateConfig:
     "the likelihood of the probability-flow ODE, in bits/dim.",
     choices=("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours", "bound", "ode"),
     may_change=True)
-  features: str = knob("classifier", "What images are compared by: 'inception', with --inception_weights, or "
-                       "'classifier', a small one that is trained on the data set's own labels first.",
-                       choices=("inception", "classifier"), may_change=True)
+  features: str = knob("auto", "What images are compared by: 'inception', with --inception_weights; 'classifier', a "
+                       "small one that is trained on the data set's own labels first; 'network', one that is trained "
+                       "without labels; 'auto': classifier where there are labels, else network.",
+                       choices=("auto", "classifier", "network", "inception"), may_change=True)
   inception_weights: str = knob("", "The safetensors file of the FID's InceptionV3, see "
                                 "experiments/convert_inception.py.", may_change=True)
   inception_resize: str = knob("fid", "To 299x299 pixels: 'fid' bilinear without antialiasing, as in the reference "
                                "code; 'clean' antialiased bicubic (Parmar et al. 2022).", choices=("fid", "clean"),
                                may_change=True)
-  evaluate_samples: int = knob(50000, "Samples to measure.", minimum=2, may_change=True)
+  evaluate_samples: int = knob(0, "Samples to measure (0: as many as for the last evaluation; for the first one as "
+                               "many, from 1,000 to 50,000, as are drawn in about seven minutes, in less while "
+                               "training, on a CPU by dpmpp with 20 network evaluations unless a sampler is named).",
+                               minimum=0, may_change=True)
   reference_split: str = knob("", "Split that samples are compared with (empty: that of the training).",
                               may_change=True)
   likelihood_splits: str = knob("", "Splits of bound and ode, separated by commas (empty: that of the training, and "
                                 "'test' if there is one).", may_change=True)
-  likelihood_examples: int = knob(0, "Images of each split for bound and ode, evenly spaced (0: all).", minimum=0,
-                                  may_change=True)
+  likelihood_examples: int = knob(0, "Images of each split for bound and ode, evenly spaced (0: all; but with "
+                                  "--evaluate_samples=0, unless the command itself says 0 here, as many as for the "
+                                  "last evaluation; for the first one as many, from 100 to 10,000, as take about "
+                                  "three minutes).",
+                                  minimum=0, may_change=True)
   bound_timesteps: int = knob(100, "Timesteps at which the bound of each image is evaluated, drawn from as many "
                               "strata: an unbiased estimate (0: all T).", minimum=0, may_change=True)
   ode_steps: int = knob(100, "Steps of Heun's method for ode, two network evaluations each, and 8 more near t = 0.",

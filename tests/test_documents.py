@@ -26,7 +26,8 @@ DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("READM
 README, WORKSPACE = DOCUMENTS.values()
 OTHERS = (
   "SECURITY.md",
-  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "precision", "reliability", "time_grids")),
+  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "measuring", "precision", "reliability")),
+  "docs/time_grids.md",
 )
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
@@ -38,7 +39,7 @@ OTHER_FLAGS = {
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
-  *("b", "models", "samplers", "images"),  # benchmarks
+  *("b", "models", "samplers", "images", "kinds", "model"),  # benchmarks
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.

@@ -30,8 +30,9 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   record = types.SimpleNamespace(calls=[], error=None)
 
   def run(mode):
-    def called(config, folder, *_):
+    def called(config, folder, *more):
       record.calls.append((mode, config, folder))
+      record.more = more
       if record.error:
         raise record.error
 
@@ -105,6 +106,7 @@ def test_evaluate_takes_the_stored_config(runs, command, tmp_path):
   assert command(f"--workdir={tmp_path}", "--mode=evaluate", "--measures=bound,ode", "--checkpoint=best") == 0
   expected = config_lib.override(stored, {"measures": ("bound", "ode"), "checkpoint": "best"})
   assert runs.calls[-1] == ("evaluate", expected, tmp_path)
+  assert set(runs.more[0]) == {"measures", "checkpoint"}, "which flags were given, as those are never chosen otherwise"
 
 
 def test_a_plan_needs_no_workdir_joins_no_job_and_writes_nothing(runs, command, tmp_path, monkeypatch):

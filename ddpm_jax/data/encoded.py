@@ -112,7 +112,8 @@ class NoLabels(UserError):
 
   def __init__(self, name: str, why: str = "has none"):
     super().__init__(
-      f"features: 'classifier' needs labels, and {name} {why}; use --features=inception with --inception_weights"
+      f"features: 'classifier' needs labels, and {name} {why}; use --features=network, or inception with "
+      "--inception_weights"
     )
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import functools
+import hashlib
 import os
 import pathlib
-from typing import NamedTuple, NoReturn
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import fingerprint, images
@@ -27,14 +30,15 @@ def exists(data: DataConfig) -> bool:
 
 
 def open_folder(data: DataConfig) -> EncodedImages:
-  """The images below a folder, in the order of their relative paths, the same on every machine.
+  """The images of a split of a folder, in the order of their relative paths, the same on every machine.
 
-  Reads the header of every file: the images are grey if all are, and have a size if all have the same. With
-  `data.on_bad_record=skip` a file without a readable header says nothing about that and keeps its place in the order.
+  Reads the header of every file, whatever the split: the images are grey if all in the folder are, and have a size if
+  all have the same. With `data.on_bad_record=skip` a file without a readable header says nothing about that and keeps
+  its place in the order.
 
   Raises:
     UserError: no such folder, a folder in it that cannot be listed, no image in it, a file that is not an image (with
-      skip: all are not), a split that a folder does not have, or images of different sizes, or not square, where
+      skip: all are not), a split that is none, see `split_of`, or images of different sizes, or not square, where
       `data.image_size` is 0.
   """
   root = pathlib.Path(expanded("dataset", data.dataset.removeprefix(FOLDER)))
@@ -42,11 +46,6 @@ def open_folder(data: DataConfig) -> EncodedImages:
     raise UserError(
       f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images, the new one if "
       "it was moved"
-    )
-  if data.split != "train":
-    raise UserError(
-      f"split: {data.split!r} is unknown, a folder has only 'train'; name the folder of that split in "
-      "--dataset=folder:PATH"
     )
   found = find_images(root, follow_links=data.follow_links)
   files = found.files
@@ -57,37 +56,75 @@ def open_folder(data: DataConfig) -> EncodedImages:
       + ", or use --follow_links" * found.has_links
     )
 
-  paths = np.array([os.fsencode(file) for file in files])  # of a million, a worker process gets its copy at once
-
-  def path(index: int) -> pathlib.Path:
-    return pathlib.Path(os.fsdecode(paths[index]))
-
-  def label(index: int) -> str:
-    return f"{path(index)} (image {index})"
-
+  paths = np.array([os.fsencode(file) for file in files])
   look = functools.partial(_look, skip=data.on_bad_record == "skip")
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    looks = list(pool.map(look, files, map(label, range(len(files)))))
+    looks = list(pool.map(look, files, map(_label, files, range(len(files)))))
   headers = [header for header, _ in looks if header is not None]
   if not headers:
     raise UserError(f"dataset: none of the {len(files)} files of {data.dataset!r} is an image that Pillow can read")
-  sizes = {(height, width) for height, width, _ in headers}
-  size = decoded_size(data.dataset, sizes.pop() if len(sizes) == 1 else (None, None), data.image_size)
+  shapes = {(height, width) for height, width, _ in headers}
+  size = decoded_size(data.dataset, shapes.pop() if len(shapes) == 1 else (None, None), data.image_size)
   channels = 1 if all(grey for _, _, grey in headers) else 3
+  names = [_relative(file, root) for file in files]
+  chosen = split_of(data, names)
+  own = paths[chosen]  # of a million, a worker process gets its copy at once
+
+  def path(index: int) -> pathlib.Path:
+    return pathlib.Path(os.fsdecode(own[index]))
+
   return EncodedImages(
     name=data.dataset,
-    length=len(files),
+    length=len(chosen),
     shape=(*size, channels),
     resize=data.image_size > 0,
-    identity="folder",
-    listing=fingerprint.digest(
-      part for file, (_, size) in zip(files, looks, strict=True) for part in (_relative(file, root), str(size))
-    ),
+    identity="folder" if data.split == "train" else f"folder {data.split}",
+    listing=fingerprint.digest(part for i in chosen for part in (names[i], str(looks[i][1]))),
     fetch=lambda indices: [path(i) for i in indices],
-    label=label,
-    classes=lambda: _classes(data.dataset, [_relative(path(i), root) for i in range(len(paths))]),
+    label=lambda index: _label(path(index), int(chosen[index])),
+    classes=lambda: _classes(data.dataset, [_relative(pathlib.Path(os.fsdecode(p)), root) for p in paths])[chosen],
     remark=found.remark(data.dataset),
   )
+
+
+def _label(file: pathlib.Path, number: int) -> str:
+  """What to call an image in an error: its path, and its place among all of the folder."""
+  return f"{file} (image {number})"
+
+
+def split_of(data: DataConfig, names: Sequence[str]) -> np.ndarray:
+  """Which images of a folder are of `data.split`, in TFDS's notation: int64, the places of their names in `names`.
+
+  A folder has one split, 'train', of which slices may be taken: 'train[:90%]', 'train[90%:]', 'train[:500]'. Slices are
+  cut in the order of the SHA-256 of the relative paths, in which folders of classes, or pictures that were taken one
+  after the other, do not lie together. So a slice is a random part of all classes; it is the same on every machine and
+  wherever the folder lies, slices that do not overlap share no image, and where images are added all but a few of the
+  others stay in their slice. Within a slice the order is that of `names`.
+
+  Args:
+    data: names the split.
+    names: paths below the folder, in the order of the data set.
+
+  Raises:
+    UserError: another split than 'train', no split at all, or an empty one.
+  """
+  try:
+    # The files of TFDS stand for those of the folder: one shard.
+    whole: Any = {"train": tfds.core.SplitInfo(name="train", shard_lengths=[len(names)], num_bytes=0)}
+    parts = tfds.core.ReadInstruction.from_spec(data.split).to_absolute(whole)
+  except (ValueError, NotImplementedError) as error:
+    raise UserError(
+      f"split: {data.split!r} is none of a folder ({' '.join(str(error).split())}); use 'train' or slices of it, such "
+      "as 'train[:90%]', or name the folder of that split in --dataset=folder:PATH"
+    ) from None
+  if all(part.from_ is None and part.to is None for part in parts):
+    order = np.arange(len(names))  # nothing is cut: no digests
+  else:
+    order = np.argsort([hashlib.sha256(os.fsencode(name)).hexdigest() for name in names], kind="stable")
+  chosen = [np.sort(order[part.from_ : part.to]) for part in parts]
+  if not sum(map(len, chosen)):
+    raise UserError(f"split: {data.split!r} of {data.dataset!r}, of {len(names)} images, is empty; take a larger part")
+  return np.concatenate(chosen)
 
 
 def _classes(name: str, paths: list[str]) -> np.ndarray:

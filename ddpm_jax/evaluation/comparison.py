@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,10 @@ _SHOWN, _NEAREST = 8, 7  # rows and neighbours of the picture
 NAMES = {
   "inception": {"frechet": "fid", "kid": "kid", "score": "inception_score"},
   "classifier": {"frechet": "classifier_distance", "kid": "classifier_kid", "score": "classifier_score"},
+  "network": {"frechet": "network_distance", "kid": "network_kid"},
 }
+# Images of the data that a measure is defined for: the k-th neighbour is another point.
+LEAST_IMAGES = {"frechet": 2, "kid": 2, "precision_recall": 4, "density_coverage": 6, "neighbours": 2}
 
 
 class Seen(NamedTuple):
@@ -153,6 +156,11 @@ def look_up(
     )
   }
   return facts, neighbours.picture(samples[order], shown, mirrored[order] if flips else None)
+
+
+def near_duplicates_of(facts: Mapping[str, Any]) -> dict[str, float]:
+  """The shares of near-duplicates that `look_up` found, by name."""
+  return {f"near_duplicates_{space}": found["near_duplicates"] for space, found in facts.items()}
 
 
 def _nearest(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
+import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,15 @@ from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import inception, likelihood
+from ddpm_jax.evaluation import estimate, inception, likelihood
 from ddpm_jax.evaluation.classifier import classifier_features
-from ddpm_jax.evaluation.comparison import compare, look_up, see
+from ddpm_jax.evaluation.comparison import LEAST_IMAGES, compare, look_up, see
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.reference import Reference, measure_reference
-from ddpm_jax.models.build import build_model, network_of
+from ddpm_jax.evaluation.network import network_features
+from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
+from ddpm_jax.evaluation.results import earlier_results
+from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, zero_network
+from ddpm_jax.models.build import Network, Params, build_model, network_of
 from ddpm_jax.progress import counted
 from ddpm_jax.run import noise_warning
 from ddpm_jax.sampling.drawn import Drawn, check_room
@@ -34,7 +39,9 @@ from ddpm_jax.sampling.weights import Weights
 _OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
 # What the measures are defined for: the k-th neighbour of precision, recall, density and coverage is another point.
 _LEAST_SAMPLES = {"precision_recall": 4}
-_LEAST_IMAGES = {"frechet": 2, "kid": 2, "precision_recall": 4, "density_coverage": 6, "neighbours": 2}
+_LIKELIHOODS = {"bound": "bits_per_dim", "ode": "ode_bits_per_dim"}  # measure -> its key of the result
+_UNTRAINED_EXAMPLES = 100  # for the likelihood of an untrained network, which hardly varies
+_UNIFORM = math.log2(256)  # bits/dim of a model that finds all values of a pixel equally likely
 _SHOWN = 64  # samples in the picture
 
 
@@ -46,11 +53,17 @@ class Surroundings:
     workdir: of the run; `eval/` in it is made.
     beat: called after each batch with what was done. May raise `Abandoned`.
     quiet: print nothing.
+    given: names of the flags of this command.
+    budget_s: seconds that drawing and likelihoods may take together, where their numbers are left open.
+    estimates: say first how long it will take.
   """
 
   workdir: pathlib.Path
   beat: Callable[[str], None]
   quiet: bool
+  given: frozenset[str] = frozenset()
+  budget_s: float = 600.0
+  estimates: bool = False
 
   @property
   def cache(self) -> pathlib.Path:
@@ -79,31 +92,39 @@ class Abandoned(Exception):
 
 
 def measurable(config: Config, train: Source) -> tuple[Config, str]:
-  """What can be measured, where nothing particular is asked for.
+  """The features that are meant, and what can be measured with them, where nothing particular is asked for.
 
   Args:
     config: of the run. Where --measures names other than the defaults, all of them are wanted.
     train: the images of the training.
 
   Returns:
-    The settings with those of --measures that can be measured, and a line that says which were left out and why; empty
-    if none were.
+    The settings, with a kind of features instead of 'auto', and with those of --measures that can be measured; and a
+    line that says which were left out and why, empty if none were.
 
   Raises:
-    UserError: that by which the best checkpoint is to be kept cannot be measured.
+    UserError: labels cannot be read, or that by which the best checkpoint is to be kept cannot be measured.
   """
-  measures = config.evaluate.measures
-  if measures != EvaluateConfig().measures or config.evaluate.features != "classifier":
+  options, reason = config.evaluate, ""
+  if not _needs_samples(config):
     return config, ""
-  try:
-    _check_labels(train)
+  if options.features in ("auto", "classifier"):
+    try:
+      _check_labels(train)
+      config = config_lib.override(config, {"features": "classifier"})
+    except NoLabels as error:
+      reason = str(error)
+      if options.features == "auto":
+        config, reason = config_lib.override(config, {"features": "network"}), ""
+  without = {"score"} if config.evaluate.features == "network" else set(_OF_SAMPLES) if reason else set()
+  if not without or options.measures != EvaluateConfig().measures:
     return config, ""
-  except NoLabels as error:
-    if config.train.evaluate_every and config.train.best_measure in _OF_SAMPLES:
-      raise UserError(f"{error}, or --best_measure=bound") from None
-    without = tuple(name for name in measures if name not in _OF_SAMPLES)
-    left_out = ", ".join(name for name in measures if name in _OF_SAMPLES)
-    return config_lib.override(config, {"measures": without}), f"left out: {left_out} ({error})"
+  if reason and config.train.evaluate_every and config.train.best_measure in _OF_SAMPLES:
+    raise UserError(f"{reason}, or --best_measure=bound")
+  left_out = ", ".join(name for name in options.measures if name in without)
+  measures = tuple(name for name in options.measures if name not in without)
+  reason = reason or "it needs classes, and these features have none"
+  return config_lib.override(config, {"measures": measures}), f"left out: {left_out} ({reason})"
 
 
 def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
@@ -111,13 +132,17 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
   config, _ = measurable(config, train)
   options = config.evaluate
   if _needs_samples(config):
-    check_room("evaluate_samples", workdir, train.image_shape, options.evaluate_samples, copies=1)
-    if options.features == "inception":
-      inception.read_weights(options.inception_weights)
-    else:
-      _check_labels(train)
-    _check_numbers(config, train, _split(config, train, options.reference_split))
-  if any(name in options.measures for name in ("bound", "ode")):
+    number = options.evaluate_samples or estimate.LEAST
+    check_room("evaluate_samples", workdir, train.image_shape, number, copies=1)
+    match options.features:
+      case "inception":
+        inception.read_weights(options.inception_weights)
+      case "classifier":
+        _check_labels(train)
+      case _ if "score" in options.measures:
+        raise UserError("measures: score needs classes, which features=network has none of; leave it out")
+    _check_numbers(config, train, _split(config, train, options.reference_split), number)
+  if any(name in options.measures for name in _LIKELIHOODS):
     for _ in _splits(config, train):
       pass
 
@@ -128,15 +153,15 @@ def _check_labels(source: Source) -> None:
   source.labels()
 
 
-def _check_numbers(config: Config, train: Source, reference: Source) -> None:
+def _check_numbers(config: Config, train: Source, reference: Source, samples: int) -> None:
   """Raises UserError if there are fewer samples or images than a measure is defined for."""
-  options = config.evaluate
+  measures = config.evaluate.measures
   for measure, number in _LEAST_SAMPLES.items():
-    if measure in options.measures and options.evaluate_samples < number:
-      raise UserError(f"evaluate_samples: {options.evaluate_samples} are too few for {measure}; use {number} or more")
-  for measure, number in _LEAST_IMAGES.items():
+    if measure in measures and samples < number:
+      raise UserError(f"evaluate_samples: {samples} are too few for {measure}; use {number} or more")
+  for measure, number in LEAST_IMAGES.items():
     source = train if measure == "neighbours" else reference
-    if measure in options.measures and len(source) < number:
+    if measure in measures and len(source) < number:
       raise UserError(f"measures: {measure} needs {number} images, and {source.name} has {len(source)}; leave it out")
 
 
@@ -172,28 +197,78 @@ def evaluate(
     "warnings": [warning] if (warning := noise_warning(weights.run)) else [],
   }
   pictures: dict[str, np.ndarray] = {}
-  drawn = None
+  drawn = features = None
+  sources = [train]
   if _needs_samples(config):
+    features = _features(config, weights, train, around)
+    sources = [_split(config, train, config.evaluate.reference_split)]
+    sources += [train] * ("neighbours" in config.evaluate.measures and sources[0] is not train)
+  names = [name for name in _LIKELIHOODS if name in config.evaluate.measures]
+  splits = dict(_splits(config, train)) if names else {}
+  likelihoods = [(name, len(source)) for name in names for source in splits.values()]
+  config, how = _settle(config, weights, sources, features, likelihoods, around)
+  result |= how
+  if features is not None:
     with contextlib.closing(Drawn(weights, config, around.workdir / "samples")) as drawn:
-      found, pictures = _samples(config, weights, train, around, drawn)
+      found, pictures = _samples(config, weights, train, sources[0], features, around, drawn)
     result |= found
-  for name, key in (("bound", "bits_per_dim"), ("ode", "ode_bits_per_dim")):
-    if name in config.evaluate.measures:
-      result[key] = {
-        split: _likelihood(name, config, weights, source, around) for split, source in _splits(config, train)
-      }
+  for name in names:
+    likelihood_of = functools.partial(_likelihood, name, config, weights, around=around)
+    result[_LIKELIHOODS[name]] = {split: likelihood_of(source) for split, source in splits.items()}
   if drawn is not None:  # not before: all that follows the draw may be stopped too, and then needs the images again
     drawn.forget()
   return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
 
 
+def _settle(
+  config: Config,
+  weights: Weights,
+  sources: Sequence[Source],
+  features: Features | None,
+  likelihoods: Sequence[tuple[str, int]],
+  around: Surroundings,
+) -> tuple[Config, dict[str, Any]]:
+  """The settings with what was left open, and what the result says of that; tells how long it will take.
+
+  Args:
+    config: the settings.
+    weights: of the model.
+    sources: the images whose features are needed.
+    features: the extractor; None if no samples are needed.
+    likelihoods: (measure, images of the split) for each likelihood of each split.
+    around: where, and how much time there is.
+  """
+  left = estimate.left_open(config, around.given, samples=features is not None, likelihoods=bool(likelihoods))
+  config, still = estimate.as_before(config, left, earlier_results(around.workdir))
+  config = estimate.few_evaluations(config, still)
+  how: dict[str, Any] = {"chosen": [name for name, is_open in left._asdict().items() if is_open]}
+  if not around.estimates and not any(still):
+    return config, how
+  reference = sum(len(source) for source in sources if features and not is_kept(source, features, around.cache))
+  work = estimate.Work(reference, likelihoods)
+  speed = estimate.measure_speed(config, weights, features, sources[0])
+  config = estimate.choose(config, weights, still, speed, work, around.budget_s)
+  if any(left):
+    around.say(estimate.chosen_line(config, left))
+  if around.estimates:
+    for line in estimate.lines(config, weights, speed, work):
+      around.say(line)
+    how["estimated_seconds"] = round(estimate.estimate(config, weights, speed, work).total, 1)
+  around.beat("the estimate")
+  return config, how
+
+
 def _samples(
-  config: Config, weights: Weights, train: Source, around: Surroundings, drawn: Drawn
+  config: Config,
+  weights: Weights,
+  train: Source,
+  source: Source,
+  features: Features,
+  around: Surroundings,
+  drawn: Drawn,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Draws, and compares what was drawn with the data."""
-  options, size = config.evaluate, config.evaluate.evaluate_batch_size
-  source, number = _split(config, train, options.reference_split), options.evaluate_samples
-  features = _features(config, weights, train, around)
+  """Draws, and compares what was drawn with the images of `source`."""
+  options, size, number = config.evaluate, config.evaluate.evaluate_batch_size, config.evaluate.evaluate_samples
   reference = _reference(source, features, size, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
   with around.counted("image", number) as done:
@@ -216,14 +291,18 @@ def _samples(
     "measures": compare(options.measures, features.name, reference, seen),
   }
   around.beat("the measures")
+  data, own = Data(source, reference), None
   if "neighbours" in options.measures:
-    if source is not train:  # what could be remembered is what was trained on
-      reference = _reference(train, features, size, around)
+    # What could be remembered is what was trained on.
+    own = data if source is train else Data(train, _reference(train, features, size, around))
     around.say(f"looking for the samples' nearest images among {len(train)}")
     with around.counted("training image", len(train)) as done:
       result["neighbours"], pictures["neighbours"] = look_up(
-        images, seen, train, reference, features, size, flips=config.data.random_flip, done=done
+        images, seen, train, own.reference, features, size, flips=config.data.random_flip, done=done
       )
+  result["yardsticks"] = measure_yardsticks(
+    config, weights, features, data, own, cache=around.cache, say=around.say, beat=around.beat
+  )
   multihost_utils.sync_global_devices("the images have been read")
   return result, pictures
 
@@ -247,8 +326,9 @@ def _features(config: Config, weights: Weights, train: Source, around: Surroundi
       return inception.load_inception(
         options.inception_weights, options.inception_resize, parallel, options.evaluate_batch_size
       )
-    case "classifier":
-      return classifier_features(
+    case "classifier" | "network":
+      make = classifier_features if options.features == "classifier" else network_features
+      return make(
         train,
         cache=around.cache,
         parallel=parallel,
@@ -268,7 +348,7 @@ def _split(config: Config, train: Source, name: str) -> Source:
 
 
 def _splits(config: Config, train: Source) -> Iterator[tuple[str, Source]]:
-  """The splits whose likelihood is measured, opened one after the other."""
+  """The splits whose likelihood is measured."""
   own = config.data.split
   asked = [name.strip() for name in config.evaluate.likelihood_splits.split(",") if name.strip()]
   names = asked or [own]
@@ -279,16 +359,15 @@ def _splits(config: Config, train: Source) -> Iterator[tuple[str, Source]]:
 
 
 def _likelihood(name: str, config: Config, weights: Weights, source: Source, around: Surroundings) -> dict[str, Any]:
+  """A likelihood of a split, with those of a uniform distribution and of an untrained network to hold it against."""
   options, run = config.evaluate, weights.run
   exact = dataclasses.replace(config.model, dtype="float32")  # of a float32 model, however it was trained and is drawn
-  network = network_of(build_model(exact, run.image_shape))
-  number = min(options.likelihood_examples or len(source), len(source))
-  around.say(f"{name}: bits/dim of {number} images of {source.name}")
-  with around.counted("image", number) as done:
+
+  def measure(network: Network, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
     shared: dict[str, Any] = dict(
       prediction=config.diffusion.prediction,
       source=source,
-      examples=options.likelihood_examples,
+      examples=examples,
       batch_size=options.evaluate_batch_size,
       parallel=run.parallel,
       seed=config.sample.sample_seed,
@@ -296,15 +375,20 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
     )
     if name == "bound":
       timesteps = min(options.bound_timesteps, run.schedule.num_timesteps)
-      found = likelihood.bound(
-        network,
-        weights.params,
-        run.schedule,
-        variance=config.diffusion.variance,
-        timesteps=timesteps,
-        **shared,
+      return likelihood.bound(
+        network, params, run.schedule, variance=config.diffusion.variance, timesteps=timesteps, **shared
       )
-    else:
-      steps = min(options.ode_steps, run.schedule.num_timesteps)
-      found = likelihood.ode(network, weights.params, run.schedule, steps=steps, probes=options.ode_probes, **shared)
-  return found | {"dtype": exact.dtype, "matmul_precision": likelihood.PRECISION}
+    steps = min(options.ode_steps, run.schedule.num_timesteps)
+    return likelihood.ode(network, params, run.schedule, steps=steps, probes=options.ode_probes, **shared)
+
+  number = min(options.likelihood_examples or len(source), len(source))
+  around.say(f"{name}: bits/dim of {number} images of {source.name}")
+  with around.counted("image", number) as done:
+    found = measure(network_of(build_model(exact, run.image_shape)), weights.params, number, done)
+  beat = lambda done: around.beat(f"image {done} of an untrained network")  # noqa: E731
+  untrained = measure(zero_network, {}, min(number, _UNTRAINED_EXAMPLES), beat)
+  return found | {
+    "dtype": exact.dtype,
+    "matmul_precision": likelihood.PRECISION,
+    "yardsticks": {"noise": _UNIFORM, "untrained": untrained["total"]},
+  }

@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Extracted(NamedTuple):
-  """What an extractor says of B images: `features` float32 [B, D] and `probabilities` float32 [B, K] of its classes."""
+  """Of B images: `features` float32 [B, D] and `probabilities` float32 [B, K] of the extractor's K >= 0 classes."""
 
   features: np.ndarray
   probabilities: np.ndarray
@@ -19,8 +19,8 @@ class Features(NamedTuple):
   """A feature extractor.
 
   Attributes:
-    name: 'inception' or 'classifier': which one is part of every result, as numbers of two extractors cannot be
-      compared.
+    name: 'inception', 'classifier' or 'network': which one is part of every result, as numbers of two extractors
+      cannot be compared.
     identity: SHA-256, hexadecimal, of everything that its output depends on: weights and preprocessing.
     about: facts for the result, JSON values, such as where the weights come from.
     extract: uint8 [B, H, W, C] -> `Extracted`, for any B; the same on every process.

@@ -67,8 +67,7 @@ def measure_reference(
     say: takes a line about what is done.
     done: told how many images after each batch. What it raises ends the work.
   """
-  task = json.dumps([source.fingerprint, len(source), features.identity], sort_keys=True)
-  path = cache / f"reference-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
+  task, path = _task(source, features, cache)
   found = _from_cache(path, task, say)
   if not on_any_process(found is None) and found is not None:
     return found
@@ -92,6 +91,17 @@ def measure_reference(
     except OSError as error:
       say(f"warning: cannot keep the statistics in {path} ({error.strerror}); they will be computed again")
   return reference
+
+
+def is_kept(source: Source, features: Features, cache: pathlib.Path) -> bool:
+  """Whether the cache has the statistics of a source."""
+  return _task(source, features, cache)[1].exists()
+
+
+def _task(source: Source, features: Features, cache: pathlib.Path) -> tuple[str, pathlib.Path]:
+  """What is computed, as text, and where it is kept."""
+  task = json.dumps([source.fingerprint, len(source), features.identity], sort_keys=True)
+  return task, cache / f"reference-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
 
 
 def _from_cache(path: pathlib.Path, task: str, say: Callable[[str], None]) -> Reference | None:

@@ -8,20 +8,21 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ddpm_jax import grids
 from ddpm_jax.errors import RunError
-from ddpm_jax.evaluation.comparison import NAMES
+from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
+from ddpm_jax.report.measures import yardsticks
 from ddpm_jax.report.report import write_report
 from ddpm_jax.storage import write_whole
 
 Result = dict[str, Any]  # JSON values
 # What belongs together: measured on the same samples.
-_OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours")
+_OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours", "yardsticks")
 
 
 def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, np.ndarray]) -> pathlib.Path:
@@ -85,11 +86,19 @@ def read_result(path: pathlib.Path) -> Result | None:
   return result if isinstance(result, dict) else None
 
 
+def earlier_results(workdir: pathlib.Path) -> Iterator[Result]:
+  """The results of a workdir that can be read, that of the last checkpoint first."""
+  paths = [path for path in (workdir / "eval").glob("*.json") if path.stem.isdecimal()]
+  for path in sorted(paths, key=lambda path: -int(path.stem)):
+    if (result := read_result(path)) is not None:
+      yield result
+
+
 def scalars(result: Result) -> dict[str, float]:
   """The numbers of a result under one flat name each, for the metrics."""
   found = {f"evaluation/{name}": value for name, value in result.get("measures", {}).items()}
-  for space, facts in result.get("neighbours", {}).items():
-    found[f"evaluation/near_duplicates_{space}"] = facts["near_duplicates"]
+  for name, value in near_duplicates_of(result.get("neighbours", {})).items():
+    found[f"evaluation/{name}"] = value
   for name in ("bits_per_dim", "ode_bits_per_dim"):
     for split, facts in result.get(name, {}).items():
       found[f"evaluation/{name}_{split}"] = facts["total"]
@@ -98,11 +107,19 @@ def scalars(result: Result) -> dict[str, float]:
 
 def measure_of(result: Result, measure: str) -> float:
   """The number that `--best_measure` names; of several splits, that of the last."""
-  match measure:
-    case "bound" | "ode":
-      return list(result["bits_per_dim" if measure == "bound" else "ode_bits_per_dim"].values())[-1]["total"]
-    case _:
-      return result["measures"][NAMES[result["features"]["name"]][measure]]
+  return scalars(result)[f"evaluation/{_name_of(result, measure)}"]
+
+
+def yardsticks_of(result: Result, measure: str) -> dict[str, float]:
+  """What that number is held against: kind -> value."""
+  return yardsticks(result).get(_name_of(result, measure), {})
+
+
+def _name_of(result: Result, measure: str) -> str:
+  if measure in ("bound", "ode"):
+    kind = "bits_per_dim" if measure == "bound" else "ode_bits_per_dim"
+    return f"{kind}_{list(result[kind])[-1]}"
+  return NAMES[result["features"]["name"]][measure]
 
 
 def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Collection, Iterator
 
 import jax
 
@@ -11,13 +12,19 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.results import scalars, write_result
+from ddpm_jax.evaluation.results import Result, scalars, write_result
 from ddpm_jax.exchange.initial import adopt, find_weights
+from ddpm_jax.report.measures import in_words, title_of, yardsticks
 from ddpm_jax.sampling.weights import keep_place
 
 
-def evaluate(config: Config, workdir: pathlib.Path) -> None:
+def evaluate(config: Config, workdir: pathlib.Path, given: Collection[str] = ()) -> None:
   """Writes `eval/N.json`, pictures beside it, and `report.html`.
+
+  Args:
+    config: the settings.
+    workdir: of the run.
+    given: names of the flags of this command, as what they say is never chosen otherwise.
 
   Raises:
     UserError: if the workdir holds no such checkpoint, or data, labels or weights of the measures are missing.
@@ -34,7 +41,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
   keep_place(config, workdir, weights, train)
   adopt(config, workdir)
   quiet = jax.process_index() != 0
-  around = evaluate_lib.Surroundings(workdir, beat=lambda what: None, quiet=quiet)
+  around = evaluate_lib.Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
   measured = evaluate_lib.measurable(config, train)[0].evaluate.measures
   around.say(f"evaluating {weights.text}: {', '.join(measured)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
@@ -42,6 +49,16 @@ def evaluate(config: Config, workdir: pathlib.Path) -> None:
     for warning in result["warnings"]:
       console.warn(warning)
     path = write_result(workdir, result, pictures)
-    for name, value in scalars(result).items():
-      console.say(f"  {name.removeprefix('evaluation/'):28} {value:.5g}")
+    for line in told(result):
+      console.say(line)
     console.say(f"done: {path} and {workdir / 'report.html'}")
+
+
+def told(result: Result) -> Iterator[str]:
+  """The numbers of a result, a line each, beside those of the data itself, of noise and of an untrained network."""
+  beside, numbers = yardsticks(result), {name.removeprefix("evaluation/"): x for name, x in scalars(result).items()}
+  for name, value in numbers.items():
+    others = ", ".join(f"{kind} {other:.3g}" for kind, other in beside.get(name, {}).items())
+    yield f"  {name:28} {value:<10.5g}{others and f' ({others})'}".rstrip()
+  sentences = [in_words(title_of(name), name, value, beside[name]) for name, value in numbers.items() if name in beside]
+  yield from (sentence for i, sentence in enumerate(sentences) if not i or "nothing" in sentence)

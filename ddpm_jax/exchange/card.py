@@ -12,6 +12,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.evaluation.results import read_result, scalars
 from ddpm_jax.exchange.file import without_paths
 from ddpm_jax.models.build import num_params
+from ddpm_jax.report.measures import yardsticks
 from ddpm_jax.sampling.weights import Weights
 
 PICTURE = "samples.png"
@@ -103,12 +104,17 @@ def _measures(workdir: pathlib.Path, weights: Weights) -> str:
   result = read_result(workdir / "eval" / f"{weights.step}.json")
   if result is None or result.get("weights") != weights.which:
     return "## Measures\n\nNot measured.\n"
-  rows = [(name.removeprefix("evaluation/"), f"{value:.5g}") for name, value in scalars(result).items()]
+  beside, kinds, rows = yardsticks(result), ("data", "noise", "untrained"), []
+  for name, value in scalars(result).items():
+    name = name.removeprefix("evaluation/")
+    others = beside.get(name, {})
+    rows.append((name, f"{value:.5g}", *(f"{others[kind]:.3g}" if kind in others else "" for kind in kinds)))
   samples = result.get("samples", {})
   how = (
     f"Of {samples['number']:,} samples, {samples['sampler']} with {samples['evaluations']} steps." if samples else ""
   )
-  return f"## Measures\n\n{_table(('measure', 'value'), rows)}\n{how}\n"
+  head = ("measure", "value", "the data itself", "pure noise", "an untrained network")
+  return f"## Measures\n\n{_table(head, rows)}\n{how}\n"
 
 
 def _settings(config: Config) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddpm_jax.report.charts import Series, line_chart
@@ -24,6 +24,13 @@ _TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
 _LOWER = ("fid", "distance", "kid")
 _HIGHER = ("score", "precision", "recall", "density", "coverage")
 _ORDER = (*_LOWER, *_HIGHER)
+# What a measure of samples is held against, see evaluation/yardsticks.py: in a sentence, and in a row of a table.
+_YARDSTICKS = {
+  "data": ("the data against itself has", "the data itself"),
+  "noise": ("pure noise", "pure noise"),
+  "untrained": ("an untrained network", "untrained network"),
+}
+_OF_MODEL = ("bits_per_dim", "ode_bits_per_dim")
 # What must be equal for two values to be comparable; of samples, the weights too.
 _ARITHMETIC = ("dtype", "matmul_precision")
 _SAMPLER = ("sampler", "evaluations", "time_grid", "eta", "variance", "threshold", "threshold_quantile")
@@ -43,6 +50,7 @@ _ODE = ("examples", "steps", "probes", *_ARITHMETIC)
 class Column:
   """A measure over the checkpoints: value, spread or None, and conditions by update."""
 
+  name: str  # as in `yardsticks`
   title: str
   remark: str
   better: str  # "lower", "higher", or "" if neither is
@@ -88,6 +96,53 @@ def completed(evaluation: Evaluation, dtype: str) -> Evaluation:
   return full
 
 
+def yardsticks(evaluation: Evaluation) -> dict[str, dict[str, float]]:
+  """What the data itself, noise and an untrained network have: measure -> kind -> value, kinds in that order.
+
+  Measures have the names of the metrics, without `evaluation/`. Results of release 0.1 have none.
+  """
+  found: dict[str, dict[str, float]] = {}
+  for kind in _YARDSTICKS:
+    values = dict(part(evaluation, "yardsticks", kind, "values"))
+    for measure in _OF_MODEL:
+      for split in part(evaluation, measure):
+        values[f"{measure}_{split}"] = part(evaluation, measure, split, "yardsticks").get(kind)
+    for name, value in values.items():
+      amount = finite(value)
+      if amount is not None:
+        found.setdefault(name, {})[kind] = amount
+  return found
+
+
+def direction(name: str) -> str:
+  """Whether 'lower' or 'higher' values of a measure are better, by its name; empty if neither is known."""
+  if _rank(name, *_LOWER) < len(_LOWER) or name.startswith((*_OF_MODEL, "near_duplicates")):
+    return "lower"
+  return "higher" if _rank(name, *_HIGHER) < len(_HIGHER) else ""
+
+
+def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -> str:
+  """A measure and what it is held against, as a sentence; says where noise is as good, so that it tells nothing.
+
+  Args:
+    title: what the measure is called.
+    name: its name, which says what is better.
+    value: of the samples, or of the model.
+    others: its yardsticks, kind -> value.
+  """
+  better = direction(name)
+  told = ", ".join(f"{words} {number(others[kind], 3)}" for kind, (words, _) in _YARDSTICKS.items() if kind in others)
+  sentence = f"{title} {number(value, 3)}: {told}{f'; {better} is better' if better else ''}."
+  if "noise" in others and others["noise"] != value and better == ("lower" if others["noise"] < value else "higher"):
+    sentence += " Noise does better than that: here this measure tells nothing."
+  return sentence
+
+
+def title_of(name: str) -> str:
+  """What a measure is called on a page, by its name in the file."""
+  return _TITLES.get(name, _words(name).removesuffix(" kid") + (" KID" if name.endswith("_kid") else ""))
+
+
 def said(value: Any) -> str:
   """A value out of a file as text."""
   amount = finite(value)
@@ -126,18 +181,15 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
       remark = f"features: {features}"
       if _rank(name, "distance", "kid") < 2 and name not in _TITLES:
         remark = f"not an FID; {remark}" if name.endswith("distance") else f"not the usual KID; {remark}"
-      better = "lower" if _rank(name, *_LOWER) < len(_LOWER) else ""
-      better = "higher" if _rank(name, *_HIGHER) < len(_HIGHER) else better
-      title = _TITLES.get(name, _words(name).removesuffix(" kid") + (" KID" if name.endswith("_kid") else ""))
       spread = next((finite(measures[name + end]) for end in _SPREADS if name + end in measures), None)
-      column = found.setdefault((name, features), Column(title, remark, better))
+      column = found.setdefault((name, features), Column(name, title_of(name), remark, direction(name)))
       column.values[evaluation["step"]] = value, spread, _conditions(evaluation, _CONDITIONS)
   for kind, remark, keys in (("bits_per_dim", "bound", _BOUND), ("ode_bits_per_dim", "ODE", _ODE)):
     for evaluation in evaluations:
       for split, terms in part(evaluation, kind).items():
         value, spread = (finite(part(terms).get(key)) for key in ("total", "standard_error"))
         if value is not None:
-          column = found.setdefault((kind, split), Column("Bits/dim", f"{remark}, {split}", "lower"))
+          column = found.setdefault((kind, split), Column(f"{kind}_{split}", "Bits/dim", f"{remark}, {split}", "lower"))
           same = json.dumps([str(evaluation.get("weights")), [part(terms).get(key) for key in keys]])
           column.values[evaluation["step"]] = value, spread, same
   return list(found.values())
@@ -152,8 +204,16 @@ def tiles(evaluations: Sequence[Evaluation]) -> list[Html]:
       best = column.best()
       step = max(values) if best is None else min(step for step, value in values.items() if value == best)
       detail = f"{column.remark}; {'best, ' if best is not None else ''}update {step:,}"
+      others = _beside(column, evaluations)
+      detail += "".join(f"; {_YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in others.items())
       shown.append(tile(column.title, number(values[step]), detail))
   return shown
+
+
+def _beside(column: Column, evaluations: Sequence[Evaluation]) -> dict[str, float]:
+  """The yardsticks of a measure, of the newest checkpoint that has it."""
+  newest = max(column.values)
+  return next((yardsticks(one).get(column.name, {}) for one in evaluations if one["step"] == newest), {})
 
 
 def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
@@ -180,7 +240,25 @@ def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
       margin = tag("small", f" ± {number(spread, 2)}") if spread is not None else None
       cells.append(tag("td", f"{value:.{digits}f}", margin, class_="best" if best else None))
     rows.append(cells)
+  beside = [_beside(column, evaluations) for column in shown]
+  for kind, (_, words) in _YARDSTICKS.items():
+    if any(kind in others for others in beside):
+      cells = [tag("td", tag("small", words))]
+      for column, others in zip(shown, beside, strict=True):
+        digits = decimals(value for value, _, _ in column.values.values())
+        cells.append(tag("td", tag("small", f"{others[kind]:.{digits}f}") if kind in others else None))
+      rows.append(cells)
   text = "↓ lower is better, ↑ higher is better."
+  if any(beside):
+    text += (
+      " Below, the same measures of the data itself (images of the data set against the others of it: the best that "
+      "samples can reach), of pure noise, and of a network that was not trained."
+    )
+  if not all(beside):
+    text += (
+      " A column without them was measured by a release that did not say what the data itself, noise and an untrained "
+      "network have. By itself such a number says little: in some features noise has a high precision. Measure again."
+    )
   if len(evaluations) > 1:
     text += " The best value of a column is shaded."
   if any(len(column.comparable()) < len(column.values) for column in shown):
@@ -193,6 +271,17 @@ def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
       series = [Series(column.title, points, marks=True)]
       charts.append(line_chart(column.title, series, remark=remark, log_y=False, size=_SIZE))
   return [table(head, rows), tag("p", text, class_="soft"), tag("div", *charts, class_="grid") if charts else Html()]
+
+
+def _sentence(evaluations: Sequence[Evaluation]) -> list[Html]:
+  """The newest distance in words, and what tells nothing, as noise does as well."""
+  told = []
+  for column in columns(evaluations):
+    others = _beside(column, evaluations)
+    sentence = in_words(column.title, column.name, column.values[max(column.values)][0], others) if others else ""
+    if sentence and (not told or "nothing" in sentence):
+      told.append(sentence)
+  return [tag("p", " ".join(told))] if told else []
 
 
 def _how(evaluation: Evaluation) -> Html:
@@ -221,7 +310,9 @@ def _how(evaluation: Evaluation) -> Html:
   if features:
     more = [f"{said(features['width'])} numbers an image"] if "width" in features else []
     accuracy = finite(features.get("accuracy"))
-    more += [f"{100 * accuracy:.1f}% of the images held out are classified right"] if accuracy is not None else []
+    if accuracy is not None:
+      right = "classified right" if features.get("name") == "classifier" else "seen to be turned by as much as they are"
+      more.append(f"{100 * accuracy:.1f}% of the images held out are {right}")
     sentences.append(f"Features: {features.get('name', 'unknown')}{' (' + '; '.join(more) + ')' if more else ''}.")
     if features.get("name") != "inception":
       sentences.append("A distance in these features is not an FID and cannot be compared with one.")
@@ -297,7 +388,7 @@ def measured(evaluations: Sequence[Evaluation]) -> list[Html]:
   if not evaluations:
     return []
   newest = evaluations[-1]
-  shown = [tag("h2", "Measures"), _how(newest), *_by_checkpoint(evaluations)]
+  shown = [tag("h2", "Measures"), *_sentence(evaluations), _how(newest), *_by_checkpoint(evaluations)]
   at = f"Update {newest['step']:,}."
   bound, ode = part(newest, "bits_per_dim"), part(newest, "ode_bits_per_dim")
   remark = (

@@ -13,7 +13,15 @@ from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.results import Result, keep_best, measure_of, read_result, scalars, write_result
+from ddpm_jax.evaluation.results import (
+  Result,
+  keep_best,
+  measure_of,
+  read_result,
+  scalars,
+  write_result,
+  yardsticks_of,
+)
 from ddpm_jax.run import Run
 from ddpm_jax.sampling.weights import Weights, identity_of
 from ddpm_jax.stop import StopRequest
@@ -21,6 +29,8 @@ from ddpm_jax.training import manifest
 from ddpm_jax.training.parallel import on_any_process
 from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.state import TrainState
+
+_BUDGET_S = 60.0  # of one evaluation, where --evaluate_samples leaves that open
 
 
 def evaluation_due(options: TrainConfig, step: int) -> bool:
@@ -83,7 +93,7 @@ class Evaluations:
       if asked if alone else on_any_process(asked):
         raise evaluate_lib.Abandoned
 
-    around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first)
+    around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S)
     around.say(f"evaluating update {step}")
     try:
       if alone:
@@ -106,4 +116,8 @@ class Evaluations:
     best = keep_best(self._workdir, result, measure)
     self._reports.evaluated(step, scalars(result))
     write_result(self._workdir, result, pictures)
-    console.say(f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{', the best so far' * best}")
+    others = ", ".join(f"{kind} {value:.3g}" for kind, value in yardsticks_of(result, measure).items())
+    console.say(
+      f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{others and f' ({others})'}"
+      f"{', the best so far' * best}"
+    )

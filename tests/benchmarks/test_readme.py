@@ -11,7 +11,7 @@ from benchmarks import command
 from benchmarks.worker import ROOT
 
 README = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
-NAMES = ("train_step", "sample", "input", "loop", "pytorch", "grids")
+NAMES = ("train_step", "sample", "input", "loop", "pytorch", "grids", "features")
 HEADS = {
   name: ast.get_docstring(ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text(encoding="utf-8"))) for name in NAMES
 }

@@ -214,8 +214,8 @@ def test_other_folders_have_no_classes(tmp_path, paths):
   with pytest.raises(UserError) as caught:
     source.labels()
   assert str(caught.value) == (
-    f"features: 'classifier' needs labels, and folder:{tmp_path} has none; use --features=inception with "
-    "--inception_weights"
+    f"features: 'classifier' needs labels, and folder:{tmp_path} has none; use --features=network, or inception "
+    "with --inception_weights"
   )
 
 
@@ -239,13 +239,75 @@ def test_a_folder_has_one_split(tmp_path):
   assert [sources.has_split(data, split) for split in ("train", "test")] == [True, False]
 
 
+def write_classes(root, number=40, classes=5):
+  """Image i of class c is of the grey 10 c + i % 10, so that each class has its own greys; 'a' to 'e' are unequal."""
+  for c in range(classes):
+    for i in range(number):
+      write(root / "abcde"[c] / f"{i:03d}.png", plain(10 * c + i % 10, mode="L"))
+
+
+def test_slices_of_a_folder(tmp_path):
+  """Every slice is a part of each class, no two share an image, and together they are the folder."""
+  root, moved = tmp_path / "root", tmp_path / "elsewhere"
+  write_classes(root)
+  whole = folder.open_folder(DataConfig(dataset=f"folder:{root}"))
+  everything = whole.fetch(list(range(200)))
+
+  def slice_of(split, place=root):
+    found = folder.open_folder(DataConfig(dataset=f"folder:{place}", split=split))
+    return found, [str(path.relative_to(place)) for path in found.fetch(list(range(found.length)))]
+
+  spans = {"train[:70%]": 140, "train[70%:90%]": 40, "train[180:]": 20}
+  parts = {split: slice_of(split)[1] for split in spans}
+  assert {split: len(paths) for split, paths in parts.items()} == spans
+  assert sorted(path for paths in parts.values() for path in paths) == [
+    str(path.relative_to(root)) for path in everything
+  ]
+  for split, paths in parts.items():
+    assert paths == sorted(paths), "in the order of the folder"
+    counts = [sum(path[0] == name for path in paths) for name in "abcde"]
+    expected = spans[split] / 5
+    assert all(abs(count - expected) < 3 * (expected**0.5) for count in counts), (split, counts)
+  assert slice_of("train[-20:]")[1] == parts["train[180:]"]
+  assert slice_of("train[180:]+train[:70%]")[1] == parts["train[180:]"] + parts["train[:70%]"]
+  assert slice_of("train[:100%]")[1] == [str(path.relative_to(root)) for path in everything]
+
+  root.rename(moved)
+  assert slice_of("train[:70%]", moved)[1] == parts["train[:70%]"], "wherever the folder lies"
+  for i in range(10):  # some more images
+    write(moved / "b" / f"x{i}.png", plain(3, mode="L"))
+  stayed = set(slice_of("train[:70%]", moved)[1]) & set(parts["train[:70%]"])
+  assert len(stayed) > 130, "of 140: what was held out stays so"
+
+
+def test_what_is_known_of_a_slice(tmp_path):
+  """Labels are those of the whole folder; each slice has a fingerprint of its own, and all have one shape."""
+  write_classes(tmp_path, number=8)
+  write(tmp_path / "e" / "colour.png", plain("red"))  # of one of the slices alone
+  train, rest = (open_folder(tmp_path, split=split) for split in ("train[:60%]", "train[60%:]"))
+  assert train.image_shape == rest.image_shape == (8, 8, 3)
+  for source in (train, rest):
+    greys, labels = read_all(source)[:, 0, 0, 0], source.labels()
+    np.testing.assert_array_equal(np.where(greys == 255, 4, greys // 10), labels)
+  whole = open_folder(tmp_path)
+  assert len({str(source.fingerprint) for source in (train, rest, whole)}) == 3
+  assert whole.fingerprint["dataset"] == "folder", "as before there were slices"
+
+
 def test_what_is_no_folder_of_images(tmp_path):
   refuse(tmp_path / "missing", "dataset: 'folder:.*missing' names no folder")
   refuse("", "dataset: 'folder:' names no folder")
   refuse("~nobody_here/x", "dataset: .~nobody_here/x. begins with the home of nobody here; write the whole path")
   refuse(tmp_path, r"holds no .*\.png.* file")
   write(tmp_path / "a.png", plain("red"))
-  refuse(tmp_path, "split: 'test' is unknown", split="test")
+  for split, message in (
+    ("test", r"split: 'test' is none of a folder \(Unknown split .*; use 'train' or slices of it, such as 'train"),
+    ("train[", r"split: 'train\[' is none of a folder"),
+    ("train[:x]", "is none of a folder"),
+    ("train[:2]", r"is none of a folder \(Requested slice"),
+    ("train[1:]", "of 1 images, is empty"),
+  ):
+    refuse(tmp_path, message, split=split)
 
 
 def test_what_is_left_out_is_told_by_kind(tmp_path, capsys):

@@ -223,7 +223,7 @@ def test_the_first_class_at_the_top_is_the_label(scenes_dir):
 def test_images_without_a_class(scenes_dir, stripes_dir):
   """Its label is a number and no class."""
   assert open_source("stripes", stripes_dir, image_size=6).labels is None
-  advice = "; use --features=inception with --inception_weights$"
+  advice = "; use --features=network, or inception with --inception_weights$"
   for split, why in (
     ("test", "has none for image [0-9] of test"),
     ("same", "has one and the same for all images of same"),

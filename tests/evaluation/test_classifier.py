@@ -15,7 +15,7 @@ from ddpm_jax.data import sources
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import classifier
+from ddpm_jax.evaluation import classifier, trained
 from ddpm_jax.models.classifier import Classifier
 from ddpm_jax.training.parallel import Parallel
 from tests.models.reference import conv, group_norm, swish
@@ -115,11 +115,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(tmp_path):
 
 
 def test_the_seed_is_that_of_the_first_weights_and_of_the_order(tmp_path, monkeypatch):
-  model, shape, init = Classifier(3), (4, 4, 1), classifier._init
+  model, shape, init = Classifier(3), (4, 4, 1), trained.init
   kernels = [np.asarray(init(model, shape, seed)["conv2"]["kernel"]) for seed in (0, 0, 1)]
   np.testing.assert_array_equal(kernels[0], kernels[1])
   assert (kernels[0] != kernels[2]).all()
-  monkeypatch.setattr(classifier, "_init", lambda model, shape, seed: init(model, shape, 0))
+  monkeypatch.setattr(trained, "init", lambda model, shape, seed: init(model, shape, 0))
   source = classes_of_grey(600)  # more than a batch
   assert len({train(source, tmp_path, seed=seed).identity for seed in (0, 1)}) == 2
 
@@ -249,14 +249,14 @@ def test_a_flipped_byte_in_the_cache_is_noticed(tmp_path):
   shapes = safetensors.numpy.load(content)
   header = int.from_bytes(content[:8], "little")
   said = []
-  assert classifier._load(path, shapes, said.append) is not None
+  assert trained.load(path, shapes, classifier.COUNTS, said.append) is not None
   assert said == []
   places = [*range(0, 8 + header, 5), *range(8 + header, len(content), len(content) // 60), len(content) - 1]
   for number, place in enumerate(places):
     damaged = bytearray(content)
     damaged[place] ^= (0xFF, 1)[number % 2]
     path.write_bytes(damaged)
-    assert classifier._load(path, shapes, said.append) is None, place
+    assert trained.load(path, shapes, classifier.COUNTS, said.append) is None, place
   assert len(said) == len(places)
   assert all(line.startswith(f"{path} cannot be used (") and "\n" not in line for line in said)
 
@@ -267,7 +267,7 @@ def test_a_flipped_byte_in_the_cache_is_noticed(tmp_path):
     said = []
     again = train(source, tmp_path, said=said)
     assert len(said) == 3
-    assert said[0].endswith("; training the classifier anew")
+    assert said[0].endswith("; training it anew")
     assert again[:3] == first[:3]
     assert safetensors.numpy.load(path.read_bytes()).keys() == shapes.keys()
 
@@ -277,9 +277,9 @@ def test_weights_of_another_network_are_not_used(tmp_path):
   train(source, tmp_path)
   (path,) = tmp_path.iterdir()
   shapes = safetensors.numpy.load_file(path)
-  assert classifier._load(path, shapes, said.append) is not None
-  assert classifier._load(path, {**shapes, "logits/bias": np.zeros(4, np.float32)}, said.append) is None
-  assert classifier._load(path, {"logits/bias": shapes["logits/bias"]}, said.append) is None
+  assert trained.load(path, shapes, classifier.COUNTS, said.append) is not None
+  assert trained.load(path, {**shapes, "logits/bias": np.zeros(4, np.float32)}, (), said.append) is None
+  assert trained.load(path, {"logits/bias": shapes["logits/bias"]}, (), said.append) is None
   assert len(said) == 2
 
 
@@ -288,7 +288,7 @@ def test_a_cache_that_cannot_be_written_is_said(tmp_path):
   said = []
   features = train(classes_of_grey(), tmp_path / "file" / "cache", said=said)
   assert features.about["classes"] == 3
-  assert said[-1].endswith("cannot be written (Not a directory); the classifier will be trained anew next time")
+  assert said[-1].endswith("cannot be written (Not a directory); the network will be trained anew next time")
 
 
 def test_data_without_labels(tmp_path):
@@ -296,7 +296,8 @@ def test_data_without_labels(tmp_path):
   with pytest.raises(UserError) as caught:
     train(source, tmp_path)
   assert str(caught.value) == (
-    "features: 'classifier' needs labels, and greys has none; use --features=inception with --inception_weights"
+    "features: 'classifier' needs labels, and greys has none; use --features=network, or inception with "
+    "--inception_weights"
   )
 
 

@@ -15,9 +15,10 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import estimate, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import run as evaluation_run
-from ddpm_jax.evaluation.evaluate import Abandoned, Surroundings, check, evaluate
+from ddpm_jax.evaluation.evaluate import Abandoned, Surroundings, check, evaluate, measurable
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.sampling import drawn
 from ddpm_jax.sampling.weights import Weights
@@ -70,6 +71,9 @@ def small_parts():
     patch.setattr(evaluate_lib, "_features", summary_features)
     patch.setattr(evaluate_lib, "open_source", open_split)
     patch.setattr(evaluate_lib, "has_split", lambda data, split: split == "test")
+    patch.setattr(
+      yardsticks, "_untrained", lambda config, weights, number, beat: pictures(number=number).read(slice(number)).images
+    )
     yield
 
 
@@ -131,8 +135,15 @@ def test_all_of_it(whole):
   )
   assert result["neighbours"]["pixels"]["training_images"] == 37
   assert result["neighbours"]["pixels"]["orientations"] == 2, "as the run flips"
+  for kind, number in (("data", 18), ("noise", 21), ("untrained", 21)):  # of 37 images, and of 21 samples
+    beside = result["yardsticks"][kind]
+    assert beside["number"] == number and {"classifier_distance", "precision", "coverage"} <= set(beside["values"])
+  assert "near_duplicates_pixels" in result["yardsticks"]["data"]["values"]
   for key in ("bits_per_dim", "ode_bits_per_dim"):
     assert list(result[key]) == ["train", "test"]
+    for facts in result[key].values():
+      beside = facts["yardsticks"]
+      assert beside["noise"] == 8 and np.isfinite(beside["untrained"]) and beside["untrained"] != facts["total"]
     assert all(facts["examples"] == 11 and np.isfinite(facts["total"]) for facts in result[key].values())
     assert result[key]["train"]["total"] != result[key]["test"]["total"]
     how = [(facts["dtype"], facts["matmul_precision"]) for facts in result[key].values()]
@@ -272,8 +283,32 @@ def test_junk_for_weights(tmp_path):
 def test_no_labels(tmp_path):
   bare = dataclasses.replace(pictures(), labels=None)
   with pytest.raises(UserError, match="features: 'classifier' needs labels, and pictures has none"):
+    check(config_of(features="classifier"), tmp_path, bare)
+  check(config_of(features="classifier", measures=("bound",)), tmp_path, bare)
+  with pytest.raises(UserError, match="measures: score needs classes, which features=network has none of"):
     check(config_of(), tmp_path, bare)
-  check(config_of(measures=("bound",)), tmp_path, bare)
+  check(config_of(measures=("frechet", "neighbours")), tmp_path, bare)
+
+
+@pytest.mark.parametrize(
+  ("labels", "asked", "features", "left_out"),
+  [
+    (True, "auto", "classifier", ()),
+    (False, "auto", "network", ("score",)),
+    (True, "network", "network", ("score",)),
+    (True, "classifier", "classifier", ()),
+    (False, "classifier", "classifier", OPTIONS["measures"][:6]),  # as release 0.1, which had this default
+  ],
+)
+def test_which_features_auto_is(labels, asked, features, left_out):
+  source = pictures() if labels else dataclasses.replace(pictures(), labels=None)
+  config = config_of(features=asked, measures=config_lib.Config().evaluate.measures)
+  found, line = measurable(config, source)
+  assert found.evaluate.features == features
+  assert set(config.evaluate.measures) - set(found.evaluate.measures) == set(left_out)
+  assert line.startswith("left out: " + ", ".join(left_out) + " (") if left_out else line == ""
+  named = config_lib.override(config, {"measures": ("frechet", "score")})
+  assert measurable(named, source)[0].evaluate.measures == ("frechet", "score"), "what is asked for is not left out"
 
 
 def test_labels_that_cannot_be_read(tmp_path):
@@ -326,9 +361,50 @@ def test_the_run_writes_what_it_prints(workdir, monkeypatch, capsys):
   out = capsys.readouterr().out
   result = json.loads((workdir / "eval" / "3.json").read_text())
   assert "evaluating the ema weights after update 3: frechet" in out
-  assert f"classifier_distance          {result['measures']['classifier_distance']:.5g}" in out
+  beside = [result["yardsticks"][kind]["values"]["classifier_distance"] for kind in ("data", "noise", "untrained")]
+  data, noise, untrained = (f"{value:.3g}" for value in beside)
+  value = f"{result['measures']['classifier_distance']:<10.5g}"
+  assert f"  classifier_distance          {value} (data {data}, noise {noise}, untrained {untrained})\n" in out
+  assert "Classifier distance " in out and "; lower is better." in out
   assert f"done: {workdir / 'eval' / '3.json'} and {workdir / 'report.html'}" in out
   assert "classifier" in (workdir / "report.html").read_text()
+
+
+def test_what_fits_is_chosen_once_for_a_workdir(workdir, monkeypatch, capsys):
+  """The number, the sampler and the images of the likelihood are chosen by the clock, recorded, and taken again."""
+  monkeypatch.setattr(evaluation_run, "open_source", open_split)
+  monkeypatch.setattr(estimate, "_NUMBERS", (30, 50, 100))
+  monkeypatch.setattr(estimate, "LEAST", 30)
+  monkeypatch.setattr(estimate, "_EXAMPLES", (5, 10, 20))
+
+  def clock(seconds):
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: estimate.Speed(seconds, seconds, 1e-6))
+
+  def run(**changes):
+    options = dict(LITTLE, measures=("frechet", "bound"), likelihood_splits="train", bound_timesteps=3) | changes
+    evaluation_run.evaluate(tiny_config(**options), workdir, options.pop("given", ()))
+    return json.loads((workdir / "eval" / "3.json").read_text()), capsys.readouterr().out
+
+  clock(400 / 60 / 20)  # 60 samples of 20 network evaluations in 400 s, and 10 images at 3 timesteps in 200 s
+  result, out = run()
+  assert result["chosen"] == ["evaluate_samples", "sampler", "likelihood_examples"]
+  drawn = result["samples"]
+  assert (drawn["number"], drawn["sampler"], drawn["evaluations"]) == (50, "dpmpp", 20)
+  assert result["bits_per_dim"]["train"]["examples"] == 20 and result["estimated_seconds"] == 353.3
+  lines = out.splitlines()
+  first = next(
+    i for i, line in enumerate(lines) if line.startswith("estimate, from a timed batch: about 6 min (drawing")
+  )
+  assert "--evaluate_samples=50 --sampler=dpmpp --likelihood_examples=20 --sampling_steps=20" in lines[first - 1]
+  assert "papers measure 50,000 images" in lines[first + 1]
+  assert not any(line.startswith("drawing") for line in lines[:first]), "before anything is drawn"
+  clock(1e-3)  # a faster machine
+  result, _ = run()
+  assert (result["samples"]["number"], result["samples"]["sampler"]) == (50, "dpmpp")
+  assert result["bits_per_dim"]["train"]["examples"] == 20
+  result, out = run(evaluate_samples=25, sampler="ddim", sampling_steps=2, likelihood_examples=6)
+  assert result["chosen"] == [] and "chosen" not in out
+  assert (result["samples"]["number"], result["samples"]["sampler"]) == (25, "ddim")
 
 
 def test_what_the_run_refuses_leaves_no_trace(workdir, tmp_path, monkeypatch):

@@ -165,7 +165,12 @@ def test_the_model_card(trained, tmp_path):
     "weights": "ema",
     "samples": {"number": 2000, "sampler": "dpmpp", "evaluations": 20},
     "measures": {"classifier_distance": 12.25, "classifier_kid": 0.5},
-    "bits_per_dim": {"train": {"total": 3.75}},
+    "yardsticks": {
+      "data": {"values": {"classifier_distance": 0.5}},
+      "noise": {"values": {"classifier_distance": 99.0}},
+      "untrained": {"values": {"classifier_distance": 77.5}},
+    },
+    "bits_per_dim": {"train": {"total": 3.75, "yardsticks": {"noise": 8.0, "untrained": 7.25}}},
   }
   (trained.path / "eval" / "5.json").write_text(json.dumps(result))
   export(trained, tmp_path / "out")
@@ -178,8 +183,9 @@ def test_the_model_card(trained, tmp_path):
   for part in (
     "`folder:data`, split `train`",
     "updates: 5 of batches of 16 images",
-    "| classifier_distance | 12.25 |",
-    "| bits_per_dim_train | 3.75 |",
+    "| measure | value | the data itself | pure noise | an untrained network |",
+    "| classifier_distance | 12.25 | 0.5 | 99 | 77.5 |",
+    "| bits_per_dim_train | 3.75 |  | 8 | 7.25 |",
     "2,000 samples, dpmpp with 20 steps",
     "| `num_timesteps` | `200` |",
     "after update 5",

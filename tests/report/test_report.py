@@ -399,6 +399,43 @@ def test_precision_and_recall_are_not_those_of_the_paper(workdir):
   assert "compare 900 of either" in text and "50,000 of either in features of VGG-16: not to be compared" in text
 
 
+def beside(**values):
+  """Yardsticks: measure -> (of the data itself, of noise, of an untrained network)."""
+  kinds = ("data", "noise", "untrained")
+  return {
+    kind: {"number": 900, "values": {name: three[i] for name, three in values.items()}} for i, kind in enumerate(kinds)
+  }
+
+
+def test_a_measure_is_never_told_without_its_yardsticks(workdir):
+  values = dict(classifier_distance=0.74, precision=0.625)
+  evaluate(
+    workdir,
+    10,
+    **samples(**values),
+    yardsticks=beside(classifier_distance=(0.0231, 8.914, 12.14), precision=(0.9, 0.86, 0.4)),
+    bits_per_dim={"test": bound(3.5, yardsticks={"noise": 8.0, "untrained": 7.25})},
+  )
+  page = Page(write_report(workdir))
+  assert (
+    "Classifier distance 0.74: the data against itself has 0.0231, pure noise 8.91, an untrained network 12.1; lower "
+    "is better. Precision 0.625: the data against itself has 0.9, pure noise 0.86, an untrained network 0.4; higher is "
+    "better. Noise does better than that: here this measure tells nothing."
+  ) in page.text
+  rows = [text for _, text in page.cells]
+  for head, numbers in (
+    ("the data itself", ["0.0231", "0.9000", ""]),
+    ("pure noise", ["8.9140", "0.8600", "8.000"]),
+    ("untrained network", ["12.1400", "0.4000", "7.250"]),
+  ):
+    assert rows[rows.index(head) + 1 :][:3] == numbers
+  assert "; the data itself 0.0231; pure noise 8.91" in page.text, "on the tile too"
+  told = "was measured by a release that did not say what the data itself, noise and an untrained network have"
+  assert told not in page.text
+  evaluate(workdir, 10, **samples(**values))
+  assert told in Page(write_report(workdir)).text
+
+
 def test_measures_in_other_features_have_their_own_column(workdir):
   parts = samples(precision=0.25)
   evaluate(workdir, 10, **parts)

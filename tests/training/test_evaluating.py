@@ -14,6 +14,7 @@ from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation import yardsticks
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.results import read_result, scalars
 from ddpm_jax.sampling import drawn
@@ -93,6 +94,9 @@ def small_parts():
     patch.setattr(evaluate_lib, "_features", summary_features)
     patch.setattr(evaluate_lib.likelihood, "bound", weighed)
     patch.setattr(drawn, "make_draw", once("draw", drawn.make_draw))
+    patch.setattr(
+      yardsticks, "_untrained", lambda config, weights, number, beat: noise().read(np.arange(number)).images
+    )
     patch.setattr(Parallel, "compile", once("update", Parallel.compile))
     yield
 
@@ -333,7 +337,7 @@ def test_no_labels_are_found_out_before_anything_is_written(tmp_path, monkeypatc
   bare = Source("bare", IMAGE_SHAPE, 40, noise().read, {})
   monkeypatch.setattr(loop, "open_source", lambda data: bare)
   with pytest.raises(UserError, match="features: 'classifier' needs labels, and bare has none"):
-    train(tmp_path / "run")
+    train(tmp_path / "run", features="classifier")
   assert not (tmp_path / "run").exists()
   train(tmp_path / "run", num_steps=1, evaluate_every=0)
 

@@ -1,5 +1,6 @@
 """A run goes on wherever its folder of images lies and however that is written; other images are refused."""
 
+import json
 import shutil
 
 import numpy as np
@@ -12,6 +13,7 @@ from ddpm_jax import flags, main
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import run as evaluation_run
+from ddpm_jax.evaluation import trained
 from ddpm_jax.sampling import run as sampling_run
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
@@ -56,8 +58,9 @@ def train(folder, dataset, num_steps, *more):
 
 
 def as_release_0_1_0(folder, dataset):
-  """The workdir with the folder of images as that release kept it: as it was written."""
-  workdir_lib.create(folder, config_lib.override(workdir_lib.load_config(folder), {"dataset": dataset}))
+  """The workdir as that release kept it: the folder of images as it was written, and its defaults of measuring."""
+  kept = {"dataset": dataset, "features": "classifier", "evaluate_samples": 50_000}
+  workdir_lib.create(folder, config_lib.override(workdir_lib.load_config(folder), kept))
 
 
 def test_a_run_goes_on_however_its_folder_is_written(place, monkeypatch):
@@ -128,10 +131,24 @@ def test_other_images_in_another_place_are_refused_and_not_kept(place):
   assert train(run, "folder:others", 2, "--allow_data_change").data.dataset == f"folder:{place}/others"
 
 
-def test_unlabelled_images_while_training(place):
-  every = "--evaluate_every=1"
-  with pytest.raises(UserError, match=r"has none; use --features=inception .*, or --best_measure=bound"):
-    train(place / "run", "folder:pictures", 1, every)
+def test_unlabelled_images_while_training(place, monkeypatch):
+  """By the features of a network that needs no labels; part of the folder is held out."""
+  monkeypatch.setattr(trained, "_LEAST", 2)
+  every = ["--evaluate_every=1", "--bound_timesteps=2", "--evaluate_samples=6", "--sampling_steps=2"]
+  held_out = ["--split=train[:75%]", "--likelihood_splits=train[:75%],train[75%:]"]
+  with pytest.raises(UserError, match=r"has none; use --features=network, or inception .*, or --best_measure=bound"):
+    train(place / "run", "folder:pictures", 1, *every, "--features=classifier")
   assert not (place / "run").exists()
-  train(place / "run", "folder:pictures", 1, every, "--best_measure=bound", "--bound_timesteps=2")
+  train(place / "run", "folder:pictures", 1, *every, *held_out)
   assert (place / "run" / "best" / "1").is_dir()
+  result = json.loads((place / "run" / "eval" / "1.json").read_text())
+  assert result["features"]["name"] == "network" and result["reference"]["number"] == 12
+  assert {"network_distance", "network_kid", "precision", "coverage"} <= set(result["measures"])
+  assert not any("score" in name for name in result["measures"])
+  assert result["yardsticks"]["noise"]["values"]["network_distance"] > 0
+  assert {split: facts["examples"] for split, facts in result["bits_per_dim"].items()} == {
+    "train[:75%]": 12,
+    "train[75%:]": 4,
+  }
+  (line,) = (place / "run" / "metrics.jsonl").read_text().splitlines()
+  assert json.loads(line)["evaluation/network_distance"] == result["measures"]["network_distance"]

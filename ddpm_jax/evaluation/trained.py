@@ -1,0 +1,189 @@
+"""A small network that is trained once for the features of its inner layer, and kept in the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from ddpm_jax.data import images, pipeline
+from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.evaluation.features import Extracted
+from ddpm_jax.keys import stream_key
+from ddpm_jax.models.classifier import FEATURES, Classifier
+from ddpm_jax.training.parallel import Parallel, from_all_processes
+
+Weights = dict[str, np.ndarray]  # path in the network -> float32 array
+Extract = Callable[[np.ndarray], Extracted]
+# (params, {"image": uint8 [B, H, W, C], "replaced": bool [B], ...}, key) -> the mean loss, a scalar
+Loss = Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
+
+# What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
+NETWORK = "classifier 1, x / 127.5 - 1"
+BATCH = 128
+_RATE, _WARMUP = 3e-3, 50
+TRAINING = [BATCH, _RATE, _WARMUP]  # Adam, with a cosine after the warm-up
+_EPOCHS, _LEAST, _MOST = 5, 300, 2000
+_BEAT_EVERY = 50  # updates
+
+
+class Trained(NamedTuple):
+  """A trained network, and counts of how well it does; the same names for all networks of one file."""
+
+  weights: Weights
+  counts: dict[str, int]
+
+
+def usual_updates(number: int) -> int:
+  """For so many images: some epochs, but at least and at most some updates."""
+  return min(max(math.ceil(_EPOCHS * number / BATCH), _LEAST), _MOST)
+
+
+def init(model: Classifier, image_shape: tuple[int, int, int], seed: int) -> Any:
+  """Fresh parameters, a nested dict."""
+  key = jax.random.fold_in(stream_key(seed, "classifier"), 0)
+  return model.init(key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
+
+
+def shapes_of(model: Classifier, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+  """Path in the network -> shape and type of the weights."""
+  return flat(jax.eval_shape(lambda: init(model, image_shape, 0)))
+
+
+def flat(params: Any) -> dict[str, Any]:
+  """Path in the network -> leaf, of a nested dict."""
+  return traverse_util.flatten_dict(params, sep="/")
+
+
+def train(
+  model: Classifier,
+  source: Source,
+  training: np.ndarray,
+  loss_of: Loss,
+  *,
+  updates: int,
+  seed: int,
+  beat: Callable[[str], None],
+  columns: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {},
+) -> Weights:
+  """The weights after training on the images `training` int [N] of the source, on the first device of this process.
+
+  Args:
+    model: the network.
+    source: the images.
+    training: which of them.
+    loss_of: what is minimised.
+    updates: how many.
+    seed: of the first weights, the order of the images, and the keys.
+    beat: called now and then; what it raises ends the training.
+    columns: what else is known of the images at int [B] of the source, for the loss.
+  """
+  optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, _RATE, min(_WARMUP, updates // 2), updates))
+
+  @jax.jit
+  def update(params: Any, state: Any, batch: dict[str, jax.Array], step: jax.Array) -> tuple[Any, Any, jax.Array]:
+    key = jax.random.fold_in(jax.random.fold_in(stream_key(seed, "classifier"), 2), step)
+    loss, gradient = jax.value_and_grad(loss_of)(params, batch, key)
+    changes, state = optimizer.update(gradient, state)
+    return optax.apply_updates(params, changes), state, loss
+
+  part = dataclasses.replace(source, length=len(training), read=lambda indices: source.read(training[indices]))
+  shuffle = int(jax.random.bits(jax.random.fold_in(stream_key(seed, "classifier"), 1)))
+  order = pipeline.order(len(part), batch_size=BATCH, seed=shuffle)
+  with jax.default_device(jax.local_devices()[0]):
+    params = jax.jit(lambda: init(model, source.image_shape, seed))()
+    state, loss = optimizer.init(params), jnp.zeros(())
+    batches = pipeline.batches(part, batch_size=BATCH, seed=shuffle, start_step=0)
+    with contextlib.closing(batches):
+      for step, batch in zip(range(updates), batches, strict=False):
+        batch |= columns(training[order[step]])
+        before = loss
+        params, state, loss = update(params, state, batch, np.int32(step))
+        before.block_until_ready()  # one update runs ahead, and no more batches wait on the device
+        if step % _BEAT_EVERY == 0:
+          beat(f"update {step} of the features' network")
+  return {name: np.asarray(leaf) for name, leaf in flat(params).items()}
+
+
+def extractor(model: Classifier, parallel: Parallel, batch_size: int) -> Callable[[Weights], Extract]:
+  """Weights -> `Features.extract`; compiled once for all weights."""
+
+  def forward(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    features, logits = model.apply({"params": params}, images.to_float(batch))
+    return jnp.asarray(features), jax.nn.softmax(jnp.asarray(logits))
+
+  compiled = parallel.by_rows(forward)
+
+  def with_weights(weights: Weights) -> Extract:
+    params = jax.device_put(traverse_util.unflatten_dict(weights, sep="/"), parallel.replicated)
+
+    def extract(batch: np.ndarray) -> Extracted:
+      features = np.empty((len(batch), FEATURES), np.float32)
+      probabilities = np.empty((len(batch), model.num_classes), np.float32)
+      for start in range(0, len(batch), batch_size):
+        rows = slice(start, start + batch_size)
+        features[rows], probabilities[rows] = compiled(params, batch[rows], size=batch_size)
+      return Extracted(features, probabilities)
+
+    return extract
+
+  return with_weights
+
+
+def kept_or(
+  path: pathlib.Path, shapes: dict[str, Any], counts: tuple[str, ...], make: Callable[[], Trained], say: Callable
+) -> Trained:
+  """The network that process 0 has in the cache, or a new one, which it keeps. All processes must call it.
+
+  Args:
+    path: of the file.
+    shapes: names of the weights -> what has their shapes and types.
+    counts: names of the counts.
+    make: trains one, the same on all processes.
+    say: takes a line about what could not be read or written.
+  """
+  first = jax.process_index() == 0
+  kept = load(path, shapes, counts, say) if first else None
+  if from_all_processes(np.asarray(kept is not None))[0]:
+    zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
+    return of_first_process(kept or Trained(zeros, dict.fromkeys(counts, 0)))
+  trained = make()
+  if first:
+    try:
+      save_arrays(path, {name: np.ascontiguousarray(leaf) for name, leaf in trained.weights.items()}, trained.counts)
+    except OSError as error:
+      say(f"{path} cannot be written ({error.strerror}); the network will be trained anew next time")
+  return trained
+
+
+def of_first_process(trained: Trained) -> Trained:
+  """What process 0 has, on every process; all must call it, with arrays of the same shapes."""
+  counts = from_all_processes(np.asarray(list(trained.counts.values()), np.int32))[0]
+  weights = {name: from_all_processes(leaf)[0] for name, leaf in sorted(trained.weights.items())}
+  return Trained(weights, dict(zip(trained.counts, map(int, counts), strict=True)))
+
+
+def load(path: pathlib.Path, shapes: dict[str, Any], counts: tuple[str, ...], say: Callable) -> Trained | None:
+  """The network in the cache; None if there is none, or it is not what was saved, which is said."""
+  try:
+    weights, facts = load_arrays(path)
+  except FileNotFoundError:
+    return None
+  except UnusableError as error:
+    reason = str(error)
+  else:
+    if {n: (w.shape, w.dtype) for n, w in weights.items()} == {n: (s.shape, s.dtype) for n, s in shapes.items()}:
+      return Trained(weights, {name: facts[name] for name in counts})
+    reason = "it is of another network"
+  say(f"{path} cannot be used ({reason}); training it anew")
+  return None

@@ -1,0 +1,187 @@
+"""What a measure of samples is to be held against: the same measure of the data itself, of noise, and of no training.
+
+A number by itself says little: in some features noise has a precision of 0.86. So each is told beside three others:
+
+- data: images of the data set against the others of it, the best that samples can reach;
+- noise: pixels that are drawn uniformly from 0..255;
+- untrained: images that the same sampler draws with the network as it is initialised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.config import Config
+from ddpm_jax.data.sources import Source
+from ddpm_jax.evaluation.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.evaluation.comparison import LEAST_IMAGES, Seen, compare, look_up, near_duplicates_of, see
+from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.moments import add, no_moments
+from ddpm_jax.evaluation.reference import Reference
+from ddpm_jax.models.build import Params
+from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.sampling.drawn import settings
+from ddpm_jax.sampling.weights import Weights
+from ddpm_jax.training.parallel import on_any_process
+
+DRAWN = ("noise", "untrained")
+MOST = 1_000  # images of noise, of an untrained network, and whose nearest images are looked for
+_DRAWN_AT_ONCE = 200
+
+Yardsticks = dict[str, dict[str, Any]]  # kind -> {"number": of images, "values": {name of a measure: value}}
+
+
+class Data(NamedTuple):
+  """A data set and what an extractor of features says of it."""
+
+  source: Source
+  reference: Reference
+
+
+def zero_network(params: Params, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
+  """What every network of `models/` answers before it is trained, whatever its architecture: its last layer is zero."""
+  del params, t, dropout_keys
+  return jnp.zeros_like(xt)
+
+
+def measure_yardsticks(
+  config: Config,
+  weights: Weights,
+  features: Features,
+  data: Data,
+  train: Data | None,
+  *,
+  cache: pathlib.Path,
+  say: Callable[[str], None],
+  beat: Callable[[str], None],
+) -> Yardsticks:
+  """The measures of samples that `config` names, of the three kinds. All processes must call it.
+
+  They are kept in the cache under everything that they depend on, and so computed once.
+
+  Args:
+    config: names the measures, the number of samples and the sampler.
+    weights: of the model; only what it is, not what it has learnt.
+    features: the extractor.
+    data: what samples are compared with.
+    train: what they may be copies of; None if that is not asked for.
+    cache: folder of the cache, made if need be.
+    say: takes a line.
+    beat: called now and then. What it raises ends the work.
+  """
+  names, number = config.evaluate.measures, config.evaluate.evaluate_samples
+  drawn = {name: value for name, value in settings(config, weights).items() if name != "checkpoint"}
+  schedule = dataclasses.asdict(config.diffusion)
+  known = [(part.source.fingerprint, len(part.source)) for part in (data, train or data)]
+  task = json.dumps(
+    [known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST], sort_keys=True
+  )
+  path = cache / f"yardsticks-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
+  found = _from_cache(path, task, say)
+  if not on_any_process(found is None) and found is not None:
+    return found
+  say("measuring the data against itself, noise, and an untrained network")
+  size = config.evaluate.evaluate_batch_size
+  few = min(number, MOST)
+
+  def of_images(images: np.ndarray) -> dict[str, Any]:
+    seen = see(features, images, size, lambda done: beat(f"yardstick {done} of {len(images)}"))
+    return {"number": len(images), "values": compare(names, features.name, data.reference, seen)}
+
+  noise = np.random.default_rng(0).integers(0, 256, (few, *data.source.image_shape), np.uint8)
+  found = {
+    "data": _data_against_itself(names, features, data, number, size),
+    "noise": of_images(noise),
+    "untrained": of_images(_untrained(config, weights, few, beat)),
+  }
+  if train is not None and len(train.reference.index) >= 2 * LEAST_IMAGES["neighbours"]:
+    found["data"]["values"] |= _copies_in_the_data(features, train, size, flips=config.data.random_flip, beat=beat)
+  if jax.process_index() == 0:
+    try:
+      save_arrays(path, {}, {"of": task, "found": found})
+    except OSError as error:
+      say(f"warning: cannot keep {path} ({error.strerror}); it will be computed again")
+  return found
+
+
+def _from_cache(path: pathlib.Path, task: str, say: Callable[[str], None]) -> Yardsticks | None:
+  try:
+    _, facts = load_arrays(path)
+    if facts.get("of") != task:
+      raise UnusableError("it is of other settings")
+  except FileNotFoundError:
+    return None
+  except UnusableError as error:
+    say(f"warning: {path} is damaged ({error}); computing it anew")
+    return None
+  return facts["found"]
+
+
+def _halves(length: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+  """Two random disjoint parts of 0..length-1, each in rising order: `number`, but at most half, and the rest."""
+  order = np.random.default_rng(0).permutation(length)
+  first = min(number, length // 2)
+  return np.sort(order[:first]), np.sort(order[first:])
+
+
+def _part_of(reference: Reference, rows: np.ndarray) -> Reference:
+  """Of some of the images whose features are kept."""
+  kept = reference.features[rows]
+  return Reference(add(no_moments(kept.shape[1]), kept), reference.index[rows], kept)
+
+
+def _data_against_itself(
+  names: Sequence[str], features: Features, data: Data, number: int, batch_size: int
+) -> dict[str, Any]:
+  ours, others = (_part_of(data.reference, rows) for rows in _halves(len(data.reference.index), number))
+  names = [name for name in names if len(ours.index) >= LEAST_IMAGES.get(name, 1)]  # of a few images halves are too few
+  probabilities = np.zeros((0, 0))
+  if "score" in names:  # of classes, which are not kept
+    images = data.source.read(ours.index[:MOST]).images
+    probabilities = see(features, images, batch_size, lambda done: None).probabilities
+  seen = Seen(ours.moments, probabilities, np.arange(len(ours.index)), ours.features)
+  return {"number": len(ours.index), "values": compare(names, features.name, others, seen)}
+
+
+def _copies_in_the_data(
+  features: Features, train: Data, batch_size: int, *, flips: bool, beat: Callable[[str], None]
+) -> dict[str, float]:
+  """How many images of the training are as near to another one as a copy would be."""
+  ours, others = (_part_of(train.reference, rows) for rows in _halves(len(train.reference.index), MOST))
+  images = train.source.read(ours.index).images
+  rest = dataclasses.replace(
+    train.source, length=len(others.index), read=lambda rows: train.source.read(others.index[rows])
+  )
+  seen = Seen(ours.moments, np.zeros((0, 0)), np.arange(len(images)), ours.features)
+  facts, _ = look_up(
+    images, seen, rest, others, features, batch_size, flips=flips, done=lambda done: beat(f"yardstick, image {done}")
+  )
+  return near_duplicates_of(facts)
+
+
+def _untrained(config: Config, weights: Weights, number: int, beat: Callable[[str], None]) -> np.ndarray:
+  """Images uint8 [number, H, W, C] of the sampler of `config`, with `zero_network`."""
+  run = weights.run
+  draw = make_draw(
+    make_predictor(zero_network, run.schedule, config.diffusion.prediction, config.sample),
+    table_of(config.sample, run.schedule, config.diffusion.variance),
+    image_shape=run.image_shape,
+    parallel=run.parallel,
+    seed=config.sample.sample_seed,
+    stream="sample",
+  )
+  size, images = min(number, _DRAWN_AT_ONCE), []
+  for first in range(0, number, size):
+    index = np.arange(first, min(first + size, number), dtype=np.int32)
+    images.append(draw({}, index, size=size))
+    beat(f"untrained image {first + len(index)} of {number}")
+  return np.concatenate(images)
