@@ -43,7 +43,8 @@ def repaint_jumps(grid: np.ndarray, jump: int, resamples: int) -> Jumps:
       left[place] -= 1
       place -= jump
     rows.append((grid[before], grid[here], grid[place]))
-  return Jumps(*np.asarray(rows, np.int64).T)
+  before, here, after = np.asarray(rows, np.int64).T
+  return Jumps(before, here, after)
 
 
 def inpaint_after_row(
