@@ -119,7 +119,7 @@ def _lines_of(path: str, within: tuple[str, ...]) -> list[str]:
   if not path:
     raise UserError("flagfile: empty; name a file of flags, such as --flagfile=runs/digits/flags.txt")
   if os.path.realpath(path) in within:
-    raise UserError(f"flagfile: {path} names itself, maybe by way of others; remove that line")
+    raise UserError(f"flagfile: {path} includes itself, directly or through other files; remove that line")
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
   except OSError as error:
@@ -163,7 +163,7 @@ def _absolute(name: str, text: str) -> str:
   """The path that a flag names, absolute; no path and the address of something else stay, for others to refuse."""
   if not text or "://" in text:
     return text
-  path = os.path.join(os.getcwd(), paths.expanded(name, text))
+  path = paths.from_here(name, paths.expanded(name, text))
   plain = os.path.normpath(path)  # behind a symbolic link, `..` leads elsewhere than it reads
   return plain if os.path.realpath(plain) == os.path.realpath(path) else str(pathlib.Path(path))
 

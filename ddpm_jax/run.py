@@ -79,10 +79,9 @@ def noise_warning(run: Run) -> str | None:
     if reaches_noise(make_schedule("cosine", d.num_timesteps)):
       remedies.append("--beta_schedule=cosine")
   return (
-    f"the noise schedule does not reach noise, from which images are drawn: at t = {d.num_timesteps}, the last "
+    f"the noise schedule does not reach pure noise, from which sampling starts: at t = {d.num_timesteps}, the last "
     f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T up to "
-    f"{largest_prior_kl(run.schedule):.2g} bits/dim); a run with {' or with '.join(remedies or ['more timesteps'])} "
-    "would"
+    f"{largest_prior_kl(run.schedule):.2g} bits/dim); in a new run, use {' or '.join(remedies or ['more timesteps'])}"
   )
 
 

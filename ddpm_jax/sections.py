@@ -20,11 +20,11 @@ class DataConfig:
                       "'lsun/bedroom', or 'folder:PATH' for a folder of PNG, JPEG or WebP images.")
   split: str = knob("train", "Split of a TFDS data set, in TFDS's notation ('train', 'train+test', 'train[:90%]').")
   data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets; the "
-                       "digits, where there is no home: the folder for temporary files).", may_change=True)
+                       "digits go to the temporary folder if there is no writable home).", may_change=True)
   manual_dir: str = knob("", "A folder that already holds the data set's original files; TFDS verifies their "
                          "checksums and downloads nothing that is there.", may_change=True)
-  follow_links: bool = knob(False, "Take what symbolic links in a folder of images lead to, also outside of it, as in "
-                            "a cache of huggingface_hub.", may_change=True)
+  follow_links: bool = knob(False, "Follow symbolic links in a folder of images, also to files outside of it, as in a "
+                            "huggingface_hub cache.", may_change=True)
   image_size: int = knob(0, "Resize the short side to this many pixels and crop the centre (0: images as they are).",
                          minimum=0)
   batch_size: int = knob(64, "Images in one update, over all devices and processes.", minimum=1)
@@ -78,9 +78,9 @@ class ModelConfig:
   dropout: float = knob(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
   dtype: str = knob("float32", "Type of the activations; parameters, loss, optimiser and likelihoods are float32 "
                     "always.", choices=("float32", "bfloat16"), may_change_once_trained=True)
-  matmul_precision: str = knob("default", "Precision of products and convolutions of float32: 'default' is fastest and "
-                               "of fewer bits on GPUs and TPUs, 'high' is of about 16 to 21 bits, 'highest' float32. "
-                               "Likelihoods and features are of the highest always.",
+  matmul_precision: str = knob("default", "Precision of float32 matrix products and convolutions: 'default' is the "
+                               "fastest, with fewer bits on GPUs and TPUs; 'high' has about 11 (GPU) to 16 (TPU) bits; "
+                               "'highest' float32's. Likelihoods and features always use 'highest'.",
                                choices=("default", "high", "highest"), may_change_once_trained=True)
   remat: str = knob("none", "What the backward pass computes again, to save memory: 'norms' what lies between the "
                     "convolutions of a residual block, 'blocks' the block with its attention, a quarter more "
@@ -96,10 +96,11 @@ class OptimizerConfig:
   lr_schedule: str = knob("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
                           "'constant_then_decay', constant up to the last --decay_fraction of the steps, then down "
                           "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes on "
-                          "from where the decay began; with cosine the rate begins anew for the added steps.",
+                          "from where the decay began; with cosine the rate restarts for the added steps.",
                           choices=("constant", "constant_then_decay", "cosine"))
-  decay_fraction: float = knob(0.4, "The part of --num_steps over which the learning rate of constant_then_decay "
-                               "falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0, maximum=1)
+  decay_fraction: float = knob(0.4, "The fraction of --num_steps, at the end, over which the learning rate of "
+                               "constant_then_decay falls to zero, as 1 - sqrt (Hägele et al. 2024).",
+                               above=0, maximum=1)
   warmup_steps: int = knob(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
                            "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
                            minimum=0)

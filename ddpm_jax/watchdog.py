@@ -87,14 +87,14 @@ class Watchdog:
         if self._last is not seen:
           seen, silent = self._last, 0.0
         limit = self._timeout if seen[0] else self._first
-        where = f"after {seen[0] or 'the start'} on process {self._process} ({here}): it is stuck"
+        where = f"after {seen[0] or 'the start'} on process {self._process} ({here}): stuck"
         if silent > limit:
           if helper:
-            helper.tell(_LEAVING_S, silent, f"{where} and does not even end; {_REMEDY}")
-          self._end(f"error: nothing done for {silent:.0f} s {where} and ends here; {_REMEDY}\n")
+            helper.tell(_LEAVING_S, silent, f"{where}, and the process cannot exit; {_REMEDY}")
+          self._end(f"error: no progress for {silent:.0f} s {where}; the process exits; {_REMEDY}\n")
         if helper is None:
           helper = cleanup.enter_context(_Watcher(self._file))
-        helper.tell(limit - silent, silent, f"{where} in compiled code and is killed; {_REMEDY}")
+        helper.tell(limit - silent, silent, f"{where} in compiled code; the process is killed; {_REMEDY}")
 
   def _end(self, line: str) -> None:
     last_words = exit_within(_LAST_WORDS_S, 1)

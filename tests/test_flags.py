@@ -230,7 +230,7 @@ REFUSED = [  # words of a command -> what the error says
   ("-flagfile=", "flagfile: empty"),
   ("--seed=3 --flagfile", "flagfile: empty"),
   ("--flagfile={none}", "flagfile: cannot read .*none .No such file or directory."),
-  ("--flagfile={circle}", "flagfile: .*circle names itself"),
+  ("--flagfile={circle}", "flagfile: .*circle includes itself"),
   ("--flagfile={latin}", "flagfile: .*latin is not UTF-8"),
   ("--flagfile=~nobody_here/x", "flagfile: '~nobody_here/x' begins with the home of nobody here"),
 ]

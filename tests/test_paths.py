@@ -9,8 +9,9 @@ import sys
 import tempfile
 
 import pytest
+from absl import flags as absl_flags
 
-from ddpm_jax import compilation, paths
+from ddpm_jax import compilation, flags, paths
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
 from ddpm_jax.errors import UserError
@@ -54,6 +55,21 @@ def test_without_a_home_nothing_is_called_tilde(no_entry, monkeypatch, home):
   with pytest.raises(UserError, match=r"data_dir: 'fashion_mnist' .* no home folder; name a folder with --data_dir"):
     prepared.open_prepared(DataConfig(dataset="fashion_mnist"))
   assert list(pathlib.Path.cwd().iterdir()) == []
+
+
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+  """A relative path is refused in one line; an absolute one needs none."""
+  (tmp_path / "gone").mkdir()
+  monkeypatch.chdir(tmp_path / "gone")
+  (tmp_path / "gone").rmdir()
+  with pytest.raises(UserError, match="workdir: 'runs/a' is relative, and the working directory no longer exists"):
+    paths.absolute("workdir", "runs/a", "")
+  assert paths.absolute("workdir", str(tmp_path / "a"), "") == tmp_path / "a"
+  registry = absl_flags.FlagValues()
+  flags.define(registry)
+  registry(["main", "--dataset=folder:x"])
+  with pytest.raises(UserError, match="dataset: 'x' is relative"):
+    flags.given(registry)
 
 
 def test_digits_go_elsewhere_where_the_home_cannot_be_written(no_entry, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 
 from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.errors import RunError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.training.checkpoint import Checkpoints
 
 
@@ -36,8 +36,9 @@ def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[i
     number += 1
     target = workdir / "earlier" / f"{steps[-1]}.{number}"
   if jax.process_index() == 0:
-    workdir_lib.create(target, workdir_lib.load_config(workdir))
+    stored = workdir_lib.load_config(workdir)
     try:
+      workdir_lib.create(target, stored)
       if (workdir / "metrics.jsonl").exists():
         shutil.copy2(workdir / "metrics.jsonl", target)
       for folder in ("samples", "eval"):
@@ -46,6 +47,8 @@ def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[i
           step = path.name.removeprefix("step_").split(".")[0]
           if step.isdecimal() and int(step) > after:
             path.replace(target / folder / path.name)
+    except UserError as error:
+      raise RunError(f"{error.__cause__ or error}: the end of {workdir} cannot be moved to {target}") from error
     except OSError as error:
       raise RunError(f"workdir: cannot move {error.filename or workdir} to {target} ({error.strerror})") from error
   checkpoints.move({step: target / "checkpoints" / str(step) for step in steps})

@@ -35,7 +35,7 @@ from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
 from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import earlier, resume
-from ddpm_jax.training.checkpoint import Checkpoints, Restored
+from ddpm_jax.training.checkpoint import Checkpoints, NoneInCommonError, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import Parallel, to_host
@@ -90,8 +90,20 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     start = decay_start(config.optimizer, config.train.num_steps)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=start)
     cleanup.enter_context(contextlib.closing(checkpoints))
-    restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-    _resume_or_start(run, source, workdir, checkpoints, restored, params, lock, stop, job, watchdog)
+    try:
+      restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
+      damaged, passed = (restored.damaged, restored.passed) if restored else ({}, [])
+    except NoneInCommonError as error:
+      if error.since > 0:
+        raise
+      restored, damaged, passed = None, error.damaged, error.passed  # the same begins with the initial state
+      if config.exchange.init_from:
+        params, _ = initial.read_params(config, source.image_shape)
+    for step, reason in damaged.items():
+      moved = checkpoints.set_aside(step)
+      if lock:
+        console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
+    _resume_or_start(run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog)
 
 
 def _resume_or_start(
@@ -100,31 +112,32 @@ def _resume_or_start(
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   restored: Restored | None,
+  passed: list[int],
   params: Params | None,
   lock: Lock | None,
   stop: StopRequest,
   job: Job,
   watchdog: Watchdog,
 ) -> None:
-  """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
+  """Says what is going to happen, and lets it.
+
+  `passed` are checkpoints from which a run of this length does not go on; `lock` is that of the first process, which
+  alone says anything.
+  """
   start, total = restored.step if restored else 0, run.config.train.num_steps
   finished = start >= total and not evaluation_missing(run.config, workdir, start)
-  for step, reason in restored.damaged.items() if restored else ():
-    moved = checkpoints.set_aside(step)
-    if lock:
-      console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
-  passed = earlier.set_aside(workdir, checkpoints, restored.passed, start) if restored and restored.passed else None
+  if lock and start < total and (restored or passed):  # a new run has been looked at before its folder was made
+    check_space(run, workdir, start, leaving=len(passed))
+  end = earlier.set_aside(workdir, checkpoints, passed, start) if passed else None
   restarts = resume.restarts(run.config, restored.manifest if restored else None)
   run = run._replace(lr_restart=restarts[-1] if restarts else 0)
   if lock:
-    console.say(_headline(run, source, workdir, start, job, finished, passed))
+    console.say(_headline(run, source, workdir, start, job, finished, end))
   if finished:
     return
   if lock:
     if warning := noise_warning(run):
       console.warn(warning)
-    if restored and start < total:  # a new run has been looked at before its folder was made
-      check_space(run, workdir, start)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
     _renew(workdir, config_lib.beyond_init_from(run.config) if restored else run.config)
   facts = resume.facts(run, source, restored.manifest if restored else None)
@@ -323,8 +336,11 @@ def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], 
   return preview
 
 
-def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
-  """Raises UserError if the checkpoints after update `start` will not find room. Before compression, to be sure."""
+def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
+  """Raises UserError if the checkpoints after step `start` will not find room. Before compression, to be sure.
+
+  leaving: the number of those in `checkpoints/` that are about to be moved elsewhere.
+  """
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
   options = run.config.train
   saves = sum(
@@ -333,7 +349,7 @@ def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
   begin = decay_start(run.config.optimizer, options.num_steps)
   decay = begin is not None  # one more is kept, and written unless it exists
   saves += decay and begin > start
-  workdir_lib.check_space(workdir, size, options.keep_checkpoints + decay, saves)
+  workdir_lib.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + leaving)
 
 
 def _headline(
@@ -351,11 +367,11 @@ def _headline(
     return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
   if passed:
     what += (
-      f"going back to update {start}, as the learning rate of those after it decayed toward another --num_steps; they "
-      f"are kept in {passed}, a workdir of its own\n"
+      f"going back to step {start}, after which the learning rate decayed toward another --num_steps; later "
+      f"checkpoints are kept in {passed}, which is a workdir\n"
     )
   if start and run.lr_restart == start:
-    what += f"the learning rate, a cosine, begins anew for the {total - start} updates from here to {total}\n"
+    what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
   if start:
     return what + f"resuming {workdir} after update {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""

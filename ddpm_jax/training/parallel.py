@@ -46,9 +46,9 @@ class Parallel:
         devices = jax.devices()
       except (RuntimeError, AssertionError) as error:  # the latter, without a word, for `cuda` where no plugin is
         reason = next(
-          iter(str(error).splitlines()), f"nothing installed serves JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+          iter(str(error).splitlines()), f"no installed plugin provides JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         )
-        raise UserError(f"JAX finds no device ({reason}); mend JAX_PLATFORMS or the installation of JAX") from error
+        raise UserError(f"JAX finds no device ({reason}); correct JAX_PLATFORMS or the installation of JAX") from error
     self.num_devices = len(devices)
     # In the order of pmap. jax.make_mesh may choose another one on a TPU, and the state would move at every update.
     self.mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))

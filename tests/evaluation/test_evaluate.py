@@ -138,7 +138,7 @@ def test_all_of_it(whole):
     how = [(facts["dtype"], facts["matmul_precision"]) for facts in result[key].values()]
     assert how == [("float32", "highest")] * 2
   (warning,) = result["warnings"]
-  assert warning.startswith("the noise schedule does not reach noise")  # 20 timesteps with the default betas
+  assert warning.startswith("the noise schedule does not reach pure noise")  # 20 timesteps with the default betas
   assert result["seconds"] >= 0 and result["date"].endswith("+00:00") and result["machine"].startswith("8 x ")
   assert set(shown) == {"samples", "neighbours"}
   assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in shown.values())

@@ -345,7 +345,7 @@ def test_a_checkpoint_waits_for_its_metrics(uninterrupted, tmp_path, monkeypatch
   monkeypatch.setattr(MetricsWriter, "flush", flush)
   train(tmp_path / "run", checkpoint_every=2, max_unsaved_steps=6)
   err = capsys.readouterr().err
-  assert err.startswith("warning: the noise schedule does not reach noise")
+  assert err.startswith("warning: the noise schedule does not reach pure noise")
   assert "warning: checkpoint 4 could not be written, as its metrics cannot ([Errno 28]" in err
   assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 8]
   assert metrics(tmp_path / "run") == metrics(uninterrupted)

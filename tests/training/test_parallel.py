@@ -255,4 +255,4 @@ def test_a_platform_that_is_not_installed_is_one_line_with_the_remedy():
   environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
   done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
   (line,) = done.stdout.splitlines()
-  assert "JAX finds no device" in line and "cuda" in line and "mend JAX_PLATFORMS" in line, done.stderr
+  assert "JAX finds no device" in line and "cuda" in line and "correct JAX_PLATFORMS" in line, done.stderr
