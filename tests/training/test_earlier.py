@@ -229,7 +229,7 @@ def test_without_room_the_end_stays_where_it_is(short_and_long, tmp_path, monkey
   shutil.copytree(short_and_long[0], workdir)
   with monkeypatch.context() as patch:
     patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
-    with pytest.raises(UserError, match="has 0.0 MB of free space, but"):
+    with pytest.raises(UserError, match=r"has 0\.0 MB of free space, but"):
       train(workdir, **OPTIONS, num_steps=20)
   assert checkpoints(workdir) == [6, 10] and not (workdir / "earlier").exists()
 
