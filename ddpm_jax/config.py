@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from ddpm_jax.errors import UserError
@@ -106,6 +106,15 @@ _CONSENTS = ("allow_data_change",)
 def without_consents(config: Config) -> Config:
   """The settings of a workdir as a later command takes them up."""
   return override(config, {name: value for name, value in values(Config()).items() if name in _CONSENTS})
+
+
+def check_variance(given: Container[str], config: Config) -> None:
+  """Raises UserError if the knobs that are `given` for a draw name a variance, which only ancestral sampling has."""
+  if "variance" in given and config.sample.sampler != "ddpm":
+    raise UserError(
+      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
+      "--variance out, or use --sampler=ddpm"
+    )
 
 
 # Knobs of drawing that choose among the weights of a workdir.

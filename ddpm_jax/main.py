@@ -59,11 +59,8 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
     config = config_lib.override(defaults, given)
     if folder is not None:
       workdir.check(folder, config)
-  if _runs_the_network(mode, config) and "variance" in given and config.sample.sampler != "ddpm":
-    raise UserError(
-      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
-      "--variance out, or use --sampler=ddpm"
-    )
+  if _runs_the_network(mode, config):
+    config_lib.check_variance(given, config)
   return config
 
 

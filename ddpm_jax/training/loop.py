@@ -28,6 +28,7 @@ from ddpm_jax.distributed import Job
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
+from ddpm_jax.keys import seeded
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
@@ -305,17 +306,16 @@ def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], 
     make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
     image_shape=run.image_shape,
     parallel=run.parallel,
-    seed=options.seed,
     stream="preview",
     keep=True,
   )
   index = np.arange(options.preview_images, dtype=np.int32)
   if compiler and options.sample_every and run.parallel.compiles_beside_updates:
-    draw.compile_ahead(compiler.submit, run.abstract_state.params, index)
+    draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, options.seed), index)
 
   def preview(state: TrainState) -> Callable[[], np.ndarray]:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    drawn = {name: draw.start(params, index) for name, params in weights.items()}
+    drawn = {name: draw.start(seeded(params, options.seed), index) for name, params in weights.items()}
     return lambda: grids.captioned(
       {name: grids.image_grid(images(), columns=min(8, len(index))) for name, images in drawn.items()}
     )
