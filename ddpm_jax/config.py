@@ -286,6 +286,17 @@ def _check_evaluate(config: Config) -> None:
   for name in ("inception_weights", "inception_resize"):
     if evaluate.features != "inception" and getattr(evaluate, name) != getattr(defaults, name):
       raise UserError(f"{name}: has no effect with features={evaluate.features}; use --features=inception")
+  if evaluate.reference_stats:
+    if evaluate.write_reference:
+      raise UserError("write_reference: nothing is compared where statistics are written; leave --reference_stats out")
+    if evaluate.reference_split:
+      raise UserError(
+        f"reference_split: {evaluate.reference_split} has no effect with --reference_stats; leave one of them out"
+      )
+  if evaluate.write_reference and not evaluate.write_reference.endswith(".npz"):
+    raise UserError(
+      f"write_reference: {evaluate.write_reference} does not end in .npz, by which others know such files"
+    )
   if train.evaluate_every and train.best_measure not in evaluate.measures:
     raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
   if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:

@@ -176,6 +176,8 @@ OTHER_TASKS = [
   | {"sample_task": "progressive", "sampler": "heun", "eta": 0.0},
   {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images", "sample_task")}
   | {"sample_png_dir": "/data/png out"},
+  {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
+  OTHER | {"write_reference": "/data/out of it.npz"},
 ]
 
 
@@ -335,6 +337,9 @@ def test_words_of_a_list_are_checked():
     ({"features": "inception"}, ("inception_weights", "missing", "--features=classifier")),
     ({"inception_weights": "x"}, ("inception_weights", "features=classifier", "--features=inception")),
     ({"inception_resize": "clean"}, ("inception_resize", "features=classifier", "--features=inception")),
+    ({"reference_stats": "x.npz", "write_reference": "y.npz"}, ("write_reference", "leave --reference_stats out")),
+    ({"reference_stats": "x.npz", "reference_split": "test"}, ("reference_split", "test", "--reference_stats")),
+    ({"write_reference": "x.np"}, ("write_reference", "x.np", ".npz")),
     ({"evaluate_every": 5, "measures": ("kid",)}, ("best_measure", "frechet", "--measures=kid")),
     ({"best_measure": "kid"}, ("best_measure", "kid", "--evaluate_every")),
   ],
@@ -486,6 +491,7 @@ MAY_CHANGE = {
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
   *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
+  *("reference_stats", "write_reference"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
   *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
 }

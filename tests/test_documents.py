@@ -87,7 +87,7 @@ def parse(*arguments: str) -> tuple[str, dict]:
   flags.define(registry)
   arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
   assert registry(["ddpm_jax.main", *arguments]) == ["ddpm_jax.main"]
-  assert registry["workdir"].value or registry["mode"].value in ("plan", "export")
+  assert registry["workdir"].value or registry["mode"].value in ("plan", "export") or registry["write_reference"].value
   return registry["mode"].value, flags.given(registry)
 
 
@@ -179,7 +179,7 @@ def test_commands_parse():
   assert len(commands) >= 8
   for words in commands:
     mode, given = parse(*words)
-    if mode in ("train", "plan") or "init_from" in given:  # with which a workdir may be new
+    if mode in ("train", "plan") or given.keys() & {"init_from", "write_reference"}:  # there may be no run yet
       config_lib.override(Config(), given)
     else:
       assert all(KNOBS[name].metadata["may_change"] for name in given), words

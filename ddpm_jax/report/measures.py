@@ -29,7 +29,7 @@ _ARITHMETIC = ("dtype", "matmul_precision")
 _SAMPLER = ("sampler", "evaluations", "time_grid", "eta", "variance", "threshold", "threshold_quantile")
 _CONDITIONS = {
   "samples": ("number", *_SAMPLER, *_ARITHMETIC),
-  "reference": ("dataset", "split", "number", "fingerprint"),
+  "reference": ("dataset", "split", "number", "fingerprint", "sha256"),
   "features": ("name", "identity", "resize"),
   "measures": ("set_size",),
 }
@@ -209,7 +209,11 @@ def _how(evaluation: Evaluation) -> Html:
   if reference:
     size = said(reference.get("number", "?"))
     name = f"{reference.get('dataset', 'an unnamed data set')} ({reference.get('split', 'unknown split')})"
-    sentences.append(f"Compared with {size} images of {name}.")
+    file = f"the statistics in {reference.get('file')} (SHA-256 {str(reference.get('sha256'))[:12]})"
+    with_what = (
+      f"{size} images of {name}" if "file" not in reference or "dataset" in reference else "data it does not name"
+    )
+    sentences.append(f"Compared with {f'{file}, of ' if 'file' in reference else ''}{with_what}.")
   size = finite(part(evaluation, "measures").get("set_size"))
   if size is not None:
     sentences.append(f"KID, precision, recall, density and coverage compare {number(size)} of either.")
