@@ -104,8 +104,13 @@ _CONSENTS = ("allow_data_change",)
 
 
 def without_consents(config: Config) -> Config:
-  """The settings of a workdir as a later command takes them up."""
-  return override(config, {name: value for name, value in values(Config()).items() if name in _CONSENTS})
+  """The settings of a workdir as a later command takes them up.
+
+  Nor are classes among --writers: a workdir may be somebody else's, and nothing that it names is imported.
+  """
+  changes = {name: value for name, value in values(Config()).items() if name in _CONSENTS}
+  ours = [name for name in writer_names(config.train.writers) if ":" not in name]
+  return override(config, changes | {"writers": ",".join(ours)})
 
 
 def check_variance(given: Container[str], config: Config) -> None:
@@ -154,6 +159,19 @@ def from_json(text: str) -> Config:
   return override(Config(), flat)
 
 
+def writer_names(text: str) -> tuple[str, ...]:
+  """The names in --writers. Raises UserError for one that is none, or stands there twice."""
+  names = tuple(name for part in text.split(",") if (name := part.strip()))
+  for name in names:
+    module, colon, attribute = name.partition(":")
+    is_class = colon and all(part.isidentifier() for part in (*module.split("."), attribute))
+    if name not in ("tensorboard", "wandb") and not is_class:
+      raise UserError(f"writers: {name!r} is unknown; use tensorboard, wandb, or package.module:Class")
+  if len(set(names)) < len(names):
+    raise UserError(f"writers: {text} names one twice; name each once")
+  return names
+
+
 def flag_text(value: Any) -> str:
   """A knob's value as it is written on the command line."""
   if isinstance(value, bool):
@@ -193,6 +211,7 @@ def _check_together(config: Config) -> None:
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
   _check_exchange(config.exchange)
+  writer_names(config.train.writers)
   if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
     raise UserError(
       f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"

@@ -50,6 +50,10 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
     defaults = initial.beginning(given["init_from"], folder, defaults)
   if mode != "evaluate" and given.get("write_reference"):
     raise UserError("write_reference: is for --mode=evaluate; add that")
+  if mode == "train" and run and "writers" not in given:
+    before = workdir.load_config(run).train.writers
+    if ":" in before:
+      console.warn(f"writers: {before} names a class, which counts for the command that names it; give --writers again")
   if mode in ("train", "plan"):
     return config_lib.override(defaults, given)  # what may not change is compared when the run starts
   if mode == "export":

@@ -155,6 +155,9 @@ class TrainConfig:
   compilation_cache: str = knob("auto", "Folder that keeps compiled programs for the next start: 'auto' is "
                                 "JAX_COMPILATION_CACHE_DIR, or else ddpm_jax/ in ~/.cache; 'off' keeps none.",
                                 may_change=True)
+  writers: str = knob("tensorboard", "Where the metrics go beside metrics.jsonl, separated by commas (empty: nowhere): "
+                      "'tensorboard', files in the workdir; 'wandb', Weights & Biases; a class of your own, "
+                      "package.module:Class, see docs/several_runs.md.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)

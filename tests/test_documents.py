@@ -26,7 +26,8 @@ DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("READM
 README, WORKSPACE = DOCUMENTS.values()
 OTHERS = (
   "SECURITY.md",
-  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "precision", "reliability", "time_grids")),
+  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "precision", "reliability")),
+  *(f"docs/{name}.md" for name in ("several_runs", "time_grids")),
 )
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
@@ -34,6 +35,7 @@ KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 # Flags of other programs that the documents may mention.
 OTHER_FLAGS = {
   *("flagfile", "help"),  # absl
+  *("out",),  # ddpm_jax.compare
   *("require-hashes",),  # pip
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA

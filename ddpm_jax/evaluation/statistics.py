@@ -143,11 +143,12 @@ def read_statistics(path: str) -> Statistics:
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[Any]:
   try:
-    archive = np.load(path, allow_pickle=False)
-    if not hasattr(archive, "files"):
-      raise ValueError("it is a single array")
-    with archive:
-      yield archive
+    with open(path, "rb") as file:  # which NumPy leaves open where it raises
+      archive = np.load(file, allow_pickle=False)
+      if not hasattr(archive, "files"):
+        raise ValueError("it is a single array")
+      with archive:
+        yield archive
   except FileNotFoundError as error:
     raise UserError(f"reference_stats: there is no file {path}; {_REMEDY}") from error
   except _UNREADABLE as error:

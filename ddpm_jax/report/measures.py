@@ -106,7 +106,11 @@ def _rank(name: str, *endings: str) -> int:
 
 def _conditions(evaluation: Evaluation, of: dict[str, tuple[str, ...]]) -> str:
   chosen = {name: {key: part(evaluation, name).get(key) for key in keys} for name, keys in of.items()}
-  return json.dumps([str(evaluation.get("weights")), chosen], sort_keys=True)
+  return _text(evaluation, chosen)
+
+
+def _text(evaluation: Evaluation, conditions: dict[str, dict[str, Any]]) -> str:
+  return json.dumps({"weights": str(evaluation.get("weights")), **conditions}, sort_keys=True)
 
 
 def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
@@ -138,7 +142,7 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
         value, spread = (finite(part(terms).get(key)) for key in ("total", "standard_error"))
         if value is not None:
           column = found.setdefault((kind, split), Column("Bits/dim", f"{remark}, {split}", "lower"))
-          same = json.dumps([str(evaluation.get("weights")), [part(terms).get(key) for key in keys]])
+          same = _text(evaluation, {kind: {key: part(terms).get(key) for key in keys}})
           column.values[evaluation["step"]] = value, spread, same
   return list(found.values())
 

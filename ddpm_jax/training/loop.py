@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, console, grids, numerics, paths
+from ddpm_jax import compilation, console, grids, loggers, numerics, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -28,6 +28,7 @@ from ddpm_jax.distributed import Job
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
+from ddpm_jax.exchange.file import settings_of_run
 from ddpm_jax.keys import seeded
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
@@ -66,6 +67,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   exists = workdir_lib.check(workdir, config)
+  loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
@@ -140,6 +142,7 @@ def _resume_or_start(
       start_step=start,
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
+      settings=settings_of_run(run.config),
     )
     saver = Saver(
       checkpoints,
