@@ -22,7 +22,7 @@ from ddpm_jax.sampling import run as sampling
 from ddpm_jax.sampling.draw import fit_batch, largest_batch, make_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import Drawn
 from ddpm_jax.training.loop import make_preview
-from ddpm_jax.training.parallel import ByRows, Parallel
+from ddpm_jax.training.parallel import Parallel
 from tests.sampling.conftest import pictures, save_pictures
 from tests.training.tiny import tiny_config, tiny_run
 
@@ -303,14 +303,13 @@ def _preview(config, seed):
 
 def test_a_seed_is_no_part_of_a_program(quick, perfect, config, tmp_path, monkeypatch):
   """So the folder of compiled programs serves every seed. What is drawn differs."""
-  lower, programs = ByRows._lower, []
+  compiled, programs = jax.stages.Lowered.compile, []
 
-  def lowered(self, constants, columns):
-    program = lower(self, constants, columns)
-    programs.append(program.as_text())
-    return program
+  def heard(self, *options, **more):
+    programs.append(self.as_text())
+    return compiled(self, *options, **more)
 
-  monkeypatch.setattr(ByRows, "_lower", lowered)
+  monkeypatch.setattr(jax.stages.Lowered, "compile", heard)
 
   def made(do, seed):
     programs.clear()
