@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from ddpm_jax.errors import UserError
@@ -104,8 +104,22 @@ _CONSENTS = ("allow_data_change",)
 
 
 def without_consents(config: Config) -> Config:
-  """The settings of a workdir as a later command takes them up."""
-  return override(config, {name: value for name, value in values(Config()).items() if name in _CONSENTS})
+  """The settings of a workdir as a later command takes them up.
+
+  Nor are classes among --writers: a workdir may be somebody else's, and nothing that it names is imported.
+  """
+  changes = {name: value for name, value in values(Config()).items() if name in _CONSENTS}
+  ours = [name for name in writer_names(config.train.writers) if ":" not in name]
+  return override(config, changes | {"writers": ",".join(ours)})
+
+
+def check_variance(given: Container[str], config: Config) -> None:
+  """Raises UserError if the knobs that are `given` for a draw name a variance, which only ancestral sampling has."""
+  if "variance" in given and config.sample.sampler != "ddpm":
+    raise UserError(
+      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
+      "--variance out, or use --sampler=ddpm"
+    )
 
 
 # Knobs of drawing that choose among the weights of a workdir.
@@ -143,6 +157,19 @@ def from_json(text: str) -> Config:
         )
       flat[name] = tuple(value) if isinstance(value, list) else value
   return override(Config(), flat)
+
+
+def writer_names(text: str) -> tuple[str, ...]:
+  """The names in --writers. Raises UserError for one that is none, or stands there twice."""
+  names = tuple(name for part in text.split(",") if (name := part.strip()))
+  for name in names:
+    module, colon, attribute = name.partition(":")
+    is_class = colon and all(part.isidentifier() for part in (*module.split("."), attribute))
+    if name not in ("tensorboard", "wandb") and not is_class:
+      raise UserError(f"writers: {name!r} is unknown; use tensorboard, wandb, or package.module:Class")
+  if len(set(names)) < len(names):
+    raise UserError(f"writers: {text} names one twice; name each once")
+  return names
 
 
 def flag_text(value: Any) -> str:
@@ -184,6 +211,7 @@ def _check_together(config: Config) -> None:
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
   _check_exchange(config.exchange)
+  writer_names(config.train.writers)
   if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
     raise UserError(
       f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"
@@ -277,6 +305,17 @@ def _check_evaluate(config: Config) -> None:
   for name in ("inception_weights", "inception_resize"):
     if evaluate.features != "inception" and getattr(evaluate, name) != getattr(defaults, name):
       raise UserError(f"{name}: has no effect with features={evaluate.features}; use --features=inception")
+  if evaluate.reference_stats:
+    if evaluate.write_reference:
+      raise UserError("write_reference: nothing is compared where statistics are written; leave --reference_stats out")
+    if evaluate.reference_split:
+      raise UserError(
+        f"reference_split: {evaluate.reference_split} has no effect with --reference_stats; leave one of them out"
+      )
+  if evaluate.write_reference and not evaluate.write_reference.endswith(".npz"):
+    raise UserError(
+      f"write_reference: {evaluate.write_reference} does not end in .npz, by which others know such files"
+    )
   if train.evaluate_every and train.best_measure not in evaluate.measures:
     raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
   if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:

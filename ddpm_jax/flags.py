@@ -141,7 +141,7 @@ def one_line(error: flags.Error) -> str:
 
 
 # Where the data of a run lie: kept in its workdir, and looked for again by commands from other working directories.
-_PLACES = ("data_dir", "manual_dir", "inception_weights")
+_PLACES = ("data_dir", "manual_dir", "inception_weights", "reference_stats")
 
 
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:

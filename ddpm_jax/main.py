@@ -48,22 +48,24 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
     defaults = initial.beginning(given["init_from"], folder, defaults)
+  if mode != "evaluate" and given.get("write_reference"):
+    raise UserError("write_reference: is for --mode=evaluate; add that")
+  if mode == "train" and run and "writers" not in given:
+    before = workdir.load_config(run).train.writers
+    if ":" in before:
+      console.warn(f"writers: {before} names a class, which counts for the command that names it; give --writers again")
   if mode in ("train", "plan"):
     return config_lib.override(defaults, given)  # what may not change is compared when the run starts
   if mode == "export":
     _check_one_model(given, folder, run)
-  if run or not given.get("init_from"):
-    assert folder is not None
+  if folder is not None and (run or not given.get("init_from")):
     config = _over_stored_run(mode, given, folder)
   else:
     config = config_lib.override(defaults, given)
     if folder is not None:
       workdir.check(folder, config)
-  if _runs_the_network(mode, config) and "variance" in given and config.sample.sampler != "ddpm":
-    raise UserError(
-      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
-      "--variance out, or use --sampler=ddpm"
-    )
+  if _runs_the_network(mode, config):
+    config_lib.check_variance(given, config)
   return config
 
 
@@ -97,6 +99,11 @@ def _check_one_model(given: dict, folder: pathlib.Path | None, run: pathlib.Path
     raise UserError("workdir: name either a run to export, --workdir, or weights of elsewhere, --init_from")
 
 
+def _needs_workdir(mode: str) -> bool:
+  """Whether there is nothing to be done without one. Statistics of a data set are of no run."""
+  return mode not in ("plan", "export") and not (mode == "evaluate" and "write_reference" in flags.given())
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the mode that the flags name. Returns the exit code."""
   mode = absl_flags.FLAGS.mode
@@ -107,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
       if not absl_flags.FLAGS["verbosity"].present:
         terminal.quiet()
-      folder = flags.workdir() if mode not in ("plan", "export") or flags.has_workdir() else None
+      folder = flags.workdir() if _needs_workdir(mode) or flags.has_workdir() else None
       compilation.set_xla_flags()
       config = resolve_config(mode, flags.given(), folder)
       from ddpm_jax import distributed, numerics  # with JAX: after what can be said without it
@@ -142,6 +149,11 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
       exchange_run.export(config, folder)
       return
+    case "evaluate":
+      from ddpm_jax.evaluation import run as evaluation_run
+
+      evaluation_run.evaluate(config, folder)
+      return
   assert folder  # the others do not go without
   match mode:
     case "train":
@@ -154,10 +166,6 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
       from ddpm_jax.sampling import run
 
       run.sample(config, folder)
-    case "evaluate":
-      from ddpm_jax.evaluation import run as evaluation_run
-
-      evaluation_run.evaluate(config, folder)
 
 
 def _exit_code(error: UserError | RunError | NonFiniteError) -> int:

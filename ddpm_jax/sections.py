@@ -156,6 +156,9 @@ class TrainConfig:
   compilation_cache: str = knob("auto", "Folder that keeps compiled programs for the next start: 'auto' is "
                                 "JAX_COMPILATION_CACHE_DIR, or else ddpm_jax/ in ~/.cache; 'off' keeps none.",
                                 may_change=True)
+  writers: str = knob("tensorboard", "Where the metrics go beside metrics.jsonl, separated by commas (empty: nowhere): "
+                      "'tensorboard', files in the workdir; 'wandb', Weights & Biases; a class of your own, "
+                      "package.module:Class, see docs/several_runs.md.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +230,11 @@ class EvaluateConfig:
   evaluate_samples: int = knob(50000, "Samples to measure.", minimum=2, may_change=True)
   reference_split: str = knob("", "Split that samples are compared with (empty: that of the training).",
                               may_change=True)
+  reference_stats: str = knob("", "An npz file of statistics that samples are compared with in place of images: of "
+                              "--write_reference, pytorch-fid or clean-fid (empty: the images themselves).",
+                              may_change=True)
+  write_reference: str = knob("", "Measure nothing; write the statistics of the data set, or of --reference_split, "
+                              "into this npz file. Needs no checkpoint, and no --workdir.", may_change=True)
   likelihood_splits: str = knob("", "Splits of bound and ode, separated by commas (empty: that of the training, and "
                                 "'test' if there is one).", may_change=True)
   likelihood_examples: int = knob(0, "Images of each split for bound and ode, evenly spaced (0: all).", minimum=0,

@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 
+from ddpm_jax.metrics import TIMES
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
 # Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
@@ -80,7 +82,7 @@ def wait_for_line(process, text):
 def metrics(workdir):
   """The lines of metrics.jsonl without the times."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def checkpoints(workdir):

@@ -130,6 +130,7 @@ OTHER = {
   "distributed": "off",
   "steps_per_dispatch": 8,
   "compilation_cache": "/data/cache dir",
+  "writers": "wandb, my.package:Writer",
   "num_samples": 50_000,
   "sampler": "ddim",
   "sampling_steps": 100,
@@ -176,6 +177,8 @@ OTHER_TASKS = [
   | {"sample_task": "progressive", "sampler": "heun", "eta": 0.0},
   {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images", "sample_task")}
   | {"sample_png_dir": "/data/png out"},
+  {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
+  OTHER | {"write_reference": "/data/out of it.npz"},
 ]
 
 
@@ -335,6 +338,12 @@ def test_words_of_a_list_are_checked():
     ({"features": "inception"}, ("inception_weights", "missing", "--features=classifier")),
     ({"inception_weights": "x"}, ("inception_weights", "features=classifier", "--features=inception")),
     ({"inception_resize": "clean"}, ("inception_resize", "features=classifier", "--features=inception")),
+    ({"writers": "tensorbord"}, ("writers", "'tensorbord' is unknown", "package.module:Class")),
+    ({"writers": "my.package:"}, ("writers", "'my.package:' is unknown")),
+    ({"writers": "wandb,wandb"}, ("writers", "wandb,wandb names one twice")),
+    ({"reference_stats": "x.npz", "write_reference": "y.npz"}, ("write_reference", "leave --reference_stats out")),
+    ({"reference_stats": "x.npz", "reference_split": "test"}, ("reference_split", "test", "--reference_stats")),
+    ({"write_reference": "x.np"}, ("write_reference", "x.np", ".npz")),
     ({"evaluate_every": 5, "measures": ("kid",)}, ("best_measure", "frechet", "--measures=kid")),
     ({"best_measure": "kid"}, ("best_measure", "kid", "--evaluate_every")),
   ],
@@ -481,11 +490,12 @@ MAY_CHANGE = {
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
   *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
-  *("steps_per_dispatch", "compilation_cache"),
+  *("steps_per_dispatch", "compilation_cache", "writers"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
   *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
+  *("reference_stats", "write_reference"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
   *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
 }
@@ -514,6 +524,8 @@ def test_once_trained_the_arithmetic_may_change_too():
 
 def test_a_consent_is_not_taken_up_again():
   assert config_lib.without_consents(make(allow_data_change=True, on_bad_record="skip")) == make(on_bad_record="skip")
+  for given, taken_up in (("wandb, a.b:C,tensorboard", "wandb,tensorboard"), ("a:B", ""), ("", "")):
+    assert config_lib.without_consents(make(writers=given)) == make(writers=taken_up)
 
 
 # One knob, one reader.

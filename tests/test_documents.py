@@ -26,7 +26,8 @@ DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("READM
 README, WORKSPACE = DOCUMENTS.values()
 OTHERS = (
   "SECURITY.md",
-  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "precision", "reliability", "time_grids")),
+  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "precision", "reliability")),
+  *(f"docs/{name}.md" for name in ("several_runs", "time_grids")),
 )
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
@@ -34,6 +35,7 @@ KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 # Flags of other programs that the documents may mention.
 OTHER_FLAGS = {
   *("flagfile", "help"),  # absl
+  *("out",),  # ddpm_jax.compare
   *("require-hashes",),  # pip
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
@@ -87,7 +89,7 @@ def parse(*arguments: str) -> tuple[str, dict]:
   flags.define(registry)
   arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
   assert registry(["ddpm_jax.main", *arguments]) == ["ddpm_jax.main"]
-  assert registry["workdir"].value or registry["mode"].value in ("plan", "export")
+  assert registry["workdir"].value or registry["mode"].value in ("plan", "export") or registry["write_reference"].value
   return registry["mode"].value, flags.given(registry)
 
 
@@ -179,7 +181,7 @@ def test_commands_parse():
   assert len(commands) >= 8
   for words in commands:
     mode, given = parse(*words)
-    if mode in ("train", "plan") or "init_from" in given:  # with which a workdir may be new
+    if mode in ("train", "plan") or given.keys() & {"init_from", "write_reference"}:  # there may be no run yet
       config_lib.override(Config(), given)
     else:
       assert all(KNOBS[name].metadata["may_change"] for name in given), words

@@ -279,6 +279,33 @@ def test_sample_checks_its_flags_against_the_stored_run(tmp_path):
     main.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
 
 
+def test_no_class_that_a_workdir_names_is_imported(tmp_path, capsys):
+  """It may be somebody else's."""
+  workdir.create(tmp_path, config_lib.override(Config(), {"writers": "tensorboard,a.b:C"}))
+  assert main.resolve_config("train", {}, tmp_path).train.writers == "tensorboard"
+  assert capsys.readouterr().err == (
+    "warning: writers: tensorboard,a.b:C names a class, which counts for the command that names it; give --writers "
+    "again\n"
+  )
+  for mode, given in (("train", {"writers": "a.b:C"}), ("sample", {}), ("evaluate", {})):
+    assert main.resolve_config(mode, given, tmp_path).train.writers == given.get("writers", "tensorboard")
+  assert capsys.readouterr().err == ""
+
+
+def test_statistics_of_a_data_set_need_no_run(runs, command, capsys, tmp_path):
+  given = {"write_reference": "x.npz", "dataset": "cifar10"}
+  assert main.resolve_config("evaluate", given, None) == config_lib.override(Config(), given)
+  assert command("--mode=evaluate", "--write_reference=x.npz") == 0
+  assert [call[0] for call in runs.calls] == ["distributed", "evaluate"]
+  workdir.create(tmp_path, config_lib.override(Config(), {"split": "test"}))
+  assert main.resolve_config("evaluate", {"write_reference": "x.npz"}, tmp_path).data.split == "test"
+  for mode in ("train", "sample"):
+    assert command(f"--workdir={tmp_path}", "--write_reference=x.npz", f"--mode={mode}") == 2
+    assert one_line(capsys).startswith("error: write_reference: is for --mode=evaluate")
+  assert command("--mode=evaluate") == 2
+  assert one_line(capsys).startswith("error: workdir: missing")
+
+
 # With --init_from.
 
 

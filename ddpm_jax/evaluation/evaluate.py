@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -20,22 +21,25 @@ from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import inception, likelihood
+from ddpm_jax.evaluation import inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import compare, look_up, see
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.reference import Reference, measure_reference
 from ddpm_jax.models.build import build_model, network_of
+from ddpm_jax.models.classifier import FEATURES
 from ddpm_jax.progress import counted
 from ddpm_jax.run import noise_warning
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.sampling.weights import Weights
+from ddpm_jax.training.parallel import Parallel
 
 _OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
 # What the measures are defined for: the k-th neighbour of precision, recall, density and coverage is another point.
 _LEAST_SAMPLES = {"precision_recall": 4}
 _LEAST_IMAGES = {"frechet": 2, "kid": 2, "precision_recall": 4, "density_coverage": 6, "neighbours": 2}
 _SHOWN = 64  # samples in the picture
+_WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,16 @@ class Abandoned(Exception):
 
 
 def measurable(config: Config, train: Source) -> tuple[Config, str]:
+  """What can be measured, where nothing particular is asked for: with these labels, and --reference_stats.
+
+  As `_measurable_with_labels`, and `statistics.measurable`.
+  """
+  kept, line = _measurable_with_labels(config, train)
+  kept, more = statistics.measurable(kept, asked=config)
+  return kept, "; ".join(filter(None, (line, more)))
+
+
+def _measurable_with_labels(config: Config, train: Source) -> tuple[Config, str]:
   """What can be measured, where nothing particular is asked for.
 
   Args:
@@ -116,7 +130,12 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
       inception.read_weights(options.inception_weights)
     else:
       _check_labels(train)
-    _check_numbers(config, train, _split(config, train, options.reference_split))
+    reference, number = _split(config, train, options.reference_split), None
+    if _reads_statistics(options):
+      stats = statistics.read_statistics(options.reference_stats)
+      statistics.check_name(stats, options, _WIDTHS.get(options.features))
+      number = len(stats.features)
+    _check_numbers(config, train, reference, number)
   if any(name in options.measures for name in ("bound", "ode")):
     for _ in _splits(config, train):
       pass
@@ -128,16 +147,25 @@ def _check_labels(source: Source) -> None:
   source.labels()
 
 
-def _check_numbers(config: Config, train: Source, reference: Source) -> None:
-  """Raises UserError if there are fewer samples or images than a measure is defined for."""
+def _reads_statistics(options: EvaluateConfig) -> bool:
+  return bool(options.reference_stats) and any(name in statistics.OF_REFERENCE for name in options.measures)
+
+
+def _check_numbers(config: Config, train: Source, reference: Source, in_file: int | None) -> None:
+  """Raises UserError if there are fewer samples or images than a measure is defined for.
+
+  in_file: how many images --reference_stats has the features of, if that is what samples are compared with.
+  """
   options = config.evaluate
   for measure, number in _LEAST_SAMPLES.items():
     if measure in options.measures and options.evaluate_samples < number:
       raise UserError(f"evaluate_samples: {options.evaluate_samples} are too few for {measure}; use {number} or more")
   for measure, number in _LEAST_IMAGES.items():
-    source = train if measure == "neighbours" else reference
-    if measure in options.measures and len(source) < number:
-      raise UserError(f"measures: {measure} needs {number} images, and {source.name} has {len(source)}; leave it out")
+    name, images = (source := train if measure == "neighbours" else reference).name, len(source)
+    if in_file is not None and measure in statistics.OF_REFERENCE:
+      name, images = options.reference_stats, number if measure == "frechet" else in_file
+    if measure in options.measures and images < number:
+      raise UserError(f"measures: {measure} needs {number} images, and {name} has {images}; leave it out")
 
 
 def evaluate(
@@ -193,8 +221,8 @@ def _samples(
   """Draws, and compares what was drawn with the data."""
   options, size = config.evaluate, config.evaluate.evaluate_batch_size
   source, number = _split(config, train, options.reference_split), options.evaluate_samples
-  features = _features(config, weights, train, around)
-  reference = _reference(source, features, size, around)
+  features = _features(config, weights.run.parallel, train, around)
+  reference, told = _compared_with(config, source, features, train, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
   with around.counted("image", number) as done:
     drawn.draw(number, done=done, say=around.say)
@@ -205,19 +233,14 @@ def _samples(
   pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
   result: dict[str, Any] = {
     "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
-    "reference": {
-      "dataset": source.name,
-      "split": options.reference_split or config.data.split,
-      "number": len(source),
-      "fingerprint": source.fingerprint,
-    },
+    "reference": told,
     "features": features.about
     | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
     "measures": compare(options.measures, features.name, reference, seen),
   }
   around.beat("the measures")
   if "neighbours" in options.measures:
-    if source is not train:  # what could be remembered is what was trained on
+    if source is not train or "file" in told:  # what could be remembered is what was trained on
       reference = _reference(train, features, size, around)
     around.say(f"looking for the samples' nearest images among {len(train)}")
     with around.counted("training image", len(train)) as done:
@@ -228,6 +251,26 @@ def _samples(
   return result, pictures
 
 
+def _compared_with(
+  config: Config, source: Source, features: Features, train: Source, around: Surroundings
+) -> tuple[Reference, dict[str, Any]]:
+  """What samples are compared with, and what is told of it: the statistics of a file, or of the images of a source."""
+  options = config.evaluate
+  if not _reads_statistics(options):
+    return _reference(source, features, options.evaluate_batch_size, around), {
+      "dataset": source.name,
+      "split": options.reference_split or config.data.split,
+      "number": len(source),
+      "fingerprint": source.fingerprint,
+    }
+  stats = statistics.read_statistics(options.reference_stats)
+  width = features.extract(train.read(np.arange(1)).images).features.shape[1]
+  statistics.check_features(stats, features, width)
+  if line := statistics.unstated(stats, features.about, features.name):
+    around.say(line)
+  return stats.reference, stats.told
+
+
 def _reference(source: Source, features: Features, size: int, around: Surroundings) -> Reference:
   with around.counted("feature vector", len(source)) as done:
     reference = measure_reference(source, features, cache=around.cache, batch_size=size, say=around.say, done=done)
@@ -235,13 +278,33 @@ def _reference(source: Source, features: Features, size: int, around: Surroundin
   return reference
 
 
+def write_reference(config: Config, train: Source, path: pathlib.Path, around: Surroundings) -> None:
+  """Writes the statistics of the images of the training, or of --reference_split, into a file.
+
+  All processes must call it; process 0 writes.
+
+  Raises:
+    UserError: images, labels or weights of the features are missing.
+    RunError: the file cannot be written.
+  """
+  options = config.evaluate
+  source = _split(config, train, options.reference_split)
+  if len(source) < _LEAST_IMAGES["frechet"]:
+    raise UserError(f"write_reference: {source.name} has one image, which has no covariance; use more")
+  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  features = _features(config, parallel, train, around)
+  reference = _reference(source, features, options.evaluate_batch_size, around)
+  if jax.process_index() == 0:
+    statistics.write_statistics(path, source, options.reference_split or config.data.split, features, reference)
+
+
 def _needs_samples(config: Config) -> bool:
   return any(name in _OF_SAMPLES for name in config.evaluate.measures)
 
 
-def _features(config: Config, weights: Weights, train: Source, around: Surroundings) -> Features:
+def _features(config: Config, parallel: Parallel, train: Source, around: Surroundings) -> Features:
   """The one place where names become extractors."""
-  options, parallel = config.evaluate, weights.run.parallel
+  options = config.evaluate
   match options.features:
     case "inception":
       return inception.load_inception(

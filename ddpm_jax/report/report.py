@@ -15,6 +15,7 @@ from typing import Any
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.metrics import training_seconds
 from ddpm_jax.report.charts import Series, line_chart, running_mean
 from ddpm_jax.report.measures import completed, measured, part, tiles
 from ddpm_jax.report.page import Html, document, finite, join, number, picture, tag, tile
@@ -36,7 +37,7 @@ _MEASURED = {"samples": "Samples that were measured", "neighbours": "Samples and
 
 
 @dataclasses.dataclass
-class _Run:
+class RunFiles:
   """What the files of a workdir say. `notes` are for the reader: what could not be read, and what went wrong."""
 
   workdir: pathlib.Path
@@ -75,8 +76,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   Raises:
     OSError: if the page cannot be written.
   """
-  run = _Run(workdir, [])
-  _read(run)
+  run = read_run(workdir)
   sections = [*_grids(run), *_drawn(run), *_training(run), *measured(run.evaluations), *_measured_pictures(run)]
   sections += _settings(run)
   dataset = run.config.data.dataset if run.config else "unknown data"
@@ -87,7 +87,14 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / NAME
 
 
-def _read(run: _Run) -> None:
+def read_run(workdir: pathlib.Path) -> RunFiles:
+  """What the files of a workdir say, as far as they can be read; the rest is in its `notes`."""
+  run = RunFiles(workdir, [])
+  _read(run)
+  return run
+
+
+def _read(run: RunFiles) -> None:
   """Reads configuration, metrics and evaluations."""
   text = run.text("config.json")
   if text is None:
@@ -129,7 +136,7 @@ def _json(text: str) -> Any:
     return None
 
 
-def _lead(run: _Run) -> str:
+def _lead(run: RunFiles) -> str:
   """One sentence on what was trained."""
   if run.config is None:
     return "Denoising diffusion probabilistic model."
@@ -141,7 +148,7 @@ def _lead(run: _Run) -> str:
   )
 
 
-def _tiles(run: _Run) -> list[Html]:
+def _tiles(run: RunFiles) -> list[Html]:
   """The numbers at the top."""
   shown = []
   if run.config and run.update:
@@ -154,40 +161,31 @@ def _tiles(run: _Run) -> list[Html]:
   speeds = [value for _, value in run.points("images_per_second")]
   if speeds:
     shown.append(tile("Images per second", number(statistics.median(speeds), 3), "median over the run"))
-  seconds = _seconds(run)
+  seconds = max(training_seconds(run.metrics), default=0.0)
   if seconds:
     hours = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
     shown.append(tile("Training time", hours if seconds >= 90 else f"{seconds:.0f} s", "without saving and drawing"))
   losses = [value for _, value in run.points("loss")]
   if losses:
-    last = losses[-_window(len(losses)) :]
+    last = losses[-averaged_over(len(losses)) :]
     detail = f"mean of the last {len(last)} logged" if len(last) > 1 else "last logged"
     shown.append(tile("Loss", number(statistics.fmean(last), 3), detail))
   shown += tiles(run.evaluations)
   return [tag("div", *shown, class_="grid tiles")] if shown else []
 
 
-def _seconds(run: _Run) -> float:
-  """How long the updates took, from their speeds."""
-  seconds, previous = 0.0, 0.0
-  for step, speed in run.points("steps_per_second"):
-    seconds += max(0.0, step - previous) / speed if speed > 0 else 0.0
-    previous = step
-  return seconds
-
-
-def _notes(run: _Run) -> list[Html]:
+def _notes(run: RunFiles) -> list[Html]:
   if not run.notes:
     return []
   return [tag("div", tag("b", "Notes"), tag("ul", *(tag("li", note) for note in run.notes)), class_="card notes")]
 
 
-def _window(points: int) -> int:
+def averaged_over(points: int) -> int:
   """Over how many points a noisy metric is averaged."""
   return max(1, points // 20)
 
 
-def _training(run: _Run) -> list[Html]:
+def _training(run: RunFiles) -> list[Html]:
   """Charts of what was logged."""
   drawn = []
   for title, key, noisy in (
@@ -197,7 +195,7 @@ def _training(run: _Run) -> list[Html]:
     ("Learning rate", "learning_rate", False),
   ):
     points = run.points(key)
-    window = _window(len(points)) if noisy else 1
+    window = averaged_over(len(points)) if noisy else 1
     series = [Series(title, points)]
     if window > 1:
       mean = Series(f"mean of {window} logged", running_mean(points, window))
@@ -208,7 +206,7 @@ def _training(run: _Run) -> list[Html]:
   return [tag("h2", "Training"), tag("div", *drawn, class_="grid wide")]
 
 
-def _picture(run: _Run, name: str, alt: str, caption: str, large: bool = True) -> Html | None:
+def _picture(run: RunFiles, name: str, alt: str, caption: str, large: bool = True) -> Html | None:
   """A picture of the workdir; None if it is missing, lies elsewhere or is none."""
   try:
     path = (run.workdir / name).resolve()
@@ -222,7 +220,7 @@ def _picture(run: _Run, name: str, alt: str, caption: str, large: bool = True) -
     return None
 
 
-def _grids(run: _Run) -> list[Html]:
+def _grids(run: RunFiles) -> list[Html]:
   """Sample grids over the run, the last one large."""
   paths = sorted((run.workdir / "samples").glob("step_*.png"))
   if len(paths) > _MOST_GRIDS:
@@ -240,7 +238,7 @@ def _grids(run: _Run) -> list[Html]:
   return [tag("h2", "Samples over the run"), tag("p", text, class_="soft"), join([last, "\n", earlier])]
 
 
-def _drawn(run: _Run) -> list[Html]:
+def _drawn(run: RunFiles) -> list[Html]:
   """What --mode=sample left."""
   shown = []
   for name, caption in _DRAWN.items():
@@ -250,7 +248,7 @@ def _drawn(run: _Run) -> list[Html]:
   return [tag("h2", "Drawn with the trained weights"), tag("div", *found, class_="row")] if found else []
 
 
-def _measured_pictures(run: _Run) -> list[Html]:
+def _measured_pictures(run: RunFiles) -> list[Html]:
   """The pictures of the newest evaluation."""
   newest = run.evaluations[-1] if run.evaluations else {}
   shown = []
@@ -261,7 +259,7 @@ def _measured_pictures(run: _Run) -> list[Html]:
   return [tag("h3", "Pictures"), tag("div", *shown, class_="row")] if any(shown) else []
 
 
-def _settings(run: _Run) -> list[Html]:
+def _settings(run: RunFiles) -> list[Html]:
   """Every setting, those that differ from the defaults marked, and how to repeat the run."""
   shown = []
   if run.config:

@@ -11,7 +11,7 @@ from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
 from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
-from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
 from ddpm_jax.training.parallel import ByRows, Parallel, free_memory, from_all_processes
 
@@ -54,15 +54,15 @@ def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, firs
 
 def draw_of(
   predictor: Predictor, table: SamplerTable, *, image_shape: tuple[int, int, int], stream: str
-) -> Callable[[Params, int | jax.Array, jax.Array], jax.Array]:
-  """Returns the pure function (params, seed, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
+) -> Callable[[Seeded, jax.Array], jax.Array]:
+  """Returns the pure function (`Seeded`, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
 
-  Image i is a function of (weights, seed, stream, i). The seed is in 0..2^32 - 1, of type int or uint32.
+  Image i is a function of (weights, seed, stream, i).
   """
 
-  def draw(params: Params, seed: int | jax.Array, index: jax.Array) -> jax.Array:
-    keys = indexed_keys(stream_key(seed, stream), index)
-    return images.to_uint8(sample(table, predictor(params), keys, image_shape)[0])
+  def draw(constants: Seeded, index: jax.Array) -> jax.Array:
+    keys = indexed_keys(stream_key(constants.seed, stream), index)
+    return images.to_uint8(sample(table, predictor(constants.params), keys, image_shape)[0])
 
   return draw
 
@@ -73,17 +73,15 @@ def make_draw(
   *,
   image_shape: tuple[int, int, int],
   parallel: Parallel,
-  seed: int,
   stream: str,
   keep: bool = False,
 ) -> ByRows:
-  """Returns draw(params, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` for that seed on all devices.
+  """Returns draw(`Seeded`, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` on all devices.
 
-  One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding. keep:
-  as in `Parallel.by_rows`.
+  One compilation for each B, whatever the seed. The result does not depend on B or on the number of devices beyond
+  float32 rounding. keep: as in `Parallel.by_rows`.
   """
-  draw = draw_of(predictor, table, image_shape=image_shape, stream=stream)
-  return parallel.by_rows(lambda params, index: draw(params, seed, index), keep=keep)
+  return parallel.by_rows(draw_of(predictor, table, image_shape=image_shape, stream=stream), keep=keep)
 
 
 def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:
@@ -106,15 +104,15 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows, params: Params, *columns: np.ndarray, number: int) -> int:
+def fit_batch(draw: ByRows, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
   """How many of `number` images to draw at once where the user leaves it open; the same on every process.
 
-  columns: arrays like those that `draw` takes beside the weights, of at least one row.
+  columns: arrays like those that `draw` takes beside the constants, of at least one row.
   """
   devices = jax.device_count()
   on_cpu = jax.devices()[0].platform == "cpu"
   most = min(number, devices * (_MOST_ON_A_CPU if on_cpu else _MOST_ON_A_DEVICE))
   free = int(from_all_processes(np.asarray(free_memory())).min())
   return largest_batch(
-    lambda size: draw.bytes_needed(params, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
+    lambda size: draw.bytes_needed(constants, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
   )

@@ -18,7 +18,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.models.build import Params
+from ddpm_jax.keys import Seeded, seeded
 from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import Records, size_text
@@ -69,7 +69,8 @@ class Drawn:
     Raises:
       RunError: if they cannot be written.
     """
-    options, params = self._config.sample, self._weights.params
+    options = self._config.sample
+    constants = seeded(self._weights.params, options.sample_seed)
     before = min(self._done, number)
     if before:
       say(f"{before} of them were drawn before")
@@ -82,16 +83,15 @@ class Drawn:
       self.table,
       image_shape=run.image_shape,
       parallel=run.parallel,
-      seed=options.sample_seed,
       stream="sample",
     )
-    size = self._batch_size(draw, params, number - before)
+    size = self._batch_size(draw, constants, number - before)
     say(f"{size} images at once")
     if before:
       done(before)  # after the compilation, which is no part of the speed
     for first in range(before, number, size):
       index = np.arange(first, min(first + size, number), dtype=np.int32)
-      images = draw(params, index, size=size)
+      images = draw(constants, index, size=size)
       if self._records is not None:
         try:
           self._records.add(images.tobytes())
@@ -101,9 +101,9 @@ class Drawn:
       self._done = first + len(index)
       done(self._done)
 
-  def _batch_size(self, draw: ByRows, params: Params, number: int) -> int:
+  def _batch_size(self, draw: ByRows, constants: Seeded, number: int) -> int:
     asked = self._config.sample.sample_batch_size
-    return min(asked, number) if asked else fit_batch(draw, params, np.zeros(1, np.int32), number=number)
+    return min(asked, number) if asked else fit_batch(draw, constants, np.zeros(1, np.int32), number=number)
 
   def images(self, number: int) -> np.ndarray:
     """The first `number` images, uint8 [number, H, W, C], read from disk as they are used."""

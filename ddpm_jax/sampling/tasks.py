@@ -30,7 +30,7 @@ from ddpm_jax.diffusion.samplers import (
   steps_table,
   time_grid,
 )
-from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
 from ddpm_jax.run import Run
 from ddpm_jax.sampling.draw import Predictor, fit_batch, make_predictor, table_of
@@ -64,16 +64,17 @@ class Parts(NamedTuple):
   params: Params
   config: Config
   predictor: Predictor
-  by_rows: Callable[..., Any]  # (function of rows, *columns) -> its result as NumPy, in batches
+  by_rows: Callable[..., Any]  # (function of (Seeded, *columns), *columns) -> its result as NumPy, in batches
 
   @property
   def options(self) -> SampleConfig:
     """The knobs of drawing."""
     return self.config.sample
 
-  def keys(self, index: jax.Array) -> jax.Array:
-    """The keys of a draw's images."""
-    return indexed_keys(stream_key(self.options.sample_seed, "sample"), index)
+
+def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
+  """The keys of a draw's images."""
+  return indexed_keys(stream_key(constants.seed, "sample"), index)
 
 
 def make_parts(run: Run, params: Params, config: Config, done: Callable[[int], None]) -> Parts:
@@ -81,11 +82,12 @@ def make_parts(run: Run, params: Params, config: Config, done: Callable[[int], N
 
   def by_rows(function: Callable[..., Any], *columns: np.ndarray) -> Any:
     shared, number = run.parallel.by_rows(function), len(columns[0])
+    constants = seeded(params, config.sample.sample_seed)
     asked = config.sample.sample_batch_size
-    size = min(asked, number) if asked else fit_batch(shared, params, *columns, number=number)
+    size = min(asked, number) if asked else fit_batch(shared, constants, *columns, number=number)
     batches = []
     for first in range(0, number, size):
-      batches.append(shared(params, *(column[first : first + size] for column in columns), size=size))
+      batches.append(shared(constants, *(column[first : first + size] for column in columns), size=size))
       done(min(first + size, number))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
@@ -99,8 +101,10 @@ def progressive(parts: Parts) -> Outcome:
   frames = min(_FRAMES, len(table.t))
   keep = np.unique(np.round(np.linspace(0, len(table.t) - 1, frames)).astype(int))
 
-  def rows(params: Params, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x0, kept = sample(table, parts.predictor(params), parts.keys(index), parts.run.image_shape, keep=keep.tolist())
+  def rows(constants: Seeded, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x0, kept = sample(
+      table, parts.predictor(constants.params), _keys(constants, index), parts.run.image_shape, keep=keep.tolist()
+    )
     return images.to_uint8(x0), images.to_uint8(kept)
 
   final, kept = parts.by_rows(rows, np.arange(parts.options.num_samples, dtype=np.int32))
@@ -121,14 +125,14 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
   first = parts.options.interpolation_timestep or max(1, schedule.num_timesteps // 2)
   table = table_of(parts.options, schedule, parts.config.diffusion.variance, first)
 
-  def rows(params: Params, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
-    keys = parts.keys(pair)
+  def rows(constants: Seeded, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    keys = _keys(constants, pair)
     eps = numbered_noise(keys, run.image_shape)(len(table.t) + 1)
     diffuse = jax.vmap(functools.partial(q_sample, schedule), (0, None, 0))
     start = jax.vmap(lerp)(
       diffuse(images.to_float(a), jnp.asarray(first), eps), diffuse(images.to_float(b), jnp.asarray(first), eps), share
     )
-    return images.to_uint8(sample(table, parts.predictor(params), keys, run.image_shape, start=start)[0])
+    return images.to_uint8(sample(table, parts.predictor(constants.params), keys, run.image_shape, start=start)[0])
 
   pair, share = _pairs_and_shares(len(given) // 2)
   drawn = parts.by_rows(rows, pair, given[2 * pair], given[2 * pair + 1], share)
@@ -142,11 +146,11 @@ def slerp_noises(parts: Parts) -> Outcome:
   run = parts.run
   table = table_of(parts.options, run.schedule, parts.config.diffusion.variance)
 
-  def rows(params: Params, pair: jax.Array, share: jax.Array) -> jax.Array:
-    ends = [numbered_noise(parts.keys(2 * pair + end), run.image_shape)(0) for end in (0, 1)]
+  def rows(constants: Seeded, pair: jax.Array, share: jax.Array) -> jax.Array:
+    ends = [numbered_noise(_keys(constants, 2 * pair + end), run.image_shape)(0) for end in (0, 1)]
     start = jax.vmap(slerp)(ends[0], ends[1], share)
     return images.to_uint8(
-      sample(table, parts.predictor(params), parts.keys(2 * pair), run.image_shape, start=start)[0]
+      sample(table, parts.predictor(constants.params), _keys(constants, 2 * pair), run.image_shape, start=start)[0]
     )
 
   drawn = parts.by_rows(rows, *_pairs_and_shares(parts.options.num_samples))
@@ -169,8 +173,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
   drawn_here = mask[:, :, None]
 
-  def rows(params: Params, index: jax.Array, known: jax.Array) -> jax.Array:
-    keys = parts.keys(index)
+  def rows(constants: Seeded, index: jax.Array, known: jax.Array) -> jax.Array:
+    keys = _keys(constants, index)
     after_row = inpaint_after_row(
       schedule,
       jumps,
@@ -178,7 +182,7 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
       jnp.asarray(drawn_here, jnp.float32)[None],
       numbered_noise(keys, run.image_shape),
     )
-    x0, _ = sample(table, parts.predictor(params), keys, run.image_shape, after_row=after_row)
+    x0, _ = sample(table, parts.predictor(constants.params), keys, run.image_shape, after_row=after_row)
     return images.to_uint8(x0)
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
@@ -203,8 +207,8 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   predictor = make_predictor(run.network, schedule, parts.config.diffusion.prediction, unclipped)
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
-  def rows(params: Params, index: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
-    keys, predict = parts.keys(index), predictor(params)
+  def rows(constants: Seeded, index: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
+    keys, predict = _keys(constants, index), predictor(constants.params)
     noise, _ = sample(up, predict, keys, run.image_shape, start=images.to_float(known))
     return noise, sample(down, predict, keys, run.image_shape, start=noise)[0]
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, console, grids, numerics, paths
+from ddpm_jax import compilation, console, grids, loggers, numerics, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
@@ -28,6 +28,8 @@ from ddpm_jax.distributed import Job
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
+from ddpm_jax.exchange.file import settings_of_run
+from ddpm_jax.keys import seeded
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
@@ -65,6 +67,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   exists = workdir_lib.check(workdir, config)
+  loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
   source = open_source(config.data)
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
@@ -152,6 +155,7 @@ def _resume_or_start(
       start_step=start,
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
+      settings=settings_of_run(run.config),
     )
     saver = Saver(
       checkpoints,
@@ -318,17 +322,16 @@ def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], 
     make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
     image_shape=run.image_shape,
     parallel=run.parallel,
-    seed=options.seed,
     stream="preview",
     keep=True,
   )
   index = np.arange(options.preview_images, dtype=np.int32)
   if compiler and options.sample_every and run.parallel.compiles_beside_updates:
-    draw.compile_ahead(compiler.submit, run.abstract_state.params, index)
+    draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, options.seed), index)
 
   def preview(state: TrainState) -> Callable[[], np.ndarray]:
     weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    drawn = {name: draw.start(params, index) for name, params in weights.items()}
+    drawn = {name: draw.start(seeded(params, options.seed), index) for name, params in weights.items()}
     return lambda: grids.captioned(
       {name: grids.image_grid(images(), columns=min(8, len(index))) for name, images in drawn.items()}
     )

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from ddpm_jax import console, grids
-from ddpm_jax.config import TrainConfig
+from ddpm_jax.config import TrainConfig, writer_names
 from ddpm_jax.errors import NonFiniteError
+from ddpm_jax.loggers import Loggers, Settings, find
 from ddpm_jax.progress import Progress
 from ddpm_jax.training.parallel import to_host
 from ddpm_jax.training.step import Metrics
@@ -31,6 +32,7 @@ class Reports:
     start_step: int,
     batch_size: int,
     images: Callable[[int], np.ndarray],
+    settings: Settings,
   ):
     """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten.
 
@@ -41,13 +43,23 @@ class Reports:
       start_step: the number of updates made before.
       batch_size: B, over all processes.
       images: update -> int [B], the indices of its images in the data set.
+      settings: of the run, for others to read: no folder of this machine is named.
+
+    Raises:
+      UserError: one of --writers cannot be imported.
+      RunError: the files cannot be written.
     """
+    writers = writer_names(options.writers)
+    loggers = find(writers)
     self._samples = workdir / "samples"
     self._progress = progress
     self._batch_size, self._images = batch_size, images
     self._max_nonfinite = options.max_nonfinite if options.on_nonfinite == "skip" else 1
-    self._writer = MetricsWriter(workdir, resume_step=start_step) if jax.process_index() == 0 else None
-    self._clock = _Clock()
+    self._writer, self._loggers, before = None, None, (start_step, 0.0)
+    if jax.process_index() == 0:
+      self._writer = MetricsWriter(workdir, resume_step=start_step, tensorboard="tensorboard" in writers)
+      self._loggers, before = Loggers(loggers, workdir, settings, start_step), self._writer.trained_before
+    self._clock = _Clock(*before)
     self._failing = False
 
   def compiled(self, steps: range) -> None:
@@ -87,25 +99,29 @@ class Reports:
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
-    if self._writer:
+    values |= {"images": step * self._batch_size, "seconds": round(self._clock.trained, 3)}
+    if self._writer and self._loggers:
       with self._told(f"the metrics of update {step} wait to be written"):
-        self._writer.write(step, values)
+        self._writer.write(step, values | {"time": round(time.time(), 3)})
+      self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
     self._progress.report(step, facts, rate)
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
     """Adds what was measured of the model after update `step` to its metrics."""
-    if self._writer:
+    if self._writer and self._loggers:
       with self._told(f"what was measured of update {step} is not in the metrics"):
         self._writer.amend(step, values)
+      self._loggers.scalars(step, values)
 
   def samples(self, step: int, picture: np.ndarray) -> None:
     """Writes a sample grid uint8 [height, width, 3]."""
-    if self._writer:
+    if self._writer and self._loggers:
       with self._told(f"the sample grid of update {step} is lost"):
         grids.save_png(self._samples / f"step_{step:08d}.png", picture)
         self._writer.write_image(step, "samples", picture)
+      self._loggers.image(step, "samples", picture)
 
   def flush(self) -> None:
     """Returns once all metrics are on disk. Raises OSError if that cannot be."""
@@ -135,8 +151,9 @@ class Reports:
 
   def close(self) -> None:
     """Closes the files."""
-    if self._writer:
+    if self._writer and self._loggers:
       self._writer.close()
+      self._loggers.close()
 
 
 def _of_update(i: int, metric: jax.Array) -> float:
@@ -145,10 +162,12 @@ def _of_update(i: int, metric: jax.Array) -> float:
 
 
 class _Clock:
-  """Updates a second between two points."""
+  """Updates a second between two points, and the seconds of training in all."""
 
-  def __init__(self):
+  def __init__(self, step: int, trained: float):
+    """`trained`: seconds that the updates up to `step` took."""
     self._time, self._step, self._pause = time.perf_counter(), 0, 0.0
+    self._counted, self.trained = step, trained
 
   def start(self, step: int) -> float:
     """Begins to count at `step`. Returns the seconds since the clock was made."""
@@ -160,6 +179,9 @@ class _Clock:
     now = time.perf_counter()
     rate = (step - self._step) / (now - self._time - self._pause)
     self._time, self._step, self._pause = now, step, 0.0
+    if rate:  # the first call, which compiles, takes as long as those after it
+      self.trained += (step - self._counted) / rate
+      self._counted = step
     return rate
 
   @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Many images: the same ones whatever they are drawn with, and no more than once each."""
 
 import contextlib
+import functools
 import shutil
 
 import jax
@@ -12,12 +13,18 @@ from PIL import Image
 from ddpm_jax import config as config_lib
 from ddpm_jax import main
 from ddpm_jax.data import images as images_lib
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.evaluation import likelihood
+from ddpm_jax.keys import seeded
 from ddpm_jax.sampling import drawn as drawn_lib
 from ddpm_jax.sampling import run as sampling
 from ddpm_jax.sampling.draw import fit_batch, largest_batch, make_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import Drawn
+from ddpm_jax.training.loop import make_preview
 from ddpm_jax.training.parallel import Parallel
+from tests.sampling.conftest import pictures, save_pictures
+from tests.training.tiny import tiny_config, tiny_run
 
 
 def nothing(*_) -> None:
@@ -145,9 +152,9 @@ def test_nothing_is_drawn_twice(perfect, config, twenty, tmp_path, monkeypatch):
     function = real(*args, **options)
 
     class Watched:
-      def __call__(self, params, index, *, size):
+      def __call__(self, constants, index, *, size):
         asked.extend(index.tolist())
-        return function(params, index, size=size)
+        return function(constants, index, size=size)
 
     return Watched()
 
@@ -251,15 +258,16 @@ def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
   run = perfect.run
   predictor = make_predictor(run.network, run.schedule, "eps", config.sample)
   table = table_of(config.sample, run.schedule, "fixed_large")
-  function = make_draw(predictor, table, image_shape=run.image_shape, parallel=run.parallel, seed=0, stream="sample")
-  needed = function.bytes_needed(perfect.params, np.zeros(1, np.int32), size=64)
+  function = make_draw(predictor, table, image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  constants = seeded(perfect.params, 0)
+  needed = function.bytes_needed(constants, np.zeros(1, np.int32), size=64)
   assert needed > 64 * 64 / 8  # its share of the state at least
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: 10 * needed)
-  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) == 64
+  assert fit_batch(function, constants, np.zeros(1, np.int32), number=64) == 64
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: needed // 2)
-  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) in (26, 27)  # 0.85 / 2 of 64
+  assert fit_batch(function, constants, np.zeros(1, np.int32), number=64) in (26, 27)  # 0.85 / 2 of 64
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: 0)
-  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) == 1
+  assert fit_batch(function, constants, np.zeros(1, np.int32), number=64) == 1
 
 
 @pytest.mark.parametrize("png", [False, True])
@@ -276,6 +284,52 @@ def test_too_little_room_is_said_before_anything_is_drawn(quick, monkeypatch, ca
   assert str(quick.path / "a" / "b") in str(caught.value) or not png
   assert main._exit_code(caught.value) == 2
   assert not quick.samples.exists() and capsys.readouterr().err.count("\n") == 1
+
+
+def _likelihood(perfect, config, folder, name, seed):
+  run, weights = perfect.run, perfect.params
+  source = open_source(having(config, dataset=f"folder:{save_pictures(folder / name / str(seed), pictures())}").data)
+  common = dict(source=source, examples=2, batch_size=8, parallel=run.parallel, seed=seed, prediction="eps")
+  if name == "bound":
+    likelihood.bound(run.network, weights, run.schedule, variance="fixed_large", timesteps=2, **common)
+  else:
+    likelihood.ode(run.network, weights, run.schedule, steps=2, probes=1, **common)
+
+
+def _preview(config, seed):
+  run = tiny_run(tiny_config(channels=4, channel_multipliers=(1,), attention_resolutions=(), seed=seed))
+  make_preview(run, None)(run.initial_state())()
+
+
+def test_a_seed_is_no_part_of_a_program(quick, perfect, config, tmp_path, monkeypatch):
+  """So the folder of compiled programs serves every seed. What is drawn differs."""
+  compiled, programs = jax.stages.Lowered.compile, []
+
+  def heard(self, *options, **more):
+    programs.append(self.as_text())
+    return compiled(self, *options, **more)
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", heard)
+
+  def made(do, seed):
+    programs.clear()
+    do(seed)
+    assert programs
+    return list(programs)
+
+  def task(name, seed):
+    sampling.sample(quick.having(sample_task=name, sample_seed=seed, sampler="ddim"), quick.path)
+
+  tasks = ("images", "progressive", "interpolate", "slerp", "inpaint", "reconstruct")
+  doing = {name: functools.partial(task, name) for name in tasks}
+  doing |= {name: functools.partial(_likelihood, perfect, config, tmp_path, name) for name in ("bound", "ode")}
+  doing["preview"] = functools.partial(_preview, config)
+  assert [name for name, do in doing.items() if made(do, 1) != made(do, 2)] == []
+  for name in ("samples", "slerp", "progressive"):
+    second = quick.load(name)["images"]
+    assert quick.settings(name)["sample_seed"] == 2
+    with np.load(quick.samples / f"{name}.1.npz") as first:
+      assert np.abs(first["images"].astype(int) - second).max() > 1, name
 
 
 # What is left behind.

@@ -16,6 +16,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.results import read_result, scalars
+from ddpm_jax.metrics import TIMES
 from ddpm_jax.sampling import drawn
 from ddpm_jax.sampling.weights import load_weights
 from ddpm_jax.stop import StopRequest
@@ -104,7 +105,7 @@ def train(workdir, **changes):
 
 def metrics(workdir):
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
+  return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def result(workdir, step):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import chex
 import jax.numpy as jnp
@@ -16,14 +17,13 @@ from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.metrics import TIMES
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
-
-TIMES = ("steps_per_second", "images_per_second")
 
 
 def noise(seed=0, replaced=()):
@@ -92,7 +92,7 @@ def test_what_a_run_leaves(uninterrupted):
   assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "8"]
   assert [line["step"] for line in metrics(uninterrupted)] == list(range(1, 9))
   assert set(metrics(uninterrupted)[0]) == {
-    *("step", "loss", "grad_norm", "learning_rate", "ema_decay"),
+    *("step", "images", "loss", "grad_norm", "learning_rate", "ema_decay"),
     *("nonfinite", "nonfinite_in_row", "bad_records"),
   }
   assert int(restore(uninterrupted, 4).step) == 4 and int(restore(uninterrupted).step) == 8
@@ -108,6 +108,79 @@ def test_stopped_again_and_again_is_never_stopped(uninterrupted, tmp_path):
     train(tmp_path / "run", num_steps=num_steps)
   chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
   assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+def test_a_line_says_images_and_time_over_all_resumes(tmp_path):
+  """Seconds of training are the steps at the speed of their line, whether the run was stopped or not."""
+  began = time.time()
+  for num_steps in (3, 5, 8):
+    train_little(tmp_path / "run", num_steps=num_steps, log_every=2)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [(row["step"], row["images"]) for row in rows] == [(step, 16 * step) for step in (2, 3, 4, 5, 6, 8)]
+  times = [row["time"] for row in rows]
+  assert times == sorted(times) and began - 1 < times[0] and times[-1] < time.time() + 1
+  seconds, before = 0.0, 0
+  for row in rows:
+    if "steps_per_second" in row:
+      seconds, before = seconds + (row["step"] - before) / row["steps_per_second"], row["step"]
+    assert row["seconds"] == pytest.approx(seconds, abs=0.01)
+  assert 0 < seconds < time.time() - began
+
+
+def test_a_workdir_of_release_0_1_0_counts_its_seconds(tmp_path):
+  train_little(tmp_path / "run", num_steps=4)
+  path = tmp_path / "run" / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  old = [{k: v for k, v in row.items() if k not in ("images", "seconds", "time")} for row in rows]
+  path.write_text("".join(json.dumps(row | {"steps_per_second": 0.5}) + "\n" for row in old))
+  train_little(tmp_path / "run", num_steps=6)
+  assert json.loads(path.read_text().splitlines()[4])["seconds"] >= 8
+  assert json.loads(path.read_text().splitlines()[5])["images"] == 96
+
+
+class Told:
+  """Fails at everything after its first step."""
+
+  calls: list = []  # noqa: RUF012
+
+  def __init__(self, workdir, settings, resume_step):
+    self.calls.append((workdir.name, settings["train"]["seed"], resume_step))
+
+  def scalars(self, step, values):
+    self.calls.append((step, values))
+    if step > 1:
+      raise ConnectionError("no network")
+
+  def image(self, step, name, picture):
+    self.calls.append((step, name))
+
+  def close(self):
+    self.calls.append("close")
+
+
+def test_a_class_of_a_persons_own_is_told_and_ends_nothing(tmp_path, capsys):
+  from tests.training import test_loop
+
+  told, name = test_loop.Told.calls, "tests.training.test_loop:Told"
+  told.clear()
+  train_little(tmp_path / "run", num_steps=3, sample_every=2, seed=5, writers=name)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert told[0] == ("run", 5, 0) and told[-1] == "close"
+  assert [call[0] for call in told[1:-1]] == [1, 2, 2, 3, 3] and told[3] == (2, "samples")
+  assert told[1][1] == {k: v for k, v in rows[0].items() if k not in ("step", "time")}
+  assert not (tmp_path / "run" / "tensorboard").exists()
+  err = capsys.readouterr().err
+  assert err.count("test_loop:Told fails (ConnectionError: no network); the run goes on") == 1
+  assert int(restore(tmp_path / "run", **LITTLE, seed=5).step) == 3
+  train_little(tmp_path / "run", num_steps=4, seed=5, writers="")  # it may change
+  assert len(told) == 7 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_writer_that_does_not_exist_is_said_before_anything_is_written(tmp_path):
+  with pytest.raises(UserError, match="writers: no_such_module:Class cannot be imported"):
+    train_little(tmp_path / "run", writers="no_such_module:Class")
+  assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("size", "ends_at"), [(1, 3), (2, 4)])
