@@ -39,6 +39,7 @@ OTHER_FLAGS = {
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images"),  # benchmarks
+  *("seeds",),  # experiments/launch/sweep.py
   *("port",),  # xprof
 }
 
