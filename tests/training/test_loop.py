@@ -424,15 +424,11 @@ def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path,
 
 
 def traced(workdir):
-  """The last step of each call that is in the trace, and the lines of the trace's host plane."""
+  """The last step of each call that is in the trace."""
   (file,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
-  events = [
-    (event.name, dict(event.stats))
-    for plane in jax.profiler.ProfileData.from_file(str(file)).planes
-    for line in plane.lines
-    for event in line.events
-  ]
-  return sorted({int(stats["step_num"]) for name, stats in events if name == "train"})
+  planes = jax.profiler.ProfileData.from_file(str(file)).planes
+  calls = (event for plane in planes for line in plane.lines for event in line.events if event.name == "train")
+  return sorted({int(dict(call.stats)["step_num"]) for call in calls})
 
 
 def test_a_trace_is_of_whole_calls_and_changes_no_bit(tmp_path, capsys):
