@@ -101,7 +101,7 @@ def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, mo
   codes = [command(f"--workdir={tmp_path}", *flags) for flags in ([], ["--stop_exit_code=75"]) * 2]
   assert codes == [0, 75, 0, 0] and stops == [0, 75] * 2
   workdir.create(tmp_path, config_lib.override(Config(), {"stop_exit_code": 99}))
-  assert command(f"--workdir={tmp_path}") == 99
+  assert command(f"--workdir={tmp_path}") == 99 and stops[-1] == 99
   monkeypatch.setattr(ddpm_jax.training.loop, "train", lambda *_: True)
   monkeypatch.setattr(main, "StopRequest", lambda exit_code: stops.append(exit_code) or StopRequest(exit_code))
   command(f"--workdir={tmp_path}", "--stop_exit_code=75")
