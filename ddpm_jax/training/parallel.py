@@ -252,7 +252,7 @@ class Parallel:
 class PinnedStep:
   """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`, with its scalars."""
 
-  def __init__(self, step: Any, matmul_precision: str, scalars: dict[str, jax.Array]):
+  def __init__(self, step: Any, matmul_precision: str, scalars: Mapping[str, jax.Array]):
     self._step, self._matmul_precision, self._scalars = step, matmul_precision, scalars
 
   def __call__(self, *arguments: Any) -> Any:

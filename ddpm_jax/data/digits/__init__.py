@@ -12,10 +12,12 @@ import gzip
 import hashlib
 import io
 import pathlib
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.splits import SplitDict
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
@@ -33,14 +35,11 @@ def is_digits(data: DataConfig) -> bool:
   return data.dataset.partition(":")[0] == "digits"
 
 
-def splits() -> tfds.core.splits.SplitDict:
+def splits() -> SplitDict:
   """The one split, `train`, as a folder of TFDS describes it."""
-  file = tfds.core.ShardedFileTemplate(
-    data_dir=pathlib.Path(), dataset_name="digits", split="train", filetype_suffix="array_record"
-  )
-  return tfds.core.splits.SplitDict(
-    [tfds.core.SplitInfo(name="train", shard_lengths=[_NUMBER], num_bytes=0, filename_template=file)]
-  )
+  template: Any = tfds.core.ShardedFileTemplate  # whose folder is of TFDS's own type
+  file = template(data_dir=pathlib.Path(), dataset_name="digits", split="train", filetype_suffix="array_record")
+  return SplitDict([tfds.core.SplitInfo(name="train", shard_lengths=[_NUMBER], num_bytes=0, filename_template=file)])
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int]:
