@@ -99,16 +99,16 @@ def changed(
   return differences
 
 
-# Knobs that are a consent: for the command that gives it, and for no later one.
-_CONSENTS = ("allow_data_change",)
+# Knobs for the command that gives them and for no later one: a consent, a look at some steps.
+_FOR_ONE_COMMAND = ("allow_data_change", "profile_steps")
 
 
-def without_consents(config: Config) -> Config:
+def for_a_later_command(config: Config) -> Config:
   """The settings of a workdir as a later command takes them up.
 
   Nor are classes among --writers: a workdir may be somebody else's, and nothing that it names is imported.
   """
-  changes = {name: value for name, value in values(Config()).items() if name in _CONSENTS}
+  changes = {name: value for name, value in values(Config()).items() if name in _FOR_ONE_COMMAND}
   ours = [name for name in writer_names(config.train.writers) if ":" not in name]
   return override(config, changes | {"writers": ",".join(ours)})
 
@@ -120,6 +120,25 @@ def check_variance(given: Container[str], config: Config) -> None:
       f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
       "--variance out, or use --sampler=ddpm"
     )
+
+
+def profiled(profile_steps: str, num_steps: int) -> range:
+  """The training steps that --profile_steps=A:B names, A to B; empty if none.
+
+  Raises:
+    UserError: unless they are 1 <= A <= B <= num_steps.
+  """
+  if not profile_steps:
+    return range(0)
+  first, colon, last = profile_steps.partition(":")
+  if not (colon and all(part.isascii() and part.isdigit() for part in (first, last))):
+    raise UserError(f"profile_steps: {profile_steps!r} is not A:B; name training steps, such as 100:110")
+  if not 1 <= int(first) <= int(last) <= num_steps:
+    raise UserError(
+      f"profile_steps: {profile_steps} does not lie in 1:{num_steps}, the steps of --num_steps, or runs backwards; "
+      "name others"
+    )
+  return range(int(first), int(last) + 1)
 
 
 # Knobs of drawing that choose among the weights of a workdir.
@@ -215,6 +234,11 @@ def _check_together(config: Config) -> None:
   if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
     raise UserError(
       f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"
+    )
+  profiled(config.train.profile_steps, config.train.num_steps)
+  if 1 <= config.train.stop_exit_code <= 3:
+    raise UserError(
+      f"stop_exit_code: {config.train.stop_exit_code} says how a run failed; use 0, or one of 4 to 125, such as 75"
     )
   if not config.model.channel_multipliers:
     raise UserError("channel_multipliers: empty; name one multiple for each level, such as 1,2,2,2")

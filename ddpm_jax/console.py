@@ -1,8 +1,9 @@
 """The only module that prints: what is only said may neither end a run nor hold it up.
 
-`say`, `warn` and `note` print a line. `protect_streams` makes standard output and standard error of a command such that
-whatever anybody prints, a library for one, cannot raise and cannot block: where nobody reads a pipe, the disk with the
-log on it is full or a terminal is gone, lines wait in memory, within limits, and are written later or left out.
+`say`, `warn`, `note` and `error` print a line. `protect_streams` makes standard output and standard error of a command
+such that whatever anybody prints, a library for one, cannot raise and cannot block: where nobody reads a pipe, the disk
+with the log on it is full or a terminal is gone, lines wait in memory, within limits, and are written later or left
+out. `add_times` begins each line of a log with the time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import atexit
 import collections
 import contextlib
+import datetime
 import io
 import os
 import select
@@ -29,6 +31,7 @@ _RETRY_S = 1.0  # from one try to write to the next, where writing fails
 _MOST_BYTES = 2**20  # that wait to be written
 
 _above_bars: Callable[[TextIO], contextlib.AbstractContextManager] = contextlib.nullcontext  # until there is a bar
+_times = False  # whether lines begin with the time, off a terminal
 
 
 def say(text: str) -> None:
@@ -44,6 +47,23 @@ def warn(text: str) -> None:
 def note(text: str, end: str = "\n") -> None:
   """Prints a line, or the beginning of one, to standard error. From any thread."""
   _print(sys.stderr, f"{text}{end}")
+
+
+def error(text: str, more: str = "") -> None:
+  """Prints the line that says why the process ends, to standard error: `error: TEXT`. From any thread.
+
+  Other programs read it: it is one line, without a time. `more`: further lines, such as stacks.
+  """
+  _print(sys.stderr, f"error: {text}\n{more}", times=False)
+
+
+def add_times() -> None:
+  """From now on, lines begin with the time where they go to a file or a pipe, and not to a terminal.
+
+  It is the local time in ISO 8601 with its distance from UTC, as in 2026-11-28T14:10:47+01:00.
+  """
+  global _times
+  _times = True
 
 
 def columns() -> int:
@@ -109,11 +129,14 @@ def _protected(number: int, encoding: str) -> TextIO:
   return io.TextIOWrapper(_Outlet(number), encoding, errors="backslashreplace", line_buffering=True)
 
 
-def _print(stream: TextIO | None, text: str) -> None:
+def _print(stream: TextIO | None, text: str, *, times: bool = True) -> None:
   if stream is None:
     return
   encoding = getattr(stream, "encoding", None) or "utf-8"
   with contextlib.suppress(OSError, ValueError), _above_bars(stream):  # closed, or nobody listens any more
+    if times and _times and not stream.isatty():
+      now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+      text = "".join(f"{now} {line}" if line.strip() else line for line in text.splitlines(keepends=True))
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 

@@ -40,7 +40,7 @@ class _TupleSerializer(flags.ArgumentSerializer):
 
 
 def define(registry: flags.FlagValues = flags.FLAGS) -> None:
-  """Registers --workdir, --mode and a flag for every knob. Call once for each registry."""
+  """Registers --workdir, --mode, --version and a flag for every knob. Call once for each registry."""
   flags.DEFINE_string(
     "workdir",
     None,
@@ -57,6 +57,9 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "export: write its weights for other programs. plan: say what training would need on --topology, and how fast it "
     "could be.",
     flag_values=registry,
+  )
+  flags.DEFINE_boolean(
+    "version", False, "Print the versions of ddpm_jax, JAX, jaxlib and Python.", flag_values=registry
   )
   for _, field, default in config_lib.knobs(Config()):
     text = field.metadata["help"]

@@ -13,7 +13,9 @@ The same command goes on where it stopped, and so does --workdir alone: flags wi
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import pathlib
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING
 from absl import app
 from absl import flags as absl_flags
 
+import ddpm_jax
 from ddpm_jax import compilation, console, flags, hugepages, terminal, workdir
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
@@ -76,7 +79,7 @@ def _runs_the_network(mode: str, config: Config) -> bool:
 
 def _stored(folder: pathlib.Path) -> Config:
   """The settings of a workdir, as a later command takes them up."""
-  stored = config_lib.without_consents(workdir.load_config(folder))
+  stored = config_lib.for_a_later_command(workdir.load_config(folder))
   return config_lib.beyond_init_from(stored) if workdir.has_checkpoints(folder) else stored
 
 
@@ -108,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
   """Runs the mode that the flags name. Returns the exit code."""
   mode = absl_flags.FLAGS.mode
   # Before training has something to save, nothing is lost by a stop: the same command does the same again.
-  with StopRequest(exit_code=0 if mode == "train" else None) as stop:
+  with StopRequest(exit_code=absl_flags.FLAGS.stop_exit_code if mode == "train" else None) as stop:
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
@@ -117,6 +120,8 @@ def main(argv: Sequence[str]) -> int:
       folder = flags.workdir() if _needs_workdir(mode) or flags.has_workdir() else None
       compilation.set_xla_flags()
       config = resolve_config(mode, flags.given(), folder)
+      if mode == "train":
+        stop.exit_code = config.train.stop_exit_code
       from ddpm_jax import distributed, numerics  # with JAX: after what can be said without it
 
       numerics.check_options(config.model.matmul_precision)
@@ -128,32 +133,34 @@ def main(argv: Sequence[str]) -> int:
     stop.again()
     sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
     try:
-      _run(mode, config, folder, stop, job)
-      code = 0
+      code = _run(mode, config, folder, stop, job)
     except (UserError, RunError, NonFiniteError) as error:
       job.wait_for_verdict(root_cause(error))
       code = _exit_code(error)
-    job.leave(code)
+      job.leave(code)
+    else:
+      job.leave(0)  # whatever the code is: after a stop, too, all processes have come to the same end
   return code
 
 
-def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> None:
+def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> int:
+  """Returns the exit code."""
   match mode:
     case "plan":
       from ddpm_jax.plan import run as plan_run
 
       plan_run.plan(config)
-      return
+      return 0
     case "export":
       from ddpm_jax.exchange import run as exchange_run
 
       exchange_run.export(config, folder)
-      return
+      return 0
     case "evaluate":
       from ddpm_jax.evaluation import run as evaluation_run
 
       evaluation_run.evaluate(config, folder)
-      return
+      return 0
   assert folder  # the others do not go without
   match mode:
     case "train":
@@ -161,16 +168,17 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      loop.train(config, folder, stop, job)
+      return 0 if loop.train(config, folder, stop, job) else config.train.stop_exit_code
     case "sample":
       from ddpm_jax.sampling import run
 
       run.sample(config, folder)
+  return 0
 
 
 def _exit_code(error: UserError | RunError | NonFiniteError) -> int:
   """Tells what ended the run on purpose, in one line. Returns the exit code."""
-  console.note(f"error: {error}")
+  console.error(str(error))
   return next(code for kind, code in ((UserError, 2), (RunError, 1), (NonFiniteError, 3)) if isinstance(error, kind))
 
 
@@ -183,13 +191,31 @@ def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseExce
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
-    return absl_flags.FLAGS([argv[0], *flags.expand_flagfiles(argv[1:])])
+    left = absl_flags.FLAGS([argv[0], *flags.expand_flagfiles(argv[1:])])
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
     sys.exit(_exit_code(UserError(f"{flags.one_line(error)}; --help lists the flags")))
   except UserError as error:
     sys.exit(_exit_code(error))
+  if absl_flags.FLAGS.version:
+    console.say(_versions())
+    sys.exit(0)
+  return left
+
+
+def _versions() -> str:
+  """What --version prints: a line for each of this package, JAX, jaxlib and Python, which is not slow to find out."""
+  installed = {name: importlib.metadata.version(name.lower()) for name in ("JAX", "jaxlib")}
+  versions = {"ddpm_jax": ddpm_jax.__version__, **installed, "Python": platform.python_version()}
+  return "\n".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _command(argv: Sequence[str]) -> int:
+  """`main` of a process of its own. Its output is a log, unless it is a plan, which is a page of tables."""
+  if absl_flags.FLAGS.mode != "plan":
+    console.add_times()
+  return main(argv)
 
 
 if __name__ == "__main__":
@@ -198,4 +224,4 @@ if __name__ == "__main__":
   compilation.seldom_look_for_garbage()
   flags.define()
   absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
-  app.run(main, flags_parser=_parse_flags)
+  app.run(_command, flags_parser=_parse_flags)

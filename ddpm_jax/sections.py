@@ -19,8 +19,8 @@ class DataConfig:
   dataset: str = knob("digits", "'digits' (embedded), any TensorFlow Datasets name such as 'cifar10' or "
                       "'lsun/bedroom', or 'folder:PATH' for a folder of PNG, JPEG or WebP images.")
   split: str = knob("train", "Split of a TFDS data set, in TFDS's notation ('train', 'train+test', 'train[:90%]').")
-  data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets; the "
-                       "digits go to the temporary folder if there is no writable home).", may_change=True)
+  data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets); the "
+                       "digits need no folder.", may_change=True)
   manual_dir: str = knob("", "A folder that already holds the data set's original files; TFDS verifies their "
                          "checksums and downloads nothing that is there.", may_change=True)
   follow_links: bool = knob(False, "Follow symbolic links in a folder of images, also to files outside of it, as in a "
@@ -159,6 +159,12 @@ class TrainConfig:
   writers: str = knob("tensorboard", "Where the metrics go beside metrics.jsonl, separated by commas (empty: nowhere): "
                       "'tensorboard', files in the workdir; 'wandb', Weights & Biases; a class of your own, "
                       "package.module:Class, see docs/several_runs.md.", may_change=True)
+  stop_exit_code: int = knob(0, "Exit code of training that was asked to stop, with all it made saved, before it was "
+                             "finished: one that is not 0 lets a scheduler start it again (4 to 125, such as 75).",
+                             minimum=0, maximum=125, may_change=True)
+  profile_steps: str = knob("", "A:B writes a trace of training steps A to B by jax.profiler into profile/ in the "
+                            "workdir, of process 0. The calls of --steps_per_dispatch that make them are traced "
+                            "whole, as they end where they would without a trace.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,8 +258,9 @@ class EvaluateConfig:
 class PlanConfig:
   """What --mode=plan plans for."""
 
-  topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4', 'v5p:2x2x2' or "
-                       "'v6e:2x4', which need not be here, or 'cpu', the CPU of this machine.", may_change=True)
+  topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4' or 'v5p:2x2x2', "
+                       "or a slice as Cloud TPU calls it, such as 'v5e-16' or 'v5p-128', which need not be here; or "
+                       "'cpu', the CPU of this machine. GPUs cannot be planned where none is.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,9 +29,9 @@ class StopRequest:
   """
 
   def __init__(self, exit_code: int | None = None):
-    """exit_code: where there is nothing to save; 128 + the signal's number if None."""
+    """exit_code: where a signal ends the process at once and nothing is lost; 128 + the signal's number if None."""
     self.requested: int | None = None
-    self._exit_code = exit_code
+    self.exit_code = exit_code
     self._deferred, self._exit_text = False, "stopped; there was nothing to save"
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     self._numbers = tuple(number for number in _SIGNALS if not (ignored and number == signal.SIGHUP))
@@ -87,7 +87,7 @@ class StopRequest:
       if not self._deferred:
         console.note(f"{name}: {self._exit_text}")
         console.drain()
-        os._exit(128 + number if self._exit_code is None else self._exit_code)
+        os._exit(128 + number if self.exit_code is None else self.exit_code)
       self.requested = number
       console.note(f"{name}: saving, then stopping; a second SIGTERM or Ctrl-C ends at once, without a checkpoint")
 

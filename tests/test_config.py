@@ -42,6 +42,7 @@ ZERO_MEANS = {
   "evaluate_every": "never",
   "likelihood_examples": "all",
   "bound_timesteps": "all T",
+  "stop_exit_code": "as when it is finished",
 }
 
 # The defaults are tuned from time to time; the tests that need numbers bring their own.
@@ -131,6 +132,8 @@ OTHER = {
   "steps_per_dispatch": 8,
   "compilation_cache": "/data/cache dir",
   "writers": "wandb, my.package:Writer",
+  "stop_exit_code": 75,
+  "profile_steps": "100:110",
   "num_samples": 50_000,
   "sampler": "ddim",
   "sampling_steps": 100,
@@ -271,6 +274,7 @@ def test_unknown_choice_is_refused_with_all_that_are_known(name):
     ("eta", 1.01, "at most 1"),
     ("threshold_quantile", 1.01, "at most 1"),
     ("evaluate_samples", 1, "at least 2"),
+    ("stop_exit_code", 126, "at most 125"),
     ("seed", 2**32, "less than 4294967296"),
     ("sample_seed", 2**32, "less than 4294967296"),
   ],
@@ -346,6 +350,10 @@ def test_words_of_a_list_are_checked():
     ({"write_reference": "x.np"}, ("write_reference", "x.np", ".npz")),
     ({"evaluate_every": 5, "measures": ("kid",)}, ("best_measure", "frechet", "--measures=kid")),
     ({"best_measure": "kid"}, ("best_measure", "kid", "--evaluate_every")),
+    *(({"stop_exit_code": code}, ("stop_exit_code", str(code), "how a run failed", "75")) for code in (1, 2, 3)),
+    *(({"profile_steps": text}, ("profile_steps", repr(text), "such as")) for text in ("5", ":", "1:", "a:b", "1:²")),
+    *(({"profile_steps": text}, ("profile_steps", text, "1:4000")) for text in ("0:5", "5:4", "1:4001")),
+    ({"profile_steps": "1:2:3"}, ("profile_steps", "'1:2:3'", "such as")),
   ],
   ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -381,6 +389,8 @@ def test_contradictions_are_refused(changes, parts):
     {"checkpoint": "4000"},
     {"num_timesteps": 50, "bound_timesteps": 100, "ode_steps": 100},
     {"evaluate_every": 5, "best_measure": "ode", "measures": ("ode",)},
+    {"stop_exit_code": 4},
+    {"stop_exit_code": 125},
   ],
   ids=str,
 )
@@ -490,7 +500,7 @@ MAY_CHANGE = {
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
   *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
-  *("steps_per_dispatch", "compilation_cache", "writers"),
+  *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
@@ -522,10 +532,16 @@ def test_once_trained_the_arithmetic_may_change_too():
   assert resumed - used == {"dtype", "matmul_precision"} and used < resumed
 
 
-def test_a_consent_is_not_taken_up_again():
-  assert config_lib.without_consents(make(allow_data_change=True, on_bad_record="skip")) == make(on_bad_record="skip")
+def test_what_is_for_one_command_is_not_taken_up_again():
+  given = make(allow_data_change=True, profile_steps="3:5", on_bad_record="skip")
+  assert config_lib.for_a_later_command(given) == make(on_bad_record="skip")
   for given, taken_up in (("wandb, a.b:C,tensorboard", "wandb,tensorboard"), ("a:B", ""), ("", "")):
-    assert config_lib.without_consents(make(writers=given)) == make(writers=taken_up)
+    assert config_lib.for_a_later_command(make(writers=given)) == make(writers=taken_up)
+
+
+def test_steps_to_be_profiled():
+  for text, want in (("", range(0)), ("1:1", range(1, 2)), ("30:4000", range(30, 4001))):
+    assert config_lib.profiled(text, 4000) == want
 
 
 # One knob, one reader.

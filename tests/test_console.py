@@ -1,5 +1,6 @@
 """Output that fails in every way: nothing raises, nothing waits for long, and what can be written is, in order."""
 
+import datetime
 import errno
 import io
 import os
@@ -162,6 +163,41 @@ def test_a_disk_that_was_full_gets_what_was_said_meanwhile(pipe, outlet, monkeyp
   stream.drain()
   expected = "before\n" + "".join(f"while it was full {i}\n" for i in range(50))
   assert os.read(pipe[0], 2**16).decode() == expected
+
+
+class Written(io.StringIO):
+  """A stream that is a terminal, or none."""
+
+  def __init__(self, terminal):
+    super().__init__()
+    self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_of_a_log_begin_with_the_time(monkeypatch, terminal):
+  """Each line that has something in it, but the one that says why a process ends, and none on a terminal."""
+  out, err = Written(terminal), Written(terminal)
+  monkeypatch.setattr(sys, "stdout", out)
+  monkeypatch.setattr(sys, "stderr", err)
+  monkeypatch.setattr(console, "_times", False)
+  console.say("before")
+  console.add_times()
+  console.say("two\n\n  lines")
+  console.warn("something")
+  console.error("field: value; remedy", more="stack\n")
+  lines = {"out": ["two", "", "  lines"], "err": ["warning: something"]}
+  rest = {"out": out.getvalue().removeprefix("before\n"), "err": err.getvalue()}
+  ended = "error: field: value; remedy\nstack\n"
+  assert rest["err"].endswith(ended)
+  rest["err"] = rest["err"].removesuffix(ended)
+  for name, expected in lines.items():
+    found = rest[name].splitlines()
+    if not terminal:
+      times = [datetime.datetime.fromisoformat(line.partition(" ")[0]) for line in found if line]
+      now = datetime.datetime.now(datetime.UTC)
+      assert len(times) > 0 and all(abs(now - time) < datetime.timedelta(minutes=1) for time in times)
+      found = [line.partition(" ")[2] for line in found]
+    assert found == expected
 
 
 def test_without_protection_a_stream_that_fails_is_put_up_with(monkeypatch):

@@ -41,6 +41,8 @@ OTHER_FLAGS = {
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images"),  # benchmarks
+  *("seeds",),  # experiments/launch/sweep.py
+  *("port",),  # xprof
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
@@ -124,7 +126,7 @@ def test_links_and_pictures_lead_somewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
   switches = {f"no{knob}" for knob, field in KNOBS.items() if isinstance(field.default, bool)}
-  unknown = named_flags(PAGES[name]) - set(KNOBS) - {"workdir", "mode"} - switches - OTHER_FLAGS
+  unknown = named_flags(PAGES[name]) - set(KNOBS) - {"workdir", "mode", "version"} - switches - OTHER_FLAGS
   assert not unknown
 
 
@@ -200,7 +202,7 @@ def test_every_flag_is_in_a_group():
   groups = {}
   for group, names in rows:
     groups.setdefault(group, []).extend(names.removeprefix("--").split(" --"))
-  wanted = {"run": ["workdir", "mode", "flagfile"]}
+  wanted = {"run": ["workdir", "mode", "flagfile", "version"]}
   for group, field, _ in config_lib.knobs(Config()):
     wanted.setdefault(group, []).append(field.name)
   assert groups == wanted

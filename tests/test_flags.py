@@ -11,7 +11,7 @@ from ddpm_jax.errors import UserError
 
 # People and scripts use these: they stay.
 NAMES = {
-  *("workdir", "mode", "seed"),
+  *("workdir", "mode", "version", "seed"),
   *("dataset", "data_dir", "manual_dir", "image_size", "batch_size", "random_flip"),
   *("num_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction", "loss", "loss_weighting", "variance"),
   *("channels", "channel_multipliers", "num_res_blocks", "attention_resolutions", "dropout", "dtype", "remat"),
@@ -42,7 +42,7 @@ def test_names_that_stay(registry):
 
 def test_one_flag_for_each_knob_with_its_default_and_help(registry):
   knobs = {field.name: (default, field.metadata["help"]) for _, field, default in config_lib.knobs(Config())}
-  assert set(registry) == {"workdir", "mode"} | set(knobs)
+  assert set(registry) == {"workdir", "mode", "version"} | set(knobs)
   for name, (default, text) in knobs.items():
     assert registry[name].default == default
     assert type(registry[name].default) is type(default)

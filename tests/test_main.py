@@ -6,6 +6,7 @@ import sys
 import types
 
 import jax
+import jaxlib
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -20,6 +21,7 @@ from ddpm_jax import distributed, flags, main, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.stop import StopRequest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -85,6 +87,26 @@ def test_train(runs, command, tmp_path):
   assert command(f"--workdir={tmp_path}", "--channels=64") == 0
   expected = config_lib.override(Config(), {"channels": 64})
   assert runs.calls == [("distributed", "auto", 100), ("train", expected, tmp_path)]
+
+
+def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, monkeypatch):
+  """And no other end; a stop that comes while the settings are not known yet has it, too."""
+  stops, finished = [], [False, False, True, True, False]
+
+  def train(config, folder, stop, job):
+    stops.append(stop.exit_code)
+    return finished.pop(0)
+
+  monkeypatch.setattr(ddpm_jax.training.loop, "train", train)
+  codes = [command(f"--workdir={tmp_path}", *flags) for flags in ([], ["--stop_exit_code=75"]) * 2]
+  assert codes == [0, 75, 0, 0] and stops == [0, 75] * 2
+  workdir.create(tmp_path, config_lib.override(Config(), {"stop_exit_code": 99}))
+  assert command(f"--workdir={tmp_path}") == 99 and stops[-1] == 99
+  monkeypatch.setattr(ddpm_jax.training.loop, "train", lambda *_: True)
+  monkeypatch.setattr(main, "StopRequest", lambda exit_code: stops.append(exit_code) or StopRequest(exit_code))
+  command(f"--workdir={tmp_path}", "--stop_exit_code=75")
+  command(f"--workdir={tmp_path}", "--stop_exit_code=75", "--mode=sample")
+  assert stops[-2:] == [75, None]
 
 
 def test_processes_are_joined_before_the_run_and_as_asked(runs, command, tmp_path):
@@ -446,6 +468,12 @@ _LOADED = (
 )
 
 
+VERSIONS = (
+  f"ddpm_jax {ddpm_jax.__version__}\nJAX {jax.__version__}\njaxlib {jaxlib.__version__}\n"
+  f"Python {sys.version.split()[0]}\n"
+)
+
+
 def test_the_command(tmp_path):
   start = [sys.executable, "-m", "ddpm_jax.main"]
   commands = {
@@ -454,6 +482,7 @@ def test_the_command(tmp_path):
     # Found after the imports of a run, whose libraries like to talk.
     "no folder": [*start, f"--workdir={tmp_path / 'b'}", f"--dataset=folder:{tmp_path / 'none'}"],
     "help": [*start, "--help"],
+    "version": [*start, "--version", "--mode=sample"],
     "imports": [sys.executable, "-c", _LOADED],
   }
   environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -469,6 +498,7 @@ def test_the_command(tmp_path):
     assert err.count("\n") == 1
     assert word in err
   assert ended["imports"] == ("[]\n", "", 0)
+  assert ended["version"] == (VERSIONS, "", 0)
   assert ended["help"][1:] == ("", 0)
   assert "--workdir" in ended["help"][0]
   assert "--channel_multipliers" in ended["help"][0]

@@ -41,6 +41,7 @@ from ddpm_jax.training.checkpoint import Checkpoints, NoneInCommonError, Restore
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.profile import Profile
 from ddpm_jax.training.programs import Compiler, StepProgram
 from ddpm_jax.training.reports import Reports
 from ddpm_jax.training.saver import Saver
@@ -49,7 +50,7 @@ from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
+def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> bool:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
   Args:
@@ -57,6 +58,9 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     workdir: its folder.
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
+
+  Returns:
+    Whether the run is finished; if not, it was asked to stop.
 
   Raises:
     UserError: before anything is compiled, if the command does not fit the data, the devices, the workdir or its
@@ -106,7 +110,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
       moved = checkpoints.set_aside(step)
       if lock:
         console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
-    _resume_or_start(run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog)
+    return _resume_or_start(run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog)
 
 
 def _resume_or_start(
@@ -121,8 +125,8 @@ def _resume_or_start(
   stop: StopRequest,
   job: Job,
   watchdog: Watchdog,
-) -> None:
-  """Says what is going to happen, and lets it.
+) -> bool:
+  """Says what is going to happen, and lets it. Returns whether the run is finished.
 
   `passed` are checkpoints from which a run of this length does not go on; `lock` is that of the first process, which
   alone says anything.
@@ -137,7 +141,7 @@ def _resume_or_start(
   if lock:
     console.say(_headline(run, source, workdir, start, job, finished, end))
   if finished:
-    return
+    return True
   if lock:
     if warning := noise_warning(run):
       console.warn(warning)
@@ -167,14 +171,21 @@ def _resume_or_start(
       extra_step=decay_start(run.config.optimizer, total),
     )
     trains_first = start < total and not evaluation_missing(run.config, workdir, start)
-    with contextlib.closing(reports), contextlib.closing(Compiler()) as compiler:
+    profile = Profile(
+      config_lib.profiled(run.config.train.profile_steps, total),
+      workdir / "profile",
+      start_step=start,
+      say=progress.say,
+      paused=reports.paused,
+    )
+    with contextlib.closing(reports), contextlib.closing(profile), contextlib.closing(Compiler()) as compiler:
       make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       preview = make_preview(run, compiler if trains_first else None)
-      around = _Around(reports, saver, evaluations, preview, progress, stop, watchdog)
-      end = _train(run, source, state, start, make_updates, around)
+      around = _Around(reports, saver, evaluations, preview, profile, progress, stop, watchdog)
+      end, stopped = _train(run, source, state, start, make_updates, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
@@ -187,6 +198,7 @@ def _resume_or_start(
     except UserError as error:
       console.warn(f"{error}")
     console.say(_farewell(workdir, end, total))
+  return not stopped
 
 
 def _renew(workdir: pathlib.Path, config: Config) -> None:
@@ -202,17 +214,24 @@ class _Around(NamedTuple):
   saver: Saver
   evaluations: Evaluations
   preview: Callable[[TrainState], Callable[[], np.ndarray]]
+  profile: Profile
   progress: Progress
   stop: StopRequest
   watchdog: Watchdog
 
 
-def _train(run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around) -> int:
-  """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
+def _train(
+  run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around
+) -> tuple[int, bool]:
+  """Makes the updates after `start`.
+
+  Returns:
+    The number of updates in the last checkpoint, and whether a request to stop came before the run was finished.
+  """
   parallel, options, step = run.parallel, run.config.train, start
-  reports, saver, evaluations, preview, progress, stop, watchdog = around
+  reports, saver, evaluations, preview, profile, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
-    return start
+    return start, True
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
@@ -238,8 +257,13 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
       order = parallel.put_order(len(steps), stop=stop.requested is not None)
-      with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
+      profile.before(steps, state)
+      with (
+        jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
+        jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
+      ):
         state, *outputs = make_updates(state, placed, order)
+      profile.after(steps, outputs)
       progress.advance(len(steps))
       in_flight.append((steps, *outputs))
       if steps[0] == start + 1:
@@ -269,11 +293,12 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
           reports.samples(step, picture())
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
-          last |= evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          stopping = evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          last |= stopping
       if last:
         break
     saver.finish(step)
-  return step
+  return step, stopping and (step < options.num_steps or evaluations.due(step))
 
 
 def calls_ahead(options: TrainConfig) -> int:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -99,13 +100,22 @@ class Parallel:
     """Within a compiled function: the arrays on every device. For fsdp they are gathered."""
     return jax.lax.with_sharding_constraint(tree, self.replicated) if self.mode == "fsdp" else tree
 
-  def compile(self, train_step: Callable, abstract_state: Tree, *, updates: int = 1) -> PinnedStep:
+  def compile(
+    self,
+    train_step: Callable,
+    abstract_state: Tree,
+    *,
+    updates: int = 1,
+    scalars: Mapping[str, np.generic] = types.MappingProxyType({}),
+  ) -> PinnedStep:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
     Args:
       train_step: one update of a TrainState, whose parameters may be packed (`packed.pack`).
       abstract_state: shapes and types of the state.
       updates: how many can be made in one call. If more than one, the metrics have a leading axis [updates].
+      scalars: further keyword arguments of `train_step`, which are data of the program and no constants in it: with
+        other values it is the same program.
 
     Returns:
       (state, batches, order) -> (state, metrics, whether any process wants to stop). The batches are those of
@@ -117,36 +127,40 @@ class Parallel:
       case "pmap":
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
-        def mapped(state: Tree, batches: Tree, order: jax.Array):
+        def mapped(state: Tree, batches: Tree, order: jax.Array, scalars: Tree):
           number, stop = jax.lax.pmax(order, AXIS)
-          step = functools.partial(train_step, axis_name=AXIS)
+          step = functools.partial(train_step, axis_name=AXIS, **scalars)
           return *make_updates(step, state, batches, number, most=updates, packed=self._packs), stop
 
         step = jax.pmap(
           mapped,
           axis_name=AXIS,
-          in_axes=(None, 0, 0),
+          in_axes=(None, 0, 0, None),
           out_axes=None,
           donate_argnums=0,
           devices=list(self.mesh.devices.flat) if self._elsewhere else None,
         )
       case "fsdp":
 
-        def sharded(state: Tree, batches: Tree, orders: jax.Array):
+        def sharded(state: Tree, batches: Tree, orders: jax.Array, scalars: Tree):
           number, stop = jnp.max(orders, axis=0)
-          step = functools.partial(train_step, axis_name=None)
+          step = functools.partial(train_step, axis_name=None, **scalars)
           return *make_updates(step, state, batches, number, most=updates), stop
 
         shardings = self.state_shardings(abstract_state)
         step = jax.jit(
           sharded,
-          in_shardings=(shardings, self._batches_sharding(updates), self.split),
+          in_shardings=(shardings, self._batches_sharding(updates), self.split, self.replicated),
           out_shardings=(shardings, self.replicated, self.replicated),
           donate_argnums=0,
         )
       case _:
         raise ValueError(f"unknown parallelism {self.mode!r}")
-    return PinnedStep(step, self.matmul_precision)
+    placed = {
+      name: jax.make_array_from_callback((), self.replicated, lambda _, value=value: np.asarray(value))
+      for name, value in scalars.items()
+    }
+    return PinnedStep(step, self.matmul_precision, placed)
 
   @property
   def _packs(self) -> bool:
@@ -236,20 +250,20 @@ class Parallel:
 
 
 class PinnedStep:
-  """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`."""
+  """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`, with its scalars."""
 
-  def __init__(self, step: Any, matmul_precision: str):
-    self._step, self._matmul_precision = step, matmul_precision
+  def __init__(self, step: Any, matmul_precision: str, scalars: Mapping[str, jax.Array]):
+    self._step, self._matmul_precision, self._scalars = step, matmul_precision, scalars
 
   def __call__(self, *arguments: Any) -> Any:
     """Runs the step; compiles it first if it has to."""
     with numerics.pinned(self._matmul_precision):
-      return self._step(*arguments)
+      return self._step(*arguments, self._scalars)
 
   def lower(self, *arguments: Any) -> Any:
     """A `jax.stages.Lowered`, as what `jax.jit` returns has it."""
     with numerics.pinned(self._matmul_precision):
-      return self._step.lower(*arguments)
+      return self._step.lower(*arguments, self._scalars)
 
 
 class ByRows:

@@ -7,6 +7,7 @@ import signal
 import time
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -40,12 +41,12 @@ def noise_images(monkeypatch):
 
 def train(workdir, **changes):
   with StopRequest() as stop:
-    loop.train(tiny_config(**changes), workdir, stop)
+    return loop.train(tiny_config(**changes), workdir, stop)
 
 
 def train_little(workdir, **changes):
   """The same with a network that is built in a moment, where it does not matter which."""
-  train(workdir, **(LITTLE | changes))
+  return train(workdir, **(LITTLE | changes))
 
 
 DECAY = dict(lr_schedule="constant_then_decay", decay_fraction=0.3)
@@ -198,14 +199,14 @@ def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size
 
   monkeypatch.setattr(loop, "batches", interrupt)
   before = signal.getsignal(signal.SIGTERM)
-  train(tmp_path / "run", **options)
+  assert not train(tmp_path / "run", **options)
   assert f"stopped on request after update {ends_at} of 8, saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) is before
   assert (tmp_path / "run" / "checkpoints" / str(ends_at)).exists()
   monkeypatch.setattr(loop, "batches", real)
-  train(tmp_path / "run", **options)
+  assert train(tmp_path / "run", **options)
   assert "resuming" in capsys.readouterr().out
-  train(tmp_path / "whole", **options)
+  assert train(tmp_path / "whole", **options)
   chex.assert_trees_all_equal(restore(tmp_path / "run", **options), restore(tmp_path / "whole", **options))
   assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
@@ -232,7 +233,7 @@ def test_updates_lost_to_a_crash_are_made_and_logged_again(uninterrupted, tmp_pa
 def test_a_finished_run_does_nothing(uninterrupted, capsys):
   before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
   config = (uninterrupted / "config.json").read_text()
-  train(uninterrupted, sample_every=6, num_samples=9)
+  assert train(uninterrupted, sample_every=6, num_samples=9)
   assert (uninterrupted / "config.json").read_text() == config
   assert "already holds all 8 updates: nothing to do" in capsys.readouterr().out
   assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
@@ -493,6 +494,43 @@ def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path,
   # And with other calls.
   train(tmp_path / "other", **options | {"log_every": 3})
   chex.assert_trees_all_equal(restore(tmp_path / "other", **options), restore(tmp_path / "run", **options))
+
+
+def traced(workdir):
+  """The last step of each call that is in the trace."""
+  (file,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
+  planes = jax.profiler.ProfileData.from_file(str(file)).planes
+  calls = (event for plane in planes for line in plane.lines for event in line.events if event.name == "train")
+  return sorted({int(dict(call.stats)["step_num"]) for call in calls})
+
+
+def test_a_trace_is_of_whole_calls_and_changes_no_bit(tmp_path, capsys):
+  """Calls are of the steps 1 2, 3 4, 5 6, 7 8."""
+  options = LITTLE | dict(steps_per_dispatch=2, log_every=4)
+  train(tmp_path / "run", **options)
+  train(tmp_path / "traced", **options, profile_steps="3:5")
+  assert f"profile of steps 3 to 6: {tmp_path / 'traced' / 'profile'}" in capsys.readouterr().out
+  assert traced(tmp_path / "traced") == [4, 6]
+  chex.assert_trees_all_equal(restore(tmp_path / "traced", **options), restore(tmp_path / "run", **options))
+  assert metrics(tmp_path / "traced") == metrics(tmp_path / "run")
+
+
+def test_a_trace_of_a_run_that_is_resumed_or_ends_early(tmp_path, monkeypatch, capsys):
+  """What cannot be written is told; steps that were made are not made again; of a run that fails there is its part."""
+  folder = tmp_path / "run" / "profile"
+  train_little(tmp_path / "run", num_steps=2)
+  folder.write_text("no folder")
+  assert train_little(tmp_path / "run", num_steps=3, profile_steps="3:3")
+  assert f"warning: profile_steps: cannot write the trace into {folder} (" in capsys.readouterr().err
+  folder.unlink()
+  train_little(tmp_path / "run", num_steps=4, profile_steps="2:3")
+  assert "profile_steps: step 3 is after 2:3, so nothing is traced" in capsys.readouterr().out
+  assert not folder.exists()
+  monkeypatch.setattr(loop, "make_train_step", poisoned([6]))
+  with pytest.raises(NonFiniteError):
+    train_little(tmp_path / "run", profile_steps="4:8")
+  assert f"profile from step 5 on: {folder}" in capsys.readouterr().out
+  assert traced(tmp_path / "run")[0] == 5
 
 
 def test_an_update_inside_a_call_is_named(tmp_path, monkeypatch, capsys):

@@ -2,7 +2,9 @@
 
 import contextlib
 import threading
+from concurrent.futures import Future
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from ddpm_jax.training import loop
 from ddpm_jax.training.loop import make_preview
 from ddpm_jax.training.parallel import Parallel
 from ddpm_jax.training.programs import Compiler, StepProgram
-from tests.training.tiny import random_batch, tiny_config, tiny_run
+from tests.training.tiny import host, random_batch, tiny_config, tiny_run
 
 _seen: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: _seen.append(event))
@@ -37,6 +39,27 @@ def test_the_first_call_finds_what_was_compiled(mode, updates):
     state, *_ = make_updates(state, batches, run.parallel.put_order(number))
   assert lowered() == before and state.step == updates + 1
   compiler.close()
+
+
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_another_seed_is_the_same_program(mode):
+  """It is data, and the bits are those of a step in which it is a constant."""
+  texts = []
+
+  class Heard:
+    def submit(self, lowered):
+      texts.append(lowered.as_text())
+      return Future()
+
+  for seed in (0, 2**32 - 1):
+    little = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
+    run = tiny_run(tiny_config(parallel=mode, seed=seed, steps_per_dispatch=1, **little))
+    given = StepProgram(run, make_train_step(run), Heard(), ahead=True)._step
+  assert texts[0] == texts[1]
+  bound = run.parallel.compile(make_train_step(run), run.abstract_state)
+  inputs = run.parallel.put_batches([random_batch()]), run.parallel.put_order()
+  (state, metrics, _), expected = (step(run.initial_state(), *inputs) for step in (given, bound))
+  chex.assert_trees_all_equal(host((state, metrics)), host(expected[:2]))
 
 
 def test_nothing_is_compiled_where_nothing_is_left_to_train():
