@@ -196,7 +196,7 @@ def _samples(
   features = _features(config, weights, train, around)
   reference = _reference(source, features, size, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
-  with around.counted("image", number) as done:
+  with around.counted("evaluation", number * drawn.evaluations) as done:
     drawn.draw(number, done=done, say=around.say)
   multihost_utils.sync_global_devices("the images are on disk")
   images = drawn.images(number)

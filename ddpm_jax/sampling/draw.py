@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
-from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, make_sampler, sample, x0_predictor
+from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import ByRows, Parallel, free_memory, from_all_processes
+from ddpm_jax.training.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -86,6 +87,44 @@ def make_draw(
   return parallel.by_rows(lambda params, index: draw(params, seed, index), keep=keep)
 
 
+def make_long_draw(
+  predictor: Predictor,
+  table: SamplerTable,
+  *,
+  image_shape: tuple[int, int, int],
+  parallel: Parallel,
+  seed: int,
+  stream: str,
+) -> ByStretches:
+  """`make_draw` in stretches of network evaluations, so that somebody can be told how far it is. The same images."""
+
+  def trajectory(params: Params, index: jax.Array) -> Trajectory:
+    return Trajectory(table, predictor(params), indexed_keys(stream_key(seed, stream), index), image_shape)
+
+  return by_stretches(parallel, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
+
+
+def by_stretches(
+  parallel: Parallel, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
+) -> ByStretches:
+  """Compiles a draw on all devices, in stretches.
+
+  Args:
+    parallel: the devices.
+    evaluations: rows of the sampler's table.
+    trajectory: (params, *columns [B, ...]) -> the way of these B examples.
+    end: (x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
+  """
+  return parallel.by_stretches(
+    Loop(
+      begin=lambda params, *columns: trajectory(params, *columns).begin(),
+      advance=lambda params, state, first, last, *columns: trajectory(params, *columns).advance(state, first, last),
+      end=lambda params, state, *columns: end(*trajectory(params, *columns).end(state)),
+      number=evaluations,
+    )
+  )
+
+
 def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:
   """Images to draw at once: as many as fit into the memory of the devices.
 
@@ -106,7 +145,7 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows, params: Params, *columns: np.ndarray, number: int) -> int:
+def fit_batch(draw: ByRows | ByStretches, params: Params, *columns: np.ndarray, number: int) -> int:
   """How many of `number` images to draw at once where the user leaves it open; the same on every process.
 
   columns: arrays like those that `draw` takes beside the weights, of at least one row.

@@ -19,10 +19,10 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.models.build import Params
-from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import fit_batch, make_long_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import Records, size_text
-from ddpm_jax.training.parallel import ByRows, from_all_processes
+from ddpm_jax.training.parallel import ByStretches, from_all_processes
 
 # Knobs of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
@@ -43,6 +43,7 @@ class Drawn:
     text = json.dumps([weights.identity, run.image_shape, own], sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
+    self.evaluations = len(self.table.t)  # of the network, for each image
     self._image_bytes = math.prod(run.image_shape)
     self._records, self._done = None, 0
     if jax.process_index() == 0:
@@ -63,7 +64,8 @@ class Drawn:
 
     Args:
       number: of images.
-      done: called with how many there are, first and after each batch. What it raises ends the draw, which can go on.
+      done: called with how many of the `number` * `evaluations` evaluations are made: first, about twice a second, and
+        after each batch. What it raises ends the draw, which can go on after the last whole batch.
       say: takes a line.
 
     Raises:
@@ -74,10 +76,10 @@ class Drawn:
     if before:
       say(f"{before} of them were drawn before")
     if before == number:
-      done(number)
+      done(number * self.evaluations)
       return
     run = self._weights.run
-    draw = make_draw(
+    draw = make_long_draw(
       make_predictor(run.network, run.schedule, self._config.diffusion.prediction, options),
       self.table,
       image_shape=run.image_shape,
@@ -87,11 +89,15 @@ class Drawn:
     )
     size = self._batch_size(draw, params, number - before)
     say(f"{size} images at once")
-    if before:
-      done(before)  # after the compilation, which is no part of the speed
+    done(before * self.evaluations)
     for first in range(before, number, size):
       index = np.arange(first, min(first + size, number), dtype=np.int32)
-      images = draw(params, index, size=size)
+
+      def made(rows: int, first: int = first, count: int = len(index)) -> None:
+        if rows < self.evaluations:  # the last one counts once the images are on disk
+          done(first * self.evaluations + count * rows)
+
+      images = draw(params, index, size=size, done=made)
       if self._records is not None:
         try:
           self._records.add(images.tobytes())
@@ -99,9 +105,9 @@ class Drawn:
         except OSError as error:
           raise cannot_write(self.path.parent, error) from error
       self._done = first + len(index)
-      done(self._done)
+      done(self._done * self.evaluations)
 
-  def _batch_size(self, draw: ByRows, params: Params, number: int) -> int:
+  def _batch_size(self, draw: ByStretches, params: Params, number: int) -> int:
     asked = self._config.sample.sample_batch_size
     return min(asked, number) if asked else fit_batch(draw, params, np.zeros(1, np.int32), number=number)
 

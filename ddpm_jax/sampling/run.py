@@ -60,8 +60,9 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   adopt(config, workdir)
   drawn = Drawn(weights, config, folder)
   quiet = jax.process_index() != 0
-  with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
-    say(_headline(config, weights, f"drawing {options.num_samples} images", len(drawn.table.t)))
+  total = options.num_samples * drawn.evaluations
+  with contextlib.closing(drawn), counted("evaluation", total=total, quiet=quiet) as (done, say):
+    say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.evaluations))
     drawn.draw(options.num_samples, done=done, say=say)
   if jax.process_index() == 0:
     images = drawn.images(options.num_samples)
@@ -88,23 +89,24 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   images = inputs.given_images(config, run.image_shape, given, accept) if given else np.empty(0)
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
   adopt(config, workdir)
-  rows = number * tasks.rows_for_each(name)
-  with counted("image", total=rows, quiet=jax.process_index() != 0) as (done, say):
-    say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
-    parts = tasks.make_parts(run, weights.params, config, done)
-    match name:
-      case "progressive":
-        outcome = tasks.progressive(parts)
-      case "interpolate":
-        outcome = tasks.interpolate(parts, images)
-      case "slerp":
-        outcome = tasks.slerp_noises(parts)
-      case "inpaint":
-        outcome = tasks.inpaint(parts, images, mask)
-      case "reconstruct":
-        outcome = tasks.reconstruct(parts, images)
-      case _:
-        raise ValueError(f"unknown task {name!r}")
+  quiet = jax.process_index() != 0
+  if not quiet:
+    rows = number * tasks.rows_for_each(name)
+    console.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
+  parts = tasks.make_parts(run, weights.params, config, quiet=quiet)
+  match name:
+    case "progressive":
+      outcome = tasks.progressive(parts)
+    case "interpolate":
+      outcome = tasks.interpolate(parts, images)
+    case "slerp":
+      outcome = tasks.slerp_noises(parts)
+    case "inpaint":
+      outcome = tasks.inpaint(parts, images, mask)
+    case "reconstruct":
+      outcome = tasks.reconstruct(parts, images)
+    case _:
+      raise ValueError(f"unknown task {name!r}")
   if jax.process_index() == 0:
     files: Written = {
       ".npz": lambda path: _save_npz(path, outcome.arrays, settings(config, weights) | dict(outcome.told)),

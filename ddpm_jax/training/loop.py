@@ -47,6 +47,9 @@ from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
 
+_QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
+
+
 def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
@@ -169,7 +172,7 @@ def _resume_or_start(
       console.warn(f"cannot write {workdir / 'loss.png'} ({error.strerror})")
     except UserError as error:
       console.warn(f"{error}")
-    console.say(_farewell(workdir, end, total))
+    console.say(_farewell(workdir, end, total, run.schedule.num_timesteps))
 
 
 def _renew(workdir: pathlib.Path, config: Config) -> None:
@@ -221,15 +224,19 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
       order = parallel.put_order(len(steps), stop=stop.requested is not None)
-      with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-        state, *outputs = make_updates(state, placed, order)
-      progress.advance(len(steps))
+      first = steps[0] == start + 1
+      with progress.compiling() if first else contextlib.nullcontext():
+        with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
+          state, *outputs = make_updates(state, placed, order)
+        if first:
+          stop.defer()  # from now on there is something to save
+          jax.block_until_ready(outputs)
       in_flight.append((steps, *outputs))
-      if steps[0] == start + 1:
-        stop.defer()  # from now on there is something to save
-        jax.block_until_ready(outputs)
+      if first:
         reports.compiled(steps)
         compilation.look_for_garbage_as_usual()
+      else:
+        progress.advance(len(steps))
       # The device is never left without a next update, and a request to stop finds few under way.
       # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
       stopping |= settle(run_ahead)
@@ -362,8 +369,8 @@ def _headline(
   return what + f"training {total} updates{first} in {workdir}; compiling"
 
 
-def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
-  done = step >= total
+def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
+  done, quick = step >= total, min(_QUICK, num_timesteps)
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   board = shlex.join(["tensorboard", f"--logdir={workdir}"])
@@ -371,4 +378,4 @@ def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
   metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and {board}
-{again}  draw images   {paths.command("--mode=sample", f"--workdir={workdir}")}"""
+{again}  draw images   {paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")}"""

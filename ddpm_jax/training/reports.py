@@ -54,7 +54,7 @@ class Reports:
     """Says how long the first call took, which includes the compilation, and starts to measure the speed."""
     which = f"update {steps[0]}" if len(steps) == 1 else f"updates {steps[0]} to {steps[-1]}"
     self._progress.say(f"compiled and made {which} in {self._clock.start(steps[-1]):.1f} s")
-    self._progress.unpause()
+    self._progress.begin(steps[-1])
 
   def check(self, steps: range, metrics: Metrics) -> None:
     """Waits for the updates `steps`, made in one call, and looks whether they were finite.
