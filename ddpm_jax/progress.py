@@ -124,15 +124,15 @@ def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[i
 
     def done(number: int) -> None:
       nonlocal before, at_first, began, due
-      now = time.perf_counter()
+      now = time.perf_counter() - progress.left_out_s
       if at_first is None:
-        at_first, began, due = number, now - progress.left_out_s, now + next(waits)
+        at_first, began, due = number, now, now + next(waits)
         progress.begin(number)
       else:
         progress.advance(number - before)
       before = number
       if number == total or now >= due:
         due = now + next(waits)
-        progress.report(number, {}, (number - at_first) / max(now - progress.left_out_s - began, 1e-9))
+        progress.report(number, {}, (number - at_first) / max(now - began, 1e-9))
 
     yield done, progress.say

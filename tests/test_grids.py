@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 
@@ -113,22 +114,46 @@ def test_one_caption_needs_no_gap():
 
 def test_png_keeps_every_pixel(tmp_path):
   picture = pictures(1, 21, 34, 3)[0]
-  grids.save_png(tmp_path / "a.png", picture)
+  grids.save_png(tmp_path / "a.png", picture, {})
   with Image.open(tmp_path / "a.png") as image:
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (34, 21))
     np.testing.assert_array_equal(np.asarray(image), picture)
 
 
+def test_a_picture_says_what_it_is_of(tmp_path):
+  path, facts = tmp_path / "a.png", {"checkpoint": 139, "sampler": "ddpm", "weights": "é"}
+  grids.save_png(path, pictures(1, 21, 34, 3)[0], facts)
+  assert grids.facts_of(path) == facts
+  with Image.open(path) as image:  # as any program can read it
+    assert json.loads(image.text["ddpm_jax"]) == facts
+
+
+def test_a_picture_of_an_earlier_release_is_of_what_lies_beside_it(tmp_path):
+  Image.fromarray(pictures(1, 21, 34, 3)[0]).save(tmp_path / "a.png")
+  assert grids.facts_of(tmp_path / "a.png") == {}
+  np.savez(tmp_path / "a.npz", settings=np.asarray('{"checkpoint": 7}'))
+  assert grids.facts_of(tmp_path / "a.png") == {"checkpoint": 7}
+  for name in ("b", "c", "d", "e", "f"):  # and whatever else may lie there
+    (tmp_path / f"{name}.png").write_bytes(b"none")
+  np.savez(tmp_path / "b.npz", images=np.zeros(3))
+  np.savez(tmp_path / "c.npz", settings=np.asarray("[" * 10**5))
+  np.savez(tmp_path / "d.npz", settings=np.asarray("[7]"))
+  (tmp_path / "e.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:100])
+  (tmp_path / "f.npz").write_bytes(b"")
+  for name in ("b", "c", "d", "e", "f", "missing"):
+    assert grids.facts_of(tmp_path / f"{name}.png") == {}, name
+
+
 def test_a_full_disk_leaves_the_earlier_picture(tmp_path):
   old, new = pictures(2, 21, 34, 3)
-  grids.save_png(tmp_path / "a.png", old)
+  grids.save_png(tmp_path / "a.png", old, {})
   before = (tmp_path / "a.png").read_bytes()
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
   try:
     for name in ("a.png", "b.png"):
       with pytest.raises(OSError, match="File too large"):
-        grids.save_png(tmp_path / name, new)
+        grids.save_png(tmp_path / name, new, {})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -137,7 +162,7 @@ def test_a_full_disk_leaves_the_earlier_picture(tmp_path):
 
 def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
   old, new = pictures(2, 21, 34, 3)
-  grids.save_png(tmp_path / "a.png", old)
+  grids.save_png(tmp_path / "a.png", old, {})
 
   def killed(*_):
     raise KeyboardInterrupt
@@ -146,8 +171,8 @@ def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       patch.setattr(os, name, killed)
       with pytest.raises(KeyboardInterrupt):
-        grids.save_png(tmp_path / "a.png", new)
+        grids.save_png(tmp_path / "a.png", new, {})
     with Image.open(tmp_path / "a.png") as image:
       np.testing.assert_array_equal(np.asarray(image), old)
-  grids.save_png(tmp_path / "a.png", new)
+  grids.save_png(tmp_path / "a.png", new, {})
   assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

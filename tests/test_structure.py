@@ -142,7 +142,7 @@ def test_nothing_imports_main_and_only_main_starts_a_run():
 
 @pytest.mark.parametrize("file", below("report"))
 def test_the_report_is_made_of_files_alone(file):
-  allowed = ("ddpm_jax.report", "ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.storage")
+  allowed = ("ddpm_jax.report", "ddpm_jax.config", "ddpm_jax.errors", "ddpm_jax.grids", "ddpm_jax.storage")
   assert all(name.startswith(allowed) for name in ours(file))
 
 

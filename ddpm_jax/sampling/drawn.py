@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +26,8 @@ from ddpm_jax.training.parallel import ByStretches, from_all_processes
 
 # Knobs of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
+
+_PATHS = ("sample_png_dir", "input_images", "mask")
 
 
 class Drawn:
@@ -140,6 +142,12 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "matmul_precision": config.model.matmul_precision,
     "device": jax.devices()[0].device_kind,
   }
+
+
+def facts_of_picture(settings: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+  """What a picture carries of what drew it. Pictures are passed on, so no path of this machine is among it."""
+  told = {name: value for name, value in settings.items() if name not in _PATHS}
+  return told | {"weights_sha256": weights.identity}
 
 
 def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:

@@ -10,20 +10,19 @@ import collections
 import contextlib
 import pathlib
 import shlex
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, console, grids, numerics, paths
+from ddpm_jax import compilation, console, numerics, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
@@ -32,25 +31,30 @@ from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
-from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import earlier, resume
 from ddpm_jax.training.checkpoint import Checkpoints, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.preview import EarlyGrids, Preview
 from ddpm_jax.training.programs import Compiler, StepProgram
-from ddpm_jax.training.reports import Reports
+from ddpm_jax.training.reports import Reports, write_pages
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
-
 _QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
 
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
+def train(
+  config: Config,
+  workdir: pathlib.Path,
+  stop: StopRequest,
+  job: Job | None = None,
+  clock: Callable[[], float] = time.monotonic,
+) -> None:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
   Args:
@@ -58,6 +62,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     workdir: its folder.
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
+    clock: seconds, for the early sample grids.
 
   Raises:
     UserError: before anything is compiled, if the command does not fit the data, the devices, the workdir or its
@@ -94,7 +99,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=start)
     cleanup.enter_context(contextlib.closing(checkpoints))
     restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-    _resume_or_start(run, source, workdir, checkpoints, restored, params, lock, stop, job, watchdog)
+    _resume_or_start(run, source, workdir, checkpoints, restored, params, lock, stop, job, watchdog, clock)
 
 
 def _resume_or_start(
@@ -108,6 +113,7 @@ def _resume_or_start(
   stop: StopRequest,
   job: Job,
   watchdog: Watchdog,
+  clock: Callable[[], float],
 ) -> None:
   """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
   start, total = restored.step if restored else 0, run.config.train.num_steps
@@ -133,6 +139,7 @@ def _resume_or_start(
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
+  so_far = (restored.manifest if restored else {}).get("so_far", {})
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
@@ -142,6 +149,7 @@ def _resume_or_start(
       start_step=start,
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
+      losses=so_far.get("losses", ()),
     )
     saver = Saver(
       checkpoints,
@@ -158,18 +166,16 @@ def _resume_or_start(
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
-      preview = make_preview(run, compiler if trains_first else None)
-      around = _Around(reports, saver, evaluations, preview, progress, stop, watchdog)
+      preview = Preview(run, compiler if trains_first else None)
+      early = EarlyGrids(wanted=run.config.train.sample_every > 0, before_s=so_far.get("trained_s", 0.0), clock=clock)
+      around = _Around(reports, saver, evaluations, preview, early, progress, stop, watchdog)
       end = _train(run, source, state, start, make_updates, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
-      if (workdir / "metrics.jsonl").stat().st_size:
-        from ddpm_jax import plots  # Matplotlib takes long to import
-
-        plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+      write_pages(workdir)
     except OSError as error:  # all that matters is saved
-      console.warn(f"cannot write {workdir / 'loss.png'} ({error.strerror})")
+      console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
     except UserError as error:
       console.warn(f"{error}")
     console.say(_farewell(workdir, end, total, run.schedule.num_timesteps))
@@ -187,7 +193,8 @@ class _Around(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
-  preview: Callable[[TrainState], Callable[[], np.ndarray]]
+  preview: Preview
+  early: EarlyGrids
   progress: Progress
   stop: StopRequest
   watchdog: Watchdog
@@ -196,34 +203,35 @@ class _Around(NamedTuple):
 def _train(run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around) -> int:
   """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
   parallel, options, step = run.parallel, run.config.train, start
-  reports, saver, evaluations, preview, progress, stop, watchdog = around
+  reports, saver, evaluations, preview, early, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
     return start
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
   run_ahead = calls_ahead(options)
-  stopping = False
+  stopping = early_grid = False
 
   with contextlib.closing(host_batches):
 
-    def settle(at_most: int) -> bool:
-      """Waits until that many calls are in flight, and reports the others. Whether any of them was asked to stop."""
-      asked = False
+    def settle(at_most: int) -> None:
+      """Waits until that many calls are in flight, reports the others, and counts the votes of the processes."""
+      nonlocal stopping, early_grid
       while len(in_flight) > at_most:
-        made, metrics, any_stops = in_flight.popleft()
+        made, metrics, votes = in_flight.popleft()
         reports.check(made, metrics)
         done = made[-1]
         if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
           reports.metrics(made, metrics)
-        asked |= not alone and bool(to_host(any_stops))
+        if not alone:
+          stop_now, grid_now = to_host(votes).tolist()
+          stopping, early_grid = stopping or bool(stop_now), early_grid or bool(grid_now)
         watchdog.beat(f"update {done}")
-      return asked
 
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
-      order = parallel.put_order(len(steps), stop=stop.requested is not None)
+      order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
       first = steps[0] == start + 1
       with progress.compiling() if first else contextlib.nullcontext():
         with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
@@ -234,29 +242,34 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
       in_flight.append((steps, *outputs))
       if first:
         reports.compiled(steps)
+        early.begin()
         compilation.look_for_garbage_as_usual()
       else:
         progress.advance(len(steps))
       # The device is never left without a next update, and a request to stop finds few under way.
       # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
-      stopping |= settle(run_ahead)
-      stopping |= alone and stop.requested is not None
+      settle(run_ahead)
+      if alone:
+        stopping, early_grid = stop.requested is not None, early.due(compiling=preview.compiling)
       saver.poll(step)
 
       save_now = stopping or step == options.num_steps or saver.due(step) or evaluations.due(step)
-      preview_now = options.sample_every and (step == options.num_steps or step % options.sample_every == 0)
+      preview_now = early_grid or _grid_due(options, step)
       if not (save_now or (preview_now and not stopping)):
         continue
-      stopping |= settle(0)
+      settle(0)
       last = save_now and (stopping or step == options.num_steps)
       with reports.paused():
         # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
         picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
         if save_now:
-          saver.save(parallel.globalize(state), step, last=last)
+          so_far = {"losses": list(reports.losses), "trained_s": round(early.trained_s, 1)}
+          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": so_far})
           watchdog.beat(f"checkpoint {step}")
         if picture:
-          reports.samples(step, picture())
+          reports.samples(step, picture(), preview.settings)
+          early.drawn()
+          early_grid = False
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
           last |= evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
@@ -264,6 +277,11 @@ def _train(run: Run, source: Source, state: TrainState, start: int, make_updates
         break
     saver.finish(step)
   return step
+
+
+def _grid_due(options: TrainConfig, step: int) -> bool:
+  """Whether `--sample_every` asks for a sample grid of the state after `step` updates."""
+  return options.sample_every > 0 and (step % options.sample_every == 0 or step == options.num_steps)
 
 
 def calls_ahead(options: TrainConfig) -> int:
@@ -296,38 +314,6 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     threads=run.config.data.data_threads,
     workers=run.config.data.data_workers,
   )
-
-
-def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], Callable[[], np.ndarray]]:
-  """Returns a function that begins a sample grid: state -> what waits for the picture and gives it.
-
-  The EMA weights are beside the raw ones, from the same noise.
-
-  If there will be grids, `compiler` compiles what draws them after the step, beside the first updates. None: the first
-  grid waits for that.
-  """
-  options, schedule = run.config.train, run.schedule
-  draw = make_draw(
-    make_predictor(run.network, schedule, run.config.diffusion.prediction),
-    make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
-    image_shape=run.image_shape,
-    parallel=run.parallel,
-    seed=options.seed,
-    stream="preview",
-    keep=True,
-  )
-  index = np.arange(options.preview_images, dtype=np.int32)
-  if compiler and options.sample_every and run.parallel.compiles_beside_updates:
-    draw.compile_ahead(compiler.submit, run.abstract_state.params, index)
-
-  def preview(state: TrainState) -> Callable[[], np.ndarray]:
-    weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    drawn = {name: draw.start(params, index) for name, params in weights.items()}
-    return lambda: grids.captioned(
-      {name: grids.image_grid(images(), columns=min(8, len(index))) for name, images in drawn.items()}
-    )
-
-  return preview
 
 
 def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
@@ -374,8 +360,9 @@ def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) 
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   board = shlex.join(["tensorboard", f"--logdir={workdir}"])
+  draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and {board}
-{again}  draw images   {paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")}"""
+  metrics       {workdir / "metrics.jsonl"}, loss.png and report.html beside it, and {board}
+{again}  draw images   {draw}"""

@@ -57,7 +57,7 @@ class Parallel:
     self.mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
-    self._orders: dict[tuple[int, bool], jax.Array] = {}
+    self._orders: dict[tuple[int, bool, bool], jax.Array] = {}
 
   def check_batch(self, batch_size: int, grad_accum_steps: int = 1) -> None:
     """Raises UserError if the devices do not divide the global batch, or a part of it."""
@@ -111,9 +111,9 @@ class Parallel:
       updates: how many can be made in one call. If more than one, the metrics have a leading axis [updates].
 
     Returns:
-      (state, batches, order) -> (state, metrics, whether any process wants to stop). The batches are those of
-      `put_batches`, the order that of `put_order`: it says how many updates to make, so that one program is enough, and
-      carries the votes by which the processes agree on when to stop.
+      (state, batches, order) -> (state, metrics, votes). The batches are those of `put_batches`, the order that of
+      `put_order`: it says how many updates to make, so that one program is enough, and carries the votes by which the
+      processes agree. The votes are int32 [2], 1 where any process wants to stop, and where any wants a sample grid.
     """
 
     match self.mode:
@@ -121,9 +121,9 @@ class Parallel:
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
         def mapped(state: Tree, batches: Tree, order: jax.Array):
-          number, stop = jax.lax.pmax(order, AXIS)
+          order = jax.lax.pmax(order, AXIS)
           step = functools.partial(train_step, axis_name=AXIS)
-          return *make_updates(step, state, batches, number, most=updates, packed=self._packs), stop
+          return *make_updates(step, state, batches, order[0], most=updates, packed=self._packs), order[1:]
 
         step = jax.pmap(
           mapped,
@@ -136,9 +136,9 @@ class Parallel:
       case "fsdp":
 
         def sharded(state: Tree, batches: Tree, orders: jax.Array):
-          number, stop = jnp.max(orders, axis=0)
+          order = jnp.max(orders, axis=0)
           step = functools.partial(train_step, axis_name=None)
-          return *make_updates(step, state, batches, number, most=updates), stop
+          return *make_updates(step, state, batches, order[0], most=updates), order[1:]
 
         shardings = self.state_shardings(abstract_state)
         step = jax.jit(
@@ -204,15 +204,16 @@ class Parallel:
         shape = (shape[0], updates, *shape[1:]) if self.mode == "pmap" else (updates, *shape)
       return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
 
-    order = jax.ShapeDtypeStruct((self.num_devices, 2), jnp.int32, sharding=self.split)
+    order = jax.ShapeDtypeStruct((self.num_devices, 3), jnp.int32, sharding=self.split)
     return jax.tree.map(place, batch), order
 
-  def put_order(self, updates: int = 1, *, stop: bool = False) -> jax.Array:
-    """How many updates to make, and whether this process wants to stop, as the compiled step takes it."""
-    if (updates, stop) not in self._orders:
-      rows = np.tile(np.asarray([updates, stop], np.int32), (jax.local_device_count(), 1))
-      self._orders[updates, stop] = jax.make_array_from_process_local_data(self.split, rows)
-    return self._orders[updates, stop]
+  def put_order(self, updates: int = 1, *, stop: bool = False, grid: bool = False) -> jax.Array:
+    """How many updates to make, and whether this process wants to stop, or a grid, as the compiled step takes it."""
+    order = updates, stop, grid
+    if order not in self._orders:
+      rows = np.tile(np.asarray(order, np.int32), (jax.local_device_count(), 1))
+      self._orders[order] = jax.make_array_from_process_local_data(self.split, rows)
+    return self._orders[order]
 
   def by_rows(
     self, function: Callable[..., Tree], *, keep: bool = False, matmul_precision: str | None = None
@@ -327,6 +328,10 @@ class ByRows:
     rows = self._parallel.padded(columns, len(columns[0]))
     self._ahead[_shapes(rows)] = submit(self._lower(constants, rows))
 
+  def is_ready(self, *columns: np.ndarray) -> bool:
+    """Whether a call with such columns begins at once; where it does not, it waits for a compilation."""
+    return self._is_ready(_shapes(self._parallel.padded(columns, len(columns[0]))))
+
   def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
     """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
     return _planned(self._executable(constants, self._parallel.padded(columns, size)))
@@ -417,11 +422,10 @@ class ByStretches:
     return jax.tree.map(lambda leaf: to_host(leaf)[:number], end(constants, state, *placed))
 
   def _adapt(self, made: int, seconds: float) -> None:
-    """Sets how many iterations the next call makes, from how long some took. All processes take the first one's."""
-    wanted = min(int(made * _STRETCH_S / max(seconds, 1e-6)), 4 * made)
-    wanted = int(from_all_processes(np.asarray(wanted))[0])
-    if made == self._at_once or wanted < self._at_once:  # the last call of a loop may have made few
-      self._at_once = max(1, wanted)
+    """Sets how many iterations the next call makes, from how long some took; for all processes, the first one does."""
+    if made == self._at_once:  # the last call of a loop may have made fewer
+      wanted = min(int(made * _STRETCH_S / max(seconds, 1e-6)), 4 * made)
+      self._at_once = max(1, int(from_all_processes(np.asarray(wanted))[0]))
 
   def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
     """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
