@@ -6,7 +6,6 @@ import io
 import json
 import math
 import pathlib
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,17 +103,10 @@ def save_png(path: pathlib.Path, picture: np.ndarray, facts: Mapping[str, Any]) 
 
 
 def facts_of(path: pathlib.Path) -> dict[str, Any]:
-  """What a file of `png` carries; of one of release 0.1, `settings` of the npz beside it; {} if nothing does."""
+  """What a file of `png` carries; {} if it carries nothing, as those of release 0.1, or cannot be read."""
   try:
     with Image.open(path, formats=("PNG",)) as image:
-      text = image.info.get(_FACTS)
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    text = None
-  try:
-    if text is None:
-      with np.load(path.with_suffix(".npz"), allow_pickle=False) as archive:
-        text = str(archive["settings"])
-    facts = json.loads(text)
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RecursionError):
+      facts = json.loads(image.info.get(_FACTS, "{}"))
+  except (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError):
     return {}
   return facts if isinstance(facts, dict) else {}

@@ -52,17 +52,11 @@ def find_samples(workdir: pathlib.Path, weights: Weights) -> tuple[pathlib.Path,
   """
   drawn, grid = workdir / "samples" / PICTURE, workdir / "samples" / f"step_{weights.step:08d}.png"
   facts = grids.facts_of(drawn)
-  if drawn.is_file() and _are_of(facts, weights):
+  if facts.get("weights_sha256") == weights.identity:
     return drawn, f"Drawn with these weights by the sampler {_code(facts.get('sampler'))}."
   if grid.is_file():
     return grid, f"Drawn after update {weights.step:,} of the training: the EMA weights beside the raw ones."
   return None
-
-
-def _are_of(facts: dict[str, Any], weights: Weights) -> bool:
-  """Whether samples are of these weights, as far as they say; those of release 0.1 have no digest."""
-  of = facts.get("checkpoint"), facts.get("sample_weights"), facts.get("weights_sha256", weights.identity)
-  return of == (weights.step, weights.which, weights.identity)
 
 
 def how_to_draw(config: Config, weights: Weights) -> str:
