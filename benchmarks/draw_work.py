@@ -13,7 +13,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.keys import seeded
 from ddpm_jax.run import build_run
-from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import make_long_draw, make_predictor, table_of
 from ddpm_jax.training.parallel import Parallel
 
 
@@ -43,7 +43,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   for case in job["cases"]:
     options = with_sampler(config, case).sample
     table = table_of(options, run.schedule, config.diffusion.variance)
-    draws[case] = make_draw(
+    draws[case] = make_long_draw(
       make_predictor(run.network, run.schedule, config.diffusion.prediction, options),
       table,
       image_shape=run.image_shape,

@@ -122,7 +122,8 @@ class TrainConfig:
                                "update.", minimum=1, may_change=True)
   log_every: int = knob(25, "Updates between two lines of metrics.", minimum=1, may_change=True)
   checkpoint_every: int = knob(1000, "Updates between two checkpoints.", minimum=1, may_change=True)
-  sample_every: int = knob(1000, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
+  sample_every: int = knob(1000, "Updates between two sample grids, beside those after 1, 2, 4, 8, ... minutes of "
+                           "training (0: none at all).", minimum=0, may_change=True)
   evaluate_every: int = knob(0, "Updates between two evaluations of what --measures names, as by --mode=evaluate; each "
                              "makes a checkpoint too (0: none).", minimum=0, may_change=True)
   best_measure: str = knob("frechet", "The measure by which the best evaluated checkpoint is kept in best/; the lowest "

@@ -76,8 +76,10 @@ def test_printed_commands_can_be_pasted():
   workdir = pathlib.Path("/runs/it's a $run; #1")
   assert shlex.split(paths.command(f"--workdir={workdir}")) == ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}"]
   assert paths.command("--workdir=/runs/a-b_1.2") == "python -m ddpm_jax.main --workdir=/runs/a-b_1.2"
-  farewell = loop._farewell(workdir, 1, 2)
-  assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[-1] == f"--workdir={workdir}"
+  farewell = loop._farewell(workdir, 1, 2, 1000)
+  quickly = ["--mode=sample", "--sampler=dpmpp", "--sampling_steps=20", f"--workdir={workdir}"]
+  assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[3:] == quickly
+  assert " --sampling_steps=7 " in loop._farewell(workdir, 1, 2, 7)  # more than T is refused
   assert shlex.split(farewell.partition("and tensorboard ")[2].splitlines()[0]) == [f"--logdir={workdir}"]
 
 

@@ -224,7 +224,7 @@ def _samples(
   features = _features(config, weights.run.parallel, train, around)
   reference, told = _compared_with(config, source, features, train, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
-  with around.counted("image", number) as done:
+  with around.counted("evaluation", number * drawn.evaluations) as done:
     drawn.draw(number, done=done, say=around.say)
   multihost_utils.sync_global_devices("the images are on disk")
   images = drawn.images(number)

@@ -97,7 +97,7 @@ def bound(
     for first in range(0, number, at_once):
       *terms, prior[rows] = compiled(constants, *columns, np.full(len(images), first, np.int32), size=size)
       parts.append(np.asarray(terms, np.float64))
-      _tell(progress, rows.start)
+      _tell(progress, rows.start + len(images) * len(parts) // (calls + 1))
     terms = np.concatenate(parts, axis=2)[:, :, :number]  # [2, B, strata]
     bits = terms[0] * sizes
     decoder[rows], chain[rows] = bits[:, 0], bits[:, 1:].sum(axis=1)

@@ -13,6 +13,7 @@ import statistics
 from typing import Any
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.metrics import training_seconds
@@ -60,6 +61,16 @@ class RunFiles:
     """A metric over the updates, without those that are missing or not finite."""
     pairs = ((finite(row.get("step")), finite(row.get(key))) for row in self.metrics)
     return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+  @property
+  def newest(self) -> int:
+    """The newest checkpoint; 0 if there is none."""
+    names = [path.name for path in (self.workdir / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+
+  def older(self, step: int) -> str:
+    """For a caption: that a picture is not of the newest checkpoint, if it is older."""
+    return f"; older than the newest checkpoint, {self.newest:,}" if step < self.newest else ""
 
   @property
   def update(self) -> int:
@@ -199,7 +210,7 @@ def _training(run: RunFiles) -> list[Html]:
     series = [Series(title, points)]
     if window > 1:
       mean = Series(f"mean of {window} logged", running_mean(points, window))
-      series = [Series("one update", points, dots=True), mean]
+      series = [Series("logged", points, dots=True), mean]
     drawn.append(line_chart(title, series, log_y=None if noisy else False))
   if not any(drawn):
     return []
@@ -229,7 +240,9 @@ def _grids(run: RunFiles) -> list[Html]:
   for path in paths:
     step = path.stem.removeprefix("step_")
     at = f"Update {int(step):,}" if step.isdecimal() else path.stem
-    shown.append(_picture(run, f"samples/{path.name}", f"Sample grid, {at.lower()}", at, large=path is paths[-1]))
+    large = path is paths[-1]
+    caption = at + (run.older(int(step)) if large and step.isdecimal() else "")
+    shown.append(_picture(run, f"samples/{path.name}", f"Sample grid, {at.lower()}", caption, large))
   if not any(shown):
     return []
   last = shown.pop()
@@ -241,11 +254,21 @@ def _grids(run: RunFiles) -> list[Html]:
 def _drawn(run: RunFiles) -> list[Html]:
   """What --mode=sample left."""
   shown = []
-  for name, caption in _DRAWN.items():
+  for name, what in _DRAWN.items():
+    caption = f"{what}: {_of(run, grids.facts_of(run.workdir / 'samples' / f'{name}.png'))}"
     for ending in (".png", ".gif"):
-      shown.append(_picture(run, f"samples/{name}{ending}", caption, caption))
+      shown.append(_picture(run, f"samples/{name}{ending}", what, caption))
   found = [figure for figure in shown if figure]
   return [tag("h2", "Drawn with the trained weights"), tag("div", *found, class_="row")] if found else []
+
+
+def _of(run: RunFiles, facts: dict[str, Any]) -> str:
+  """What a picture is of, as far as it says."""
+  step = facts.get("checkpoint")
+  if not isinstance(step, int) or isinstance(step, bool):
+    return "it does not say of which update"
+  how = [f"{facts[name]}{unit}" for name, unit in (("sample_weights", " weights"), ("sampler", "")) if name in facts]
+  return f"{', '.join([f'update {step:,}', *how])}{run.older(step)}"
 
 
 def _measured_pictures(run: RunFiles) -> list[Html]:
@@ -253,7 +276,7 @@ def _measured_pictures(run: RunFiles) -> list[Html]:
   newest = run.evaluations[-1] if run.evaluations else {}
   shown = []
   for name, path in list(part(newest, "pictures").items())[:_MOST_MEASURED_PICTURES]:
-    caption = f"{_MEASURED.get(name, name)}, update {newest['step']:,}"
+    caption = f"{_MEASURED.get(name, name)}, update {newest['step']:,}{run.older(newest['step'])}"
     if isinstance(path, str):
       shown.append(_picture(run, path, caption, caption))
   return [tag("h3", "Pictures"), tag("div", *shown, class_="row")] if any(shown) else []

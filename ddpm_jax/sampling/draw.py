@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
-from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, make_sampler, sample, x0_predictor
+from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import ByRows, Parallel, free_memory, from_all_processes
+from ddpm_jax.training.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -84,6 +85,46 @@ def make_draw(
   return parallel.by_rows(draw_of(predictor, table, image_shape=image_shape, stream=stream), keep=keep)
 
 
+def make_long_draw(
+  predictor: Predictor,
+  table: SamplerTable,
+  *,
+  image_shape: tuple[int, int, int],
+  parallel: Parallel,
+  stream: str,
+) -> ByStretches:
+  """`make_draw` in stretches of network evaluations, so that somebody can be told how far it is. The same images."""
+
+  def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
+    keys = indexed_keys(stream_key(constants.seed, stream), index)
+    return Trajectory(table, predictor(constants.params), keys, image_shape)
+
+  return by_stretches(parallel, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
+
+
+def by_stretches(
+  parallel: Parallel, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
+) -> ByStretches:
+  """Compiles a draw on all devices, in stretches.
+
+  Args:
+    parallel: the devices.
+    evaluations: rows of the sampler's table.
+    trajectory: (constants, *columns [B, ...]) -> the way of these B examples.
+    end: (x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
+  """
+  return parallel.by_stretches(
+    Loop(
+      begin=lambda constants, *columns: trajectory(constants, *columns).begin(),
+      advance=lambda constants, state, first, last, *columns: trajectory(constants, *columns).advance(
+        state, first, last
+      ),
+      end=lambda constants, state, *columns: end(*trajectory(constants, *columns).end(state)),
+      number=evaluations,
+    )
+  )
+
+
 def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:
   """Images to draw at once: as many as fit into the memory of the devices.
 
@@ -104,7 +145,7 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
+def fit_batch(draw: ByRows | ByStretches, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
   """How many of `number` images to draw at once where the user leaves it open; the same on every process.
 
   columns: arrays like those that `draw` takes beside the constants, of at least one row.

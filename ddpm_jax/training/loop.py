@@ -10,47 +10,53 @@ import collections
 import contextlib
 import pathlib
 import shlex
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, console, grids, loggers, numerics, paths
+from ddpm_jax import compilation, console, loggers, numerics, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
 from ddpm_jax.exchange.file import settings_of_run
-from ddpm_jax.keys import seeded
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
-from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import earlier, resume
 from ddpm_jax.training.checkpoint import Checkpoints, NoneInCommonError, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.preview import EarlyGrids, Preview
 from ddpm_jax.training.profile import Profile
 from ddpm_jax.training.programs import Compiler, StepProgram
-from ddpm_jax.training.reports import Reports
+from ddpm_jax.training.reports import Reports, write_pages
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
+_QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> bool:
+
+def train(
+  config: Config,
+  workdir: pathlib.Path,
+  stop: StopRequest,
+  job: Job | None = None,
+  clock: Callable[[], float] = time.monotonic,
+) -> bool:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
   Args:
@@ -58,6 +64,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     workdir: its folder.
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
+    clock: seconds, for the early sample grids.
 
   Returns:
     Whether the run is finished; if not, it was asked to stop.
@@ -110,7 +117,9 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
       moved = checkpoints.set_aside(step)
       if lock:
         console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
-    return _resume_or_start(run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog)
+    return _resume_or_start(
+      run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog, clock
+    )
 
 
 def _resume_or_start(
@@ -125,6 +134,7 @@ def _resume_or_start(
   stop: StopRequest,
   job: Job,
   watchdog: Watchdog,
+  clock: Callable[[], float],
 ) -> bool:
   """Says what is going to happen, and lets it. Returns whether the run is finished.
 
@@ -150,6 +160,7 @@ def _resume_or_start(
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
+  so_far = (restored.manifest if restored else {}).get("so_far", {})
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
@@ -160,6 +171,7 @@ def _resume_or_start(
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
       settings=settings_of_run(run.config),
+      losses=so_far.get("losses", ()),
     )
     saver = Saver(
       checkpoints,
@@ -183,21 +195,19 @@ def _resume_or_start(
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
-      preview = make_preview(run, compiler if trains_first else None)
-      around = _Around(reports, saver, evaluations, preview, profile, progress, stop, watchdog)
+      preview = Preview(run, compiler if trains_first else None)
+      early = EarlyGrids(wanted=run.config.train.sample_every > 0, before_s=so_far.get("trained_s", 0.0), clock=clock)
+      around = _Around(reports, saver, evaluations, preview, early, profile, progress, stop, watchdog)
       end, stopped = _train(run, source, state, start, make_updates, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
-      if (workdir / "metrics.jsonl").stat().st_size:
-        from ddpm_jax import plots  # Matplotlib takes long to import
-
-        plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+      write_pages(workdir)
     except OSError as error:  # all that matters is saved
-      console.warn(f"cannot write {workdir / 'loss.png'} ({error.strerror})")
+      console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
     except UserError as error:
       console.warn(f"{error}")
-    console.say(_farewell(workdir, end, total))
+    console.say(_farewell(workdir, end, total, run.schedule.num_timesteps))
   return not stopped
 
 
@@ -213,7 +223,8 @@ class _Around(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
-  preview: Callable[[TrainState], Callable[[], np.ndarray]]
+  preview: Preview
+  early: EarlyGrids
   profile: Profile
   progress: Progress
   stop: StopRequest
@@ -229,68 +240,78 @@ def _train(
     The number of updates in the last checkpoint, and whether a request to stop came before the run was finished.
   """
   parallel, options, step = run.parallel, run.config.train, start
-  reports, saver, evaluations, preview, profile, progress, stop, watchdog = around
+  reports, saver, evaluations, preview, early, profile, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
     return start, True
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
   run_ahead = calls_ahead(options)
-  stopping = False
+  stopping = early_grid = False
 
   with contextlib.closing(host_batches):
 
-    def settle(at_most: int) -> bool:
-      """Waits until that many calls are in flight, and reports the others. Whether any of them was asked to stop."""
-      asked = False
+    def settle(at_most: int) -> None:
+      """Waits until that many calls are in flight, reports the others, and counts the votes of the processes."""
+      nonlocal stopping, early_grid
       while len(in_flight) > at_most:
-        made, metrics, any_stops = in_flight.popleft()
+        made, metrics, votes = in_flight.popleft()
         reports.check(made, metrics)
         done = made[-1]
         if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
           reports.metrics(made, metrics)
-        asked |= not alone and bool(to_host(any_stops))
+        if not alone:
+          stop_now, grid_now = to_host(votes).tolist()
+          stopping, early_grid = stopping or bool(stop_now), early_grid or bool(grid_now)
         watchdog.beat(f"update {done}")
-      return asked
 
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
-      order = parallel.put_order(len(steps), stop=stop.requested is not None)
+      order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
+      first = steps[0] == start + 1
       profile.before(steps, state)
-      with (
-        jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
-        jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
-      ):
-        state, *outputs = make_updates(state, placed, order)
+      with progress.compiling() if first else contextlib.nullcontext():
+        with (
+          jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
+          jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
+        ):
+          state, *outputs = make_updates(state, placed, order)
+        if first:
+          stop.defer()  # from now on there is something to save
+          jax.block_until_ready(outputs)
       profile.after(steps, outputs)
-      progress.advance(len(steps))
       in_flight.append((steps, *outputs))
-      if steps[0] == start + 1:
-        stop.defer()  # from now on there is something to save
-        jax.block_until_ready(outputs)
+      if first:
         reports.compiled(steps)
+        early.begin()
         compilation.look_for_garbage_as_usual()
+      else:
+        progress.advance(len(steps))
       # The device is never left without a next update, and a request to stop finds few under way.
       # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
-      stopping |= settle(run_ahead)
-      stopping |= alone and stop.requested is not None
+      settle(run_ahead)
+      if alone:
+        stopping, early_grid = stop.requested is not None, early.due(compiling=preview.compiling)
       saver.poll(step)
 
       save_now = stopping or step == options.num_steps or saver.due(step) or evaluations.due(step)
-      preview_now = options.sample_every and (step == options.num_steps or step % options.sample_every == 0)
+      preview_now = early_grid or _grid_due(options, step)
       if not (save_now or (preview_now and not stopping)):
         continue
-      stopping |= settle(0)
+      settle(0)
       last = save_now and (stopping or step == options.num_steps)
       with reports.paused():
         # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
         picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
         if save_now:
-          saver.save(parallel.globalize(state), step, last=last)
+          so_far = {"losses": list(reports.losses), "trained_s": round(early.trained_s, 1)}
+          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": so_far})
           watchdog.beat(f"checkpoint {step}")
         if picture:
-          reports.samples(step, picture())
+          reports.samples(step, picture(), preview.settings)
+          early.drawn()
+          early_grid = False
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
           stopping = evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
@@ -299,6 +320,11 @@ def _train(
         break
     saver.finish(step)
   return step, stopping and (step < options.num_steps or evaluations.due(step))
+
+
+def _grid_due(options: TrainConfig, step: int) -> bool:
+  """Whether `--sample_every` asks for a sample grid of the state after `step` updates."""
+  return options.sample_every > 0 and (step % options.sample_every == 0 or step == options.num_steps)
 
 
 def calls_ahead(options: TrainConfig) -> int:
@@ -331,37 +357,6 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     threads=run.config.data.data_threads,
     workers=run.config.data.data_workers,
   )
-
-
-def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], Callable[[], np.ndarray]]:
-  """Returns a function that begins a sample grid: state -> what waits for the picture and gives it.
-
-  The EMA weights are beside the raw ones, from the same noise.
-
-  If there will be grids, `compiler` compiles what draws them after the step, beside the first updates. None: the first
-  grid waits for that.
-  """
-  options, schedule = run.config.train, run.schedule
-  draw = make_draw(
-    make_predictor(run.network, schedule, run.config.diffusion.prediction),
-    make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
-    image_shape=run.image_shape,
-    parallel=run.parallel,
-    stream="preview",
-    keep=True,
-  )
-  index = np.arange(options.preview_images, dtype=np.int32)
-  if compiler and options.sample_every and run.parallel.compiles_beside_updates:
-    draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, options.seed), index)
-
-  def preview(state: TrainState) -> Callable[[], np.ndarray]:
-    weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    drawn = {name: draw.start(seeded(params, options.seed), index) for name, params in weights.items()}
-    return lambda: grids.captioned(
-      {name: grids.image_grid(images(), columns=min(8, len(index))) for name, images in drawn.items()}
-    )
-
-  return preview
 
 
 def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
@@ -406,13 +401,14 @@ def _headline(
   return what + f"training {total} updates{first} in {workdir}; compiling"
 
 
-def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
-  done = step >= total
+def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
+  done, quick = step >= total, min(_QUICK, num_timesteps)
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   board = shlex.join(["tensorboard", f"--logdir={workdir}"])
+  draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and {board}
-{again}  draw images   {paths.command("--mode=sample", f"--workdir={workdir}")}"""
+  metrics       {workdir / "metrics.jsonl"}, loss.png and report.html beside it, and {board}
+{again}  draw images   {draw}"""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +19,7 @@ from ddpm_jax.config import TrainConfig, writer_names
 from ddpm_jax.errors import NonFiniteError
 from ddpm_jax.loggers import Loggers, Settings, find
 from ddpm_jax.progress import Progress
+from ddpm_jax.report.report import write_report
 from ddpm_jax.training.parallel import to_host
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.writers import MetricsWriter
@@ -33,6 +38,7 @@ class Reports:
     batch_size: int,
     images: Callable[[int], np.ndarray],
     settings: Settings,
+    losses: Sequence[float] = (),
   ):
     """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten.
 
@@ -44,6 +50,7 @@ class Reports:
       batch_size: B, over all processes.
       images: update -> int [B], the indices of its images in the data set.
       settings: of the run, for others to read: no folder of this machine is named.
+      losses: what `losses` was at `start_step`.
 
     Raises:
       UserError: one of --writers cannot be imported.
@@ -51,7 +58,10 @@ class Reports:
     """
     writers = writer_names(options.writers)
     loggers = find(writers)
-    self._samples = workdir / "samples"
+    self._workdir = workdir
+    self.losses = list(losses)  # of the updates since the last line of the metrics, those that are finite
+    self._pages: Future[None] | None = None  # of `write_pages`, beside the training
+    self._beside = ThreadPoolExecutor(1, thread_name_prefix="pages")
     self._progress = progress
     self._batch_size, self._images = batch_size, images
     self._max_nonfinite = options.max_nonfinite if options.on_nonfinite == "skip" else 1
@@ -66,7 +76,7 @@ class Reports:
     """Says how long the first call took, which includes the compilation, and starts to measure the speed."""
     which = f"update {steps[0]}" if len(steps) == 1 else f"updates {steps[0]} to {steps[-1]}"
     self._progress.say(f"compiled and made {which} in {self._clock.start(steps[-1]):.1f} s")
-    self._progress.unpause()
+    self._progress.begin(steps[-1])
 
   def check(self, steps: range, metrics: Metrics) -> None:
     """Waits for the updates `steps`, made in one call, and looks whether they were finite.
@@ -74,7 +84,8 @@ class Reports:
     Raises:
       NonFiniteError: if one was not, and no more such updates are put up with.
     """
-    in_row = np.atleast_1d(to_host(metrics["nonfinite_in_row"]))
+    in_row, losses = (np.atleast_1d(to_host(metrics[name])) for name in ("nonfinite_in_row", "loss"))
+    self.losses += [loss for loss in losses[: len(steps)].tolist() if math.isfinite(loss)]
     for i, step in enumerate(steps):
       if in_row[i]:
         loss, norm = (_of_update(i, metrics[name]) for name in ("loss", "grad_norm"))
@@ -93,9 +104,14 @@ class Reports:
     )
 
   def metrics(self, steps: range, metrics: Metrics) -> None:
-    """Writes and shows the metrics of the last of the updates `steps`, made in one call."""
+    """Writes and shows the metrics of the last of the updates `steps`, made in one call.
+
+    The loss is the mean over all updates since the line before, but for those that are not finite.
+    """
     step = steps[-1]
     values = {name: _of_update(len(steps) - 1, value) for name, value in metrics.items()}
+    values["loss"] = statistics.fmean(self.losses) if self.losses else math.nan
+    self.losses = []
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
@@ -109,19 +125,37 @@ class Reports:
     self._progress.report(step, facts, rate)
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
-    """Adds what was measured of the model after update `step` to its metrics."""
+    """Adds what was measured of the model after update `step` to its metrics. Then nobody else writes the report."""
+    self._settle_pages(step)
     if self._writer and self._loggers:
       with self._told(f"what was measured of update {step} is not in the metrics"):
         self._writer.amend(step, values)
       self._loggers.scalars(step, values)
 
-  def samples(self, step: int, picture: np.ndarray) -> None:
-    """Writes a sample grid uint8 [height, width, 3]."""
-    if self._writer and self._loggers:
-      with self._told(f"the sample grid of update {step} is lost"):
-        grids.save_png(self._samples / f"step_{step:08d}.png", picture)
-        self._writer.write_image(step, "samples", picture)
-      self._loggers.image(step, "samples", picture)
+  def samples(self, step: int, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
+    """Writes and shows a sample grid uint8 [height, width, 3], and begins to renew the pages.
+
+    settings: how it was drawn, JSON values.
+    """
+    if not (self._writer and self._loggers):
+      return
+    path = self._workdir / "samples" / f"step_{step:08d}.png"
+    with self._told(f"the sample grid of update {step} is lost"):
+      grids.save_png(path, picture, {"checkpoint": step, **settings})
+      self._writer.write_image(step, "samples", picture)
+      self._progress.say(f"sample grid of update {step}: {path}")
+      console.show_png(path)
+    self._loggers.image(step, "samples", picture)
+    if self._pages is None or self._pages.done():  # else they are renewed with the next grid
+      self._settle_pages(step)
+      self._pages = self._beside.submit(write_pages, self._workdir)
+
+  def _settle_pages(self, step: int) -> None:
+    """Waits until the pages are written, and tells if they could not be."""
+    if self._pages:
+      with self._told(f"loss.png and report.html are not renewed at update {step}"):
+        self._pages.result()
+      self._pages = None
 
   def flush(self) -> None:
     """Returns once all metrics are on disk. Raises OSError if that cannot be."""
@@ -150,10 +184,20 @@ class Reports:
     self._progress.unpause()
 
   def close(self) -> None:
-    """Closes the files."""
+    """Closes the files, once the pages are written."""
+    self._beside.shutdown()
     if self._writer and self._loggers:
       self._writer.close()
       self._loggers.close()
+
+
+def write_pages(workdir: pathlib.Path) -> None:
+  """Writes `loss.png` and `report.html` anew, of what the other files of a workdir say. Raises OSError."""
+  if (workdir / "metrics.jsonl").stat().st_size:
+    from ddpm_jax import plots  # Matplotlib takes long to import
+
+    plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+  write_report(workdir)
 
 
 def _of_update(i: int, metric: jax.Array) -> float:

@@ -153,7 +153,7 @@ def test_it_beats_in_every_part(whole):
   _, _, heard, _ = whole
   for what in ("feature vector 37 of 37", "feature vector 21 of 21", "training image 37 of 37"):
     assert heard.count(what) == 1
-  assert [what for what in heard if what.startswith("image ")][:3] == [f"image {n} of 21" for n in (10, 20, 21)]
+  assert {f"evaluation {n} of 42" for n in (0, 20, 40, 42)} <= set(heard), "of the network, two for each image"
   assert heard.count("image 11 of 11") >= 4, "two likelihoods of two splits"
 
 
@@ -301,7 +301,7 @@ def test_only_what_is_asked_for(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("phase", ["image 20 of 21", "feature vector 18 of 21", "image 11 of 11"])
+@pytest.mark.parametrize("phase", ["evaluation 40 of 42", "feature vector 18 of 21", "image 11 of 11"])
 def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
   """Whatever it was doing after the draw: what was drawn is taken over."""
 
@@ -313,9 +313,9 @@ def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
   with pytest.raises(Abandoned):
     evaluate(config, weights_of(config), pictures(), around(tmp_path, beat))
   (kept,) = (tmp_path / "samples").iterdir()
-  assert kept.stat().st_size == (20 if phase == "image 20 of 21" else 21) * 64
-  if phase != "image 20 of 21":
-    monkeypatch.setattr(drawn, "make_draw", lambda *args, **options: pytest.fail("drawn again"))
+  assert kept.stat().st_size == (20 if phase == "evaluation 40 of 42" else 21) * 64
+  if phase != "evaluation 40 of 42":
+    monkeypatch.setattr(drawn, "make_long_draw", lambda *args, **options: pytest.fail("drawn again"))
   found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
   assert found["measures"]["classifier_distance"] == whole[0]["measures"]["classifier_distance"]
   assert not list((tmp_path / "samples").iterdir())

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 
-from ddpm_jax import main
+from ddpm_jax import grids, main
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.sampling.weights import load_weights
@@ -74,11 +74,17 @@ def test_a_finished_run_that_is_made_longer_was_long_from_the_start(short_and_lo
   (workdir / "eval").mkdir()
   for name in ("5.json", "10.json", "10.1.json", "best.json"):
     (workdir / "eval" / name).write_text("{}")
+  for name, step in (("samples", 10), ("samples.1", 6)):  # drawn with --mode=sample
+    grids.save_png(workdir / "samples" / f"{name}.png", np.zeros((8, 8, 3), np.uint8), {"checkpoint": step})
+    np.savez(workdir / "samples" / f"{name}.npz", images=np.zeros(1))
   capsys.readouterr()
   train(workdir, **OPTIONS, num_steps=20)
   out = capsys.readouterr().out
   assert "going back to step 6, " in out and str(workdir / "earlier" / "10") in out
   assert "after update 6 of 20" in out
+  drawn = [(workdir / "samples" / name) for name in ("samples.1.npz", "samples.1.png")]
+  for path in drawn:
+    path.unlink()
   same(workdir, long, (12, 20))
   assert workdir_lib.load_config(workdir) == workdir_lib.load_config(long)
 
@@ -86,7 +92,7 @@ def test_a_finished_run_that_is_made_longer_was_long_from_the_start(short_and_lo
   before, after = workdir / "earlier" / "10", workdir / "eval"
   assert sorted(os.listdir(after)) == ["5.json", "best.json"]
   assert sorted(os.listdir(before / "eval")) == ["10.1.json", "10.json"]
-  assert os.listdir(before / "samples") == ["step_00000010.png"]
+  assert sorted(os.listdir(before / "samples")) == ["samples.npz", "samples.png", "step_00000010.png"]
   assert metrics(before) == metrics(short)
   config = workdir_lib.load_config(before)
   assert config == workdir_lib.load_config(short)

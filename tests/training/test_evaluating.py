@@ -93,7 +93,7 @@ def small_parts():
     patch.setattr(loop, "open_source", lambda data: noise())
     patch.setattr(evaluate_lib, "_features", summary_features)
     patch.setattr(evaluate_lib.likelihood, "bound", weighed)
-    patch.setattr(drawn, "make_draw", once("draw", drawn.make_draw))
+    patch.setattr(drawn, "make_long_draw", once("draw", drawn.make_long_draw))
     patch.setattr(Parallel, "compile", once("update", Parallel.compile))
     yield
 
@@ -204,7 +204,7 @@ def test_measuring_changes_nothing(whole, tmp_path):
   assert not (tmp_path / "run" / "eval").exists() and not (tmp_path / "run" / "best").exists()
 
 
-@pytest.mark.parametrize(("step", "phase", "drawn"), [(3, "image 8 of 20", 8), (8, "image 10 of 10", 20)])
+@pytest.mark.parametrize(("step", "phase", "drawn"), [(3, "evaluation 16 of 40", 8), (8, "image 10 of 10", 20)])
 def test_stopped_while_it_measures(whole, tmp_path, monkeypatch, capsys, step, phase, drawn):
   """In the draw and after it: the checkpoint is there, and the same command measures without drawing again."""
   workdir = tmp_path / "run"
