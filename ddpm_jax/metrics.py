@@ -1,7 +1,8 @@
 """The lines of `metrics.jsonl`: what of them is time, and how long training took.
 
 A line has `step`; `images`, those seen so far; `time`, seconds since the epoch; `seconds`, those of training so far,
-over all resumes, without compilation, checkpoints, sample grids and evaluations; and what was measured at that step.
+over all resumes, without compilation, checkpoints, sample grids and evaluations; `loss`, the mean of the training steps
+since the line before; and what was measured at that step.
 """
 
 from __future__ import annotations
