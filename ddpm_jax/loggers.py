@@ -13,7 +13,7 @@ import os
 import pathlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class WandB:
 
   def __init__(self, workdir: pathlib.Path, settings: Settings, resume_step: int):
     """Begins the run, or goes on with that of this workdir."""
-    import wandb  # an extra
+    import wandb  # an extra  # pyright: ignore[reportMissingImports]
 
     if (workdir / "wandb").is_symlink():
       raise RuntimeError(f"{workdir / 'wandb'} is a link, which may lead anywhere; remove it")
@@ -114,7 +114,7 @@ def _imported(name: str) -> Callable[..., Logger]:
     raise UserError(f"writers: {name} cannot be imported ({_line(error)}); mend it, or leave it out") from error
   if not callable(found):
     raise UserError(f"writers: {name} is a {type(found).__name__} and no class; name one")
-  return found
+  return cast("Callable[..., Logger]", found)
 
 
 class Loggers:
