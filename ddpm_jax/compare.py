@@ -30,7 +30,7 @@ def main() -> int:
     runs = [paths.absolute("RUN", text, "mount the storage and name the folder") for text in arguments.runs]
     write_comparison(runs, out)
   except UserError as error:
-    console.note(f"error: {error}")
+    console.error(str(error))
     return 2
   console.say(f"done: {out}")
   return 0

@@ -13,7 +13,7 @@ import os
 import pathlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class WandB:
 
   def __init__(self, workdir: pathlib.Path, settings: Settings, resume_step: int):
     """Begins the run, or goes on with that of this workdir."""
-    import wandb  # an extra  # pyright: ignore[reportMissingImports]
+    import wandb  # pyright: ignore[reportMissingImports]  an extra
 
     if (workdir / "wandb").is_symlink():
       raise RuntimeError(f"{workdir / 'wandb'} is a link, which may lead anywhere; remove it")
@@ -106,7 +106,7 @@ def find(names: Sequence[str]) -> dict[str, Callable[[pathlib.Path, Settings, in
   return found
 
 
-def _imported(name: str) -> Callable[..., Logger]:
+def _imported(name: str) -> Any:
   module, _, attribute = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), attribute)
@@ -114,7 +114,7 @@ def _imported(name: str) -> Callable[..., Logger]:
     raise UserError(f"writers: {name} cannot be imported ({_line(error)}); mend it, or leave it out") from error
   if not callable(found):
     raise UserError(f"writers: {name} is a {type(found).__name__} and no class; name one")
-  return cast("Callable[..., Logger]", found)
+  return found
 
 
 class Loggers:

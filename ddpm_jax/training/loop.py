@@ -110,7 +110,7 @@ def train(
     except NoneInCommonError as error:
       if error.since > 0:
         raise
-      restored, damaged, passed = None, error.damaged, error.passed  # the same begins with the initial state
+      restored, damaged, passed = None, error.damaged, error.passed  # both begin with the same initial state
       if config.exchange.init_from:
         params, _ = initial.read_params(config, source.image_shape)
     for step, reason in damaged.items():

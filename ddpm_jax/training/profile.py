@@ -44,18 +44,22 @@ class Profile:
       self._steps = range(0)
 
   def before(self, steps: range, state: Any) -> None:
-    """Call it before the call that makes `steps` of `state`: it begins the trace where that is the first to be traced.
+    """Starts the trace if the next call, which takes `steps` from `state`, is the first to be traced.
 
-    Raises:
-      RuntimeError: another trace runs in this process.
+    Where another trace already runs in this process, a warning says that nothing is traced, and the run goes on.
     """
     if self._steps and not self._running and steps[-1] >= self._steps[0]:
       jax.block_until_ready(state)
-      jax.profiler.start_trace(self._folder)
+      try:
+        jax.profiler.start_trace(self._folder)
+      except RuntimeError as error:  # also where an earlier one in this process could not be written
+        console.warn(f"profile_steps: nothing is traced ({' '.join(str(error).split())})")
+        self._steps = range(0)
+        return
       self._running, self._first = True, steps[0]
 
   def after(self, steps: range, outputs: Any) -> None:
-    """Call it after that call, with what it returned: it ends the trace where that was the last to be traced."""
+    """Ends the trace if the call that took `steps` and returned `outputs` was the last to be traced."""
     if self._running and steps[-1] >= self._steps[-1]:
       jax.block_until_ready(outputs)
       self._write(steps[-1])

@@ -50,7 +50,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
 
 
 def restarts(config: Config, earlier: Manifest | None) -> list[int]:
-  """The steps after which the learning rate began anew, because a run with `cosine` was given another length there.
+  """The steps after which the learning rate restarted, because a run with `cosine` was given another length there.
 
   Args:
     config: of the run.
