@@ -116,6 +116,7 @@ def test_services_know_at_most_the_config_and_how_files_are_written(name):
     "workdir": {"ddpm_jax.lock"},
     "distributed": {"ddpm_jax.watchdog"},
     "watchdog": {"ddpm_jax.watcher"},
+    "flags": {"ddpm_jax.presets"},
     "watcher": set(),
   }
   assert ours(f"{name}.py") <= allowed | own.get(name, set())
