@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import shlex
 from collections.abc import Callable, Generator, Iterator
@@ -31,7 +32,7 @@ from ddpm_jax.exchange import initial
 from ddpm_jax.exchange.file import settings_of_run
 from ddpm_jax.keys import seeded
 from ddpm_jax.lock import Lock
-from ddpm_jax.models.build import Params, num_params
+from ddpm_jax.models.build import Params, fitted, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
 from ddpm_jax.sampling.draw import make_draw, make_predictor
@@ -50,7 +51,7 @@ from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> bool:
+def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None, chosen: str = "") -> bool:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
   Args:
@@ -58,6 +59,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     workdir: its folder.
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
+    chosen: a line for the user on settings that the command left open, printed once the images are found.
 
   Returns:
     Whether the run is finished; if not, it was asked to stop.
@@ -73,6 +75,7 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   exists = workdir_lib.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
   source = open_source(config.data)
+  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
@@ -89,6 +92,8 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
       exists = workdir_lib.check(workdir, config)  # again: another process may have been faster
       if not exists:
         workdir_lib.create(workdir, config)
+      if chosen:
+        console.say(chosen)
     multihost_utils.sync_global_devices("the workdir exists")
     resume.check_shared(workdir)
     # Until everything is closed, as that waits for what is being saved.
