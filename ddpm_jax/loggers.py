@@ -52,7 +52,7 @@ class WandB:
 
   def __init__(self, workdir: pathlib.Path, settings: Settings, resume_step: int):
     """Begins the run, or goes on with that of this workdir."""
-    import wandb  # an extra
+    import wandb  # pyright: ignore[reportMissingImports]  an extra
 
     if (workdir / "wandb").is_symlink():
       raise RuntimeError(f"{workdir / 'wandb'} is a link, which may lead anywhere; remove it")
@@ -106,7 +106,7 @@ def find(names: Sequence[str]) -> dict[str, Callable[[pathlib.Path, Settings, in
   return found
 
 
-def _imported(name: str) -> Callable[..., Logger]:
+def _imported(name: str) -> Any:
   module, _, attribute = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), attribute)

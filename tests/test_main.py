@@ -446,7 +446,7 @@ def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "run")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "metrics.jsonl").write_text("mine")
-  with pytest.raises(UserError, match=r"holds no run of ddpm_jax, but metrics\.jsonl"):
+  with pytest.raises(UserError, match=r"holds no run, but has metrics\.jsonl"):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "full")
 
 
@@ -484,7 +484,9 @@ def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path,
   assert one_line(capsys).startswith("error: JAX_ENABLE_X64: True ")
   with jax.default_matmul_precision("high"):
     assert command(f"--workdir={tmp_path}") == 2
-    assert one_line(capsys).startswith("error: JAX_DEFAULT_MATMUL_PRECISION: high is not --matmul_precision=default")
+    assert one_line(capsys).startswith(
+      "error: JAX_DEFAULT_MATMUL_PRECISION: high contradicts --matmul_precision=default"
+    )
     assert command(f"--workdir={tmp_path}", "--matmul_precision=high") == 0
   assert [call[0] for call in runs.calls] == ["distributed", "train"]
 

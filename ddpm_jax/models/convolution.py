@@ -356,7 +356,7 @@ def _bilinear(name: str, a_axes: _Axes, b_axes: _Axes, c_axes: _Axes, on_cpu: Ca
       a, b = jnp.moveaxis(a, i, 0), jnp.moveaxis(b, j, 0)
       if not problems:
         return bind(a, b), 0
-      return _split_axis(bind(_merge_axes(a, 0), _merge_axes(b, 0)), 0, a.shape[:2]), 0
+      return _split_axis(bind(_merge_axes(a, 0), _merge_axes(b, 0)), 0, (a.shape[0], a.shape[1])), 0
 
     # One operand alone is batched: its axis that the other has not becomes longer. The new part of the index is the
     # last, so that examples that are spread over devices stay where they are.

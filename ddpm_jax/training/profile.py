@@ -46,12 +46,16 @@ class Profile:
   def before(self, steps: range, state: Any) -> None:
     """Call it before the call that makes `steps` of `state`: it begins the trace where that is the first to be traced.
 
-    Raises:
-      RuntimeError: another trace runs in this process.
+    Where another trace runs in this process, there is none: that is said, and the run goes on.
     """
     if self._steps and not self._running and steps[-1] >= self._steps[0]:
       jax.block_until_ready(state)
-      jax.profiler.start_trace(self._folder)
+      try:
+        jax.profiler.start_trace(self._folder)
+      except RuntimeError as error:  # also where an earlier one in this process could not be written
+        console.warn(f"profile_steps: nothing is traced ({' '.join(str(error).split())})")
+        self._steps = range(0)
+        return
       self._running, self._first = True, steps[0]
 
   def after(self, steps: range, outputs: Any) -> None:

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
-from absl.testing import flagsaver
 
 from ddpm_jax import compilation, console, flags, main
 from ddpm_jax.errors import UserError
@@ -41,17 +40,23 @@ def sweep(argv: Sequence[str]) -> int:
     folder = flags.workdir()
     if not values.seeds:
       raise UserError("seeds: empty; name some, such as --seeds=0,1,2")
+    runs = {
+      name: [*words, f"--workdir={folder / name}", f"--stop_exit_code={STOPPED}", *own]
+      for name, own in settings(values.seeds).items()
+    }
+    for own in runs.values():  # all of them are looked at before the first trains
+      values.unparse_flags()
+      values(own)
   except absl_flags.Error as error:
     console.error(flags.one_line(error))
     return 2
   except UserError as error:
     console.error(str(error))
     return 2
-  runs = settings(values.seeds)
-  for name, own in runs.items():
-    with flagsaver.flagsaver():  # which puts the flags back
-      values([*words, f"--workdir={folder / name}", f"--stop_exit_code={STOPPED}", *own])
-      code = main.main(argv[:1])
+  for own in runs.values():
+    values.unparse_flags()
+    values(own)
+    code = main.main(argv[:1])
     if code:
       return code
   for name in runs:

@@ -341,7 +341,7 @@ def test_no_labels_are_found_out_before_anything_is_written(tmp_path, monkeypatc
 
 def test_room_for_checkpoints_counts_those_of_evaluations(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(loop.workdir_lib, "check_space", lambda *args: asked.append(args))
+  monkeypatch.setattr(loop.workdir_lib, "check_space", lambda *args, **_: asked.append(args))
   run = tiny_run(tiny_config(**EVALUATED))
   loop.check_space(run, tmp_path, 0)
   loop.check_space(run._replace(config=config_lib.override(run.config, {"evaluate_every": 0})), tmp_path, 0)

@@ -1,5 +1,6 @@
 """The order of the loop: what is written when, exact resume, stopping on request, bad news."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -518,19 +519,24 @@ def test_a_trace_is_of_whole_calls_and_changes_no_bit(tmp_path, capsys):
 def test_a_trace_of_a_run_that_is_resumed_or_ends_early(tmp_path, monkeypatch, capsys):
   """What cannot be written is told; steps that were made are not made again; of a run that fails there is its part."""
   folder = tmp_path / "run" / "profile"
-  train_little(tmp_path / "run", num_steps=2)
-  folder.write_text("no folder")
-  assert train_little(tmp_path / "run", num_steps=3, profile_steps="3:3")
-  assert f"warning: profile_steps: cannot write the trace into {folder} (" in capsys.readouterr().err
-  folder.unlink()
+  train_little(tmp_path / "run", num_steps=3)
   train_little(tmp_path / "run", num_steps=4, profile_steps="2:3")
   assert "profile_steps: step 3 is after 2:3, so nothing is traced" in capsys.readouterr().out
   assert not folder.exists()
-  monkeypatch.setattr(loop, "make_train_step", poisoned([6]))
-  with pytest.raises(NonFiniteError):
-    train_little(tmp_path / "run", profile_steps="4:8")
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "make_train_step", poisoned([6]))
+    with pytest.raises(NonFiniteError):
+      train_little(tmp_path / "run", profile_steps="4:8")
   assert f"profile from step 5 on: {folder}" in capsys.readouterr().out
   assert traced(tmp_path / "run")[0] == 5
+  shutil.rmtree(folder)
+  folder.write_text("no folder")
+  assert train_little(tmp_path / "run", num_steps=6, profile_steps="6:6")
+  assert f"warning: profile_steps: cannot write the trace into {folder} (" in capsys.readouterr().err
+  folder.unlink()
+  assert train_little(tmp_path / "run", num_steps=8, profile_steps="7:8")  # whether JAX still holds the other or not
+  with contextlib.suppress(RuntimeError):
+    jax.profiler.stop_trace()
 
 
 def test_an_update_inside_a_call_is_named(tmp_path, monkeypatch, capsys):
