@@ -75,6 +75,10 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
   return Config(**sections)
 
 
+# The value of `attention_resolutions` that leaves it to the size of the images: `models.build.fitted`. A workdir holds
+# what it came to.
+AUTO_ATTENTION = (0,)
+
 # What the value of `dataset` begins with where it is a folder of images; the rest is its path.
 FOLDER = "folder:"
 

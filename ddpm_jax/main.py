@@ -25,7 +25,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import ddpm_jax
-from ddpm_jax import compilation, console, flags, hugepages, terminal, workdir
+from ddpm_jax import compilation, console, flags, hugepages, presets, terminal, workdir
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
@@ -45,6 +45,8 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
     UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
   """
   run = folder if folder is not None and workdir.holds_run(folder) else None
+  if run and given.get("attention_resolutions") == config_lib.AUTO_ATTENTION:
+    given = {name: value for name, value in given.items() if name != "attention_resolutions"}  # it is settled there
   defaults = _stored(run) if run and mode in ("train", "plan") else Config()
   if given.get("init_from"):
     from ddpm_jax.exchange import initial  # with JAX
@@ -70,6 +72,20 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   if _runs_the_network(mode, config):
     config_lib.check_variance(given, config)
   return config
+
+
+def preset_for_own_images(mode: str, given: dict, folder: pathlib.Path | None, platform: str) -> str | None:
+  """The preset of a command that trains on a folder of images and says nothing of how, or None.
+
+  Args:
+    mode: of the command; a plan is made as the run would be.
+    given: its flags.
+    folder: of the run.
+    platform: 'cpu', 'gpu' or 'tpu': what it trains on.
+  """
+  new = not (folder and workdir.holds_run(folder)) and mode in ("train", "plan")
+  own = str(given.get("dataset")).startswith(config_lib.FOLDER) and not given.get("init_from")
+  return presets.for_own_images(platform) if new and own else None
 
 
 def _runs_the_network(mode: str, config: Config) -> bool:
@@ -128,12 +144,13 @@ def main(argv: Sequence[str]) -> int:
       compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
       together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
+      config, chosen = _for_own_images(mode, config, folder)
     except (UserError, RunError) as error:
       return _exit_code(error)
     stop.again()
     sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
     try:
-      code = _run(mode, config, folder, stop, job)
+      code = _run(mode, config, folder, stop, job, chosen)
     except (UserError, RunError, NonFiniteError) as error:
       job.wait_for_verdict(root_cause(error))
       code = _exit_code(error)
@@ -143,12 +160,34 @@ def main(argv: Sequence[str]) -> int:
   return code
 
 
-def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> int:
+def _for_own_images(mode: str, config: Config, folder: pathlib.Path | None) -> tuple[Config, str]:
+  """`config`, over the preset for this device where a new run on own images leaves it open, and a line that says so."""
+  import jax
+
+  if flags.preset() is not None or mode not in ("train", "plan"):
+    return config, ""
+  given = flags.given()
+  planned = "cpu" if config.plan.topology == "cpu" else "tpu"
+  platform = planned if mode == "plan" else jax.default_backend()  # a plan leaves the devices of this machine alone
+  name = preset_for_own_images(mode, given, folder, platform)
+  if not name:
+    return config, ""
+  config = resolve_config(mode, flags.of_preset(name) | given, folder)
+  size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
+  return config, (
+    f"own images, chosen for {'a CPU' if platform == 'cpu' else 'an accelerator'}: --preset={name} (images {size}, "
+    f"batches of {config.data.batch_size}, {config.train.num_steps:,} training steps); flags win over it"
+  )
+
+
+def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job, chosen: str) -> int:
   """Returns the exit code."""
   match mode:
     case "plan":
       from ddpm_jax.plan import run as plan_run
 
+      if chosen:
+        console.say(chosen)
       plan_run.plan(config)
       return 0
     case "export":
@@ -168,7 +207,7 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      return 0 if loop.train(config, folder, stop, job) else config.train.stop_exit_code
+      return 0 if loop.train(config, folder, stop, job, chosen) else config.train.stop_exit_code
     case "sample":
       from ddpm_jax.sampling import run
 

@@ -17,7 +17,8 @@ class DataConfig:
   """Which images, in which order, and how many in a batch."""
 
   dataset: str = knob("digits", "'digits' (embedded), any TensorFlow Datasets name such as 'cifar10' or "
-                      "'lsun/bedroom', or 'folder:PATH' for a folder of PNG, JPEG or WebP images.")
+                      "'lsun/bedroom', or 'folder:PATH' for a folder of images, which takes a preset that fits the "
+                      "device unless --preset or --flagfile names another.")
   split: str = knob("train", "Split of a TFDS data set, in TFDS's notation ('train', 'train+test', 'train[:90%]').")
   data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets); the "
                        "digits need no folder.", may_change=True)
@@ -71,8 +72,9 @@ class ModelConfig:
   channel_multipliers: tuple[int, ...] = knob((1, 2), "Channels of each level as multiples of --channels; each "
                                               "level after the first halves the resolution.", minimum=1)
   num_res_blocks: int = knob(1, "Residual blocks of each level on the way down; one more on the way up.", minimum=1)
-  attention_resolutions: tuple[int, ...] = knob((4,), "Heights, in pixels, of the levels whose residual blocks are "
-                                                "followed by self-attention (empty: only the middle).", minimum=1)
+  attention_resolutions: tuple[int, ...] = knob((0,), "Heights, in pixels, of the levels whose residual blocks are "
+                                                "followed by self-attention (0: the lowest level if it has at most 16 "
+                                                "rows; empty: only the middle).", minimum=0)
   norm_groups: int = knob(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                           "channels).", minimum=0)
   dropout: float = knob(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)

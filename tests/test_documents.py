@@ -126,7 +126,8 @@ def test_links_and_pictures_lead_somewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
   switches = {f"no{knob}" for knob, field in KNOBS.items() if isinstance(field.default, bool)}
-  unknown = named_flags(PAGES[name]) - set(KNOBS) - {"workdir", "mode", "version"} - switches - OTHER_FLAGS
+  names = {"workdir", "mode", "preset", "version"}
+  unknown = named_flags(PAGES[name]) - set(KNOBS) - names - switches - OTHER_FLAGS
   assert not unknown
 
 
@@ -202,7 +203,7 @@ def test_every_flag_is_in_a_group():
   groups = {}
   for group, names in rows:
     groups.setdefault(group, []).extend(names.removeprefix("--").split(" --"))
-  wanted = {"run": ["workdir", "mode", "flagfile", "version"]}
+  wanted = {"run": ["workdir", "mode", "preset", "flagfile", "version"]}
   for group, field, _ in config_lib.knobs(Config()):
     wanted.setdefault(group, []).append(field.name)
   assert groups == wanted

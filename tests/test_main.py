@@ -29,11 +29,12 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 @pytest.fixture
 def runs(monkeypatch) -> types.SimpleNamespace:
   """Takes the place of the runs: what they were called with, and what they raise."""
-  record = types.SimpleNamespace(calls=[], error=None)
+  record = types.SimpleNamespace(calls=[], said=[], error=None)
 
   def run(mode):
-    def called(config, folder, *_):
+    def called(config, folder, *others):
       record.calls.append((mode, config, folder))
+      record.said.append(others[-1] if mode == "train" else "")
       if record.error:
         raise record.error
 
@@ -93,7 +94,7 @@ def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, mo
   """And no other end; a stop that comes while the settings are not known yet has it, too."""
   stops, finished = [], [False, False, True, True, False]
 
-  def train(config, folder, stop, job):
+  def train(config, folder, stop, job, chosen):
     stops.append(stop.exit_code)
     return finished.pop(0)
 
@@ -259,6 +260,43 @@ def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
     UserError, match=r"lr_schedule: .* 'cosine', .* 'constant_then_decay'; leave --lr_schedule out, or"
   ):
     workdir.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
+
+
+def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, command, capsys, tmp_path):
+  """Unless the command names a preset or a flagfile, or the run exists: then its own settings count."""
+  (tmp_path / "own.flags").write_text(f"--dataset=folder:{tmp_path / 'images'}\n")
+  images, new = f"--dataset=folder:{tmp_path / 'images'}", f"--workdir={tmp_path / 'new'}"
+  folder = {"dataset": f"folder:{tmp_path / 'images'}"}
+  for words, expected, said in (
+    ([images], flags.of_preset("images32") | folder, "--preset=images32"),
+    ([images, "--channels=48"], flags.of_preset("images32") | folder | {"channels": 48}, "--preset=images32"),
+    ([images, "--preset=images64"], flags.of_preset("images64") | folder, ""),
+    ([images, "--preset=none"], folder, ""),
+    ([f"--flagfile={tmp_path / 'own.flags'}"], folder, ""),
+    (["--dataset=cifar10"], {"dataset": "cifar10"}, ""),
+    ([images, "--mode=plan"], flags.of_preset("images32") | folder, "--preset=images32"),
+    ([images, "--mode=plan", "--topology=v5e:4x4"], flags.of_preset("images64") | folder, "--preset=images64"),
+  ):
+    place = [] if "--mode=plan" in words else [new]
+    assert command(*place, *words) == 0
+    config = runs.calls[-1][1]
+    expected = config_lib.override(Config(), expected | {"topology": config.plan.topology})
+    assert config == expected, words
+    line = runs.said[-1] or capsys.readouterr().out
+    assert said in line if said else not line, words
+  stored = config_lib.override(Config(), folder | {"channels": 64})
+  workdir.create(tmp_path / "run", stored)
+  assert command(f"--workdir={tmp_path / 'run'}", images) == 0
+  assert runs.calls[-1][1] == stored and not runs.said[-1]
+  assert main.preset_for_own_images("train", folder, tmp_path / "new", "gpu") == "images64"
+  assert main.preset_for_own_images("train", folder | {"init_from": "x"}, tmp_path / "new", "cpu") is None
+
+
+def test_attention_that_fits_the_images_is_that_of_the_run(tmp_path):
+  stored = config_lib.override(Config(), {"attention_resolutions": (4,)})
+  workdir.create(tmp_path, stored)
+  for mode in ("train", "sample"):
+    assert main.resolve_config(mode, {"attention_resolutions": (0,)}, tmp_path) == stored
 
 
 def test_sample_is_flags_over_the_stored_run(tmp_path):

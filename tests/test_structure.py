@@ -118,6 +118,7 @@ def test_services_know_at_most_the_config_and_how_files_are_written(name):
     "distributed": {"ddpm_jax.watchdog"},
     "watchdog": {"ddpm_jax.watcher"},
     "writers": {"ddpm_jax.metrics"},
+    "flags": {"ddpm_jax.presets"},
     "watcher": set(),
   }
   assert ours(f"{name}.py") <= allowed | own.get(name, set())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import shlex
 import time
@@ -29,7 +30,7 @@ from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
 from ddpm_jax.exchange.file import settings_of_run
 from ddpm_jax.lock import Lock
-from ddpm_jax.models.build import Params, num_params
+from ddpm_jax.models.build import Params, fitted, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
 from ddpm_jax.stop import StopRequest
@@ -55,6 +56,7 @@ def train(
   workdir: pathlib.Path,
   stop: StopRequest,
   job: Job | None = None,
+  chosen: str = "",
   clock: Callable[[], float] = time.monotonic,
 ) -> bool:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
@@ -64,6 +66,7 @@ def train(
     workdir: its folder.
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
+    chosen: a line for the user on settings that the command left open, printed once the images are found.
     clock: seconds, for the early sample grids.
 
   Returns:
@@ -80,6 +83,7 @@ def train(
   exists = workdir_lib.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
   source = open_source(config.data)
+  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
@@ -96,6 +100,8 @@ def train(
       exists = workdir_lib.check(workdir, config)  # again: another process may have been faster
       if not exists:
         workdir_lib.create(workdir, config)
+      if chosen:
+        console.say(chosen)
     multihost_utils.sync_global_devices("the workdir exists")
     resume.check_shared(workdir)
     # Until everything is closed, as that waits for what is being saved.
