@@ -11,8 +11,9 @@ import numpy as np
 from benchmarks.step_work import device_facts, memory_used
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
+from ddpm_jax.keys import seeded
 from ddpm_jax.run import build_run
-from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import make_long_draw, make_predictor, table_of
 from ddpm_jax.training.parallel import Parallel
 
 
@@ -37,21 +38,20 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   )
   size = job["batch_size"]
   index = np.arange(size, dtype=np.int32)
-  params = run.initial_state().ema_params
+  constants = seeded(run.initial_state().ema_params, config.sample.sample_seed)
   draws, samplers = {}, {}
   for case in job["cases"]:
     options = with_sampler(config, case).sample
     table = table_of(options, run.schedule, config.diffusion.variance)
-    draws[case] = make_draw(
+    draws[case] = make_long_draw(
       make_predictor(run.network, run.schedule, config.diffusion.prediction, options),
       table,
       image_shape=run.image_shape,
       parallel=run.parallel,
-      seed=options.sample_seed,
       stream="sample",
     )
     began = time.perf_counter()
-    planned = draws[case].bytes_needed(params, index, size=size)
+    planned = draws[case].bytes_needed(constants, index, size=size)
     samplers[case] = {
       "compile_seconds": time.perf_counter() - began,
       "evaluations": len(table.t),
@@ -61,7 +61,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   def block(case: str, count: int) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
     for number in range(count):
-      draws[case](params, index + number * size)
+      draws[case](constants, index + number * size)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": count * size, **memory_used()}
 

@@ -1,6 +1,6 @@
 """The whole program beside the bare training step: what logging, checkpoints and sample grids cost.
 
-  python -m benchmarks.loop --data_dir=DIR
+  python -m benchmarks.loop
   python -m benchmarks.loop --flagfile=experiments/fashion_mnist.flags --num_steps=500 --rounds=2
 
 In each round the program runs in new folders: first with an empty compilation cache, then with what the first run
@@ -124,7 +124,7 @@ def whole_run(
     _CpuTime(process.pid) as cpu,
   ):
     assert process.stdout
-    compiled = any(line.startswith(_COMPILED) for line in process.stdout)
+    compiled = any(_COMPILED in line for line in process.stdout)
     first = time.time()
     reader = threading.Thread(target=process.stdout.read)  # it would wait for us if nobody read
     reader.start()

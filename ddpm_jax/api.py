@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import operator
 import os
 import pathlib
@@ -29,10 +30,14 @@ from ddpm_jax.diffusion.prediction import to_eps
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.exchange import initial
+from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, num_params
-from ddpm_jax.sampling.draw import Predictor, draw_of, fit_batch, make_predictor, table_of
+from ddpm_jax.sampling.draw import Predictor, fit_batch, make_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.training.parallel import ByRows
+
+# Parameters of `Model.sample` that are shorter than the knobs that they are; the others have the same names.
+KNOBS = {"num": "num_samples", "seed": "sample_seed", "steps": "sampling_steps", "batch_size": "sample_batch_size"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +54,7 @@ class Model:
 
   config: Config
   weights: Weights
-  _draws: dict[SampleConfig, ByRows] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _draws: dict[tuple[SampleConfig, str], ByRows] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -78,19 +83,33 @@ class Model:
     seed: int = 0,
     sampler: str | None = None,
     steps: int | None = None,
+    time_grid: str | None = None,
     eta: float | None = None,
+    variance: str | None = None,
+    threshold: str | None = None,
+    threshold_quantile: float | None = None,
+    batch_size: int | None = None,
   ) -> np.ndarray:
     """Draws images: those of `--mode=sample --sample_seed=SEED`, to float32 rounding, which depends on the batch.
 
-    Each sampler is compiled when it is first used, for each number of images; another seed compiles nothing.
+    Each sampler is compiled when it is first used, for each number of images; another seed compiles nothing. Which
+    checkpoint and which weights is said to `load`.
 
     Args:
       num: of images, at least 1.
       seed: in 0..2^32 - 1. Image i depends on the weights, the seed and i alone.
-      sampler: 'ddpm', 'ddim', 'dpmpp' or 'heun'.
-      steps: network evaluations for each image, 0 for all T.
-      eta: noise of 'ddim' and 'dpmpp', in [0, 1].
-        What is None is as in `config.sample`.
+      sampler: 'ddpm', ancestral sampling (Ho et al. 2020, Algorithm 2); 'ddim' (Song et al. 2021); 'dpmpp',
+        DPM-Solver++(2M) (Lu et al. 2022); 'heun' on the probability-flow ODE (Karras et al. 2022).
+      steps: network evaluations for each image, in 0..T; 0 for all T.
+      time_grid: where they are: 'trailing', 'uniform', 'quadratic', 'logsnr', 'logistic', or 'auto' for the one that
+        suits the sampler.
+      eta: noise of 'ddim' and 'dpmpp', in [0, 1]; 0: deterministic.
+      variance: of 'ddpm': 'fixed_large' or 'fixed_small'.
+      threshold: what keeps x0_hat in range: 'static' clips to [-1, 1], 'dynamic' at a quantile of its absolute values
+        (Saharia et al. 2022), 'none'.
+      threshold_quantile: of 'dynamic', in (0, 1].
+      batch_size: images at once, over all devices; 0: as many as fit. Changes images by rounding alone.
+        What is None is as in `config`.
 
     Returns:
       uint8 [num, H, W, C].
@@ -98,13 +117,25 @@ class Model:
     Raises:
       UserError: for a value out of range, or one that has no effect.
     """
-    asked = {"sampler": sampler, "sampling_steps": steps, "eta": eta}
-    given = {name: value for name, value in asked.items() if value is not None}
-    whole = {"num_samples": num, "sample_seed": seed, **({} if steps is None else {"sampling_steps": steps})}
-    given |= {name: _whole_number(name, value) for name, value in whole.items()}
-    config, num, seed = config_lib.override(self.config, given), given["num_samples"], given["sample_seed"]
-    options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0)  # no part of the program
-    draw, constants, asked_size = self._draw(options), (self.params, np.uint32(seed)), options.sample_batch_size
+    asked = {
+      "num": num,
+      "seed": seed,
+      "sampler": sampler,
+      "steps": steps,
+      "time_grid": time_grid,
+      "eta": eta,
+      "variance": variance,
+      "threshold": threshold,
+      "threshold_quantile": threshold_quantile,
+      "batch_size": batch_size,
+    }
+    knobs = config_lib.values(Config())
+    given = {KNOBS.get(name, name): value for name, value in asked.items() if value is not None}
+    given = {name: _as_knob(name, value, type(knobs[name])) for name, value in given.items()}
+    config = config_lib.override(self.config, given)
+    config_lib.check_variance(given, config)
+    num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
+    draw, constants = self._draw(config), seeded(self.params, config.sample.sample_seed)
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, np.zeros(1, np.int32), number=num)
     index = np.arange(num, dtype=np.int32)
     return np.concatenate([draw(constants, index[first : first + size], size=size) for first in range(0, num, size)])
@@ -132,14 +163,21 @@ class Model:
     run = self.weights.run
     return make_predictor(run.network, run.schedule, self.config.diffusion.prediction, options)
 
-  def _draw(self, options: SampleConfig) -> ByRows:
-    """((params, seed), index) -> images; compiled once, as the seed is no part of the program."""
-    if options not in self._draws:
+  def _draw(self, config: Config) -> ByRows:
+    """(`Seeded`, index) -> images; made once for all that is part of the program."""
+    # Neither is how many, which seed, how many at once.
+    options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0)
+    variance = config.diffusion.variance
+    if (options, variance) not in self._draws:
       run = self.weights.run
-      table = table_of(options, run.schedule, self.config.diffusion.variance)
-      draw = draw_of(self._predictor(options), table, image_shape=run.image_shape, stream="sample")
-      self._draws[options] = run.parallel.by_rows(lambda constants, index: draw(constants[0], constants[1], index))
-    return self._draws[options]
+      self._draws[options, variance] = make_draw(
+        self._predictor(options),
+        table_of(options, run.schedule, variance),
+        image_shape=run.image_shape,
+        parallel=run.parallel,
+        stream="sample",
+      )
+    return self._draws[options, variance]
 
   @functools.cached_property
   def _x0_hat(self) -> ByRows:
@@ -176,10 +214,14 @@ def _array(name: str, values: ArrayLike) -> np.ndarray:
     raise UserError(f"{name}: its rows are not of one length, so it is no array; make it one") from error
 
 
-def _whole_number(name: str, value: int) -> int:
-  """A Python integer, as knobs are, of one of NumPy too."""
+def _as_knob(name: str, value: object, kind: type) -> object:
+  """A value as a knob of this type is: Python's own numbers in the place of NumPy's. Ranges are for the knob."""
+  if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
+    return float(value)
+  if kind is not int:
+    return value
   try:
-    return operator.index(value)
+    return operator.index(value)  # pyright: ignore[reportArgumentType]
   except TypeError:
     raise UserError(f"{name}: a {type(value).__name__} is no whole number; write one such as 16") from None
 

@@ -81,7 +81,8 @@ def keep_compiled_programs(where: str) -> None:
   """Lets JAX keep what it compiles, so that a later process with the same program need not compile it again.
 
   A damaged entry is noticed (entries are compressed with a checksum); its program is then compiled again, and the
-  folder of `auto` emptied, as JAX would not write that entry anew.
+  folder of `auto` emptied, as JAX would not write that entry anew. A line on standard error says so, and wherever else
+  programs are not kept that were to be.
 
   Args:
     where: 'off'; a folder; or 'auto': JAX_COMPILATION_CACHE_DIR if it is set, else `default_folder()`, brought
@@ -96,12 +97,14 @@ def keep_compiled_programs(where: str) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     return
   if where == "auto" and (chosen := os.environ.get("JAX_COMPILATION_CACHE_DIR")):
-    _hear_warnings(None)
-    jax.config.update("jax_compilation_cache_dir", expanded("JAX_COMPILATION_CACHE_DIR", chosen))
+    folder = pathlib.Path(expanded("JAX_COMPILATION_CACHE_DIR", chosen))
+    _hear_warnings(folder)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     return  # as the user has set it, with its limits
   folder = default_folder() if where == "auto" else pathlib.Path(expanded("compilation_cache", where))
   if folder is None:
     jax.config.update("jax_enable_compilation_cache", False)
+    _tell("none, as this user has no home folder; --compilation_cache names a folder")
     return
   try:
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,13 +113,14 @@ def keep_compiled_programs(where: str) -> None:
   except OSError as error:
     if where == "auto":
       jax.config.update("jax_enable_compilation_cache", False)
+      _tell(f"none, as {folder} cannot be written ({error.strerror}); --compilation_cache names another folder")
       return
     raise UserError(
       f"compilation_cache: cannot write to {folder} ({error.strerror}); name another folder, or 'off'"
     ) from error
   if where == "auto":
     _prune(folder)
-  _hear_warnings(folder if where == "auto" else None)
+  _hear_warnings(folder, ours=where == "auto")
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small ones take seconds together
 
@@ -169,25 +173,45 @@ def _prune(folder: pathlib.Path) -> None:
   total = sum(stat.st_size for stat, _ in entries)
   if total <= MAX_CACHE_BYTES:
     return
-  for stat, path in sorted(entries, key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime)):
+  entries.sort(key=lambda entry: max(entry[0].st_atime, entry[0].st_mtime))
+  left, removed = total, 0
+  while left > MAX_CACHE_BYTES // 2:
+    stat, path = entries[removed]
     path.unlink(missing_ok=True)
-    total -= stat.st_size
-    if total <= MAX_CACHE_BYTES // 2:
-      return
+    left, removed = left - stat.st_size, removed + 1
+  _tell(f"{removed} of {len(entries)} programs removed, as those in {folder} took {total / 2**30:.2g} GiB")
 
 
-def _hear_warnings(ours: pathlib.Path | None) -> None:
-  """Says nothing of a program that JAX cannot keep, as it is only a cache.
+def _hear_warnings(folder: pathlib.Path, *, ours: bool = False) -> None:
+  """Says in one line what JAX warns of in two, and no more than once.
 
-  When JAX warns that it cannot read an entry of our own folder, removes all of them, as it does not say which one.
+  A program that XLA cannot write down is no news: with oneDNN that is so at every start. When JAX cannot read an entry
+  of our own folder, all of them are removed, as it does not say which one.
   """
-  usual = warnings.showwarning
+  usual, told = warnings.showwarning, set()
+
+  def tell(text: str) -> None:
+    if text not in told:
+      told.add(text)
+      _tell(text)
 
   def show(message, category, *where, **more) -> None:
-    if ours and str(message).startswith("Error reading persistent compilation cache entry"):
-      for path in _programs(ours):
+    text = " ".join(str(message).split())
+    reason = text.rpartition("': ")[2]
+    if text.startswith("Error reading persistent compilation cache entry"):
+      for path in _programs(folder) if ours else ():
         path.unlink(missing_ok=True)
-    elif not str(message).startswith("Error writing persistent compilation cache entry"):
+      what = "all are removed" if ours else "empty that folder"
+      tell(f"a program in {folder} cannot be read and is compiled again ({reason}); {what}")
+    elif not text.startswith("Error writing persistent compilation cache entry"):
       usual(message, category, *where, **more)
+    elif "Errno" in reason:
+      tell(f"programs cannot be kept in {folder} ({reason})")
 
   warnings.showwarning = show
+
+
+def _tell(text: str) -> None:
+  from ddpm_jax import console  # with absl, which a worker of the benchmarks has not
+
+  console.note(f"compilation cache: {text}")

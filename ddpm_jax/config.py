@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from ddpm_jax.errors import UserError
@@ -75,6 +75,10 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
   return Config(**sections)
 
 
+# The value of `attention_resolutions` that leaves it to the size of the images: `models.build.fitted`. A workdir holds
+# what it came to.
+AUTO_ATTENTION = (0,)
+
 # What the value of `dataset` begins with where it is a folder of images; the rest is its path.
 FOLDER = "folder:"
 
@@ -99,13 +103,46 @@ def changed(
   return differences
 
 
-# Knobs that are a consent: for the command that gives it, and for no later one.
-_CONSENTS = ("allow_data_change",)
+# Knobs for the command that gives them and for no later one: a consent, a look at some steps.
+_FOR_ONE_COMMAND = ("allow_data_change", "profile_steps")
 
 
-def without_consents(config: Config) -> Config:
-  """The settings of a workdir as a later command takes them up."""
-  return override(config, {name: value for name, value in values(Config()).items() if name in _CONSENTS})
+def for_a_later_command(config: Config) -> Config:
+  """The settings of a workdir as a later command takes them up.
+
+  Nor are classes among --writers: a workdir may be somebody else's, and nothing that it names is imported.
+  """
+  changes = {name: value for name, value in values(Config()).items() if name in _FOR_ONE_COMMAND}
+  ours = [name for name in writer_names(config.train.writers) if ":" not in name]
+  return override(config, changes | {"writers": ",".join(ours)})
+
+
+def check_variance(given: Container[str], config: Config) -> None:
+  """Raises UserError if the knobs that are `given` for a draw name a variance, which only ancestral sampling has."""
+  if "variance" in given and config.sample.sampler != "ddpm":
+    raise UserError(
+      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
+      "--variance out, or use --sampler=ddpm"
+    )
+
+
+def profiled(profile_steps: str, num_steps: int) -> range:
+  """The training steps that --profile_steps=A:B names, A to B; empty if none.
+
+  Raises:
+    UserError: unless they are 1 <= A <= B <= num_steps.
+  """
+  if not profile_steps:
+    return range(0)
+  first, colon, last = profile_steps.partition(":")
+  if not (colon and all(part.isascii() and part.isdigit() for part in (first, last))):
+    raise UserError(f"profile_steps: {profile_steps!r} is not A:B; name training steps, such as 100:110")
+  if not 1 <= int(first) <= int(last) <= num_steps:
+    raise UserError(
+      f"profile_steps: {profile_steps} does not lie in 1:{num_steps}, the steps of --num_steps, or runs backwards; "
+      "name others"
+    )
+  return range(int(first), int(last) + 1)
 
 
 # Knobs of drawing that choose among the weights of a workdir.
@@ -143,6 +180,19 @@ def from_json(text: str) -> Config:
         )
       flat[name] = tuple(value) if isinstance(value, list) else value
   return override(Config(), flat)
+
+
+def writer_names(text: str) -> tuple[str, ...]:
+  """The names in --writers. Raises UserError for one that is none, or stands there twice."""
+  names = tuple(name for part in text.split(",") if (name := part.strip()))
+  for name in names:
+    module, colon, attribute = name.partition(":")
+    is_class = colon and all(part.isidentifier() for part in (*module.split("."), attribute))
+    if name not in ("tensorboard", "wandb") and not is_class:
+      raise UserError(f"writers: {name!r} is unknown; use tensorboard, wandb, or package.module:Class")
+  if len(set(names)) < len(names):
+    raise UserError(f"writers: {text} names one twice; name each once")
+  return names
 
 
 def flag_text(value: Any) -> str:
@@ -184,9 +234,15 @@ def _check_together(config: Config) -> None:
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
   _check_exchange(config.exchange)
+  writer_names(config.train.writers)
   if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
     raise UserError(
       f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"
+    )
+  profiled(config.train.profile_steps, config.train.num_steps)
+  if 1 <= config.train.stop_exit_code <= 3:
+    raise UserError(
+      f"stop_exit_code: {config.train.stop_exit_code} says how a run failed; use 0, or one of 4 to 125, such as 75"
     )
   if not config.model.channel_multipliers:
     raise UserError("channel_multipliers: empty; name one multiple for each level, such as 1,2,2,2")
@@ -279,6 +335,17 @@ def _check_evaluate(config: Config) -> None:
   for name in ("inception_weights", "inception_resize"):
     if evaluate.features != "inception" and getattr(evaluate, name) != getattr(defaults, name):
       raise UserError(f"{name}: has no effect with features={evaluate.features}; use --features=inception")
+  if evaluate.reference_stats:
+    if evaluate.write_reference:
+      raise UserError("write_reference: nothing is compared where statistics are written; leave --reference_stats out")
+    if evaluate.reference_split:
+      raise UserError(
+        f"reference_split: {evaluate.reference_split} has no effect with --reference_stats; leave one of them out"
+      )
+  if evaluate.write_reference and not evaluate.write_reference.endswith(".npz"):
+    raise UserError(
+      f"write_reference: {evaluate.write_reference} does not end in .npz, by which others know such files"
+    )
   if train.evaluate_every and train.best_measure not in evaluate.measures:
     raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
   if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:

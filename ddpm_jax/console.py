@@ -1,17 +1,23 @@
 """The only module that prints: what is only said may neither end a run nor hold it up.
 
-`say`, `warn` and `note` print a line. `protect_streams` makes standard output and standard error of a command such that
-whatever anybody prints, a library for one, cannot raise and cannot block: where nobody reads a pipe, the disk with the
-log on it is full or a terminal is gone, lines wait in memory, within limits, and are written later or left out.
+`say`, `warn`, `note` and `error` print a line, `show_png` a picture where the terminal can show it.
+
+`protect_streams` makes standard output and standard error of a command such that whatever anybody prints, a library for
+one, cannot raise and cannot block: where nobody reads a pipe, the disk with the log on it is full or a terminal is
+gone, lines wait in memory, within limits, and are written later or left out. `add_times` begins each line of a log with
+the time.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import collections
 import contextlib
+import datetime
 import io
 import os
+import pathlib
 import select
 import sys
 import threading
@@ -27,8 +33,11 @@ _PATIENCE_S = 0.1  # of a caller, for its line to be written; no longer waited f
 _LAST_PATIENCE_S = 1.0  # at the end of the process
 _RETRY_S = 1.0  # from one try to write to the next, where writing fails
 _MOST_BYTES = 2**20  # that wait to be written
+_MOST_PICTURE = 2**19  # bytes of a PNG that is shown; a third more when it is written as text
+_KITTY_CHUNK = 4096  # the most that one escape sequence of its protocol may carry
 
 _above_bars: Callable[[TextIO], contextlib.AbstractContextManager] = contextlib.nullcontext  # until there is a bar
+_times = False  # whether lines begin with the time, off a terminal
 
 
 def say(text: str) -> None:
@@ -44,6 +53,61 @@ def warn(text: str) -> None:
 def note(text: str, end: str = "\n") -> None:
   """Prints a line, or the beginning of one, to standard error. From any thread."""
   _print(sys.stderr, f"{text}{end}")
+
+
+def error(text: str, more: str = "") -> None:
+  """Prints the line that says why the process ends, to standard error: `error: TEXT`. From any thread.
+
+  Other programs read it: it is one line, without a time. `more`: further lines, such as stacks.
+  """
+  _print(sys.stderr, f"error: {text}\n{more}", times=False)
+
+
+def add_times() -> None:
+  """From now on, lines begin with the time where they go to a file or a pipe, and not to a terminal.
+
+  It is the local time in ISO 8601 with its distance from UTC, as in 2026-11-28T14:10:47+01:00.
+  """
+  global _times
+  _times = True
+
+
+def show_png(path: pathlib.Path) -> None:
+  """Shows a picture on standard output, if that is a terminal that can, as far as its environment says; else nothing.
+
+  By the protocol of kitty (also of Ghostty), or that of iTerm2 (also of WezTerm). Not inside tmux or screen.
+
+  Raises:
+    OSError: if the picture cannot be read.
+  """
+  draw = _picture_protocol() if sys.stdout is not None and sys.stdout.isatty() else None
+  data = path.read_bytes() if draw else b""
+  if draw and len(data) <= _MOST_PICTURE:
+    _print(sys.stdout, draw(base64.b64encode(data).decode("ascii"), len(data)))
+
+
+def _picture_protocol() -> Callable[[str, int], str] | None:
+  """(a PNG in base64, its number of bytes) -> what shows it on this terminal; None if nothing is known to."""
+  about = os.environ
+  term, program = about.get("TERM", ""), about.get("TERM_PROGRAM", "")
+  if "TMUX" in about or term.startswith(("screen", "tmux")):
+    return None
+  if "KITTY_WINDOW_ID" in about or term in ("xterm-kitty", "xterm-ghostty") or program == "ghostty":
+    return _as_kitty
+  if program in ("iTerm.app", "WezTerm") or about.get("LC_TERMINAL") == "iTerm2":
+    return _as_iterm
+  return None
+
+
+def _as_kitty(data: str, _: int) -> str:
+  chunks = [data[i : i + _KITTY_CHUNK] for i in range(0, len(data), _KITTY_CHUNK)]
+  heads = ["a=T,f=100,q=2,"] + [""] * (len(chunks) - 1)  # show it, it is a PNG, do not answer
+  more = [1] * (len(chunks) - 1) + [0]
+  return "".join(f"\x1b_G{head}m={m};{chunk}\x1b\\" for head, m, chunk in zip(heads, more, chunks, strict=True)) + "\n"
+
+
+def _as_iterm(data: str, size: int) -> str:
+  return f"\x1b]1337;File=inline=1;size={size};preserveAspectRatio=1:{data}\a\n"
 
 
 def columns() -> int:
@@ -109,11 +173,14 @@ def _protected(number: int, encoding: str) -> TextIO:
   return io.TextIOWrapper(_Outlet(number), encoding, errors="backslashreplace", line_buffering=True)
 
 
-def _print(stream: TextIO | None, text: str) -> None:
+def _print(stream: TextIO | None, text: str, *, times: bool = True) -> None:
   if stream is None:
     return
   encoding = getattr(stream, "encoding", None) or "utf-8"
   with contextlib.suppress(OSError, ValueError), _above_bars(stream):  # closed, or nobody listens any more
+    if times and _times and not stream.isatty():
+      now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+      text = "".join(f"{now} {line}" if line.strip() else line for line in text.splitlines(keepends=True))
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 

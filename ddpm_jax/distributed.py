@@ -213,8 +213,8 @@ def _explicit_job(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _not_joined(found: str, seconds: float) -> None:
-  console.note(
-    f"error: distributed: not all processes of the {found} job have come within {seconds} s; start all of them, with "
+  console.error(
+    f"distributed: not all processes of the {found} job have come within {seconds} s; start all of them, with "
     "the same address, or train alone with --distributed=off"
   )
   console.drain()
@@ -305,7 +305,7 @@ class _Peers:
     with self._verdict:  # never given back
       if not self._ended:
         watchdog.exit_within(_LINGER_S + 2, 1)  # whatever stderr or the store does
-        console.note(f"error: {line}")
+        console.error(line)
         self._publish(line)
       while self._ended:  # this process ends already, with a code of its own
         time.sleep(60)

@@ -1,4 +1,4 @@
-"""One absl flag for each knob of `Config`, and back: the only module beside `main.py` that knows absl.flags."""
+"""One absl flag for each option of `Config`, and back: the only module beside `main.py` that knows absl.flags."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from absl import flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import paths
+from ddpm_jax import paths, presets
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
@@ -40,7 +40,7 @@ class _TupleSerializer(flags.ArgumentSerializer):
 
 
 def define(registry: flags.FlagValues = flags.FLAGS) -> None:
-  """Registers --workdir, --mode and a flag for every knob. Call once for each registry."""
+  """Registers --workdir, --mode, --version and a flag for every knob. Call once for each registry."""
   flags.DEFINE_string(
     "workdir",
     None,
@@ -56,6 +56,16 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "train: train, or go on training. sample: draw images from a workdir. evaluate: measure a workdir's model. "
     "export: write its weights for other programs. plan: say what training would need on --topology, and how fast it "
     "could be.",
+    flag_values=registry,
+  )
+  flags.DEFINE_boolean(
+    "version", False, "Print the versions of ddpm_jax, JAX, jaxlib and Python.", flag_values=registry
+  )
+  flags.DEFINE_string(
+    "preset",
+    "",
+    f"Named settings, as --flagfile=experiments/NAME.flags: {', '.join(presets.names())}; {presets.NONE}: the plain "
+    "defaults. Empty: those too, but for a new run on a folder of images, see --dataset.",
     flag_values=registry,
   )
   for _, field, default in config_lib.knobs(Config()):
@@ -79,18 +89,20 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
 def expand_flagfiles(words: Sequence[str]) -> list[str]:
   """The words of a command with the lines of its flagfiles in front, so that a flag on the command line always wins.
 
-  A flagfile is named as `--flagfile=PATH` or `--flagfile PATH`, with one dash or two, anywhere among the flags. Of
-  several, the later one wins. A flagfile may name others, and the same rule holds: its own lines win over theirs. absl
-  alone puts the lines where the flagfile is named, so that it wins over the flags before it.
+  A flagfile is named as `--flagfile=PATH` or `--flagfile PATH`, with one dash or two, anywhere among the flags, and a
+  preset, which is one too, as `--preset=NAME`. Of several, the later one wins. A flagfile may name others, and the same
+  rule holds: its own lines win over theirs. absl alone puts the lines where the flagfile is named, so that it wins over
+  the flags before it.
 
   Args:
     words: what follows the name of the program.
 
   Returns:
-    Words without flagfiles, for absl, of which the last one wins.
+    Words without flagfiles, for absl, of which the last one wins. `--preset` stays among them: its name, or 'none'
+    where the last one that was named is a flagfile.
 
   Raises:
-    UserError: if a flagfile has no name, cannot be read, is not UTF-8 text, or names itself.
+    UserError: if a flagfile has no name, cannot be read, is not UTF-8 text, or names itself, or for an unknown preset.
   """
   return _expand(words, ())
 
@@ -101,10 +113,16 @@ def _expand(words: Sequence[str], within: tuple[str, ...]) -> list[str]:
   while rest:
     word = rest.pop(0)
     name, equals, path = word.partition("=")
-    if name in ("--flagfile", "-flagfile"):
+    if name in ("--flagfile", "-flagfile", "--preset", "-preset"):
       if not equals:
         path = rest.pop(0) if rest else ""
-      lines += _lines_of(paths.expanded("flagfile", path.strip()), within)
+      path, preset = path.strip(), presets.NONE
+      if name.endswith("preset"):
+        preset, path = path, "" if path == presets.NONE else presets.path(path)
+        lines += _lines_of(path, within) if path else []
+      else:
+        lines += _lines_of(paths.expanded("flagfile", path), within)
+      lines.append(f"--preset={preset}")
       continue
     others.append(word)
     if word == "--" or not word.startswith("-"):  # absl takes no flag after these
@@ -119,7 +137,7 @@ def _lines_of(path: str, within: tuple[str, ...]) -> list[str]:
   if not path:
     raise UserError("flagfile: empty; name a file of flags, such as --flagfile=runs/digits/flags.txt")
   if os.path.realpath(path) in within:
-    raise UserError(f"flagfile: {path} names itself, maybe by way of others; remove that line")
+    raise UserError(f"flagfile: {path} includes itself, directly or through other files; remove that line")
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8-sig")  # some editors begin a file with a byte-order mark
   except OSError as error:
@@ -141,7 +159,7 @@ def one_line(error: flags.Error) -> str:
 
 
 # Where the data of a run lie: kept in its workdir, and looked for again by commands from other working directories.
-_PLACES = ("data_dir", "manual_dir", "inception_weights")
+_PLACES = ("data_dir", "manual_dir", "inception_weights", "reference_stats")
 
 
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
@@ -163,9 +181,22 @@ def _absolute(name: str, text: str) -> str:
   """The path that a flag names, absolute; no path and the address of something else stay, for others to refuse."""
   if not text or "://" in text:
     return text
-  path = os.path.join(os.getcwd(), paths.expanded(name, text))
+  path = paths.from_here(name, paths.expanded(name, text))
   plain = os.path.normpath(path)  # behind a symbolic link, `..` leads elsewhere than it reads
   return plain if os.path.realpath(plain) == os.path.realpath(path) else str(pathlib.Path(path))
+
+
+def preset(registry: flags.FlagValues = flags.FLAGS) -> str | None:
+  """The value of --preset, 'none' if a flagfile was named after it; None if neither was named."""
+  return registry["preset"].value or None
+
+
+def of_preset(name: str) -> dict[str, Any]:
+  """The options that a preset sets. Raises UserError if there is none of that name."""
+  registry = flags.FlagValues()
+  define(registry)
+  registry(["preset", *expand_flagfiles([f"--preset={name}"])])
+  return given(registry)
 
 
 def has_workdir(registry: flags.FlagValues = flags.FLAGS) -> bool:

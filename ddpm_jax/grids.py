@@ -1,18 +1,22 @@
-"""Sample grids as pictures."""
+"""Sample grids as pictures that say what they are of."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from ddpm_jax.storage import write_whole
 
 _MARGIN = 2  # pixels between tiles
 _FRAME = (230, 120, 0)
+_FACTS = "ddpm_jax"  # the text chunk of a PNG that holds them
 _TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
 
 
@@ -82,8 +86,27 @@ def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
   return np.asarray(page)
 
 
-def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
-  """Writes uint8 [height, width, 3], whole or not at all. Raises OSError."""
-  png = io.BytesIO()
-  Image.fromarray(picture).save(png, format="PNG")
-  write_whole(path, png.getvalue())
+def png(picture: np.ndarray, facts: Mapping[str, Any]) -> bytes:
+  """A PNG file of uint8 [height, width] or [height, width, 3].
+
+  facts: JSON values, which the file carries: `checkpoint`, the number of updates of the weights that drew it, and how.
+  """
+  file, text = io.BytesIO(), PngImagePlugin.PngInfo()
+  text.add_itxt(_FACTS, json.dumps(facts))
+  Image.fromarray(picture).save(file, format="PNG", pnginfo=text)
+  return file.getvalue()
+
+
+def save_png(path: pathlib.Path, picture: np.ndarray, facts: Mapping[str, Any]) -> None:
+  """Writes `png` of uint8 [height, width, 3], whole or not at all. Raises OSError."""
+  write_whole(path, png(picture, facts))
+
+
+def facts_of(path: pathlib.Path) -> dict[str, Any]:
+  """What a file of `png` carries; {} if it carries nothing, as those of release 0.1, or cannot be read."""
+  try:
+    with Image.open(path, formats=("PNG",)) as image:
+      facts = json.loads(image.info.get(_FACTS, "{}"))
+  except (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError):
+    return {}
+  return facts if isinstance(facts, dict) else {}

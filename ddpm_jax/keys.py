@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 STREAMS = ("init", "train", "preview", "sample", "classifier", "bound", "ode")
 # Named, as JAX_DEFAULT_PRNG_IMPL may say another one: of rbg, draws under vmap depend on how many there are.
 IMPLEMENTATION = "threefry2x32"
+
+
+class Seeded(NamedTuple):
+  """Weights and a seed as one argument of a compiled function.
+
+  The seed is data of the program and no constant in it: another seed needs no other program.
+  """
+
+  params: Any
+  seed: Any  # uint32 scalar
+
+
+def seeded(params: Any, seed: int) -> Seeded:
+  """Binds a seed in 0..2^32 - 1 to weights."""
+  return Seeded(params, np.uint32(seed))
 
 
 def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:

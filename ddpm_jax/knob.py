@@ -56,7 +56,7 @@ def _check_text(name: str, text: str) -> None:
     raise UserError(f"{name}: {text!a} is not UTF-8; rename what it names") from None
   letter = next((letter for letter in "\n\r\0" if letter in text), "")
   if letter or text != text.rstrip():
-    problem = f"has the character {letter!a}" if letter else "ends in a space"
+    problem = f"has the character {letter!a}" if letter else "ends with white space"
     raise UserError(f"{name}: {text!a} {problem}, which a flagfile cannot hold; rename what it names")
 
 

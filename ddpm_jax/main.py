@@ -13,7 +13,9 @@ The same command goes on where it stopped, and so does --workdir alone: flags wi
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import pathlib
+import platform
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -22,7 +24,8 @@ from typing import TYPE_CHECKING
 from absl import app
 from absl import flags as absl_flags
 
-from ddpm_jax import compilation, console, flags, hugepages, terminal, workdir
+import ddpm_jax
+from ddpm_jax import compilation, console, flags, hugepages, presets, terminal, workdir
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
@@ -42,29 +45,47 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
     UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
   """
   run = folder if folder is not None and workdir.holds_run(folder) else None
+  if run and given.get("attention_resolutions") == config_lib.AUTO_ATTENTION:
+    given = {name: value for name, value in given.items() if name != "attention_resolutions"}  # it is settled there
   defaults = _stored(run) if run and mode in ("train", "plan") else Config()
   if given.get("init_from"):
     from ddpm_jax.exchange import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
     defaults = initial.beginning(given["init_from"], folder, defaults)
+  if mode != "evaluate" and given.get("write_reference"):
+    raise UserError("write_reference: is for --mode=evaluate; add that")
+  if mode == "train" and run and "writers" not in given:
+    before = workdir.load_config(run).train.writers
+    if ":" in before:
+      console.warn(f"writers: {before} names a class, which counts for the command that names it; give --writers again")
   if mode in ("train", "plan"):
     return config_lib.override(defaults, given)  # what may not change is compared when the run starts
   if mode == "export":
     _check_one_model(given, folder, run)
-  if run or not given.get("init_from"):
-    assert folder is not None
+  if folder is not None and (run or not given.get("init_from")):
     config = _over_stored_run(mode, given, folder)
   else:
     config = config_lib.override(defaults, given)
     if folder is not None:
       workdir.check(folder, config)
-  if _runs_the_network(mode, config) and "variance" in given and config.sample.sampler != "ddpm":
-    raise UserError(
-      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
-      "--variance out, or use --sampler=ddpm"
-    )
+  if _runs_the_network(mode, config):
+    config_lib.check_variance(given, config)
   return config
+
+
+def preset_for_own_images(mode: str, given: dict, folder: pathlib.Path | None, platform: str) -> str | None:
+  """The preset of a command that trains on a folder of images and says nothing of how, or None.
+
+  Args:
+    mode: of the command; a plan is made as the run would be.
+    given: its flags.
+    folder: of the run.
+    platform: 'cpu', 'gpu' or 'tpu': what it trains on.
+  """
+  new = not (folder and workdir.holds_run(folder)) and mode in ("train", "plan")
+  own = str(given.get("dataset")).startswith(config_lib.FOLDER) and not given.get("init_from")
+  return presets.for_own_images(platform) if new and own else None
 
 
 def _runs_the_network(mode: str, config: Config) -> bool:
@@ -74,7 +95,7 @@ def _runs_the_network(mode: str, config: Config) -> bool:
 
 def _stored(folder: pathlib.Path) -> Config:
   """The settings of a workdir, as a later command takes them up."""
-  stored = config_lib.without_consents(workdir.load_config(folder))
+  stored = config_lib.for_a_later_command(workdir.load_config(folder))
   return config_lib.beyond_init_from(stored) if workdir.has_checkpoints(folder) else stored
 
 
@@ -97,51 +118,88 @@ def _check_one_model(given: dict, folder: pathlib.Path | None, run: pathlib.Path
     raise UserError("workdir: name either a run to export, --workdir, or weights of elsewhere, --init_from")
 
 
+def _needs_workdir(mode: str) -> bool:
+  """Whether there is nothing to be done without one. Statistics of a data set are of no run."""
+  return mode not in ("plan", "export") and not (mode == "evaluate" and "write_reference" in flags.given())
+
+
 def main(argv: Sequence[str]) -> int:
   """Runs the mode that the flags name. Returns the exit code."""
   mode = absl_flags.FLAGS.mode
   # Before training has something to save, nothing is lost by a stop: the same command does the same again.
-  with StopRequest(exit_code=0 if mode == "train" else None) as stop:
+  with StopRequest(exit_code=absl_flags.FLAGS.stop_exit_code if mode == "train" else None) as stop:
     try:
       if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}; flags are written --name=value")
       if not absl_flags.FLAGS["verbosity"].present:
         terminal.quiet()
-      folder = flags.workdir() if mode not in ("plan", "export") or flags.has_workdir() else None
+      folder = flags.workdir() if _needs_workdir(mode) or flags.has_workdir() else None
       compilation.set_xla_flags()
       config = resolve_config(mode, flags.given(), folder)
+      if mode == "train":
+        stop.exit_code = config.train.stop_exit_code
       from ddpm_jax import distributed, numerics  # with JAX: after what can be said without it
 
       numerics.check_options(config.model.matmul_precision)
       compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
       together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
+      config, chosen = _for_own_images(mode, config, folder)
     except (UserError, RunError) as error:
       return _exit_code(error)
     stop.again()
     sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
     try:
-      _run(mode, config, folder, stop, job)
-      code = 0
+      code = _run(mode, config, folder, stop, job, chosen)
     except (UserError, RunError, NonFiniteError) as error:
       job.wait_for_verdict(root_cause(error))
       code = _exit_code(error)
-    job.leave(code)
+      job.leave(code)
+    else:
+      job.leave(0)  # whatever the code is: after a stop, too, all processes have come to the same end
   return code
 
 
-def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job) -> None:
+def _for_own_images(mode: str, config: Config, folder: pathlib.Path | None) -> tuple[Config, str]:
+  """`config`, over the preset for this device where a new run on own images leaves it open, and a line that says so."""
+  import jax
+
+  if flags.preset() is not None or mode not in ("train", "plan"):
+    return config, ""
+  given = flags.given()
+  planned = "cpu" if config.plan.topology == "cpu" else "tpu"
+  platform = planned if mode == "plan" else jax.default_backend()  # a plan leaves the devices of this machine alone
+  name = preset_for_own_images(mode, given, folder, platform)
+  if not name:
+    return config, ""
+  config = resolve_config(mode, flags.of_preset(name) | given, folder)
+  size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
+  return config, (
+    f"own images, chosen for {'a CPU' if platform == 'cpu' else 'an accelerator'}: --preset={name} (images {size}, "
+    f"batches of {config.data.batch_size}, {config.train.num_steps:,} training steps); flags win over it"
+  )
+
+
+def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job, chosen: str) -> int:
+  """Returns the exit code."""
   match mode:
     case "plan":
       from ddpm_jax.plan import run as plan_run
 
+      if chosen:
+        console.say(chosen)
       plan_run.plan(config)
-      return
+      return 0
     case "export":
       from ddpm_jax.exchange import run as exchange_run
 
       exchange_run.export(config, folder)
-      return
+      return 0
+    case "evaluate":
+      from ddpm_jax.evaluation import run as evaluation_run
+
+      evaluation_run.evaluate(config, folder, flags.given())
+      return 0
   assert folder  # the others do not go without
   match mode:
     case "train":
@@ -149,20 +207,17 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      loop.train(config, folder, stop, job)
+      return 0 if loop.train(config, folder, stop, job, chosen) else config.train.stop_exit_code
     case "sample":
       from ddpm_jax.sampling import run
 
       run.sample(config, folder)
-    case "evaluate":
-      from ddpm_jax.evaluation import run as evaluation_run
-
-      evaluation_run.evaluate(config, folder, flags.given())
+  return 0
 
 
 def _exit_code(error: UserError | RunError | NonFiniteError) -> int:
   """Tells what ended the run on purpose, in one line. Returns the exit code."""
-  console.note(f"error: {error}")
+  console.error(str(error))
   return next(code for kind, code in ((UserError, 2), (RunError, 1), (NonFiniteError, 3)) if isinstance(error, kind))
 
 
@@ -175,13 +230,31 @@ def _leave_with_traceback(job: Job, usual: Callable, kind: type, error: BaseExce
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   try:
-    return absl_flags.FLAGS([argv[0], *flags.expand_flagfiles(argv[1:])])
+    left = absl_flags.FLAGS([argv[0], *flags.expand_flagfiles(argv[1:])])
   except SystemExit:
     sys.exit(0)  # --help has been printed, which absl ends with 1
   except absl_flags.Error as error:
     sys.exit(_exit_code(UserError(f"{flags.one_line(error)}; --help lists the flags")))
   except UserError as error:
     sys.exit(_exit_code(error))
+  if absl_flags.FLAGS.version:
+    console.say(_versions())
+    sys.exit(0)
+  return left
+
+
+def _versions() -> str:
+  """What --version prints: a line for each of this package, JAX, jaxlib and Python, which is not slow to find out."""
+  installed = {name: importlib.metadata.version(name.lower()) for name in ("JAX", "jaxlib")}
+  versions = {"ddpm_jax": ddpm_jax.__version__, **installed, "Python": platform.python_version()}
+  return "\n".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _command(argv: Sequence[str]) -> int:
+  """`main` of a process of its own. Its output is a log, unless it is a plan, which is a page of tables."""
+  if absl_flags.FLAGS.mode != "plan":
+    console.add_times()
+  return main(argv)
 
 
 if __name__ == "__main__":
@@ -190,4 +263,4 @@ if __name__ == "__main__":
   compilation.seldom_look_for_garbage()
   flags.define()
   absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
-  app.run(main, flags_parser=_parse_flags)
+  app.run(_command, flags_parser=_parse_flags)

@@ -67,14 +67,14 @@ def check_options(matmul_precision: str) -> None:
     value = getattr(jax.config, name)
     if value != needed:
       raise UserError(
-        f"{name.upper()}: {value} gives other numbers, which no checkpoint or result would tell; unset it in the "
+        f"{name.upper()}: {value} changes the numbers without a trace in checkpoints or results; unset it in the "
         "environment"
       )
   precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  unknown to type checkers
   if (precision or "default") != matmul_precision:
     raise UserError(
-      f"JAX_DEFAULT_MATMUL_PRECISION: {precision} is not --matmul_precision={matmul_precision}, which decides; unset "
-      "it in the environment"
+      f"JAX_DEFAULT_MATMUL_PRECISION: {precision} contradicts --matmul_precision={matmul_precision}; unset it in the "
+      "environment, or set the option"
     )
 
 

@@ -15,11 +15,27 @@ def absolute(flag: str, text: str, remedy: str) -> pathlib.Path:
   """The absolute path that the value of a flag means, `~` and all.
 
   Raises:
-    UserError: if it is the address of something else, with that remedy, or as `expanded`.
+    UserError: if it is the address of something else, with that remedy, or as `expanded` and `from_here`.
   """
   if "://" in text:
     raise UserError(f"{flag}: {text!r} is no path in a file system; {remedy}")
-  return pathlib.Path(expanded(flag, text)).absolute()
+  return pathlib.Path(from_here(flag, expanded(flag, text)))
+
+
+def from_here(flag: str, path: str) -> str:
+  """The path, absolute: as it is, or from the working directory on.
+
+  Raises:
+    UserError: if it is relative and the working directory no longer exists.
+  """
+  if os.path.isabs(path):
+    return path
+  try:
+    return os.path.join(os.getcwd(), path)
+  except FileNotFoundError:
+    raise UserError(
+      f"{flag}: {path!r} is relative, and the working directory no longer exists; cd to another"
+    ) from None
 
 
 def expanded(flag: str, text: str) -> str:

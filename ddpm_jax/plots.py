@@ -18,8 +18,8 @@ from ddpm_jax.storage import write_whole
 def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
   """Draws the losses of a `metrics.jsonl` over the updates, and their moving average, into a PNG file.
 
-  The loss of one update is noisy, above all because some timesteps are much harder than others: the average over about
-  a twentieth of the run shows where it is going. The picture is whole, or as it was before.
+  A logged loss is noisy, above all because some timesteps are much harder than others: the average over about a
+  twentieth of the run shows where it is going. The picture is whole, or as it was before.
 
   Raises:
     OSError: if `metrics` cannot be read or the picture not written.
@@ -40,12 +40,12 @@ def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:
     linewidth=0.8,
     color="tab:blue",
     alpha=0.4 if window > 1 else 1.0,
-    label="one update",
+    label="logged",
     marker="o" if len(steps) < 4 else None,
   )
   if window > 1:
     average = np.convolve(losses, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], average, linewidth=1.8, color="tab:blue", label=f"mean of {window} logged updates")
+    axes.plot(steps[window - 1 :], average, linewidth=1.8, color="tab:blue", label=f"mean of {window} logged")
     axes.legend()
   axes.set(xlabel="updates", ylabel="loss", yscale="log")
   for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):

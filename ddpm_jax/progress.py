@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 
 from ddpm_jax import console
 
-_LINE_EVERY_S = 10.0
+_FIRST_LINE_S, _LONGEST_S = 5.0, 300.0  # off a terminal: to the first line, and the most between two
+_TICK_S = 1.0  # of what a bar says of a compilation
+_COMPILING_S = 20.0  # off a terminal: to the first line that says so
+
+_shown: list[Progress] = []  # what is open, the innermost last
 
 
 class Progress:
@@ -18,19 +23,56 @@ class Progress:
   def __init__(self, what: str, *, total: int, done: int = 0, quiet: bool = False):
     """Args: a word for the unit, such as 'step'; how many in all; how many already; print nothing at all."""
     self._what, self._total, self._quiet = what, total, quiet
+    self.left_out_s = 0.0  # seconds that are no part of the speed, such as compilations
     self._bar = None
     if not quiet and console.columns() > 0:
       self._bar = console.bar(total=total, initial=done, unit=what, dynamic_ncols=True, smoothing=0.05)
+    _shown.append(self)
 
   def advance(self, by: int = 1) -> None:
     """Moves the bar."""
     if self._bar is not None:
       self._bar.update(by)
 
+  def begin(self, done: int) -> None:
+    """Sets the bar to `done`; the speed is that of what comes after."""
+    if self._bar is not None:
+      self._bar.initial = self._bar.n = self._bar.last_print_n = done
+      self._bar.start_t = self._bar.last_print_t = time.time()
+      self._bar.refresh()
+
   def unpause(self) -> None:
     """Leaves the time since the last `advance` out of the time left."""
     if self._bar is not None:
       self._bar.unpause()
+
+  @contextlib.contextmanager
+  def compiling(self) -> Iterator[None]:
+    """Says, while it lasts, that something compiles and for how long. That time is no part of the speed."""
+    began, over = time.perf_counter(), threading.Event()
+
+    def tick() -> None:
+      waits = _growing(_COMPILING_S, _LONGEST_S)
+      while not over.wait(_TICK_S if self._bar is not None else next(waits)):
+        text = f"compiling, {time.perf_counter() - began:.0f} s"
+        if self._bar is not None:
+          self._bar.set_postfix_str(text)
+        else:
+          console.say(text)
+
+    thread = threading.Thread(target=tick, name="compiling", daemon=True)
+    if not self._quiet:
+      thread.start()
+    try:
+      yield
+    finally:
+      over.set()
+      if not self._quiet:
+        thread.join()
+      self.left_out_s += time.perf_counter() - began
+      if self._bar is not None:
+        self._bar.set_postfix_str("", refresh=False)
+        self._bar.unpause()
 
   def report(self, done: int, facts: Mapping[str, float], rate: float) -> None:
     """Shows facts at a point of interest. rate: units a second, for the time left; 0 if unknown."""
@@ -51,29 +93,46 @@ class Progress:
 
   def close(self) -> None:
     """Leaves the terminal on a fresh line."""
+    if self in _shown:
+      _shown.remove(self)
     if self._bar is not None:
       self._bar.close()
+
+
+def compiling() -> contextlib.AbstractContextManager[None]:
+  """`Progress.compiling` of what is shown at present; says nothing where nothing is."""
+  return _shown[-1].compiling() if _shown else contextlib.nullcontext()
+
+
+def _growing(first: float, longest: float) -> Iterator[float]:
+  """Distances in seconds, each twice the one before: who looks soon sees something, and no log fills up."""
+  while True:
+    yield first
+    first = min(2 * first, longest)
 
 
 @contextlib.contextmanager
 def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
   """Progress of something that counts: yields a function that is told how many are done, and one that takes a line.
 
-  Where there is no terminal a line is printed every ten seconds, and one at the end. The speed is measured from the
-  first call on: what was there before, and a compilation, are no part of it.
+  Where there is no terminal lines are printed at growing distances, and one at the end. The speed is measured from the
+  first call on, without compilations: neither they nor what was there before are part of it.
   """
   with contextlib.closing(Progress(what, total=total, quiet=quiet)) as progress:
-    before, at_first, began, told = 0, None, 0.0, time.perf_counter()
+    waits = _growing(_FIRST_LINE_S, _LONGEST_S)
+    before, at_first, began, due = 0, None, 0.0, 0.0
 
     def done(number: int) -> None:
-      nonlocal before, at_first, began, told
-      now = time.perf_counter()
-      progress.advance(number - before)
-      before = number
+      nonlocal before, at_first, began, due
+      now = time.perf_counter() - progress.left_out_s
       if at_first is None:
-        at_first, began = number, now
-      if number == total or now - told >= _LINE_EVERY_S:
-        told = now
+        at_first, began, due = number, now, now + next(waits)
+        progress.begin(number)
+      else:
+        progress.advance(number - before)
+      before = number
+      if number == total or now >= due:
+        due = now + next(waits)
         progress.report(number, {}, (number - at_first) / max(now - began, 1e-9))
 
     yield done, progress.say

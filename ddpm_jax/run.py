@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedules import (
@@ -42,7 +43,8 @@ class Run(NamedTuple):
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
     init = functools.partial(_initial_state, self.config, self.image_shape)
-    return jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))(params)
+    compiled = jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))
+    return compiled(np.uint32(self.config.train.seed), params)
 
   def place(self, params: Params) -> Params:
     """Weights, NumPy arrays that are the same on every process, placed as those of a state."""
@@ -58,7 +60,7 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
   model = build_model(config.model, image_shape)
   d = config.diffusion
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
-  shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape))
+  shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape), np.uint32(config.train.seed))
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
@@ -79,15 +81,14 @@ def noise_warning(run: Run) -> str | None:
     if reaches_noise(make_schedule("cosine", d.num_timesteps)):
       remedies.append("--beta_schedule=cosine")
   return (
-    f"the noise schedule does not reach noise, from which images are drawn: at t = {d.num_timesteps}, the last "
+    f"the noise schedule does not reach pure noise, from which sampling starts: at t = {d.num_timesteps}, the last "
     f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T up to "
-    f"{largest_prior_kl(run.schedule):.2g} bits/dim); a run with {' or with '.join(remedies or ['more timesteps'])} "
-    "would"
+    f"{largest_prior_kl(run.schedule):.2g} bits/dim); in a new run, use {' or '.join(remedies or ['more timesteps'])}"
   )
 
 
 def make_train_step(run: Run) -> functools.partial:
-  """`step.train_step` with everything bound but (state, batch) and axis_name."""
+  """`step.train_step` with everything bound but (state, batch) and axis_name; another seed may be given."""
   config = run.config
   loss_fn = make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip)
   return functools.partial(
@@ -101,9 +102,11 @@ def make_train_step(run: Run) -> functools.partial:
   )
 
 
-def _initial_state(config: Config, image_shape: tuple[int, int, int], params: Params | None = None) -> TrainState:
+def _initial_state(
+  config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
+) -> TrainState:
   if params is None:
-    params = init_params(build_model(config.model, image_shape), stream_key(config.train.seed, "init"), image_shape)
+    params = init_params(build_model(config.model, image_shape), stream_key(seed, "init"), image_shape)
   else:
     params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
   return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))

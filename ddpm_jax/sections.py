@@ -17,15 +17,16 @@ class DataConfig:
   """Which images, in which order, and how many in a batch."""
 
   dataset: str = knob("digits", "'digits' (embedded), any TensorFlow Datasets name such as 'cifar10' or "
-                      "'lsun/bedroom', or 'folder:PATH' for a folder of PNG, JPEG or WebP images.")
+                      "'lsun/bedroom', or 'folder:PATH' for a folder of images, which takes a preset that fits the "
+                      "device unless --preset or --flagfile names another.")
   split: str = knob("train", "Which part of the data set, in TFDS's notation ('train', 'train+test', 'train[:90%]'). "
                     "A folder has 'train' and slices of it, each a random part of all of its subfolders.")
-  data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets; the "
-                       "digits, where there is no home: the folder for temporary files).", may_change=True)
+  data_dir: str = knob("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets); the "
+                       "digits need no folder.", may_change=True)
   manual_dir: str = knob("", "A folder that already holds the data set's original files; TFDS verifies their "
                          "checksums and downloads nothing that is there.", may_change=True)
-  follow_links: bool = knob(False, "Take what symbolic links in a folder of images lead to, also outside of it, as in "
-                            "a cache of huggingface_hub.", may_change=True)
+  follow_links: bool = knob(False, "Follow symbolic links in a folder of images, also to files outside of it, as in a "
+                            "huggingface_hub cache.", may_change=True)
   image_size: int = knob(0, "Resize the short side to this many pixels and crop the centre (0: images as they are).",
                          minimum=0)
   batch_size: int = knob(64, "Images in one update, over all devices and processes.", minimum=1)
@@ -72,16 +73,17 @@ class ModelConfig:
   channel_multipliers: tuple[int, ...] = knob((1, 2), "Channels of each level as multiples of --channels; each "
                                               "level after the first halves the resolution.", minimum=1)
   num_res_blocks: int = knob(1, "Residual blocks of each level on the way down; one more on the way up.", minimum=1)
-  attention_resolutions: tuple[int, ...] = knob((4,), "Heights, in pixels, of the levels whose residual blocks are "
-                                                "followed by self-attention (empty: only the middle).", minimum=1)
+  attention_resolutions: tuple[int, ...] = knob((0,), "Heights, in pixels, of the levels whose residual blocks are "
+                                                "followed by self-attention (0: the lowest level if it has at most 16 "
+                                                "rows; empty: only the middle).", minimum=0)
   norm_groups: int = knob(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                           "channels).", minimum=0)
   dropout: float = knob(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
   dtype: str = knob("float32", "Type of the activations; parameters, loss, optimiser and likelihoods are float32 "
                     "always.", choices=("float32", "bfloat16"), may_change_once_trained=True)
-  matmul_precision: str = knob("default", "Precision of products and convolutions of float32: 'default' is fastest and "
-                               "of fewer bits on GPUs and TPUs, 'high' is of about 16 to 21 bits, 'highest' float32. "
-                               "Likelihoods and features are of the highest always.",
+  matmul_precision: str = knob("default", "Precision of float32 matrix products and convolutions: 'default' is the "
+                               "fastest, with fewer bits on GPUs and TPUs; 'high' has about 11 (GPU) to 16 (TPU) bits; "
+                               "'highest' float32's. Likelihoods and features always use 'highest'.",
                                choices=("default", "high", "highest"), may_change_once_trained=True)
   remat: str = knob("none", "What the backward pass computes again, to save memory: 'norms' what lies between the "
                     "convolutions of a residual block, 'blocks' the block with its attention, a quarter more "
@@ -97,10 +99,11 @@ class OptimizerConfig:
   lr_schedule: str = knob("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
                           "'constant_then_decay', constant up to the last --decay_fraction of the steps, then down "
                           "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes on "
-                          "from where the decay began; with cosine the rate begins anew for the added steps.",
+                          "from where the decay began; with cosine the rate restarts for the added steps.",
                           choices=("constant", "constant_then_decay", "cosine"))
-  decay_fraction: float = knob(0.4, "The part of --num_steps over which the learning rate of constant_then_decay "
-                               "falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0, maximum=1)
+  decay_fraction: float = knob(0.4, "The fraction of --num_steps, at the end, over which the learning rate of "
+                               "constant_then_decay falls to zero, as 1 - sqrt (Hägele et al. 2024).",
+                               above=0, maximum=1)
   warmup_steps: int = knob(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
                            "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
                            minimum=0)
@@ -122,7 +125,8 @@ class TrainConfig:
                                "update.", minimum=1, may_change=True)
   log_every: int = knob(25, "Updates between two lines of metrics.", minimum=1, may_change=True)
   checkpoint_every: int = knob(1000, "Updates between two checkpoints.", minimum=1, may_change=True)
-  sample_every: int = knob(1000, "Updates between two sample grids (0: none).", minimum=0, may_change=True)
+  sample_every: int = knob(1000, "Updates between two sample grids, beside those after 1, 2, 4, 8, ... minutes of "
+                           "training (0: none at all).", minimum=0, may_change=True)
   evaluate_every: int = knob(0, "Updates between two evaluations of what --measures names, as by --mode=evaluate; each "
                              "makes a checkpoint too (0: none).", minimum=0, may_change=True)
   best_measure: str = knob("frechet", "The measure by which the best evaluated checkpoint is kept in best/; the lowest "
@@ -156,6 +160,15 @@ class TrainConfig:
   compilation_cache: str = knob("auto", "Folder that keeps compiled programs for the next start: 'auto' is "
                                 "JAX_COMPILATION_CACHE_DIR, or else ddpm_jax/ in ~/.cache; 'off' keeps none.",
                                 may_change=True)
+  writers: str = knob("tensorboard", "Where the metrics go beside metrics.jsonl, separated by commas (empty: nowhere): "
+                      "'tensorboard', files in the workdir; 'wandb', Weights & Biases; a class of your own, "
+                      "package.module:Class, see docs/several_runs.md.", may_change=True)
+  stop_exit_code: int = knob(0, "Exit code of training that was asked to stop, with all it made saved, before it was "
+                             "finished: one that is not 0 lets a scheduler start it again (4 to 125, such as 75).",
+                             minimum=0, maximum=125, may_change=True)
+  profile_steps: str = knob("", "A:B writes a trace of training steps A to B by jax.profiler into profile/ in the "
+                            "workdir, of process 0. The calls of --steps_per_dispatch that make them are traced "
+                            "whole, as they end where they would without a trace.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +244,11 @@ class EvaluateConfig:
                                minimum=0, may_change=True)
   reference_split: str = knob("", "Split that samples are compared with (empty: that of the training).",
                               may_change=True)
+  reference_stats: str = knob("", "An npz file of statistics that samples are compared with in place of images: of "
+                              "--write_reference, pytorch-fid or clean-fid (empty: the images themselves).",
+                              may_change=True)
+  write_reference: str = knob("", "Measure nothing; write the statistics of the data set, or of --reference_split, "
+                              "into this npz file. Needs no checkpoint, and no --workdir.", may_change=True)
   likelihood_splits: str = knob("", "Splits of bound and ode, separated by commas (empty: that of the training, and "
                                 "'test' if there is one).", may_change=True)
   likelihood_examples: int = knob(0, "Images of each split for bound and ode, evenly spaced (0: all; but with "
@@ -251,8 +269,9 @@ class EvaluateConfig:
 class PlanConfig:
   """What --mode=plan plans for."""
 
-  topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4', 'v5p:2x2x2' or "
-                       "'v6e:2x4', which need not be here, or 'cpu', the CPU of this machine.", may_change=True)
+  topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4' or 'v5p:2x2x2', "
+                       "or a slice as Cloud TPU calls it, such as 'v5e-16' or 'v5p-128', which need not be here; or "
+                       "'cpu', the CPU of this machine. GPUs cannot be planned where none is.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Stopping on request: the first signal asks the run to save and end, a second one ends the process at once.
+"""Stopping on request: the first signal asks the run to save and end; a second SIGTERM or SIGINT ends it at once.
 
-The signals are SIGTERM, SIGINT and SIGHUP (a terminal was closed, a connection was lost). Under `nohup`, or wherever
-else SIGHUP is ignored when the process starts, it stays ignored.
+The signals are SIGTERM, SIGINT and SIGHUP (a terminal was closed, a connection was lost). SIGHUP is never the one that
+ends a run at once: a terminal that closes may send it twice, and systemd, with SendSIGHUP, after a SIGTERM. Under
+`nohup`, or wherever else SIGHUP is ignored when the process starts, it stays ignored.
 
 Python handles signals between two bytecodes of the main thread, which may be inside a compilation or a collective for
 minutes. So a thread of its own listens: the kernel's note of a signal reaches it through a pipe at any time.
@@ -28,9 +29,9 @@ class StopRequest:
   """
 
   def __init__(self, exit_code: int | None = None):
-    """exit_code: where there is nothing to save; 128 + the signal's number if None."""
+    """exit_code: where a signal ends the process at once and nothing is lost; 128 + the signal's number if None."""
     self.requested: int | None = None
-    self._exit_code = exit_code
+    self.exit_code = exit_code
     self._deferred, self._exit_text = False, "stopped; there was nothing to save"
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     self._numbers = tuple(number for number in _SIGNALS if not (ignored and number == signal.SIGHUP))
@@ -73,18 +74,22 @@ class StopRequest:
       self._deferred, self._exit_text = before
 
   def _listen(self) -> None:
+    by_hand = 0  # signals of a person or a scheduler
     while (number := os.read(self._reader, 1)[0]) != 0:
       if number not in self._numbers:
         continue
+      by_hand += number != signal.SIGHUP
       if self.requested is not None:
+        if number == signal.SIGHUP or by_hand < 2:
+          continue
         os._exit(128 + number)
       name = signal.Signals(number).name
       if not self._deferred:
         console.note(f"{name}: {self._exit_text}")
         console.drain()
-        os._exit(128 + number if self._exit_code is None else self._exit_code)
+        os._exit(128 + number if self.exit_code is None else self.exit_code)
       self.requested = number
-      console.note(f"{name}: saving, then stopping; a second signal ends at once, without a checkpoint")
+      console.note(f"{name}: saving, then stopping; a second SIGTERM or Ctrl-C ends at once, without a checkpoint")
 
 
 def _heard(_number: int, _frame) -> None:

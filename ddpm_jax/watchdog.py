@@ -87,21 +87,21 @@ class Watchdog:
         if self._last is not seen:
           seen, silent = self._last, 0.0
         limit = self._timeout if seen[0] else self._first
-        where = f"after {seen[0] or 'the start'} on process {self._process} ({here}): it is stuck"
+        where = f"after {seen[0] or 'the start'} on process {self._process} ({here}): stuck"
         if silent > limit:
           if helper:
-            helper.tell(_LEAVING_S, silent, f"{where} and does not even end; {_REMEDY}")
-          self._end(f"error: nothing done for {silent:.0f} s {where} and ends here; {_REMEDY}\n")
+            helper.tell(_LEAVING_S, silent, f"{where}, and the process cannot exit; {_REMEDY}")
+          self._end(f"no progress for {silent:.0f} s {where}; the process exits; {_REMEDY}")
         if helper is None:
           helper = cleanup.enter_context(_Watcher(self._file))
-        helper.tell(limit - silent, silent, f"{where} in compiled code and is killed; {_REMEDY}")
+        helper.tell(limit - silent, silent, f"{where} in compiled code; the process is killed; {_REMEDY}")
 
   def _end(self, line: str) -> None:
     last_words = exit_within(_LAST_WORDS_S, 1)
-    text = line + _stacks()
-    to_file = threading.Thread(target=self._write, args=[text], daemon=True)
+    stacks = _stacks()
+    to_file = threading.Thread(target=self._write, args=[f"error: {line}\n{stacks}"], daemon=True)
     to_file.start()
-    console.note(text, end="")
+    console.error(line, more=stacks)
     to_file.join(timeout=_LAST_WORDS_S / 2)
     console.drain()
     last_words.cancel()  # what follows has limits of its own

@@ -41,8 +41,9 @@ def main(process: int, number: int, path: str) -> None:
     took, before = now - before, now
     if heard == "":
       return
-    if heard:
-      left, silent, rest = json.loads(heard.splitlines()[-1])
+    ticks = [line for line in (heard or "").splitlines() if line.startswith("[")]
+    if ticks:  # and not stacks, for which somebody else has asked
+      left, silent, rest = json.loads(ticks[-1])
       unheard = 0.0
     elif took < _TICK_S + _FROZEN_S and _is_running(process):
       unheard += took
@@ -54,7 +55,7 @@ def main(process: int, number: int, path: str) -> None:
       if "[" in (line[:1] for line in stacks.splitlines()):  # the watchdog has had its turn after all
         unheard = 0.0
         continue
-      _tell(f"error: nothing done for {silent + unheard:.0f} s {rest}\n{stacks}", path)
+      _tell(f"error: no progress for {silent + unheard:.0f} s {rest}\n{stacks}", path)
       os.kill(process, signal.SIGKILL)
       return
 

@@ -18,7 +18,7 @@ from ddpm_jax.storage import size_text, write_whole
 # Everything that a run writes, by name. Whatever else lies in a workdir (a log, lost+found, .DS_Store) is not touched.
 WRITTEN = re.compile(
   r"config\.json|flags\.txt|metrics\.jsonl|loss\.png|report\.html|stuck\.\d+\.txt|"
-  r"lock|checkpoints|best|damaged|earlier|samples|eval|tensorboard"
+  r"lock|checkpoints|best|damaged|earlier|samples|eval|tensorboard|profile|wandb_id\.txt"
 )
 # Backslashes, and patterns of shells: Orbax writes elsewhere, or cannot read what it wrote, without an error.
 _NOT_IN_PATHS = "\\*?["
@@ -136,8 +136,8 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
       # A kill between the lock and the end of `create` leaves a lock and an empty folder.
       if WRITTEN.fullmatch(path.name) and path.name != lock.NAME and not (path.is_dir() and not any(path.iterdir())):
         raise UserError(
-          f"workdir: {workdir} holds no run of ddpm_jax, but {path.name}, over which a run would write; move that "
-          "away, or use another --workdir"
+          f"workdir: {workdir} holds no run, but has {path.name}, which a run would overwrite; move it away, or use "
+          "another --workdir"
         )
   _check_outside_images(workdir, config.data.dataset)
   _check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
@@ -154,7 +154,9 @@ def create(workdir: pathlib.Path, config: Config) -> None:
     raise UserError(f"workdir: cannot write {workdir} ({error.strerror}); use another --workdir") from error
 
 
-def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: int | None = None) -> None:
+def check_space(
+  workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: int | None = None, *, beside: int = 0
+) -> None:
   """Whether the checkpoints will find room beside what `workdir` holds.
 
   Args:
@@ -162,6 +164,7 @@ def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: 
     checkpoint_bytes: of one checkpoint.
     keep: that many are kept; the oldest is deleted once one more is written.
     saves: how many this command will write, if that is known.
+    beside: checkpoints that stay, or have been there, beside those that `keep` counts.
 
   Raises:
     UserError: if there is too little.
@@ -174,7 +177,7 @@ def check_space(workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: 
     free = disk.free + sum(path.stat().st_size for path in unfinished)  # they are about to be removed
   except OSError as error:
     raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
-  number = max(1, keep + 1 - held)
+  number = max(1, keep + beside + 1 - held)
   if saves is not None:
     number = min(number, saves)
   if disk.total and free < number * checkpoint_bytes:
@@ -194,7 +197,8 @@ def _check_outside_images(workdir: pathlib.Path, dataset: str) -> None:
   inside = os.path.relpath(os.path.realpath(workdir), os.path.realpath(images)).split(os.sep)
   if inside[0] != os.pardir and not any(part.startswith(".") for part in inside if part != os.curdir):
     raise UserError(
-      f"workdir: {workdir} lies in the folder of images {images}, which would grow; use another --workdir"
+      f"workdir: {workdir} lies inside the image folder {images}, so its pictures would become training images; use "
+      "another --workdir"
     )
 
 

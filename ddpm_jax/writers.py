@@ -23,14 +23,20 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.record_writer import masked_crc32c
 
 from ddpm_jax.errors import RunError
+from ddpm_jax.metrics import training_seconds
 from ddpm_jax.storage import Records, write_whole
 
 
 class MetricsWriter:
   """Appends to a workdir's metrics; each step at most once, also after a crash and a resume, or on a full disk."""
 
-  def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0):
+  def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = True):
     """Opens the files, forgetting what was written after `resume_step`: those updates are about to be made again.
+
+    Args:
+      workdir: where they are.
+      resume_step: the number of training steps made before.
+      tensorboard: write TensorBoard's files too.
 
     Raises:
       RunError: if they cannot be written; `metrics.jsonl` is then as it was.
@@ -39,9 +45,12 @@ class MetricsWriter:
     path = self._path = workdir / "metrics.jsonl"
     try:
       _forget_after(path, resume_step)
+      self.trained_before = _trained_before(path)
       with contextlib.ExitStack() as opened:
         self._lines = opened.enter_context(contextlib.closing(Records(path)))
-        self._events = opened.enter_context(contextlib.closing(_event_file(workdir / "tensorboard", resume_step)))
+        self._events: Records | None = None
+        if tensorboard:
+          self._events = opened.enter_context(contextlib.closing(_event_file(workdir / "tensorboard", resume_step)))
         opened.pop_all()
     except OSError as error:
       raise RunError(
@@ -61,8 +70,13 @@ class MetricsWriter:
       self._last = step
       facts = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
       self._lines.add(json.dumps({"step": step, **facts}, allow_nan=False).encode() + b"\n")
-      self._events.add(_scalars(step, metrics))
-    _each(self._lines.write, self._events.write)
+      if self._events:
+        self._events.add(_scalars(step, metrics))
+    _each(*(file.write for file in self._files))
+
+  @property
+  def _files(self) -> list[Records]:
+    return [self._lines, self._events] if self._events else [self._lines]
 
   def amend(self, step: int, metrics: Mapping[str, float]) -> None:
     """Adds what became known later to the line of `step`, which is the last; one is written if there is none.
@@ -76,25 +90,28 @@ class MetricsWriter:
     if last and _step(last) == step:
       facts = json.loads(last) | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
       self._lines.replace_last(last, json.dumps(facts, allow_nan=False).encode() + b"\n")
-      self._events.add(_scalars(step, metrics))
-      self._events.write()
+      if self._events:
+        self._events.add(_scalars(step, metrics))
+        self._events.write()
     else:
       self._last = min(self._last, step - 1)
       self.write(step, metrics)
 
   def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds a picture uint8 [height, width, 3] to TensorBoard. Raises OSError if it cannot, and forgets it."""
+    if not self._events:
+      return
     image = summary.image(name, picture, dataformats="HWC")
     self._events.write_or_drop(_record(Event(wall_time=time.time(), step=step, summary=image)))
 
   def flush(self) -> None:
     """Returns once everything is where a loss of power cannot take it. Raises OSError, and keeps what is left."""
-    _each(self._lines.sync, self._events.sync)
+    _each(*(file.sync for file in self._files))
 
   def close(self) -> None:
-    """Closes both files. What could not be written by now is lost: `flush` before this to know."""
-    self._lines.close()
-    self._events.close()
+    """Closes the files. What could not be written by now is lost: `flush` before this to know."""
+    for file in self._files:
+      file.close()
 
 
 def _each(*actions: Callable[[], None]) -> None:
@@ -117,6 +134,12 @@ def _forget_after(path: pathlib.Path, step: int) -> None:
   kept = b"".join(line for line in before.splitlines(keepends=True) if line.endswith(b"\n") and _step(line) <= step)
   if kept != before:
     write_whole(path, kept)
+
+
+def _trained_before(path: pathlib.Path) -> tuple[int, float]:
+  """The step of the last line, and the seconds of training up to it; 0, 0 if there is none."""
+  rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+  return (rows[-1]["step"], training_seconds(rows)[-1]) if rows else (0, 0.0)
 
 
 def _step(line: bytes) -> float:
@@ -148,7 +171,8 @@ def _event_file(folder: pathlib.Path, resume_step: int) -> Records:
 
 
 def _scalars(step: int, metrics: Mapping[str, float]) -> bytes:
-  values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+  # Every event has the time of its own; as a float32 it would be that of some minute.
+  values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items() if name != "time"]
   return _record(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
 

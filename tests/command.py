@@ -3,14 +3,18 @@
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
 import threading
 import time
 
+from ddpm_jax.metrics import TIMES
+
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
+TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ", re.MULTILINE)  # with which lines of a log begin
 # Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
 FLAGS = [
   *("--channels=8", "--channel_multipliers=1", "--attention_resolutions=", "--dropout=0.2", "--random_flip"),
@@ -27,10 +31,10 @@ FLAGS = [
 
 
 def start(folder, name, *flags, devices=2, module="ddpm_jax.main", **environment):
-  """Starts the command on a number of simulated devices; the digits are prepared once for all runs in a folder."""
+  """Starts the command on a number of simulated devices."""
   command = [sys.executable, "-m", module, f"--workdir={folder / name}"]
   if not any(flag.startswith("--mode") for flag in flags):
-    command += [f"--data_dir={folder / 'tfds'}", *FLAGS]
+    command += FLAGS
   if not any(flag.startswith(("--num_steps", "--mode")) for flag in flags):
     command.append(f"--num_steps={STEPS}")
   command += flags
@@ -48,8 +52,8 @@ def start_job(folder, name, *flags, count=2, each=((), ()), **environment):
 
 
 def finish(process, code=0, timeout=300):
-  """Waits for the end. Returns what was printed: (stdout, stderr)."""
-  out, err = process.communicate(timeout=timeout)
+  """Waits for the end. Returns what was printed, without the times: (stdout, stderr)."""
+  out, err = (TIME.sub("", text) for text in process.communicate(timeout=timeout))
   assert process.returncode == code, f"exit code {process.returncode}\n{err}\n{out}"
   return out, err
 
@@ -80,7 +84,7 @@ def wait_for_line(process, text):
 def metrics(workdir):
   """The lines of metrics.jsonl without the times."""
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{k: v for k, v in row.items() if not k.endswith("_per_second")} for row in rows]
+  return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
 def checkpoints(workdir):
@@ -97,7 +101,7 @@ def digests(workdir, step=None):
 
 
 class Heard:
-  """A started command whose words are read while it runs: `out` and `err` are what it has said so far."""
+  """A started command whose words are read while it runs: `out` and `err` are what it has said, without the times."""
 
   def __init__(self, process):
     self.process = process
@@ -112,11 +116,11 @@ class Heard:
 
   @property
   def out(self):
-    return "".join(self._lines["stdout"])
+    return TIME.sub("", "".join(self._lines["stdout"]))
 
   @property
   def err(self):
-    return "".join(self._lines["stderr"])
+    return TIME.sub("", "".join(self._lines["stderr"]))
 
   def wait_until(self, condition, seconds=120):
     """Waits until a condition holds, while the process lives."""

@@ -1,5 +1,6 @@
 """A trained model in Python: what the command draws, and what the equations say."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,20 @@ def test_the_weights_that_were_asked_for(trained, options, step, seed):
       {"seed": 1, "sampler": "dpmpp", "steps": 6, "eta": 1.0},
       {"sample_seed": 1, "sampler": "dpmpp", "sampling_steps": 6, "eta": 1.0},
     ),
+    (
+      {"sampler": "ddim", "steps": 5, "time_grid": "quadratic", "threshold": "dynamic", "threshold_quantile": 0.8},
+      {
+        "sampler": "ddim",
+        "sampling_steps": 5,
+        "time_grid": "quadratic",
+        "threshold": "dynamic",
+        "threshold_quantile": 0.8,
+      },
+    ),
+    (
+      {"sampler": "ddpm", "steps": 4, "variance": "fixed_small", "threshold": "none", "batch_size": 8},
+      {"sampler": "ddpm", "sampling_steps": 4, "variance": "fixed_small", "threshold": "none"},
+    ),
   ],
 )
 def test_draws_what_the_command_draws(trained, model, tmp_path, asked, knobs):
@@ -127,17 +142,58 @@ def test_the_arithmetic_may_be_another_than_in_training(trained, model):
   assert refusal(ddpm_jax.load, trained.path, dtype="float16").startswith("dtype: 'float16' is unknown")
 
 
-def test_another_seed_compiles_nothing(model, monkeypatch):
-  first = model.sample(2, seed=5)
-  made = []
-  monkeypatch.setattr(api, "draw_of", lambda *parts, **more: made.append(parts))
-  assert np.abs(model.sample(2, seed=6).astype(int) - first).max() > 1
-  assert not made
+def test_another_seed_compiles_nothing(model):
+  first, compiled = model.sample(2, seed=5), []
+
+  def hear(event, seconds, **more):
+    if event.endswith("backend_compile_duration"):
+      compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(hear)
+  try:
+    assert np.abs(model.sample(2, seed=6).astype(int) - first).max() > 1
+    assert not compiled
+    model.sample(2, seed=6, sampler="ddim", steps=2)
+    assert compiled, "the listener hears nothing"
+  finally:
+    jax.monitoring.unregister_event_duration_listener(hear)
 
 
 def test_integers_of_numpy_are_integers(model):
   theirs = model.sample(np.int64(2), seed=np.uint32(5), sampler="ddim", steps=np.int32(2))
   np.testing.assert_array_equal(theirs, model.sample(2, seed=5, sampler="ddim", steps=2))
+
+
+def test_floats_of_numpy_are_floats(model):
+  theirs = model.sample(2, sampler="ddim", steps=2, eta=np.float64(0.5), threshold="dynamic", threshold_quantile=1)
+  how = {"sampler": "ddim", "steps": 2, "eta": 0.5, "threshold": "dynamic", "threshold_quantile": 1.0}
+  np.testing.assert_array_equal(theirs, model.sample(2, **how))
+
+
+# Flags that the command draws with and the API has not, and why.
+NOT_IN_API = {
+  "sample_png_dir": "files are for the command; the images are here",
+  **dict.fromkeys(
+    ("sample_task", "input_images", "mask", "interpolation_timestep", "repaint_jump", "repaint_resamples"),
+    "the tasks make pictures and files of their own",
+  ),
+}
+
+
+def test_the_api_has_what_the_command_draws_with():
+  """All flags of the group, and what else may differ from the training."""
+  rules = {field.name: field.metadata for _, field, _ in config_lib.knobs(config_lib.Config())}
+  command = {field.name for section, field, _ in config_lib.knobs(config_lib.Config()) if section == "sample"}
+  command |= {name for name, rule in rules.items() if rule["may_change_once_trained"] and not rule["may_change"]}
+  command |= {"variance"}
+  here = {*inspect.signature(ddpm_jax.load).parameters, *inspect.signature(api.Model.sample).parameters}
+  here = {api.KNOBS.get(name, name) for name in here - {"self", "path"}}
+  here = here - {"weights"} | {"sample_weights"}  # of `load`
+  assert command - here == NOT_IN_API.keys(), "no parameter, and no reason"
+  assert here <= command
+  names = inspect.signature(api.Model.sample).parameters
+  text = inspect.getdoc(api.Model.sample)
+  assert all(f"\n  {name}: " in text for name in names if name != "self")
 
 
 def test_x0_hat_and_eps_hat_of_a_network_that_predicts_v(model):
@@ -195,6 +251,13 @@ X = np.zeros((2, *IMAGE_SHAPE), np.float32)
     (lambda model: model.sample(sampler="euler"), ["sampler: 'euler' is unknown", "heun"]),
     (lambda model: model.sample(steps=201), ["sampling_steps: 201 must not exceed num_timesteps=200"]),
     (lambda model: model.sample(sampler="heun", eta=1.0), ["eta: 1.0 has no effect with sampler=heun"]),
+    (lambda model: model.sample(eta="1"), ["eta: '1' is not of its type, float"]),
+    (lambda model: model.sample(time_grid="even"), ["time_grid: 'even' is unknown", "logistic"]),
+    (lambda model: model.sample(threshold_quantile=0.9), ["threshold_quantile: 0.9 has no effect", "dynamic"]),
+    (
+      lambda model: model.sample(sampler="ddim", variance="fixed_small"),
+      ["variance: fixed_small has no effect with sampler=ddim"],
+    ),
   ],
 )
 def test_what_is_wrong_is_one_line(model, call, parts):

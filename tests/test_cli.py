@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.command import STEPS, checkpoints, digests, finish, metrics, start, start_job, wait_for, wait_for_line
+from tests.command import STEPS, TIME, checkpoints, digests, finish, metrics, start, start_job, wait_for, wait_for_line
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,9 @@ def sample(folder, name, *flags, **options):
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder):
-  out, err = finish(start(folder, "whole"))
+  process = start(folder, "whole")
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == 0 and len(TIME.findall(out)) == len(out.splitlines()), "every line has a time"
   assert f"done: {STEPS} updates" in out and str(folder / "whole" / "metrics.jsonl") in out
   assert "1797 images 8x8x1 of digits" in out and "compiled" in out
   assert err == ""
@@ -44,12 +46,8 @@ def uninterrupted(folder):
 def test_a_run_leaves_what_it_says(uninterrupted):
   assert [row["step"] for row in metrics(uninterrupted)] == list(range(2, STEPS + 1, 2))
   assert checkpoints(uninterrupted) == [6, 12, 18, 24]
-  assert sorted(path.name for path in (uninterrupted / "samples").iterdir()) == [
-    "samples.npz",
-    "samples.png",
-    "step_00000012.png",
-    "step_00000024.png",
-  ]
+  names = {path.name for path in (uninterrupted / "samples").iterdir()}  # a slow machine draws early grids too
+  assert names >= {"samples.npz", "samples.png", "step_00000012.png", "step_00000024.png"}
   images = drawn(uninterrupted)
   assert images.dtype == np.uint8 and images.shape == (5, 8, 8, 1)
   assert len(np.unique(images.reshape(5, -1), axis=0)) == 5
@@ -132,12 +130,13 @@ def test_two_processes_are_one(folder, uninterrupted):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, number):
   workdir = folder / f"stopped{number}"
-  processes = start_job(folder, workdir.name, "--num_steps=5000", "--sample_every=0")
+  code = {signal.SIGTERM: 75, signal.SIGINT: 0}[number]
+  processes = start_job(folder, workdir.name, "--num_steps=5000", "--sample_every=0", f"--stop_exit_code={code}")
   lines = workdir / "metrics.jsonl"
   wait_for(lambda: lines.exists() and lines.read_text(), processes[0])
   processes[1].send_signal(number)
   for process in processes:
-    finish(process)
+    assert "is lost" not in finish(process, code)[1]
   newest = checkpoints(workdir)[-1]
   assert 0 < newest < 5000
   assert newest - 2 < metrics(workdir)[-1]["step"] <= newest
@@ -220,7 +219,7 @@ def test_weights_out_and_in_again(folder, uninterrupted):
     np.testing.assert_array_equal(drawn(folder / f"borrowed_{name}"), drawn(uninterrupted))
   assert not np.array_equal(drawn(uninterrupted), before)
   measure = ["--mode=evaluate", "--measures=bound", "--likelihood_examples=8", "--bound_timesteps=5"]
-  finish(start(folder, "borrowed_a", *measure, f"--data_dir={folder / 'tfds'}"))
+  finish(start(folder, "borrowed_a", *measure))
   assert json.loads((folder / "borrowed_a" / "eval" / "0.json").read_text())["bits_per_dim"]["train"]["examples"] == 8
 
   file = folder / "file" / "model.safetensors"

@@ -64,16 +64,32 @@ def test_off_and_a_folder(tmp_path):
   assert not jax.config.jax_enable_compilation_cache
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+def told(capsys) -> list[str]:
+  """The lines about the cache; each is one."""
+  out, err = capsys.readouterr()
+  assert out == "" and all(line.startswith("compilation cache: ") for line in err.splitlines())
+  return err.splitlines()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match=r"^compilation_cache: cannot write to .*/file/x \(Not a directory\); name "):
     compilation.keep_compiled_programs(str(tmp_path / "file" / "x"))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
   compilation.keep_compiled_programs("auto")  # not worth failing for
   assert not jax.config.jax_enable_compilation_cache
+  (line,) = told(capsys)
+  assert f"none, as {tmp_path / 'file'}/ddpm_jax/" in line and "(Not a directory); --compilation_cache names" in line
+  monkeypatch.setattr(compilation, "default_folder", lambda: None)
+  compilation.keep_compiled_programs("auto")
+  assert told(capsys) == [
+    "compilation cache: none, as this user has no home folder; --compilation_cache names a folder"
+  ]
+  compilation.keep_compiled_programs("off")
+  assert told(capsys) == []
 
 
-def test_what_was_not_used_for_longest_goes_first(monkeypatch):
+def test_what_was_not_used_for_longest_goes_first(monkeypatch, capsys):
   folder = compilation.default_folder()
   (folder / "of XLA").mkdir(parents=True)  # on GPUs, XLA keeps what it has tried in a folder of its own there
   for age in range(10):
@@ -81,13 +97,14 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch):
     os.utime(folder / f"{age}-cache", (1000 - age, 500))
   monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 100)
   compilation.keep_compiled_programs("auto")
-  assert len(list(folder.glob("*-cache"))) == 10
+  assert len(list(folder.glob("*-cache"))) == 10 and told(capsys) == []
   monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 99)
   compilation.keep_compiled_programs("auto")
   assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache", "3-cache", "of XLA"]
+  assert told(capsys) == [f"compilation cache: 6 of 10 programs removed, as those in {folder} took 9.3e-08 GiB"]
 
 
-def test_a_damaged_entry_is_compiled_again_and_all_are_removed():
+def test_a_damaged_entry_is_compiled_again_and_all_are_removed(capsys):
   def entries():
     return [path for path in folder.iterdir() if path.name.startswith("jit_triple")]
 
@@ -105,8 +122,10 @@ def test_a_damaged_entry_is_compiled_again_and_all_are_removed():
   jax.clear_caches()
   with warnings.catch_warnings():
     warnings.simplefilter("default")
-    compilation._hear_warnings(folder)  # catch_warnings has put Python's own back
+    compilation._hear_warnings(folder, ours=True)  # catch_warnings has put Python's own back
     assert jnp.all(jax.jit(triple)(x) == want)
+  (line,) = told(capsys)
+  assert f"a program in {folder} cannot be read and is compiled again (" in line and line.endswith("all are removed")
   jax.clear_caches()
   assert jnp.all(jax.jit(triple)(x) == want)  # warnings are errors here: it was read whole, or compiled
   assert len(entries()) == 1
@@ -172,8 +191,8 @@ def test_options_with_which_a_program_is_kept(monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["auto", "named", "of the user"])
-def test_a_program_that_cannot_be_kept_is_no_warning(tmp_path, monkeypatch, where):
-  """XLA cannot write down one that uses oneDNN: JAX would warn at every start."""
+def test_a_program_that_cannot_be_kept_is_no_warning(tmp_path, monkeypatch, capsys, where):
+  """XLA cannot write down one that uses oneDNN: JAX would warn at every start. A disk that is full is told, once."""
   folder = tmp_path / "cache"
   heard = []
   monkeypatch.setattr(warnings, "showwarning", lambda message, *where: heard.append(message))
@@ -181,6 +200,16 @@ def test_a_program_that_cannot_be_kept_is_no_warning(tmp_path, monkeypatch, wher
   if where == "of the user":
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
   compilation.keep_compiled_programs(str(folder) if where == "named" else "auto")
-  for message in ("Error writing persistent compilation cache entry for 'f': MemoryError", "another warning"):
+  writing, reading = (f"Error {what} persistent compilation cache entry for 'f': " for what in ("writing", "reading"))
+  full = f"{writing}OSError: [Errno 28] No space left on device: '/a'"
+  for message in (f"{writing}MemoryError", full, full, "another warning"):
     warnings.showwarning(message, UserWarning, "file", 1)
   assert heard == ["another warning"]
+  (line,) = told(capsys)
+  assert "programs cannot be kept in " in line and line.endswith("(OSError: [Errno 28] No space left on device: '/a')")
+  kept = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  kept.mkdir(parents=True, exist_ok=True)
+  (kept / "jit_f-cache").touch()
+  warnings.showwarning(f"{reading}ZstdError: cut", UserWarning, "file", 1)
+  assert (kept / "jit_f-cache").exists() == (where != "auto"), "what the user has chosen is his own"
+  assert f"a program in {kept} cannot be read and is compiled again (ZstdError: cut); " in told(capsys)[0]

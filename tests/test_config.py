@@ -43,6 +43,7 @@ ZERO_MEANS = {
   "likelihood_examples": "all",
   "evaluate_samples": "as many as fit",
   "bound_timesteps": "all T",
+  "stop_exit_code": "as when it is finished",
 }
 
 # The defaults are tuned from time to time; the tests that need numbers bring their own.
@@ -131,6 +132,9 @@ OTHER = {
   "distributed": "off",
   "steps_per_dispatch": 8,
   "compilation_cache": "/data/cache dir",
+  "writers": "wandb, my.package:Writer",
+  "stop_exit_code": 75,
+  "profile_steps": "100:110",
   "num_samples": 50_000,
   "sampler": "ddim",
   "sampling_steps": 100,
@@ -177,6 +181,8 @@ OTHER_TASKS = [
   | {"sample_task": "progressive", "sampler": "heun", "eta": 0.0},
   {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images", "sample_task")}
   | {"sample_png_dir": "/data/png out"},
+  {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
+  OTHER | {"write_reference": "/data/out of it.npz"},
 ]
 
 
@@ -242,9 +248,10 @@ def test_non_finite_is_refused(name, value):
 
 
 @pytest.mark.parametrize("name", TUPLES)
-@pytest.mark.parametrize("value", [(0,), (1, -2)])
+@pytest.mark.parametrize("value", [(-1,), (1, -2)])
 def test_each_number_of_a_list_is_checked(name, value):
-  assert refusal(**{name: value}) == f"{name}: {value[-1]} must be at least 1"
+  least = 0 if name == "attention_resolutions" else 1  # 0: where it fits
+  assert refusal(**{name: value}) == f"{name}: {value[-1]} must be at least {least}"
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -268,6 +275,7 @@ def test_unknown_choice_is_refused_with_all_that_are_known(name):
     ("channels", 1, "at least 2"),
     ("eta", 1.01, "at most 1"),
     ("threshold_quantile", 1.01, "at most 1"),
+    ("stop_exit_code", 126, "at most 125"),
     ("seed", 2**32, "less than 4294967296"),
     ("sample_seed", 2**32, "less than 4294967296"),
   ],
@@ -336,8 +344,18 @@ def test_words_of_a_list_are_checked():
     ({"features": "inception"}, ("inception_weights", "missing", "--features=auto")),
     ({"inception_weights": "x"}, ("inception_weights", "features=auto", "--features=inception")),
     ({"inception_resize": "clean"}, ("inception_resize", "features=auto", "--features=inception")),
+    ({"writers": "tensorbord"}, ("writers", "'tensorbord' is unknown", "package.module:Class")),
+    ({"writers": "my.package:"}, ("writers", "'my.package:' is unknown")),
+    ({"writers": "wandb,wandb"}, ("writers", "wandb,wandb names one twice")),
+    ({"reference_stats": "x.npz", "write_reference": "y.npz"}, ("write_reference", "leave --reference_stats out")),
+    ({"reference_stats": "x.npz", "reference_split": "test"}, ("reference_split", "test", "--reference_stats")),
+    ({"write_reference": "x.np"}, ("write_reference", "x.np", ".npz")),
     ({"evaluate_every": 5, "measures": ("kid",)}, ("best_measure", "frechet", "--measures=kid")),
     ({"best_measure": "kid"}, ("best_measure", "kid", "--evaluate_every")),
+    *(({"stop_exit_code": code}, ("stop_exit_code", str(code), "how a run failed", "75")) for code in (1, 2, 3)),
+    *(({"profile_steps": text}, ("profile_steps", repr(text), "such as")) for text in ("5", ":", "1:", "a:b", "1:²")),
+    *(({"profile_steps": text}, ("profile_steps", text, "1:4000")) for text in ("0:5", "5:4", "1:4001")),
+    ({"profile_steps": "1:2:3"}, ("profile_steps", "'1:2:3'", "such as")),
   ],
   ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -373,6 +391,8 @@ def test_contradictions_are_refused(changes, parts):
     {"checkpoint": "4000"},
     {"num_timesteps": 50, "bound_timesteps": 100, "ode_steps": 100},
     {"evaluate_every": 5, "best_measure": "ode", "measures": ("ode",)},
+    {"stop_exit_code": 4},
+    {"stop_exit_code": 125},
   ],
   ids=str,
 )
@@ -482,11 +502,12 @@ MAY_CHANGE = {
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
   *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
-  *("steps_per_dispatch", "compilation_cache"),
+  *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
   *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
+  *("reference_stats", "write_reference"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
   *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
 }
@@ -513,8 +534,16 @@ def test_once_trained_the_arithmetic_may_change_too():
   assert resumed - used == {"dtype", "matmul_precision"} and used < resumed
 
 
-def test_a_consent_is_not_taken_up_again():
-  assert config_lib.without_consents(make(allow_data_change=True, on_bad_record="skip")) == make(on_bad_record="skip")
+def test_what_is_for_one_command_is_not_taken_up_again():
+  given = make(allow_data_change=True, profile_steps="3:5", on_bad_record="skip")
+  assert config_lib.for_a_later_command(given) == make(on_bad_record="skip")
+  for given, taken_up in (("wandb, a.b:C,tensorboard", "wandb,tensorboard"), ("a:B", ""), ("", "")):
+    assert config_lib.for_a_later_command(make(writers=given)) == make(writers=taken_up)
+
+
+def test_steps_to_be_profiled():
+  for text, want in (("", range(0)), ("1:1", range(1, 2)), ("30:4000", range(30, 4001))):
+    assert config_lib.profiled(text, 4000) == want
 
 
 # One knob, one reader.

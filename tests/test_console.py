@@ -1,9 +1,12 @@
 """Output that fails in every way: nothing raises, nothing waits for long, and what can be written is, in order."""
 
+import base64
+import datetime
 import errno
 import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
@@ -124,6 +127,56 @@ def test_two_streams_to_one_place_keep_their_order(pipe, outlet):
   assert os.read(pipe[0], 2**16).decode().split() == [str(i) for i in range(100)]
 
 
+# Pictures.
+
+
+KITTY, ITERM = {"TERM": "xterm-kitty"}, {"TERM_PROGRAM": "WezTerm", "TERM": "xterm-256color"}
+
+
+class Screen(io.StringIO):
+  encoding = "utf-8"
+
+  def isatty(self):
+    return True
+
+
+def shown(monkeypatch, path, stream, **environment):
+  for name in ("TERM", "TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID", "TMUX"):
+    monkeypatch.delenv(name, raising=False)
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  monkeypatch.setattr(sys, "stdout", stream)
+  console.show_png(path)
+  return stream.getvalue()
+
+
+def test_a_picture_on_a_terminal_that_shows_pictures(tmp_path, monkeypatch):
+  """What was sent, put together again as the protocols say."""
+  path, data = tmp_path / "a.png", bytes(range(256)) * 50
+  path.write_bytes(data)
+  sent = shown(monkeypatch, path, Screen(), **KITTY)
+  parts = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", sent)
+  assert "".join(f"\x1b_G{keys};{part}\x1b\\" for keys, part in parts) + "\n" == sent
+  assert parts[0][0] == "a=T,f=100,q=2,m=1" and {keys for keys, _ in parts[1:-1]} == {"m=1"} and parts[-1][0] == "m=0"
+  assert all(len(part) <= 4096 for _, part in parts) and base64.b64decode("".join(part for _, part in parts)) == data
+  sent = shown(monkeypatch, path, Screen(), **ITERM)
+  head, _, rest = sent.partition(":")
+  assert head == f"\x1b]1337;File=inline=1;size={len(data)};preserveAspectRatio=1" and rest.endswith("\a\n")
+  assert base64.b64decode(rest[:-2]) == data
+  path.write_bytes(b"small")
+  assert shown(monkeypatch, path, Screen(), **KITTY) == "\x1b_Ga=T,f=100,q=2,m=0;c21hbGw=\x1b\\\n"
+
+
+def test_no_picture_where_it_would_be_a_page_of_letters(tmp_path, monkeypatch):
+  path = tmp_path / "a.png"
+  path.write_bytes(b"picture")
+  for environment in ({}, {"TERM": "xterm-256color"}, KITTY | {"TMUX": "x"}, ITERM | {"TERM": "screen-256color"}):
+    assert shown(monkeypatch, path, Screen(), **environment) == ""
+  assert shown(monkeypatch, path, io.StringIO(), **KITTY) == ""  # a file, or a pipe
+  path.write_bytes(bytes(600_000))
+  assert shown(monkeypatch, path, Screen(), **KITTY) == "", "more than may wait to be written"
+
+
 def test_lines_wait_for_a_reader_and_the_oldest_are_left_out_and_counted(pipe, outlet, monkeypatch):
   monkeypatch.setattr(console, "_MOST_BYTES", 300)
   fill(pipe[1])
@@ -162,6 +215,41 @@ def test_a_disk_that_was_full_gets_what_was_said_meanwhile(pipe, outlet, monkeyp
   stream.drain()
   expected = "before\n" + "".join(f"while it was full {i}\n" for i in range(50))
   assert os.read(pipe[0], 2**16).decode() == expected
+
+
+class Written(io.StringIO):
+  """A stream that is a terminal, or none."""
+
+  def __init__(self, terminal):
+    super().__init__()
+    self.isatty = lambda: terminal
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_of_a_log_begin_with_the_time(monkeypatch, terminal):
+  """Each line that has something in it, but the one that says why a process ends, and none on a terminal."""
+  out, err = Written(terminal), Written(terminal)
+  monkeypatch.setattr(sys, "stdout", out)
+  monkeypatch.setattr(sys, "stderr", err)
+  monkeypatch.setattr(console, "_times", False)
+  console.say("before")
+  console.add_times()
+  console.say("two\n\n  lines")
+  console.warn("something")
+  console.error("field: value; remedy", more="stack\n")
+  lines = {"out": ["two", "", "  lines"], "err": ["warning: something"]}
+  rest = {"out": out.getvalue().removeprefix("before\n"), "err": err.getvalue()}
+  ended = "error: field: value; remedy\nstack\n"
+  assert rest["err"].endswith(ended)
+  rest["err"] = rest["err"].removesuffix(ended)
+  for name, expected in lines.items():
+    found = rest[name].splitlines()
+    if not terminal:
+      times = [datetime.datetime.fromisoformat(line.partition(" ")[0]) for line in found if line]
+      now = datetime.datetime.now(datetime.UTC)
+      assert len(times) > 0 and all(abs(now - time) < datetime.timedelta(minutes=1) for time in times)
+      found = [line.partition(" ")[2] for line in found]
+    assert found == expected
 
 
 def test_without_protection_a_stream_that_fails_is_put_up_with(monkeypatch):

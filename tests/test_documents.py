@@ -27,7 +27,7 @@ README, WORKSPACE = DOCUMENTS.values()
 OTHERS = (
   "SECURITY.md",
   *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "measuring", "precision", "reliability")),
-  "docs/time_grids.md",
+  *(f"docs/{name}.md" for name in ("several_runs", "time_grids")),
 )
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
 KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
@@ -35,11 +35,14 @@ KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
 # Flags of other programs that the documents may mention.
 OTHER_FLAGS = {
   *("flagfile", "help"),  # absl
+  *("out",),  # ddpm_jax.compare
   *("require-hashes",),  # pip
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images", "kinds", "model"),  # benchmarks
+  *("seeds",),  # experiments/launch/sweep.py
+  *("port",),  # xprof
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
@@ -88,7 +91,7 @@ def parse(*arguments: str) -> tuple[str, dict]:
   flags.define(registry)
   arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
   assert registry(["ddpm_jax.main", *arguments]) == ["ddpm_jax.main"]
-  assert registry["workdir"].value or registry["mode"].value in ("plan", "export")
+  assert registry["workdir"].value or registry["mode"].value in ("plan", "export") or registry["write_reference"].value
   return registry["mode"].value, flags.given(registry)
 
 
@@ -123,7 +126,8 @@ def test_links_and_pictures_lead_somewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
   switches = {f"no{knob}" for knob, field in KNOBS.items() if isinstance(field.default, bool)}
-  unknown = named_flags(PAGES[name]) - set(KNOBS) - {"workdir", "mode"} - switches - OTHER_FLAGS
+  names = {"workdir", "mode", "preset", "version"}
+  unknown = named_flags(PAGES[name]) - set(KNOBS) - names - switches - OTHER_FLAGS
   assert not unknown
 
 
@@ -180,7 +184,7 @@ def test_commands_parse():
   assert len(commands) >= 8
   for words in commands:
     mode, given = parse(*words)
-    if mode in ("train", "plan") or "init_from" in given:  # with which a workdir may be new
+    if mode in ("train", "plan") or given.keys() & {"init_from", "write_reference"}:  # there may be no run yet
       config_lib.override(Config(), given)
     else:
       assert all(KNOBS[name].metadata["may_change"] for name in given), words
@@ -199,7 +203,7 @@ def test_every_flag_is_in_a_group():
   groups = {}
   for group, names in rows:
     groups.setdefault(group, []).extend(names.removeprefix("--").split(" --"))
-  wanted = {"run": ["workdir", "mode", "flagfile"]}
+  wanted = {"run": ["workdir", "mode", "preset", "flagfile", "version"]}
   for group, field, _ in config_lib.knobs(Config()):
     wanted.setdefault(group, []).append(field.name)
   assert groups == wanted

@@ -5,13 +5,13 @@ import pytest
 from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, knob
+from ddpm_jax import flags, knob, presets
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 
 # People and scripts use these: they stay.
 NAMES = {
-  *("workdir", "mode", "seed"),
+  *("workdir", "mode", "version", "seed"),
   *("dataset", "data_dir", "manual_dir", "image_size", "batch_size", "random_flip"),
   *("num_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction", "loss", "loss_weighting", "variance"),
   *("channels", "channel_multipliers", "num_res_blocks", "attention_resolutions", "dropout", "dtype", "remat"),
@@ -42,7 +42,7 @@ def test_names_that_stay(registry):
 
 def test_one_flag_for_each_knob_with_its_default_and_help(registry):
   knobs = {field.name: (default, field.metadata["help"]) for _, field, default in config_lib.knobs(Config())}
-  assert set(registry) == {"workdir", "mode"} | set(knobs)
+  assert set(registry) == {"workdir", "mode", "preset", "version"} | set(knobs)
   for name, (default, text) in knobs.items():
     assert registry[name].default == default
     assert type(registry[name].default) is type(default)
@@ -230,9 +230,11 @@ REFUSED = [  # words of a command -> what the error says
   ("-flagfile=", "flagfile: empty"),
   ("--seed=3 --flagfile", "flagfile: empty"),
   ("--flagfile={none}", "flagfile: cannot read .*none .No such file or directory."),
-  ("--flagfile={circle}", "flagfile: .*circle names itself"),
+  ("--flagfile={circle}", "flagfile: .*circle includes itself"),
   ("--flagfile={latin}", "flagfile: .*latin is not UTF-8"),
   ("--flagfile=~nobody_here/x", "flagfile: '~nobody_here/x' begins with the home of nobody here"),
+  ("--preset=imges32", "preset: 'imges32' is unknown; use one of celebahq256, cifar10, .*, or none"),
+  ("--preset", "preset: '' is unknown"),
 ]
 
 
@@ -255,6 +257,29 @@ def test_a_flag_of_the_command_line_wins_over_flagfiles_wherever_they_stand(tmp_
   for command, message in REFUSED:
     with pytest.raises(UserError, match=f"^{message}"):
       expand(command)
+
+
+def test_a_preset_is_its_flagfile():
+  """From an installed package too; what was named last is what `--preset` says."""
+
+  def read(*words):
+    registry = absl_flags.FlagValues()
+    flags.define(registry)
+    return parse(registry, *flags.expand_flagfiles(words)), flags.preset(registry)
+
+  files = {path.stem: path for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.flags")}
+  assert set(files) == set(presets.names())
+  for name, path in files.items():
+    expected = flags.of_preset(name) | {"seed": 3}
+    assert read(f"--preset={name}", "--seed=3") == (expected, name)
+    assert read("--seed=3", f"--flagfile={path}") == (expected, "none")
+  for words, last in (
+    (["--preset", "cifar10", "--preset=none"], "none"),
+    (["--preset=none"], "none"),
+    ([f"--flagfile={files['cifar10']}", "-preset", "images32"], "images32"),
+    (["--seed=3"], None),
+  ):
+    assert read(*words)[1] == last
 
 
 class _Paths(dict):

@@ -1,9 +1,10 @@
+import json
 import os
 import resource
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ddpm_jax import grids
 
@@ -113,22 +114,40 @@ def test_one_caption_needs_no_gap():
 
 def test_png_keeps_every_pixel(tmp_path):
   picture = pictures(1, 21, 34, 3)[0]
-  grids.save_png(tmp_path / "a.png", picture)
+  grids.save_png(tmp_path / "a.png", picture, {})
   with Image.open(tmp_path / "a.png") as image:
     assert (image.format, image.mode, image.size) == ("PNG", "RGB", (34, 21))
     np.testing.assert_array_equal(np.asarray(image), picture)
 
 
+def test_a_picture_says_what_it_is_of(tmp_path):
+  path, facts = tmp_path / "a.png", {"checkpoint": 139, "sampler": "ddpm", "weights": "é"}
+  grids.save_png(path, pictures(1, 21, 34, 3)[0], facts)
+  assert grids.facts_of(path) == facts
+  with Image.open(path) as image:  # as any program can read it
+    assert json.loads(image.text["ddpm_jax"]) == facts
+
+
+@pytest.mark.parametrize("text", [None, "", "[7]", "[" * 10**5, '{"checkpoint": '])
+def test_a_picture_that_says_nothing_or_nonsense(tmp_path, text):
+  said = PngImagePlugin.PngInfo()
+  if text is not None:
+    said.add_itxt("ddpm_jax", text)
+  Image.fromarray(pictures(1, 21, 34, 3)[0]).save(tmp_path / "a.png", pnginfo=said)
+  (tmp_path / "b.png").write_bytes(b"none")
+  assert [grids.facts_of(tmp_path / f"{name}.png") for name in ("a", "b", "missing")] == [{}, {}, {}]
+
+
 def test_a_full_disk_leaves_the_earlier_picture(tmp_path):
   old, new = pictures(2, 21, 34, 3)
-  grids.save_png(tmp_path / "a.png", old)
+  grids.save_png(tmp_path / "a.png", old, {})
   before = (tmp_path / "a.png").read_bytes()
   limit = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
   try:
     for name in ("a.png", "b.png"):
       with pytest.raises(OSError, match="File too large"):
-        grids.save_png(tmp_path / name, new)
+        grids.save_png(tmp_path / name, new, {})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limit)
   assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
@@ -137,7 +156,7 @@ def test_a_full_disk_leaves_the_earlier_picture(tmp_path):
 
 def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
   old, new = pictures(2, 21, 34, 3)
-  grids.save_png(tmp_path / "a.png", old)
+  grids.save_png(tmp_path / "a.png", old, {})
 
   def killed(*_):
     raise KeyboardInterrupt
@@ -146,8 +165,8 @@ def test_a_kill_leaves_no_half_picture(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       patch.setattr(os, name, killed)
       with pytest.raises(KeyboardInterrupt):
-        grids.save_png(tmp_path / "a.png", new)
+        grids.save_png(tmp_path / "a.png", new, {})
     with Image.open(tmp_path / "a.png") as image:
       np.testing.assert_array_equal(np.asarray(image), old)
-  grids.save_png(tmp_path / "a.png", new)
+  grids.save_png(tmp_path / "a.png", new, {})
   assert [path.name for path in tmp_path.iterdir()] == ["a.png"]

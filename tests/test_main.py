@@ -6,6 +6,7 @@ import sys
 import types
 
 import jax
+import jaxlib
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -20,6 +21,7 @@ from ddpm_jax import distributed, flags, main, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.stop import StopRequest
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -27,12 +29,13 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 @pytest.fixture
 def runs(monkeypatch) -> types.SimpleNamespace:
   """Takes the place of the runs: what they were called with, and what they raise."""
-  record = types.SimpleNamespace(calls=[], error=None)
+  record = types.SimpleNamespace(calls=[], said=[], error=None)
 
   def run(mode):
-    def called(config, folder, *more):
+    def called(config, folder, *others):
       record.calls.append((mode, config, folder))
-      record.more = more
+      record.said.append(others[-1] if mode == "train" else "")
+      record.more = others
       if record.error:
         raise record.error
 
@@ -86,6 +89,26 @@ def test_train(runs, command, tmp_path):
   assert command(f"--workdir={tmp_path}", "--channels=64") == 0
   expected = config_lib.override(Config(), {"channels": 64})
   assert runs.calls == [("distributed", "auto", 100), ("train", expected, tmp_path)]
+
+
+def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, monkeypatch):
+  """And no other end; a stop that comes while the settings are not known yet has it, too."""
+  stops, finished = [], [False, False, True, True, False]
+
+  def train(config, folder, stop, job, chosen):
+    stops.append(stop.exit_code)
+    return finished.pop(0)
+
+  monkeypatch.setattr(ddpm_jax.training.loop, "train", train)
+  codes = [command(f"--workdir={tmp_path}", *flags) for flags in ([], ["--stop_exit_code=75"]) * 2]
+  assert codes == [0, 75, 0, 0] and stops == [0, 75] * 2
+  workdir.create(tmp_path, config_lib.override(Config(), {"stop_exit_code": 99}))
+  assert command(f"--workdir={tmp_path}") == 99 and stops[-1] == 99
+  monkeypatch.setattr(ddpm_jax.training.loop, "train", lambda *_: True)
+  monkeypatch.setattr(main, "StopRequest", lambda exit_code: stops.append(exit_code) or StopRequest(exit_code))
+  command(f"--workdir={tmp_path}", "--stop_exit_code=75")
+  command(f"--workdir={tmp_path}", "--stop_exit_code=75", "--mode=sample")
+  assert stops[-2:] == [75, None]
 
 
 def test_processes_are_joined_before_the_run_and_as_asked(runs, command, tmp_path):
@@ -241,6 +264,43 @@ def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
     workdir.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
 
 
+def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, command, capsys, tmp_path):
+  """Unless the command names a preset or a flagfile, or the run exists: then its own settings count."""
+  (tmp_path / "own.flags").write_text(f"--dataset=folder:{tmp_path / 'images'}\n")
+  images, new = f"--dataset=folder:{tmp_path / 'images'}", f"--workdir={tmp_path / 'new'}"
+  folder = {"dataset": f"folder:{tmp_path / 'images'}"}
+  for words, expected, said in (
+    ([images], flags.of_preset("images32") | folder, "--preset=images32"),
+    ([images, "--channels=48"], flags.of_preset("images32") | folder | {"channels": 48}, "--preset=images32"),
+    ([images, "--preset=images64"], flags.of_preset("images64") | folder, ""),
+    ([images, "--preset=none"], folder, ""),
+    ([f"--flagfile={tmp_path / 'own.flags'}"], folder, ""),
+    (["--dataset=cifar10"], {"dataset": "cifar10"}, ""),
+    ([images, "--mode=plan"], flags.of_preset("images32") | folder, "--preset=images32"),
+    ([images, "--mode=plan", "--topology=v5e:4x4"], flags.of_preset("images64") | folder, "--preset=images64"),
+  ):
+    place = [] if "--mode=plan" in words else [new]
+    assert command(*place, *words) == 0
+    config = runs.calls[-1][1]
+    expected = config_lib.override(Config(), expected | {"topology": config.plan.topology})
+    assert config == expected, words
+    line = runs.said[-1] or capsys.readouterr().out
+    assert said in line if said else not line, words
+  stored = config_lib.override(Config(), folder | {"channels": 64})
+  workdir.create(tmp_path / "run", stored)
+  assert command(f"--workdir={tmp_path / 'run'}", images) == 0
+  assert runs.calls[-1][1] == stored and not runs.said[-1]
+  assert main.preset_for_own_images("train", folder, tmp_path / "new", "gpu") == "images64"
+  assert main.preset_for_own_images("train", folder | {"init_from": "x"}, tmp_path / "new", "cpu") is None
+
+
+def test_attention_that_fits_the_images_is_that_of_the_run(tmp_path):
+  stored = config_lib.override(Config(), {"attention_resolutions": (4,)})
+  workdir.create(tmp_path, stored)
+  for mode in ("train", "sample"):
+    assert main.resolve_config(mode, {"attention_resolutions": (0,)}, tmp_path) == stored
+
+
 def test_sample_is_flags_over_the_stored_run(tmp_path):
   stored = config_lib.override(Config(), {"channels": 64, "num_timesteps": 100})
   workdir.create(tmp_path, stored)
@@ -279,6 +339,33 @@ def test_sample_checks_its_flags_against_the_stored_run(tmp_path):
   workdir.create(tmp_path, config_lib.override(Config(), {"num_timesteps": 100}))
   with pytest.raises(UserError, match=r"sampling_steps: 200 .*num_timesteps=100"):
     main.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
+
+
+def test_no_class_that_a_workdir_names_is_imported(tmp_path, capsys):
+  """It may be somebody else's."""
+  workdir.create(tmp_path, config_lib.override(Config(), {"writers": "tensorboard,a.b:C"}))
+  assert main.resolve_config("train", {}, tmp_path).train.writers == "tensorboard"
+  assert capsys.readouterr().err == (
+    "warning: writers: tensorboard,a.b:C names a class, which counts for the command that names it; give --writers "
+    "again\n"
+  )
+  for mode, given in (("train", {"writers": "a.b:C"}), ("sample", {}), ("evaluate", {})):
+    assert main.resolve_config(mode, given, tmp_path).train.writers == given.get("writers", "tensorboard")
+  assert capsys.readouterr().err == ""
+
+
+def test_statistics_of_a_data_set_need_no_run(runs, command, capsys, tmp_path):
+  given = {"write_reference": "x.npz", "dataset": "cifar10"}
+  assert main.resolve_config("evaluate", given, None) == config_lib.override(Config(), given)
+  assert command("--mode=evaluate", "--write_reference=x.npz") == 0
+  assert [call[0] for call in runs.calls] == ["distributed", "evaluate"]
+  workdir.create(tmp_path, config_lib.override(Config(), {"split": "test"}))
+  assert main.resolve_config("evaluate", {"write_reference": "x.npz"}, tmp_path).data.split == "test"
+  for mode in ("train", "sample"):
+    assert command(f"--workdir={tmp_path}", "--write_reference=x.npz", f"--mode={mode}") == 2
+    assert one_line(capsys).startswith("error: write_reference: is for --mode=evaluate")
+  assert command("--mode=evaluate") == 2
+  assert one_line(capsys).startswith("error: workdir: missing")
 
 
 # With --init_from.
@@ -361,7 +448,7 @@ def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "run")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "metrics.jsonl").write_text("mine")
-  with pytest.raises(UserError, match=r"holds no run of ddpm_jax, but metrics\.jsonl"):
+  with pytest.raises(UserError, match=r"holds no run, but has metrics\.jsonl"):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "full")
 
 
@@ -399,7 +486,9 @@ def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path,
   assert one_line(capsys).startswith("error: JAX_ENABLE_X64: True ")
   with jax.default_matmul_precision("high"):
     assert command(f"--workdir={tmp_path}") == 2
-    assert one_line(capsys).startswith("error: JAX_DEFAULT_MATMUL_PRECISION: high is not --matmul_precision=default")
+    assert one_line(capsys).startswith(
+      "error: JAX_DEFAULT_MATMUL_PRECISION: high contradicts --matmul_precision=default"
+    )
     assert command(f"--workdir={tmp_path}", "--matmul_precision=high") == 0
   assert [call[0] for call in runs.calls] == ["distributed", "train"]
 
@@ -421,6 +510,12 @@ _LOADED = (
 )
 
 
+VERSIONS = (
+  f"ddpm_jax {ddpm_jax.__version__}\nJAX {jax.__version__}\njaxlib {jaxlib.__version__}\n"
+  f"Python {sys.version.split()[0]}\n"
+)
+
+
 def test_the_command(tmp_path):
   start = [sys.executable, "-m", "ddpm_jax.main"]
   commands = {
@@ -429,6 +524,7 @@ def test_the_command(tmp_path):
     # Found after the imports of a run, whose libraries like to talk.
     "no folder": [*start, f"--workdir={tmp_path / 'b'}", f"--dataset=folder:{tmp_path / 'none'}"],
     "help": [*start, "--help"],
+    "version": [*start, "--version", "--mode=sample"],
     "imports": [sys.executable, "-c", _LOADED],
   }
   environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -444,6 +540,7 @@ def test_the_command(tmp_path):
     assert err.count("\n") == 1
     assert word in err
   assert ended["imports"] == ("[]\n", "", 0)
+  assert ended["version"] == (VERSIONS, "", 0)
   assert ended["help"][1:] == ("", 0)
   assert "--workdir" in ended["help"][0]
   assert "--channel_multipliers" in ended["help"][0]

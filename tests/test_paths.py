@@ -6,11 +6,11 @@ import pwd
 import shlex
 import subprocess
 import sys
-import tempfile
 
 import pytest
+from absl import flags as absl_flags
 
-from ddpm_jax import compilation, paths
+from ddpm_jax import compilation, flags, paths
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
 from ddpm_jax.errors import UserError
@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture
 def no_entry(monkeypatch, tmp_path):
-  """A user id without an entry, in a working directory of its own, with a folder for temporary files."""
+  """A user id without an entry, in a working directory of its own."""
 
   def unknown(uid):
     raise KeyError(uid)
@@ -29,11 +29,8 @@ def no_entry(monkeypatch, tmp_path):
   monkeypatch.setattr(pwd, "getpwuid", unknown)
   for name in ("XDG_CACHE_HOME", "TFDS_DATA_DIR"):
     monkeypatch.delenv(name, raising=False)
-  (tmp_path / "tmp").mkdir()
   (tmp_path / "work").mkdir()
-  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
   monkeypatch.chdir(tmp_path / "work")
-  return tmp_path / "tmp" / f"ddpm_jax-{os.getuid()}"
 
 
 @pytest.mark.parametrize("home", [None, "", "~", "relative"])
@@ -48,42 +45,41 @@ def test_without_a_home_nothing_is_called_tilde(no_entry, monkeypatch, home):
   for text in ("~", "~/runs", "~nobody_of_that_name/runs"):
     with pytest.raises(UserError, match=r"workdir: .* begins with the home of nobody here; write the whole path"):
       paths.absolute("workdir", text, "")
-  builder = prepared.make_builder(DataConfig())
-  assert pathlib.Path(builder.data_dir_root) == no_entry / "tensorflow_datasets"
-  assert no_entry.stat().st_mode & 0o777 == 0o700
+  assert prepared.image_shape(DataConfig(dataset="cifar10")) == (32, 32, 3)
   with pytest.raises(UserError, match=r"data_dir: 'fashion_mnist' .* no home folder; name a folder with --data_dir"):
     prepared.open_prepared(DataConfig(dataset="fashion_mnist"))
   assert list(pathlib.Path.cwd().iterdir()) == []
 
 
-def test_digits_go_elsewhere_where_the_home_cannot_be_written(no_entry, monkeypatch, tmp_path):
-  monkeypatch.setenv("HOME", "/dev/null/home")
-  assert paths.home() == pathlib.Path("/dev/null/home")
-  assert prepared._data_dir(DataConfig()) == str(no_entry / "tensorflow_datasets")
-  assert prepared._data_dir(DataConfig(dataset="cifar10")) == "/dev/null/home/tensorflow_datasets"  # preparing names it
+def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
+  """A relative path is refused in one line; an absolute one needs none."""
+  (tmp_path / "gone").mkdir()
+  monkeypatch.chdir(tmp_path / "gone")
+  (tmp_path / "gone").rmdir()
+  with pytest.raises(UserError, match="workdir: 'runs/a' is relative, and the working directory no longer exists"):
+    paths.absolute("workdir", "runs/a", "")
+  assert paths.absolute("workdir", str(tmp_path / "a"), "") == tmp_path / "a"
+  registry = absl_flags.FlagValues()
+  flags.define(registry)
+  registry(["main", "--dataset=folder:x"])
+  with pytest.raises(UserError, match="dataset: 'x' is relative"):
+    flags.given(registry)
+
+
+def test_prepared_data_sets_lie_in_the_home(no_entry, monkeypatch, tmp_path):
   monkeypatch.setenv("HOME", str(tmp_path))
-  assert prepared._data_dir(DataConfig()) == str(tmp_path / "tensorflow_datasets")
+  assert prepared.make_builder(DataConfig(dataset="cifar10")).data_dir_root == tmp_path / "tensorflow_datasets"
   assert paths.expanded("data_dir", "~/data") == str(tmp_path / "data")
-
-
-def test_a_folder_of_somebody_else_among_temporary_files_is_not_used(no_entry, monkeypatch, tmp_path):
-  monkeypatch.delenv("HOME", raising=False)
-  no_entry.symlink_to(tmp_path)
-  with pytest.raises(UserError, match="is not this user's alone; name one with --data_dir"):
-    prepared._data_dir(DataConfig())
-  no_entry.unlink()
-  no_entry.mkdir()
-  no_entry.chmod(0o777)
-  with pytest.raises(UserError, match="is not this user's alone; name one with --data_dir"):
-    prepared._data_dir(DataConfig())
 
 
 def test_printed_commands_can_be_pasted():
   workdir = pathlib.Path("/runs/it's a $run; #1")
   assert shlex.split(paths.command(f"--workdir={workdir}")) == ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}"]
   assert paths.command("--workdir=/runs/a-b_1.2") == "python -m ddpm_jax.main --workdir=/runs/a-b_1.2"
-  farewell = loop._farewell(workdir, 1, 2)
-  assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[-1] == f"--workdir={workdir}"
+  farewell = loop._farewell(workdir, 1, 2, 1000)
+  quickly = ["--mode=sample", "--sampler=dpmpp", "--sampling_steps=20", f"--workdir={workdir}"]
+  assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[3:] == quickly
+  assert " --sampling_steps=7 " in loop._farewell(workdir, 1, 2, 7)  # more than T is refused
   assert shlex.split(farewell.partition("and tensorboard ")[2].splitlines()[0]) == [f"--logdir={workdir}"]
 
 

@@ -1,5 +1,7 @@
+import contextlib
 import io
 import sys
+import time
 
 import pytest
 
@@ -10,6 +12,11 @@ from ddpm_jax.progress import Progress, counted
 class Terminal(io.StringIO):
   def isatty(self) -> bool:
     return True
+
+
+@pytest.fixture(autouse=True)
+def nothing_shown(monkeypatch):
+  monkeypatch.setattr(progress_lib, "_shown", [])
 
 
 def test_plain_lines_off_a_terminal(capsys):
@@ -92,26 +99,103 @@ def clock(monkeypatch):
 
 
 def test_counting_off_a_terminal(capsys, clock):
-  """The speed is that since the first call; a line every ten seconds, and at the end."""
-  with counted("image", total=100, quiet=False) as (done, say):
+  """The speed is that since the first call; lines at growing distances, and at the end."""
+  with counted("image", total=1000, quiet=False) as (done, say):
     say("drawing")
-    clock[0] += 60  # a compilation
+    clock[0] += 60  # not known what for
     done(20)  # what was there before
-    for number in (30, 40, 50):
+    for number in range(30, 1001, 10):
       clock[0] += 4
       done(number)
-    clock[0] += 4
-    done(60)
-    clock[0] += 4
-    done(100)
   out, err = capsys.readouterr()
   assert out.splitlines() == [
     "drawing",
-    "image 20/100",
-    "image 50/100  2.5 images/s  0:00:20 left",
-    "image 100/100  4 images/s  0:00:00 left",
+    "image 40/1000  2.5 images/s  0:06:24 left",  # after 8 seconds: the first call after 5
+    "image 70/1000  2.5 images/s  0:06:12 left",  # after 20: 10 later
+    "image 120/1000  2.5 images/s  0:05:52 left",
+    "image 220/1000  2.5 images/s  0:05:12 left",
+    "image 420/1000  2.5 images/s  0:03:52 left",
+    "image 820/1000  2.5 images/s  0:01:12 left",
+    "image 1000/1000  2.5 images/s  0:00:00 left",
   ]
   assert err == ""
+
+
+def test_the_distance_of_lines_does_not_grow_for_ever(capsys, clock):
+  with counted("image", total=10**6, quiet=False) as (done, _):
+    for number in range(3000):
+      clock[0] += 1
+      done(number)
+  numbers = [int(line.split()[1].split("/")[0]) for line in capsys.readouterr().out.splitlines()]
+  assert numbers == [5, 15, 35, 75, 155, 315, 615, 915, 1215, 1515, 1815, 2115, 2415, 2715]
+
+
+def test_a_compilation_is_no_part_of_the_speed(capsys, clock):
+  """Neither before the first call nor between two; nor are the lines closer together."""
+  with counted("image", total=100, quiet=False) as (done, _):
+    for number in range(0, 70, 10):
+      with progress_lib.compiling():
+        clock[0] += 60
+      clock[0] += 4
+      done(number)
+  assert capsys.readouterr().out.splitlines() == [
+    "image 20/100  2.5 images/s  0:00:32 left",
+    "image 50/100  2.5 images/s  0:00:20 left",
+  ]
+
+
+def test_on_a_terminal_neither(monkeypatch):
+  """Of a bar, whose clock is another, too: with an hour of compilation the time left would be days."""
+  monkeypatch.setattr(sys, "stderr", Terminal())
+  progress = Progress("step", total=110, done=10)
+  progress._bar.start_t -= 3600
+  progress._bar.last_print_t -= 3600
+  progress.begin(15)
+  assert progress._bar.n == progress._bar.initial == 15 and progress._bar.format_dict["elapsed"] < 60
+  progress._bar.last_print_t -= 3600
+  before = progress._bar.start_t
+  with progress.compiling():
+    pass
+  assert progress._bar.start_t >= before + 3600
+  progress.close()
+
+
+def wait_until(condition):
+  for _ in range(1000):
+    if condition():
+      return
+    time.sleep(0.01)
+  raise AssertionError("in vain")
+
+
+def test_a_compilation_is_said_off_a_terminal(capsys, monkeypatch):
+  monkeypatch.setattr(progress_lib, "_COMPILING_S", 0.01)
+  said = []
+  monkeypatch.setattr(progress_lib.console, "say", said.append)
+  with contextlib.closing(Progress("step", total=10)), progress_lib.compiling():
+    wait_until(lambda: len(said) > 2)
+  assert set(said) == {"compiling, 0 s"}
+  number = len(said)
+  with progress_lib.compiling():  # nothing is shown, so nothing is said
+    time.sleep(0.1)
+  with contextlib.closing(Progress("step", total=10, quiet=True)), progress_lib.compiling():
+    time.sleep(0.1)
+  assert len(said) == number
+  monkeypatch.setattr(progress_lib, "_COMPILING_S", 20.0)
+  with contextlib.closing(Progress("step", total=10)), progress_lib.compiling():
+    time.sleep(0.05)
+  assert len(said) == number, "one that is short is not worth a line"
+
+
+def test_a_compilation_ticks_in_the_bar(monkeypatch):
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  monkeypatch.setattr(progress_lib, "_TICK_S", 0.01)
+  with contextlib.closing(Progress("step", total=10)) as progress:
+    with progress_lib.compiling():
+      wait_until(lambda: terminal.getvalue().count("compiling, 0 s") > 2)
+    progress.begin(5)
+    assert "compiling" not in terminal.getvalue().rpartition("\r")[2]
 
 
 def test_counting_at_once(capsys, clock):

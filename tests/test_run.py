@@ -29,7 +29,7 @@ def test_the_flags_that_the_warning_names_silence_it():
       warning = noise_warning(with_diffusion(run, config))
       if warning is None:
         continue
-      flags = [dict(re.findall(r"--(\w+)=(\S+?)(?=[,;\s]|$)", part)) for part in warning.split(" or with ")]
+      flags = [dict(re.findall(r"--(\w+)=(\S+?)(?=[,;\s]|$)", part)) for part in warning.split(" or ")]
       for flag in filter(None, flags):
         values = {name: value if name == "beta_schedule" else float(value) for name, value in flag.items()}
         if noise_warning(with_diffusion(run, config_lib.override(config, values))):

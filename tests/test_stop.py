@@ -51,7 +51,7 @@ def send(script, *numbers, before=0.0, apart=0.3):
 def test_the_first_signal_asks(number):
   code, out, err, _ = send(SAVES.replace("BODY", "pass"), number)
   assert (code, out) == (0, f"saved {int(number)}\n")
-  assert f"{number.name}: saving, then stopping; a second signal ends at once" in err
+  assert f"{number.name}: saving, then stopping; a second SIGTERM or Ctrl-C ends at once" in err
 
 
 def test_a_closed_terminal_is_ignored_where_it_is_ignored():
@@ -67,6 +67,21 @@ def test_the_second_ends_at_once_wherever_the_main_thread_is(second):
   code, _, _, seconds = send(SAVES.replace("BODY", "compute()"), signal.SIGTERM, second)
   assert code == 128 + second
   assert seconds < 5
+
+
+@pytest.mark.parametrize(
+  "numbers",
+  [
+    (signal.SIGHUP, signal.SIGHUP),  # a terminal that closes may send two
+    (signal.SIGINT, signal.SIGHUP),
+    (signal.SIGTERM, signal.SIGHUP),  # systemd with SendSIGHUP
+    (signal.SIGHUP, signal.SIGTERM),
+  ],
+  ids=str,
+)
+def test_a_closed_terminal_never_ends_at_once(numbers):
+  code, out, _, _ = send(SAVES.replace("BODY", "time.sleep(1)"), *numbers)
+  assert (code, out) == (0, f"saved {int(numbers[0])}\n")
 
 
 @pytest.mark.parametrize(("exit_code", "expected"), [("0", 0), ("None", 128 + signal.SIGTERM)])

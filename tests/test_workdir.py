@@ -124,8 +124,8 @@ def test_what_a_run_would_write_over_is_named(tmp_path):
     (folder / name).parent.mkdir(parents=True)
     (folder / name).write_bytes(b"mine")
     assert refusal(folder, Config()) == (
-      f"workdir: {folder} holds no run of ddpm_jax, but {name.split('/')[0]}, over which a run would write; move that "
-      "away, or use another --workdir"
+      f"workdir: {folder} holds no run, but has {name.split('/')[0]}, which a run would overwrite; move it away, or "
+      "use another --workdir"
     )
     assert (folder / name).read_bytes() == b"mine"
 
@@ -137,7 +137,7 @@ def test_a_new_workdir_does_not_lie_among_the_images(tmp_path):
   (tmp_path / "link").symlink_to(pictures)
   config = make(dataset=f"folder:{pictures}")
   for folder in (pictures, pictures / "run", tmp_path / "link" / "a" / "b"):
-    assert "which would grow; use another --workdir" in refusal(folder, config)
+    assert "would become training images; use another --workdir" in refusal(folder, config)
   for folder in (tmp_path, tmp_path / "pictures2", pictures / ".runs" / "a", tmp_path / "link" / ".." / "run"):
     assert not workdir.check(folder, config)
   workdir.create(pictures / "old", config)  # by a release that did not look: it goes on

@@ -402,6 +402,26 @@ def test_a_restart_at_the_same_step_within_a_second(tmp_path, monkeypatch):
   assert losses(tmp_path) == [(20, 2.0)]
 
 
+def test_without_tensorboard(tmp_path):
+  writer = MetricsWriter(tmp_path, tensorboard=False)
+  writer.write(1, {"loss": 1.0})
+  writer.amend(1, {"kid": 2.0})
+  writer.write_image(1, "samples", np.zeros((2, 2, 3), np.uint8))
+  writer.flush()
+  writer.close()
+  assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+  assert read_lines(tmp_path) == [{"step": 1, "loss": 1.0, "kid": 2.0}] and open_files(tmp_path) == []
+
+
+def test_the_time_of_a_line_is_no_curve(tmp_path):
+  writer = MetricsWriter(tmp_path)
+  writer.write(1, {"loss": 1.0, "seconds": 2.0, "time": 1.7e9})
+  writer.close()
+  assert read_lines(tmp_path) == [{"step": 1, "loss": 1.0, "seconds": 2.0, "time": 1.7e9}]
+  assert [tag for _, tag, _ in shown(tmp_path)] == ["loss", "seconds"]
+  assert MetricsWriter(tmp_path, resume_step=9).trained_before == (1, 2.0)
+
+
 # What becomes known later.
 
 

@@ -44,8 +44,8 @@ def open_folder(data: DataConfig) -> EncodedImages:
   root = pathlib.Path(expanded("dataset", data.dataset.removeprefix(FOLDER)))
   if not exists(data):
     raise UserError(
-      f"dataset: {data.dataset!r} names no folder; use folder:PATH with the path of a folder of images, the new one if "
-      "it was moved"
+      f"dataset: {data.dataset!r} is not a folder; use folder:PATH with the path of a folder of images, its new path "
+      "if it was moved"
     )
   found = find_images(root, follow_links=data.follow_links)
   files = found.files
@@ -175,7 +175,7 @@ class Found(NamedTuple):
     number = len(self.files)
     return (
       f"{name}: {number} image{'s' * (number != 1)}; left out: {self.left_out_text()}"
-      + " (--follow_links takes what links lead to)" * self.has_links
+      + " (--follow_links follows links)" * self.has_links
     )
 
   def left_out_text(self) -> str:

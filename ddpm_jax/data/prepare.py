@@ -25,7 +25,7 @@ from tensorflow_datasets.core.download import download_manager, downloader, extr
 
 from ddpm_jax import console
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import prepared
+from ddpm_jax.data import digits, prepared
 from ddpm_jax.errors import UserError
 from ddpm_jax.paths import expanded
 
@@ -124,7 +124,10 @@ def main() -> int:
   if parent := arguments.pop("parent"):
     threading.Thread(target=_end_with, args=[parent], daemon=True).start()
   data = DataConfig(**arguments)
-  if not console.columns() or data.dataset.startswith("digits"):  # the digits are quick, and nothing is downloaded
+  if digits.is_digits(data):
+    console.say("the digits come with ddpm_jax: there is nothing to prepare")
+    return 0
+  if not console.columns():
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)
   downloader.MAX_RETRIES = 4  # a machine without a network is told so in seconds, not minutes

@@ -10,10 +10,8 @@ import itertools
 import os
 import pathlib
 import re
-import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,17 +21,16 @@ from google.protobuf import json_format, message
 
 from ddpm_jax import console
 from ddpm_jax.config import FOLDER, DataConfig
-from ddpm_jax.data import digits, fingerprint, folder
+from ddpm_jax.data import fingerprint, folder
 from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.paths import command, expanded, home
 
-# Builders that come with ddpm_jax write PNG bytes and need no TensorFlow; TFDS's own encode arrays with it.
-_TENSORFLOW_FREE = (digits.Digits,)
 # Of a damaged record: the reader of ArrayRecord raises RuntimeError for whatever it finds, the rest is TFDS's parser.
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, message.DecodeError)
 _CHUNK = 256  # labels to read at once
+_NOWHERE = pathlib.Path(os.devnull)  # for a user without a home: in it nothing is, and nothing can be made
 
 
 def open_prepared(data: DataConfig) -> EncodedImages:
@@ -46,9 +43,8 @@ def open_prepared(data: DataConfig) -> EncodedImages:
   builder = _prepared_builder(data)
   feature_name, (height, width, channels) = _image_feature(data, builder)
   size = decoded_size(data.dataset, (height, width), data.image_size)
+  shards = shards_of(data, builder.info.splits)
   records = _open_split(data, builder)
-  splits: Any = builder.info.splits
-  shards = splits[data.split].file_instructions
   label, remedy = _label(data, shards), f"move {builder.data_path} away to prepare it again"
   class_feature = _class_feature(builder)
   return EncodedImages(
@@ -57,16 +53,17 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     shape=(*size, _decoded_channels(channels)),
     resize=data.image_size > 0,
     identity=f"{builder.info.full_name} {data.split}",
-    listing=fingerprint.digest(
-      [
-        builder.info.full_name,
-        data.split,
-        *(f"{shard.skip} {shard.take} {shard.examples_in_shard}" for shard in shards),
-      ]
-    ),
+    listing=listing(builder.info.full_name, data.split, shards),
     fetch=_fetch(records, feature_name, bytes, label, remedy),
     label=label,
     classes=functools.partial(_classes, data, builder, class_feature, label, remedy) if class_feature else None,
+  )
+
+
+def listing(full_name: str, split: str, shards: Sequence[Any]) -> str:
+  """What is known of the records of a split without reading them, as a digest. Arguments: TFDS's, of `shards_of`."""
+  return fingerprint.digest(
+    [full_name, split, *(f"{shard.skip} {shard.take} {shard.examples_in_shard}" for shard in shards)]
   )
 
 
@@ -153,8 +150,7 @@ def _classes(
   """The class of each image, int32 [N]; a record that is bad, and to be skipped, has that of the next good one.
 
   Raises:
-    UserError: a record is bad, and not to be skipped; or not all of them have a class (TFDS stores -1 then), or all the
-      same.
+    UserError: a record is bad, and not to be skipped; or as `checked_classes`.
   """
   records = _open_split(data, builder)  # once more: a data set that has been decoded keeps no file open
   fetch, length = _fetch(records, feature_name, int, label, remedy), len(records)
@@ -166,6 +162,11 @@ def _classes(
     raise found[int(np.argmax(bad))]
   classes = np.array([-1 if skipped else int(value) for value, skipped in zip(found, bad, strict=True)], np.int32)
   classes[bad] = classes[stand_ins(bad)]
+  return checked_classes(data, classes)
+
+
+def checked_classes(data: DataConfig, classes: np.ndarray) -> np.ndarray:
+  """The classes int32 [N] of a split. Raises UserError where an image has none (-1, as in TFDS), or all the same."""
   if classes.min() < 0:
     raise NoLabels(data.dataset, f"has none for image {int(np.argmin(classes))} of {data.split}")
   if classes.max() == classes.min():
@@ -192,7 +193,8 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
       raise tfds.core.DatasetNotFoundError
     return tfds.builder(name, data_dir=_data_dir(data))
   except tfds.core.DatasetNotFoundError:
-    near = difflib.get_close_matches(base.lower(), tfds.list_builders(with_community_datasets=False), n=3)
+    known = ["digits", *tfds.list_builders(with_community_datasets=False)]
+    near = difflib.get_close_matches(base.lower(), known, n=3)
     if folder.exists(data):
       near = [f"{FOLDER}{name}"]
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
@@ -214,46 +216,12 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
 
 
 def _data_dir(data: DataConfig) -> str:
-  """Where prepared data sets lie: `data.data_dir`, TFDS_DATA_DIR, or `tensorflow_datasets` in the home folder.
-
-  Where there is no home, or the digits cannot be written there, in a folder for temporary files.
-  """
+  """Where prepared data sets lie: `data.data_dir`, TFDS_DATA_DIR, or `tensorflow_datasets` in the home folder."""
   if data.data_dir:
     return expanded("data_dir", data.data_dir)
   if chosen := os.environ.get("TFDS_DATA_DIR"):
     return expanded("TFDS_DATA_DIR", chosen)
-  folder = home()
-  usual = folder / "tensorflow_datasets" if folder else None
-  if usual and (not _are_digits(data) or os.path.isdir(usual / "digits") or _can_be_made(usual)):
-    return str(usual)
-  own = pathlib.Path(tempfile.gettempdir()) / f"ddpm_jax-{os.getuid()}"
-  _check_own(own)
-  return str(own / "tensorflow_datasets")
-
-
-def _are_digits(data: DataConfig) -> bool:
-  return data.dataset.partition(":")[0] == "digits"
-
-
-def _can_be_made(folder: pathlib.Path) -> bool:
-  """Whether a folder is there and can be written, or can be made."""
-  there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
-  return os.access(there, os.W_OK | os.X_OK)
-
-
-def _check_own(folder: pathlib.Path) -> None:
-  """Raises UserError unless a folder among temporary files, made if need be, is this user's alone."""
-  try:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    reason = "is not this user's alone"
-  except OSError as error:
-    own, reason = False, f"cannot be written: {error.strerror}"
-  if not own:
-    raise UserError(
-      f"data_dir: no home folder to prepare data sets in, and {folder} {reason}; name one with --data_dir"
-    )
+  return str((home() or _NOWHERE) / "tensorflow_datasets")
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -269,12 +237,11 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
   """Prepares the data set in a process of its own, so that TensorFlow never enters this one. Raises UserError."""
-  if not data.data_dir and not os.environ.get("TFDS_DATA_DIR") and home() is None and not _are_digits(data):
+  if not data.data_dir and not os.environ.get("TFDS_DATA_DIR") and home() is None:
     raise UserError(
       f"data_dir: {data.dataset!r} is to be prepared, and this user has no home folder; name a folder with --data_dir"
     )
-  has_tensorflow = importlib.util.find_spec("tensorflow") is not None
-  if not has_tensorflow and not isinstance(builder, _TENSORFLOW_FREE):
+  if importlib.util.find_spec("tensorflow") is None:
     raise UserError(
       f"dataset: {data.dataset!r} is not prepared in {builder.data_path}, and preparing it needs "
       "TensorFlow, once; run: pip install 'ddpm_jax[prepare]'"
@@ -346,14 +313,11 @@ def _class_feature(builder: tfds.core.DatasetBuilder) -> str | None:
   return next((name for name, feature in features if isinstance(feature, tfds.features.ClassLabel)), None)
 
 
-def _open_split(data: DataConfig, builder: tfds.core.DatasetBuilder) -> Any:
-  """TFDS's random-access reader of one split, image features left encoded. Raises UserError."""
-  splits: Any = builder.info.splits
-  encoded = {
-    name: tfds.decode.SkipDecoding()
-    for name, feature in _features(builder).items()
-    if isinstance(feature, tfds.features.Image | tfds.features.Video)
-  }
+def shards_of(data: DataConfig, splits: Any) -> Sequence[Any]:
+  """Which records `data.split` is of `splits`, TFDS's: its file instructions. Raises UserError if it is empty, or none.
+
+  A record i of one that skips S and takes T is record S + i of its file.
+  """
   try:
     size = splits[data.split].num_examples
   except (ValueError, KeyError, AssertionError) as error:
@@ -366,6 +330,16 @@ def _open_split(data: DataConfig, builder: tfds.core.DatasetBuilder) -> Any:
       f"split: {data.split!r} of {data.dataset} is empty; choose another, such as "
       f"{', '.join(name for name in splits if splits[name].num_examples) or '(all are empty)'}"
     )
+  return splits[data.split].file_instructions
+
+
+def _open_split(data: DataConfig, builder: tfds.core.DatasetBuilder) -> Any:
+  """TFDS's random-access reader of one split, image features left encoded. Raises UserError."""
+  encoded = {
+    name: tfds.decode.SkipDecoding()
+    for name, feature in _features(builder).items()
+    if isinstance(feature, tfds.features.Image | tfds.features.Video)
+  }
   open_records: Any = builder.as_data_source  # TFDS's decorator hides its signature from type checkers
   try:
     return open_records(data.split, decoders=encoded, file_format="array_record")

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax import console
 from ddpm_jax.config import FOLDER, DataConfig
-from ddpm_jax.data import fingerprint, folder, prepared
+from ddpm_jax.data import digits, fingerprint, folder, prepared
 from ddpm_jax.data.encoded import Elsewhere, Rows, Skipped, decode_all, elsewhere, on_demand
 
 
@@ -50,7 +50,8 @@ def open_source(data: DataConfig) -> Source:
   """Opens `data.dataset`, which is prepared first if need be.
 
   A data set whose decoded images take at most `data.cache_gib` GiB is decoded here, once, into one array. TensorFlow is
-  not imported, not even if it is installed. The first process says on standard error what of a folder is left out.
+  not imported, not even if it is installed. The first process says on standard error what of a folder is left out, and
+  that images are too many for memory.
 
   With `data.on_bad_record=skip` the place of a bad image is taken by the next one that is not, so that the order of all
   others stays. That is a function of the data and the index: the same on any number of processes and after a resume.
@@ -60,12 +61,21 @@ def open_source(data: DataConfig) -> Source:
       `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
       cannot be prepared.
   """
-  opener = folder.open_folder if data.dataset.startswith(FOLDER) else prepared.open_prepared
-  encoded = opener(data)
-  if encoded.remark and jax.process_index() == 0:
-    console.note(encoded.remark)
+  if data.dataset.startswith(FOLDER):
+    encoded = folder.open_folder(data)
+  elif digits.is_digits(data):
+    encoded = digits.open_digits(data)
+  else:
+    encoded = prepared.open_prepared(data)
+  gib = encoded.length * math.prod(encoded.shape) / 2**30
+  remarks = [encoded.remark] if encoded.remark else []
+  if gib > data.cache_gib > 0:
+    remarks.append(f"{encoded.name} is read from disk again and again: {gib:.3g} GiB, --cache_gib={data.cache_gib:g}")
+  if jax.process_index() == 0:
+    for remark in remarks:
+      console.note(remark)
   skip = data.on_bad_record == "skip"
-  if encoded.length * math.prod(encoded.shape) <= data.cache_gib * 2**30:
+  if gib <= data.cache_gib:
     cached = decode_all(encoded, skip=skip)
     read, everything, remote = cached.take, cached.images, None
   else:
@@ -90,6 +100,8 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
   Raises:
     UserError: no such data set, or its images have different sizes or none that is known, and `data.image_size` is 0.
   """
+  if digits.is_digits(data):
+    return digits.image_shape(data)
   if not data.dataset.startswith(FOLDER):
     return prepared.image_shape(data)
   if folder.exists(data) or not data.image_size:
@@ -107,4 +119,5 @@ def has_split(data: DataConfig, split: str) -> bool:
   Raises:
     UserError: no such data set, none of images, `data.image_size` is 0 and has to be set, or it cannot be prepared.
   """
-  return split in (["train"] if data.dataset.startswith(FOLDER) else prepared.split_names(data))
+  one = data.dataset.startswith(FOLDER) or digits.is_digits(data)
+  return split in (["train"] if one else prepared.split_names(data))

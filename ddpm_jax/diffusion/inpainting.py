@@ -43,7 +43,8 @@ def repaint_jumps(grid: np.ndarray, jump: int, resamples: int) -> Jumps:
       left[place] -= 1
       place -= jump
     rows.append((grid[before], grid[here], grid[place]))
-  return Jumps(*np.asarray(rows, np.int64).T)
+  order = np.asarray(rows, np.int64)
+  return Jumps(order[:, 0], order[:, 1], order[:, 2])
 
 
 def inpaint_after_row(

@@ -1,4 +1,4 @@
-"""Samplers as coefficient tables, and the one `lax.scan` that runs any of them.
+"""Samplers as coefficient tables, and the one loop that runs any of them.
 
 A row of a table evaluates the network once, at x_t, and moves from t to s:
 
@@ -10,6 +10,7 @@ host; what differs between samplers, also between those of first and of second o
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Callable, Sequence
 
@@ -275,6 +276,80 @@ def numbered_noise(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Arr
   return lambda number: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
 
 
+class State(typing.NamedTuple):
+  """Where B examples are between two rows of a table.
+
+  Attributes:
+    xt: float32 [B, ...].
+    x0_hat: of the row before, of the same shape.
+    kept: float32 [B, K + 1, ...], the estimates of K rows that are kept, and a slot for all others; [B, 0, ...] if
+      none is.
+  """
+
+  xt: jax.Array
+  x0_hat: jax.Array
+  kept: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+  """The way of B examples down a table, one for each key: `begin`, then `advance` over all rows, then `end`.
+
+  How the rows are divided among calls of `advance` does not change what comes out.
+
+  Attributes:
+    table: which sampler.
+    predict_x0: (x_t [B, *shape], t int32 [B]) -> x0_hat [B, *shape].
+    keys: B random keys; image i depends on keys[i] alone, not on B. Number 0 of `numbered_noise` is the prior's draw,
+      i + 1 that of row i.
+    shape: of one example.
+    start: the state before the first row, float32 [B, *shape]; None: the prior's draw.
+    keep: rows whose x0_hat is returned too.
+    after_row: (x_s, number of the row) -> the state to go on with, for what steers a draw.
+  """
+
+  table: SamplerTable
+  predict_x0: PredictX0
+  keys: jax.Array
+  shape: tuple[int, ...]
+  start: jax.Array | None = None
+  keep: Sequence[int] = ()
+  after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+
+  def begin(self) -> State:
+    """The state before the first row."""
+    start = numbered_noise(self.keys, self.shape)(0) if self.start is None else self.start
+    slots = len(self.keep) + 1 if len(self.keep) else 0
+    return State(start, jnp.zeros_like(start), jnp.zeros((self.keys.shape[0], slots, *self.shape), jnp.float32))
+
+  def advance(self, state: State, first: int | jax.Array, last: int | jax.Array) -> State:
+    """The state after the rows `first` to `last` - 1, from that before `first`: whole numbers, or int32 scalars."""
+    table, noise = self.table, numbered_noise(self.keys, self.shape)
+    noisy = bool(table.sigma.any())
+    # Kept estimates go into a slot of their own, all others into one more that is thrown away.
+    slot = np.full(len(table.t), len(self.keep))
+    slot[list(self.keep)] = np.arange(len(self.keep))
+    coefficients = (table.c_xt, table.c_x0, table.c_prev, table.sigma)
+    rows = (
+      *(jnp.asarray(column, jnp.int32) for column in (slot, table.t)),
+      *(jnp.asarray(column, jnp.float32) for column in coefficients),
+    )
+
+    def step(number: jax.Array, state: State) -> State:
+      where, t, c_xt, c_x0, c_prev, sigma = (jax.lax.dynamic_index_in_dim(row, number, keepdims=False) for row in rows)
+      x0_hat = self.predict_x0(state.xt, jnp.full(self.keys.shape, t))
+      xs = c_xt * state.xt + c_x0 * x0_hat + c_prev * state.x0_hat
+      xs = xs + sigma * noise(number + 1) if noisy else xs
+      xs = self.after_row(xs, number) if self.after_row else xs
+      return State(xs, x0_hat, state.kept.at[:, where].set(x0_hat) if len(self.keep) else state.kept)
+
+    return jax.lax.fori_loop(first, last, step, state)  # a scan where both are known, and then it has a gradient
+
+  def end(self, state: State) -> tuple[jax.Array, jax.Array]:
+    """x_0, float32 [B, *shape], and x0_hat at the kept rows, float32 [B, len(keep), *shape]."""
+    return state.xt, state.kept[:, : len(self.keep)]
+
+
 def sample(
   table: SamplerTable,
   predict_x0: PredictX0,
@@ -285,40 +360,10 @@ def sample(
   keep: Sequence[int] = (),
   after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Draws one example for each key.
-
-  Args:
-    table: which sampler.
-    predict_x0: (x_t [B, *shape], t int32 [B]) -> x0_hat [B, *shape].
-    keys: B random keys; image i depends on keys[i] alone, not on B. Number 0 of `numbered_noise` is the prior's draw,
-      i + 1 that of row i.
-    shape: of one example.
-    start: the state before the first row, float32 [B, *shape]; None: the prior's draw.
-    keep: rows whose x0_hat is returned too.
-    after_row: (x_s, number of the row) -> the state to go on with, for what steers a draw.
+  """Draws one example for each key: `Trajectory`, whose arguments these are, from its begin to its end.
 
   Returns:
     float32 [B, *shape], and x0_hat at the kept rows, float32 [B, len(keep), *shape].
   """
-  noise = numbered_noise(keys, shape)
-  noisy = bool(table.sigma.any())
-  # Kept estimates go into a slot of their own, all others into one more that is thrown away.
-  slot = np.full(len(table.t), len(keep))
-  slot[list(keep)] = np.arange(len(keep))
-
-  def step(carry: tuple[jax.Array, ...], row: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], None]:
-    xt, x0_prev, kept = carry
-    number, where, t, c_xt, c_x0, c_prev, sigma = row
-    x0_hat = predict_x0(xt, jnp.full(keys.shape, t))
-    xs = c_xt * xt + c_x0 * x0_hat + c_prev * x0_prev
-    xs = xs + sigma * noise(number + 1) if noisy else xs
-    xs = after_row(xs, number) if after_row else xs
-    return (xs, x0_hat, kept.at[:, where].set(x0_hat) if len(keep) else kept), None
-
-  start = noise(0) if start is None else start
-  columns = (np.arange(len(slot)), slot, table.t)
-  coefficients = (table.c_xt, table.c_x0, table.c_prev, table.sigma)
-  rows = (*(jnp.asarray(c, jnp.int32) for c in columns), *(jnp.asarray(c, jnp.float32) for c in coefficients))
-  kept = jnp.zeros((keys.shape[0], len(keep) + 1 if len(keep) else 0, *shape), jnp.float32)
-  (x0, _, kept), _ = jax.lax.scan(step, (start, jnp.zeros_like(start), kept), rows)
-  return x0, kept[:, : len(keep)]
+  whole = Trajectory(table, predict_x0, keys, shape, start, keep, after_row)
+  return whole.end(whole.advance(whole.begin(), 0, len(table.t)))

@@ -13,7 +13,7 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
 from ddpm_jax.evaluation.reference import Reference, batches_of, evenly_spaced
 
-_SET = 10_000  # features of either side, as Naeem et al. 2020 take; Kynkäänniemi et al. 2019 take 50,000
+MOST = 10_000  # features of either side, as Naeem et al. 2020 take; Kynkäänniemi et al. 2019 take 50,000
 _LOOKED_UP = 1_000  # samples whose nearest training images are looked for
 _SHOWN, _NEAREST = 8, 7  # rows and neighbours of the picture
 # By extractor: what a number is called. Only Inception's are an FID and an Inception Score.
@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
 def see(features: Features, images: np.ndarray, batch_size: int, done: Callable[[int], None]) -> Seen:
   """Extracts the features of images uint8 [N, H, W, C]; `done` is told how many after each batch."""
-  index, moments, kept, probabilities = evenly_spaced(len(images), _SET), None, [], []
+  index, moments, kept, probabilities = evenly_spaced(len(images), MOST), None, [], []
   for first in range(0, len(images), batch_size):
     extracted = features.extract(np.asarray(images[first : first + batch_size]))
     if moments is None:
@@ -66,8 +66,10 @@ def compare(names: Sequence[str], extractor: str, reference: Reference, seen: Se
   """
   found: dict[str, float | int] = {}
   called = NAMES[extractor]
-  size = min(len(reference.features), len(seen.features), _SET)
-  real, fake = (kept[evenly_spaced(len(kept), size)] for kept in (reference.features, seen.features))
+  # In two steps, so that a file of reference statistics, which has as many, gives the same.
+  kept = reference.features[evenly_spaced(len(reference.features), MOST)]
+  size = min(len(kept), len(seen.features))
+  real, fake = (features[evenly_spaced(len(features), size)] for features in (kept, seen.features))
   if "frechet" in names:
     found[called["frechet"]] = measures.frechet_distance(
       seen.moments.mean, covariance(seen.moments), reference.moments.mean, covariance(reference.moments)

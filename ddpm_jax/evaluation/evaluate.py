@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -22,7 +23,7 @@ from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import estimate, inception, likelihood
+from ddpm_jax.evaluation import estimate, inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, compare, look_up, see
 from ddpm_jax.evaluation.features import Features
@@ -31,10 +32,12 @@ from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
 from ddpm_jax.evaluation.results import earlier_results
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, zero_network
 from ddpm_jax.models.build import Network, Params, build_model, network_of
+from ddpm_jax.models.classifier import FEATURES
 from ddpm_jax.progress import counted
 from ddpm_jax.run import noise_warning
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.sampling.weights import Weights
+from ddpm_jax.training.parallel import Parallel
 
 _OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
 # What the measures are defined for: the k-th neighbour of precision, recall, density and coverage is another point.
@@ -43,6 +46,7 @@ _LIKELIHOODS = {"bound": "bits_per_dim", "ode": "ode_bits_per_dim"}  # measure -
 _UNTRAINED_EXAMPLES = 100  # for the likelihood of an untrained network, which hardly varies
 _UNIFORM = math.log2(256)  # bits/dim of a model that finds all values of a pixel equally likely
 _SHOWN = 64  # samples in the picture
+_WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,16 @@ class Abandoned(Exception):
 
 
 def measurable(config: Config, train: Source) -> tuple[Config, str]:
+  """The features that are meant, and what can be measured, where nothing particular is asked for.
+
+  As `_measurable_with_features`, and `statistics.measurable`.
+  """
+  kept, line = _measurable_with_features(config, train)
+  kept, more = statistics.measurable(kept, asked=config)
+  return kept, "; ".join(filter(None, (line, more)))
+
+
+def _measurable_with_features(config: Config, train: Source) -> tuple[Config, str]:
   """The features that are meant, and what can be measured with them, where nothing particular is asked for.
 
   Args:
@@ -105,17 +119,10 @@ def measurable(config: Config, train: Source) -> tuple[Config, str]:
   Raises:
     UserError: labels cannot be read, or that by which the best checkpoint is to be kept cannot be measured.
   """
-  options, reason = config.evaluate, ""
   if not _needs_samples(config):
     return config, ""
-  if options.features in ("auto", "classifier"):
-    try:
-      _check_labels(train)
-      config = config_lib.override(config, {"features": "classifier"})
-    except NoLabels as error:
-      reason = str(error)
-      if options.features == "auto":
-        config, reason = config_lib.override(config, {"features": "network"}), ""
+  options = config.evaluate
+  config, reason = _choose_features(config, train)
   without = {"score"} if config.evaluate.features == "network" else set(_OF_SAMPLES) if reason else set()
   if not without or options.measures != EvaluateConfig().measures:
     return config, ""
@@ -125,6 +132,18 @@ def measurable(config: Config, train: Source) -> tuple[Config, str]:
   measures = tuple(name for name in options.measures if name not in without)
   reason = reason or "it needs classes, and these features have none"
   return config_lib.override(config, {"measures": measures}), f"left out: {left_out} ({reason})"
+
+
+def _choose_features(config: Config, train: Source) -> tuple[Config, str]:
+  """The settings with a kind of features instead of 'auto', and why there are none, empty if there are."""
+  auto = config.evaluate.features == "auto"
+  if not auto and config.evaluate.features != "classifier":
+    return config, ""
+  try:
+    _check_labels(train)
+  except NoLabels as error:
+    return (config_lib.override(config, {"features": "network"}), "") if auto else (config, str(error))
+  return config_lib.override(config, {"features": "classifier"}), ""
 
 
 def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
@@ -141,7 +160,12 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
         _check_labels(train)
       case _ if "score" in options.measures:
         raise UserError("measures: score needs classes, which features=network has none of; leave it out")
-    _check_numbers(config, train, _split(config, train, options.reference_split), number)
+    reference, in_file = _split(config, train, options.reference_split), None
+    if _reads_statistics(options):
+      stats = statistics.read_statistics(options.reference_stats)
+      statistics.check_name(stats, options, _WIDTHS.get(options.features))
+      in_file = len(stats.features)
+    _check_numbers(config, train, reference, number, in_file)
   if any(name in options.measures for name in _LIKELIHOODS):
     for _ in _splits(config, train):
       pass
@@ -153,16 +177,25 @@ def _check_labels(source: Source) -> None:
   source.labels()
 
 
-def _check_numbers(config: Config, train: Source, reference: Source, samples: int) -> None:
-  """Raises UserError if there are fewer samples or images than a measure is defined for."""
-  measures = config.evaluate.measures
+def _reads_statistics(options: EvaluateConfig) -> bool:
+  return bool(options.reference_stats) and any(name in statistics.OF_REFERENCE for name in options.measures)
+
+
+def _check_numbers(config: Config, train: Source, reference: Source, samples: int, in_file: int | None) -> None:
+  """Raises UserError if there are fewer samples or images than a measure is defined for.
+
+  in_file: how many images --reference_stats has the features of, if that is what samples are compared with.
+  """
+  options = config.evaluate
   for measure, number in _LEAST_SAMPLES.items():
-    if measure in measures and samples < number:
+    if measure in options.measures and samples < number:
       raise UserError(f"evaluate_samples: {samples} are too few for {measure}; use {number} or more")
   for measure, number in LEAST_IMAGES.items():
-    source = train if measure == "neighbours" else reference
-    if measure in measures and len(source) < number:
-      raise UserError(f"measures: {measure} needs {number} images, and {source.name} has {len(source)}; leave it out")
+    name, images = (source := train if measure == "neighbours" else reference).name, len(source)
+    if in_file is not None and measure in statistics.OF_REFERENCE:
+      name, images = options.reference_stats, number if measure == "frechet" else in_file
+    if measure in options.measures and images < number:
+      raise UserError(f"measures: {measure} needs {number} images, and {name} has {images}; leave it out")
 
 
 def evaluate(
@@ -198,19 +231,20 @@ def evaluate(
   }
   pictures: dict[str, np.ndarray] = {}
   drawn = features = None
-  sources = [train]
+  source, needed = train, []
   if _needs_samples(config):
-    features = _features(config, weights, train, around)
-    sources = [_split(config, train, config.evaluate.reference_split)]
-    sources += [train] * ("neighbours" in config.evaluate.measures and sources[0] is not train)
+    features = _features(config, weights.run.parallel, train, around)
+    source = _split(config, train, config.evaluate.reference_split)
+    needed = [] if _reads_statistics(config.evaluate) else [source]
+    needed += [train] * ("neighbours" in config.evaluate.measures and not (needed and source is train))
   names = [name for name in _LIKELIHOODS if name in config.evaluate.measures]
   splits = dict(_splits(config, train)) if names else {}
   likelihoods = [(name, len(source)) for name in names for source in splits.values()]
-  config, how = _settle(config, weights, sources, features, likelihoods, around)
+  config, how = _settle(config, weights, train, needed, features, likelihoods, around)
   result |= how
   if features is not None:
     with contextlib.closing(Drawn(weights, config, around.workdir / "samples")) as drawn:
-      found, pictures = _samples(config, weights, train, sources[0], features, around, drawn)
+      found, pictures = _samples(config, weights, train, source, features, around, drawn)
     result |= found
   for name in names:
     likelihood_of = functools.partial(_likelihood, name, config, weights, around=around)
@@ -223,7 +257,8 @@ def evaluate(
 def _settle(
   config: Config,
   weights: Weights,
-  sources: Sequence[Source],
+  train: Source,
+  needed: Sequence[Source],
   features: Features | None,
   likelihoods: Sequence[tuple[str, int]],
   around: Surroundings,
@@ -233,7 +268,8 @@ def _settle(
   Args:
     config: the settings.
     weights: of the model.
-    sources: the images whose features are needed.
+    train: the images of the training, of which a batch is timed.
+    needed: the images whose features are needed.
     features: the extractor; None if no samples are needed.
     likelihoods: (measure, images of the split) for each likelihood of each split.
     around: where, and how much time there is.
@@ -244,9 +280,9 @@ def _settle(
   how: dict[str, Any] = {"chosen": [name for name, is_open in left._asdict().items() if is_open]}
   if not around.estimates and not any(still):
     return config, how
-  reference = sum(len(source) for source in sources if features and not is_kept(source, features, around.cache))
+  reference = sum(len(source) for source in needed if features and not is_kept(source, features, around.cache))
   work = estimate.Work(reference, likelihoods)
-  speed = estimate.measure_speed(config, weights, features, sources[0])
+  speed = estimate.measure_speed(config, weights, features, train)
   config = estimate.choose(config, weights, still, speed, work, around.budget_s)
   if any(left):
     around.say(estimate.chosen_line(config, left))
@@ -267,11 +303,11 @@ def _samples(
   around: Surroundings,
   drawn: Drawn,
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Draws, and compares what was drawn with the images of `source`."""
+  """Draws, and compares what was drawn with the images of `source`, or with `--reference_stats`."""
   options, size, number = config.evaluate, config.evaluate.evaluate_batch_size, config.evaluate.evaluate_samples
-  reference = _reference(source, features, size, around)
+  reference, told = _compared_with(config, source, features, train, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
-  with around.counted("image", number) as done:
+  with around.counted("evaluation", number * drawn.evaluations) as done:
     drawn.draw(number, done=done, say=around.say)
   multihost_utils.sync_global_devices("the images are on disk")
   images = drawn.images(number)
@@ -280,21 +316,17 @@ def _samples(
   pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
   result: dict[str, Any] = {
     "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
-    "reference": {
-      "dataset": source.name,
-      "split": options.reference_split or config.data.split,
-      "number": len(source),
-      "fingerprint": source.fingerprint,
-    },
+    "reference": told,
     "features": features.about
     | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
     "measures": compare(options.measures, features.name, reference, seen),
   }
   around.beat("the measures")
-  data, own = Data(source, reference), None
+  data, own = Data(source, reference, told.get("sha256", source.fingerprint)), None
   if "neighbours" in options.measures:
     # What could be remembered is what was trained on.
-    own = data if source is train else Data(train, _reference(train, features, size, around))
+    same = source is train and "file" not in told
+    own = data if same else Data(train, _reference(train, features, size, around), train.fingerprint)
     around.say(f"looking for the samples' nearest images among {len(train)}")
     with around.counted("training image", len(train)) as done:
       result["neighbours"], pictures["neighbours"] = look_up(
@@ -307,6 +339,26 @@ def _samples(
   return result, pictures
 
 
+def _compared_with(
+  config: Config, source: Source, features: Features, train: Source, around: Surroundings
+) -> tuple[Reference, dict[str, Any]]:
+  """What samples are compared with, and what is told of it: the statistics of a file, or of the images of a source."""
+  options = config.evaluate
+  if not _reads_statistics(options):
+    return _reference(source, features, options.evaluate_batch_size, around), {
+      "dataset": source.name,
+      "split": options.reference_split or config.data.split,
+      "number": len(source),
+      "fingerprint": source.fingerprint,
+    }
+  stats = statistics.read_statistics(options.reference_stats)
+  width = features.extract(train.read(np.arange(1)).images).features.shape[1]
+  statistics.check_features(stats, features, width)
+  if line := statistics.unstated(stats, features.about, features.name):
+    around.say(line)
+  return stats.reference, stats.told
+
+
 def _reference(source: Source, features: Features, size: int, around: Surroundings) -> Reference:
   with around.counted("feature vector", len(source)) as done:
     reference = measure_reference(source, features, cache=around.cache, batch_size=size, say=around.say, done=done)
@@ -314,13 +366,34 @@ def _reference(source: Source, features: Features, size: int, around: Surroundin
   return reference
 
 
+def write_reference(config: Config, train: Source, path: pathlib.Path, around: Surroundings) -> None:
+  """Writes the statistics of the images of the training, or of --reference_split, into a file.
+
+  All processes must call it; process 0 writes.
+
+  Raises:
+    UserError: images, labels or weights of the features are missing.
+    RunError: the file cannot be written.
+  """
+  config, _ = _choose_features(config, train)
+  options = config.evaluate
+  source = _split(config, train, options.reference_split)
+  if len(source) < LEAST_IMAGES["frechet"]:
+    raise UserError(f"write_reference: {source.name} has one image, which has no covariance; use more")
+  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  features = _features(config, parallel, train, around)
+  reference = _reference(source, features, options.evaluate_batch_size, around)
+  if jax.process_index() == 0:
+    statistics.write_statistics(path, source, options.reference_split or config.data.split, features, reference)
+
+
 def _needs_samples(config: Config) -> bool:
   return any(name in _OF_SAMPLES for name in config.evaluate.measures)
 
 
-def _features(config: Config, weights: Weights, train: Source, around: Surroundings) -> Features:
+def _features(config: Config, parallel: Parallel, train: Source, around: Surroundings) -> Features:
   """The one place where names become extractors."""
-  options, parallel = config.evaluate, weights.run.parallel
+  options = config.evaluate
   match options.features:
     case "inception":
       return inception.load_inception(

@@ -25,7 +25,7 @@ from ddpm_jax.diffusion.likelihood import (
 from ddpm_jax.diffusion.prediction import to_eps, to_x0
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Network, Params
 from ddpm_jax.training.parallel import Parallel
 
@@ -84,8 +84,8 @@ def bound(
   number, sizes = len(edges) - 1, np.diff(edges)
   calls = math.ceil(number / _AT_ONCE)
   at_once = math.ceil(number / calls)
-  function = _bound_function(network, schedule, prediction, variance, edges, at_once, seed)
-  compiled = parallel.by_rows(function, matmul_precision=PRECISION)
+  function = _bound_function(network, schedule, prediction, variance, edges, at_once)
+  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
 
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
@@ -95,9 +95,9 @@ def bound(
     columns = images, indices[rows].astype(np.int32)
     parts = []
     for first in range(0, number, at_once):
-      *terms, prior[rows] = compiled(params, *columns, np.full(len(images), first, np.int32), size=size)
+      *terms, prior[rows] = compiled(constants, *columns, np.full(len(images), first, np.int32), size=size)
       parts.append(np.asarray(terms, np.float64))
-      _tell(progress, rows.start)
+      _tell(progress, rows.start + len(images) * len(parts) // (calls + 1))
     terms = np.concatenate(parts, axis=2)[:, :, :number]  # [2, B, strata]
     bits = terms[0] * sizes
     decoder[rows], chain[rows] = bits[:, 0], bits[:, 1:].sum(axis=1)
@@ -117,9 +117,9 @@ def bound(
 
 
 def _bound_function(
-  network: Network, schedule: NoiseSchedule, prediction: str, variance: str, edges: np.ndarray, number: int, seed: int
+  network: Network, schedule: NoiseSchedule, prediction: str, variance: str, edges: np.ndarray, number: int
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-  """(params, images uint8 [B, ...], index int32 [B], first int32 [B]) -> bits, eps_mse [B, number] and L_T [B].
+  """(`Seeded`, images uint8 [B, ...], index int32 [B], first int32 [B]) -> bits, eps_mse [B, number] and L_T [B].
 
   The columns of the result are the strata `first`, `first` + 1, ...; past the last one they are without meaning.
   """
@@ -137,12 +137,12 @@ def _bound_function(
     eps_mse = jnp.mean(jnp.square(to_eps(schedule, x0_hat, xt, t) - eps))
     return bound_term(schedule, variance, x0, t, jnp.clip(x0_hat, -1.0, 1.0)), eps_mse
 
-  def function(params: Params, images: jax.Array, index: jax.Array, first: jax.Array):
-    x0, keys = to_float(images), indexed_keys(stream_key(seed, "bound"), index)
+  def function(constants: Seeded, images: jax.Array, index: jax.Array, first: jax.Array):
+    x0, keys = to_float(images), indexed_keys(stream_key(constants.seed, "bound"), index)
 
     def step(carry: None, offset: jax.Array) -> tuple[None, tuple]:
       t, eps, xt = jax.vmap(draw)(keys, jnp.minimum(first + offset, len(low) - 1), x0)
-      return carry, jax.vmap(judge)(network(params, xt, t, None).astype(jnp.float32), x0, eps, xt, t)
+      return carry, jax.vmap(judge)(network(constants.params, xt, t, None).astype(jnp.float32), x0, eps, xt, t)
 
     _, (bits, eps_mse) = jax.lax.scan(step, None, jnp.arange(number))
     return bits.T, eps_mse.T, jax.vmap(lambda x: prior_kl(schedule, x))(x0)
@@ -206,19 +206,19 @@ def ode(
   """
   steps = min(steps, schedule.num_timesteps)
 
-  def function(params: Params, images: jax.Array, index: jax.Array) -> jax.Array:
-    keys = indexed_keys(stream_key(seed, "ode"), index)
+  def function(constants: Seeded, images: jax.Array, index: jax.Array) -> jax.Array:
+    keys = indexed_keys(stream_key(constants.seed, "ode"), index)
     place_keys, probe_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     x0 = jax.vmap(dequantise)(place_keys, to_float(images))
-    predict_eps = eps_predictor(lambda xt, t: network(params, xt, t, None), schedule, prediction)
+    predict_eps = eps_predictor(lambda xt, t: network(constants.params, xt, t, None), schedule, prediction)
     return ode_log_density(schedule, predict_eps, x0, probe_keys, num_steps=steps, num_probes=probes)
 
-  compiled = parallel.by_rows(function, matmul_precision=PRECISION)
+  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))
   for rows, images in _batches(source, indices, size):
-    log_density = compiled(params, images, indices[rows].astype(np.int32), size=size)
+    log_density = compiled(constants, images, indices[rows].astype(np.int32), size=size)
     bits[rows] = density_to_bits(log_density, math.prod(images.shape[1:]))
     _tell(progress, rows.stop)
   counts = {"examples": len(indices), "steps": steps, "evaluations": ode_evaluations(steps), "probes": probes}

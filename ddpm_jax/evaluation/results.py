@@ -38,9 +38,11 @@ def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, n
   path = folder / f"{step}.json"
   try:
     folder.mkdir(exist_ok=True)
-    names = {}
+    names, samples = {}, result.get("samples", {})
+    facts = {"checkpoint": step, "sample_weights": result.get("weights")}
+    facts |= {name: samples[name] for name in ("sampler", "evaluations", "number") if name in samples}
     for name, picture in pictures.items():
-      grids.save_png(folder / f"{step}.{name}.png", picture)
+      grids.save_png(folder / f"{step}.{name}.png", picture, facts)
       names[name] = f"eval/{step}.{name}.png"
     result = _with_earlier(path, result | {"pictures": names})
     if path.exists():

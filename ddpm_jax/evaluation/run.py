@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import tempfile
 from collections.abc import Collection, Iterator
 
 import jax
 
-from ddpm_jax import console
+from ddpm_jax import console, paths
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
@@ -18,18 +20,22 @@ from ddpm_jax.report.measures import in_words, title_of, yardsticks
 from ddpm_jax.sampling.weights import keep_place
 
 
-def evaluate(config: Config, workdir: pathlib.Path, given: Collection[str] = ()) -> None:
-  """Writes `eval/N.json`, pictures beside it, and `report.html`.
+def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str] = ()) -> None:
+  """Writes `eval/N.json`, pictures beside it, and `report.html`; with --write_reference that file and nothing else.
 
   Args:
     config: the settings.
-    workdir: of the run.
+    workdir: of the run; None: statistics are written of a data set that no run has to do with.
     given: names of the flags of this command, as what they say is never chosen otherwise.
 
   Raises:
     UserError: if the workdir holds no such checkpoint, or data, labels or weights of the measures are missing.
     RunError: if the results cannot be written.
   """
+  if config.evaluate.write_reference:
+    _write_reference(config, workdir)
+    return
+  assert workdir is not None
   weights = find_weights(config, workdir)
   train = open_source(config.data)
   if train.image_shape != weights.run.image_shape:
@@ -62,3 +68,19 @@ def told(result: Result) -> Iterator[str]:
     yield f"  {name:28} {value:<10.5g}{others and f' ({others})'}".rstrip()
   sentences = [in_words(title_of(name), name, value, beside[name]) for name, value in numbers.items() if name in beside]
   yield from (sentence for i, sentence in enumerate(sentences) if not i or "nothing" in sentence)
+
+
+def _write_reference(config: Config, workdir: pathlib.Path | None) -> None:
+  path = paths.absolute("write_reference", config.evaluate.write_reference, "name a file on disk")
+  paths.check_name("write_reference", path)
+  if paths.exists("write_reference", path):
+    raise UserError(f"write_reference: {path} exists; name another file")
+  if not path.parent.is_dir():
+    raise UserError(f"write_reference: there is no folder {path.parent}; make it, or name another file")
+  quiet = jax.process_index() != 0
+  with contextlib.ExitStack() as cleanup:
+    # Without a run there is no cache to look into.
+    place = workdir or pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ddpm_jax-")))
+    around = evaluate_lib.Surroundings(place, beat=lambda what: None, quiet=quiet)
+    evaluate_lib.write_reference(config, open_source(config.data), path, around)
+    around.say(f"done: {path}")

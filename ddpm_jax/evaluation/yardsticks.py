@@ -27,6 +27,7 @@ from ddpm_jax.evaluation.comparison import LEAST_IMAGES, Seen, compare, look_up,
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import add, no_moments
 from ddpm_jax.evaluation.reference import Reference
+from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params
 from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import settings
@@ -41,10 +42,17 @@ Yardsticks = dict[str, dict[str, Any]]  # kind -> {"number": of images, "values"
 
 
 class Data(NamedTuple):
-  """A data set and what an extractor of features says of it."""
+  """Images, and what samples are compared with.
+
+  Attributes:
+    source: the images.
+    reference: the statistics of their features; or those of `--reference_stats`, whose images are not at hand.
+    identity: of what the statistics are of, a JSON value.
+  """
 
   source: Source
   reference: Reference
+  identity: Any
 
 
 def zero_network(params: Params, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
@@ -81,7 +89,7 @@ def measure_yardsticks(
   names, number = config.evaluate.measures, config.evaluate.evaluate_samples
   drawn = {name: value for name, value in settings(config, weights).items() if name != "checkpoint"}
   schedule = dataclasses.asdict(config.diffusion)
-  known = [(part.source.fingerprint, len(part.source)) for part in (data, train or data)]
+  known = [(part.identity, part.source.fingerprint, len(part.source)) for part in (data, train or data)]
   task = json.dumps(
     [known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST], sort_keys=True
   )
@@ -146,7 +154,7 @@ def _data_against_itself(
   names = [name for name in names if len(ours.index) >= LEAST_IMAGES.get(name, 1)]  # of a few images halves are too few
   probabilities = np.zeros((0, 0))
   if "score" in names:  # of classes, which are not kept
-    images = data.source.read(ours.index[:MOST]).images
+    images = data.source.read(_halves(len(data.source), min(number, MOST))[0]).images
     probabilities = see(features, images, batch_size, lambda done: None).probabilities
   seen = Seen(ours.moments, probabilities, np.arange(len(ours.index)), ours.features)
   return {"number": len(ours.index), "values": compare(names, features.name, others, seen)}
@@ -176,12 +184,11 @@ def _untrained(config: Config, weights: Weights, number: int, beat: Callable[[st
     table_of(config.sample, run.schedule, config.diffusion.variance),
     image_shape=run.image_shape,
     parallel=run.parallel,
-    seed=config.sample.sample_seed,
     stream="sample",
   )
-  size, images = min(number, _DRAWN_AT_ONCE), []
+  size, images, constants = min(number, _DRAWN_AT_ONCE), [], seeded({}, config.sample.sample_seed)
   for first in range(0, number, size):
     index = np.arange(first, min(first + size, number), dtype=np.int32)
-    images.append(draw({}, index, size=size))
+    images.append(draw(constants, index, size=size))
     beat(f"untrained image {first + len(index)} of {number}")
   return np.concatenate(images)

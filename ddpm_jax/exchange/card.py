@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pathlib
-import re
 from typing import Any
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
+from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation.results import read_result, scalars
 from ddpm_jax.exchange.file import without_paths
@@ -46,21 +46,24 @@ In ddpm_jax: `python -m ddpm_jax.main --mode=sample --init_from=PATH --workdir=D
 """
 
 
-def find_samples(workdir: pathlib.Path | None) -> tuple[pathlib.Path, str] | None:
-  """A picture of samples in a workdir, and what it shows; None if there is none.
+def find_samples(workdir: pathlib.Path, weights: Weights) -> tuple[pathlib.Path, str] | None:
+  """A picture of samples of these very weights in their workdir, and what it shows; None if there is none.
 
-  What --mode=sample drew last, else the newest grid of the training.
+  What --mode=sample drew last, or the grid of the training after that update.
   """
-  if workdir is None:
-    return None
-  folder = workdir / "samples"
-  if (folder / PICTURE).is_file():
-    return folder / PICTURE, "What --mode=sample drew last of this run."
-  grids = sorted(folder.glob("step_*.png"))
-  if not grids:
-    return None
-  update = int(re.sub(r"\D", "", grids[-1].stem))
-  return grids[-1], f"Drawn after update {update:,} of the training: the EMA weights beside the raw ones."
+  drawn, grid = workdir / "samples" / PICTURE, workdir / "samples" / f"step_{weights.step:08d}.png"
+  facts = grids.facts_of(drawn)
+  if facts.get("weights_sha256") == weights.identity:
+    return drawn, f"Drawn with these weights by the sampler {_code(facts.get('sampler'))}."
+  if grid.is_file():
+    return grid, f"Drawn after update {weights.step:,} of the training: the EMA weights beside the raw ones."
+  return None
+
+
+def how_to_draw(config: Config, weights: Weights) -> str:
+  """The flags that draw a picture of weights."""
+  checkpoint = "best" if config.sample.checkpoint == "best" else weights.step
+  return f"--mode=sample --checkpoint={checkpoint} --sample_weights={weights.which}"
 
 
 def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples: str) -> str:
@@ -70,7 +73,7 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
     config: of the run.
     weights: what is exported.
     workdir: where they were trained and measured; None if they come from elsewhere.
-    samples: what the picture beside it shows; empty if there is none.
+    samples: what the picture beside it shows; empty if there is none, which is then said with the remedy.
   """
   told = without_paths(config)
   height, width, channels = weights.run.image_shape
@@ -83,6 +86,11 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
   parts = [f"{_FRONT}\n# {title}\n", f"{what}\n"]
   if samples:
     parts.append(f"![Samples]({PICTURE})\n\n{samples}\n")
+  elif workdir is not None:
+    parts.append(
+      "There is no picture here, as no samples of these weights were at hand. "
+      f"`python -m ddpm_jax.main {how_to_draw(config, weights)} --workdir=DIR` draws some; then export again.\n"
+    )
   parts.append(_USE.format(steps=config.diffusion.num_timesteps))
   if workdir is not None:
     parts += [_training(told, config.exchange.init_from, weights), _measures(workdir, weights), _settings(told)]

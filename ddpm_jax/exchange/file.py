@@ -19,7 +19,7 @@ NAME = "model.safetensors"
 _FORMAT = 1
 # What is told of a run: these sections, without folders of the machine and what was measured on the way.
 _TOLD = ("data", "diffusion", "model", "optimizer", "train")
-_UNTOLD = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure")
+_UNTOLD = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure", "writers")
 # Knobs of drawing that are a part of the model all the same: its estimates were kept in range so.
 THRESHOLD = ("threshold", "threshold_quantile")
 

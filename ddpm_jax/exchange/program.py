@@ -18,6 +18,7 @@ from ddpm_jax import numerics
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.exchange.names import from_flat, to_flat
+from ddpm_jax.keys import Seeded
 from ddpm_jax.sampling.draw import draw_of, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import sync_file, write_whole
@@ -130,7 +131,7 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
   )
 
   def sampler(weights: dict[str, Any], seed: jax.Array, index: jax.Array) -> jax.Array:
-    return draw(from_flat(weights, config.model, run.image_shape), seed, index)
+    return draw(Seeded(from_flat(weights, config.model, run.image_shape), seed), index)
 
   (rows,) = (number,) if number else export.symbolic_shape("n")
   with numerics.pinned(config.model.matmul_precision):

@@ -14,7 +14,7 @@ from ddpm_jax import console, paths
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange import diffusers, file
-from ddpm_jax.exchange.card import PICTURE, card, find_samples
+from ddpm_jax.exchange.card import PICTURE, card, find_samples, how_to_draw
 from ddpm_jax.exchange.initial import find_weights
 from ddpm_jax.exchange.program import write_program
 from ddpm_jax.sampling.weights import Weights
@@ -52,7 +52,11 @@ def export(config: Config, workdir: pathlib.Path | None) -> None:
 def _write_diffusers(folder: pathlib.Path, config: Config, weights: Weights, workdir: pathlib.Path | None) -> None:
   diffusers.write_folder(folder, config, weights.run.image_shape, jax.tree.map(gather, weights.params))
   trained = workdir if weights.step else None
-  found = find_samples(trained)
+  found = find_samples(trained, weights) if trained else None
+  if trained and not found:
+    console.say(
+      f"no picture: nothing is drawn of {weights.text} yet; {how_to_draw(config, weights)} does, then export again"
+    )
   if found:
     shutil.copyfile(found[0], folder / PICTURE)
     sync_file(folder / PICTURE)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from ddpm_jax.config import ModelConfig
+from ddpm_jax.config import AUTO_ATTENTION, ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.layers import num_norm_groups
 from ddpm_jax.models.unet import UNet
@@ -16,6 +17,18 @@ from ddpm_jax.models.unet import UNet
 Params = Any  # a nested dict of float32 arrays
 # (params, xt float32 [B, H, W, C], t int32 [B], B dropout keys or None) -> float32 [B, H, W, C]
 Network = Callable[[Params, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfig:
+  """The network with what it leaves to the size of the images [H, W, C]: where attention is.
+
+  Attention costs the square of the number of pixels, so by default it is at the lowest level alone, and only there if
+  that has at most 16 rows, as in Ho et al. (2020).
+  """
+  if config.attention_resolutions != AUTO_ATTENTION:
+    return config
+  lowest = image_shape[0] // 2 ** (len(config.channel_multipliers) - 1)
+  return dataclasses.replace(config, attention_resolutions=(lowest,) if 1 <= lowest <= 16 else ())
 
 
 def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
@@ -35,6 +48,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
         f"image_size: {size} is not divisible by {factor}, as the {levels} levels of channel_multipliers need; use "
         f"--image_size={nearest}, or fewer levels"
       )
+  config = fitted(config, image_shape)
   resolutions = [height // 2**level for level in range(levels)]
   for resolution in config.attention_resolutions:
     if resolution not in resolutions:

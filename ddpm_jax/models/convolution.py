@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -61,7 +61,8 @@ class Conv3x3(nn.Module):
 def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Array:
   """Cross-correlation of x [B, H, W, C] with a kernel [3, 3, C, F], zeros around the image.
 
-  Derivatives of any order, forward and reverse, and batching by `jax.vmap` are made of the three primitives below.
+  Derivatives of any order, forward and reverse, and batching by `jax.vmap` are made of the three primitives below. All
+  of them have the precision that `jax.default_matmul_precision` says where this is called.
 
   Args:
     x: of the type of the kernel.
@@ -74,7 +75,8 @@ def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Arr
   """
   # Within `jax.shard_map` the two must vary over the same mesh axes; the transpose of `pcast` is the sum over the rest.
   x, kernel = (_vary(array, _varying(x) | _varying(kernel)) for array in (x, kernel))
-  return _convolution.bind(x, kernel, resample=resample)
+  precision = getattr(jax.config, "jax_default_matmul_precision")  # noqa: B009  unknown to type checkers
+  return _convolution.bind(x, kernel, resample=resample, precision=precision)
 
 
 def _varying(array: jax.Array) -> frozenset[str]:
@@ -106,13 +108,13 @@ def _interleave(y: jax.Array) -> jax.Array:
 
   A 2x2 window before or after a pixel sees what an even or odd row, and column, of the enlarged image does.
   """
-  batch, height, width = y.shape[0], y.shape[1] - 1, y.shape[2] - 1
-  y = y.reshape(batch, height + 1, width + 1, 2, 2, -1)
+  batch, height, width, features = y.shape[0], y.shape[1] - 1, y.shape[2] - 1, y.shape[3] // 4
+  y = y.reshape(batch, height + 1, width + 1, 2, 2, features)
   rows = [
     jnp.stack([y[:, a : a + height, b : b + width, a, b] for b in range(2)], axis=3)  # [B, H, W, 2, F]
     for a in range(2)
   ]
-  return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, -1)
+  return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, features)
 
 
 def _part(dy: jax.Array) -> jax.Array:
@@ -129,20 +131,20 @@ def _space_to_depth(x: jax.Array) -> jax.Array:
   """[B, H, W, C] -> [B, H/2, W/2, 4 C]: of each 2x2 pixels one, with the channels of all."""
   batch, height, width, channels = x.shape
   x = x.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(batch, height // 2, width // 2, -1)
+  return x.reshape(batch, height // 2, width // 2, 4 * channels)
 
 
 def _depth_to_space(x: jax.Array) -> jax.Array:
   """The inverse, and transpose, of `_space_to_depth`."""
-  batch, height, width, _ = x.shape
-  x = x.reshape(batch, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
-  return x.reshape(batch, 2 * height, 2 * width, -1)
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
+  return x.reshape(batch, 2 * height, 2 * width, channels // 4)
 
 
 def _merge(kernel: jax.Array) -> jax.Array:
   """[3, 3, C, F] -> [2, 2, C, 4 F]: the four kernels of an enlarged image, sums of what meets the same pixel."""
   merge = _MERGE.astype(kernel.dtype)
-  return jnp.einsum("aui,bvj,ijcf->uvcabf", merge, merge, kernel).reshape(2, 2, kernel.shape[2], -1)
+  return jnp.einsum("aui,bvj,ijcf->uvcabf", merge, merge, kernel).reshape(2, 2, kernel.shape[2], 4 * kernel.shape[3])
 
 
 def _merge_transposed(merged: jax.Array) -> jax.Array:
@@ -155,7 +157,7 @@ def _merge_transposed(merged: jax.Array) -> jax.Array:
 def _pair(kernel: jax.Array) -> jax.Array:
   """[3, 3, C, F] -> [2, 2, 4 C, F]: the kernel of stride 2 over an image as `_space_to_depth` has it."""
   pairs = _PAIRS.astype(kernel.dtype)
-  return jnp.einsum("uai,vbj,ijcf->uvabcf", pairs, pairs, kernel).reshape(2, 2, -1, kernel.shape[3])
+  return jnp.einsum("uai,vbj,ijcf->uvabcf", pairs, pairs, kernel).reshape(2, 2, 4 * kernel.shape[2], kernel.shape[3])
 
 
 def _pair_transposed(paired: jax.Array) -> jax.Array:
@@ -327,48 +329,59 @@ def _bilinear(name: str, a_axes: _Axes, b_axes: _Axes, c_axes: _Axes, on_cpu: Ca
   """
   primitive = Primitive(name)
 
-  def lower_for_cpus(a: jax.Array, b: jax.Array, *, resample: str) -> jax.Array:
+  def lower_for_cpus(a: jax.Array, b: jax.Array, *, resample: str, precision: Any) -> jax.Array:
     function = functools.partial(on_cpu, _WAYS[resample])
-    # A loop, as `jax.vmap` would make a grouped convolution, which is slow there.
-    return function(a, b) if a.ndim == 4 else jax.lax.map(lambda pair: function(*pair), (a, b))
+    with jax.default_matmul_precision(precision):
+      # A loop, as `jax.vmap` would make a grouped convolution, which is slow there.
+      return function(a, b) if a.ndim == 4 else jax.lax.map(lambda pair: function(*pair), (a, b))
 
-  def lower(a: jax.Array, b: jax.Array, *, resample: str) -> jax.Array:
+  def lower(a: jax.Array, b: jax.Array, *, resample: str, precision: Any) -> jax.Array:
     function = functools.partial(plain, _WAYS[resample])
-    return function(a, b) if a.ndim == 4 else jax.vmap(function)(a, b)
+    with jax.default_matmul_precision(precision):  # lowering may take place where another one is the default
+      return function(a, b) if a.ndim == 4 else jax.vmap(function)(a, b)
 
-  def abstract(a: ShapedArray, b: ShapedArray, *, resample: str) -> ShapedArray:
+  def abstract(a: ShapedArray, b: ShapedArray, **parameters: Any) -> ShapedArray:
     shapes = (jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (a, b))
-    c = jax.eval_shape(functools.partial(lower, resample=resample), *shapes)
+    c = jax.eval_shape(functools.partial(lower, **parameters), *shapes)
     return a.update(shape=c.shape, dtype=c.dtype, weak_type=False)
 
   def enlarge(array: jax.Array, axis: int, at: int) -> jax.Array:  # the axis `at` by the batch axis
     return _merge_axes(jnp.moveaxis(array, axis, at + 1), at)
 
-  def batch(arrays: Sequence[jax.Array], axes: Sequence[int | None], *, resample: str) -> tuple[jax.Array, int]:
-    bind = functools.partial(primitive.bind, resample=resample)
+  def batch(arrays: Sequence[jax.Array], axes: Sequence[int | None], **parameters: Any) -> tuple[jax.Array, int]:
+    bind = functools.partial(primitive.bind, **parameters)
     (a, b), (i, j) = arrays, axes
     problems = a.ndim - 4 - (i is not None)  # 1, if there is an axis that counts them already
     if i is not None and j is not None:
       a, b = jnp.moveaxis(a, i, 0), jnp.moveaxis(b, j, 0)
       if not problems:
         return bind(a, b), 0
-      return _split_axis(bind(_merge_axes(a, 0), _merge_axes(b, 0)), 0, (a.shape[0], -1)), 0
+      return _split_axis(bind(_merge_axes(a, 0), _merge_axes(b, 0)), 0, (a.shape[0], a.shape[1])), 0
 
     # One operand alone is batched: its axis that the other has not becomes longer. The new part of the index is the
     # last, so that examples that are spread over devices stay where they are.
     if i is not None:
       (letter,), size = a_axes.keys() - b_axes.keys(), a.shape[i]
+      free = jnp.moveaxis(a, i, -1).shape[problems + a_axes[letter]]
       a = enlarge(a, i, problems + a_axes[letter])
     else:
       assert j is not None
       (letter,), size = b_axes.keys() - a_axes.keys(), b.shape[j]
+      free = jnp.moveaxis(b, j, -1).shape[problems + b_axes[letter]]
       b = enlarge(b, j, problems + b_axes[letter])
     at = problems + c_axes[letter]
-    return _split_axis(bind(a, b), at, (-1, size)), at + 1
+    return _split_axis(bind(a, b), at, (free, size)), at + 1
 
-  # Outside of `jax.jit` too it is compiled.
-  compiled = jax.jit(lambda a, b, resample: primitive.bind(a, b, resample=resample), static_argnames="resample")
-  primitive.def_impl(compiled)
+  @functools.partial(jax.jit, static_argnames=("resample", "precision"))
+  def compiled(a: jax.Array, b: jax.Array, **parameters: Any) -> jax.Array:
+    return primitive.bind(a, b, **parameters)
+
+  def implementation(a: jax.Array, b: jax.Array, **parameters: Any) -> jax.Array:
+    """Compiled outside of `jax.jit` too, and under `jax.disable_jit`."""
+    with jax.disable_jit(False):
+      return compiled(a, b, **parameters)
+
+  primitive.def_impl(implementation)
   primitive.def_abstract_eval(abstract)
   batching.primitive_batchers[primitive] = batch
   mlir.register_lowering(primitive, mlir.lower_fun(lower, multiple_results=False))
@@ -395,16 +408,16 @@ _kernel_gradient = _bilinear("kernel_gradient_3x3", _X, _Y, _KERNEL, _Way.kernel
 # `_image_gradient`, by the kernel `_kernel_gradient`; so each one's transposes are the two others.
 ad.defbilinear(
   _convolution,
-  lambda dy, x, kernel, resample: _image_gradient.bind(kernel, dy, resample=resample),
-  lambda dy, x, kernel, resample: _kernel_gradient.bind(x, dy, resample=resample),
+  lambda dy, x, kernel, **parameters: _image_gradient.bind(kernel, dy, **parameters),
+  lambda dy, x, kernel, **parameters: _kernel_gradient.bind(x, dy, **parameters),
 )
 ad.defbilinear(
   _image_gradient,
-  lambda x, kernel, dy, resample: _kernel_gradient.bind(x, dy, resample=resample),
-  lambda x, kernel, dy, resample: _convolution.bind(x, kernel, resample=resample),
+  lambda x, kernel, dy, **parameters: _kernel_gradient.bind(x, dy, **parameters),
+  lambda x, kernel, dy, **parameters: _convolution.bind(x, kernel, **parameters),
 )
 ad.defbilinear(
   _kernel_gradient,
-  lambda kernel, x, dy, resample: _image_gradient.bind(kernel, dy, resample=resample),
-  lambda kernel, x, dy, resample: _convolution.bind(x, kernel, resample=resample),
+  lambda kernel, x, dy, **parameters: _image_gradient.bind(kernel, dy, **parameters),
+  lambda kernel, x, dy, **parameters: _convolution.bind(x, kernel, **parameters),
 )

@@ -36,7 +36,7 @@ _ARITHMETIC = ("dtype", "matmul_precision")
 _SAMPLER = ("sampler", "evaluations", "time_grid", "eta", "variance", "threshold", "threshold_quantile")
 _CONDITIONS = {
   "samples": ("number", *_SAMPLER, *_ARITHMETIC),
-  "reference": ("dataset", "split", "number", "fingerprint"),
+  "reference": ("dataset", "split", "number", "fingerprint", "sha256"),
   "features": ("name", "identity", "resize"),
   "measures": ("set_size",),
 }
@@ -161,7 +161,11 @@ def _rank(name: str, *endings: str) -> int:
 
 def _conditions(evaluation: Evaluation, of: dict[str, tuple[str, ...]]) -> str:
   chosen = {name: {key: part(evaluation, name).get(key) for key in keys} for name, keys in of.items()}
-  return json.dumps([str(evaluation.get("weights")), chosen], sort_keys=True)
+  return _text(evaluation, chosen)
+
+
+def _text(evaluation: Evaluation, conditions: dict[str, dict[str, Any]]) -> str:
+  return json.dumps({"weights": str(evaluation.get("weights")), **conditions}, sort_keys=True)
 
 
 def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
@@ -190,7 +194,7 @@ def columns(evaluations: Sequence[Evaluation]) -> list[Column]:
         value, spread = (finite(part(terms).get(key)) for key in ("total", "standard_error"))
         if value is not None:
           column = found.setdefault((kind, split), Column(f"{kind}_{split}", "Bits/dim", f"{remark}, {split}", "lower"))
-          same = json.dumps([str(evaluation.get("weights")), [part(terms).get(key) for key in keys]])
+          same = _text(evaluation, {kind: {key: part(terms).get(key) for key in keys}})
           column.values[evaluation["step"]] = value, spread, same
   return list(found.values())
 
@@ -298,7 +302,11 @@ def _how(evaluation: Evaluation) -> Html:
   if reference:
     size = said(reference.get("number", "?"))
     name = f"{reference.get('dataset', 'an unnamed data set')} ({reference.get('split', 'unknown split')})"
-    sentences.append(f"Compared with {size} images of {name}.")
+    file = f"the statistics in {reference.get('file')} (SHA-256 {str(reference.get('sha256'))[:12]})"
+    with_what = (
+      f"{size} images of {name}" if "file" not in reference or "dataset" in reference else "data it does not name"
+    )
+    sentences.append(f"Compared with {f'{file}, of ' if 'file' in reference else ''}{with_what}.")
   size = finite(part(evaluation, "measures").get("set_size"))
   if size is not None:
     sentences.append(f"KID, precision, recall, density and coverage compare {number(size)} of either.")

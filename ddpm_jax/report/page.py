@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image
 
 VOID = frozenset({"meta", "img"})  # elements without an end tag
+COLOURS = 8  # of curves, c1 to c8
 _EMBED_AS_IS = 1 << 20  # bytes of a picture; a larger one is embedded as a JPEG of at most so many pixels a side
 _LONGEST_SIDE = {True: 1600, False: 640}  # if it is shown large, and if not
 _LARGEST_ANIMATION = 4 << 20  # bytes
@@ -23,10 +24,12 @@ _ROOM = 1150, 600  # pixels; a large picture is enlarged by a whole factor as fa
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #ffffff; --ink: #1c2230; --soft: #626b7a; --line: #e2e4e8;
-  --mark: #e5eefc; --one: #2360c5; --two: #c05a14; --three: #23805a; --four: #8a4bb0; }
+  --mark: #e5eefc; --one: #2360c5; --two: #c05a14; --three: #23805a; --four: #8a4bb0; --five: #b8295a;
+  --six: #0e7f94; --seven: #7a6412; --eight: #5b6472; }
 @media (prefers-color-scheme: dark) {
   :root { --page: #12151a; --card: #1a1e25; --ink: #e5e8ed; --soft: #9ba4b3; --line: #2d333d; --mark: #21395f;
-    --one: #7fabf8; --two: #f2a660; --three: #68cfa0; --four: #cf9af0; } }
+    --one: #7fabf8; --two: #f2a660; --three: #68cfa0; --four: #cf9af0; --five: #f58bb0;
+    --six: #5fd0e2; --seven: #dcc35a; --eight: #b3bcc9; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Roboto, "Helvetica Neue", Arial, sans-serif; }
@@ -62,12 +65,17 @@ svg .curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linec
 svg .dots { fill: none; stroke-width: 3.4; stroke-linecap: round; opacity: 0.4; }
 svg .c1 { stroke: var(--one); } svg .c2 { stroke: var(--two); }
 svg .c3 { stroke: var(--three); } svg .c4 { stroke: var(--four); }
+svg .c5 { stroke: var(--five); } svg .c6 { stroke: var(--six); }
+svg .c7 { stroke: var(--seven); } svg .c8 { stroke: var(--eight); }
 svg circle { fill: var(--card); stroke-width: 1.8; }
 .key { white-space: nowrap; margin-left: 10px; }
 .key i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; margin-right: 5px;
   vertical-align: middle; }
 .key i.c1 { background: var(--one); } .key i.c2 { background: var(--two); }
 .key i.c3 { background: var(--three); } .key i.c4 { background: var(--four); }
+.key i.c5 { background: var(--five); } .key i.c6 { background: var(--six); }
+.key i.c7 { background: var(--seven); } .key i.c8 { background: var(--eight); }
+th > .key, figcaption > .key:first-child { margin-left: 0; }
 .key i.faint { opacity: 0.45; }
 .scroll { overflow-x: auto; padding: 0; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }

@@ -13,8 +13,10 @@ import statistics
 from typing import Any
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.metrics import training_seconds
 from ddpm_jax.report.charts import Series, line_chart, running_mean
 from ddpm_jax.report.measures import completed, measured, part, tiles
 from ddpm_jax.report.page import Html, document, finite, join, number, picture, tag, tile
@@ -36,7 +38,7 @@ _MEASURED = {"samples": "Samples that were measured", "neighbours": "Samples and
 
 
 @dataclasses.dataclass
-class _Run:
+class RunFiles:
   """What the files of a workdir say. `notes` are for the reader: what could not be read, and what went wrong."""
 
   workdir: pathlib.Path
@@ -61,6 +63,16 @@ class _Run:
     return [(step, value) for step, value in pairs if step is not None and value is not None]
 
   @property
+  def newest(self) -> int:
+    """The newest checkpoint; 0 if there is none."""
+    names = [path.name for path in (self.workdir / "checkpoints").glob("[0-9]*")]
+    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=0)
+
+  def older(self, step: int) -> str:
+    """For a caption: that a picture is not of the newest checkpoint, if it is older."""
+    return f"; older than the newest checkpoint, {self.newest:,}" if step < self.newest else ""
+
+  @property
   def update(self) -> int:
     """The last update that the files know of."""
     logged = [step for step, _ in self.points("step")]
@@ -75,8 +87,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   Raises:
     OSError: if the page cannot be written.
   """
-  run = _Run(workdir, [])
-  _read(run)
+  run = read_run(workdir)
   sections = [*_grids(run), *_drawn(run), *_training(run), *measured(run.evaluations), *_measured_pictures(run)]
   sections += _settings(run)
   dataset = run.config.data.dataset if run.config else "unknown data"
@@ -87,7 +98,14 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   return workdir / NAME
 
 
-def _read(run: _Run) -> None:
+def read_run(workdir: pathlib.Path) -> RunFiles:
+  """What the files of a workdir say, as far as they can be read; the rest is in its `notes`."""
+  run = RunFiles(workdir, [])
+  _read(run)
+  return run
+
+
+def _read(run: RunFiles) -> None:
   """Reads configuration, metrics and evaluations."""
   text = run.text("config.json")
   if text is None:
@@ -129,7 +147,7 @@ def _json(text: str) -> Any:
     return None
 
 
-def _lead(run: _Run) -> str:
+def _lead(run: RunFiles) -> str:
   """One sentence on what was trained."""
   if run.config is None:
     return "Denoising diffusion probabilistic model."
@@ -141,7 +159,7 @@ def _lead(run: _Run) -> str:
   )
 
 
-def _tiles(run: _Run) -> list[Html]:
+def _tiles(run: RunFiles) -> list[Html]:
   """The numbers at the top."""
   shown = []
   if run.config and run.update:
@@ -154,40 +172,31 @@ def _tiles(run: _Run) -> list[Html]:
   speeds = [value for _, value in run.points("images_per_second")]
   if speeds:
     shown.append(tile("Images per second", number(statistics.median(speeds), 3), "median over the run"))
-  seconds = _seconds(run)
+  seconds = max(training_seconds(run.metrics), default=0.0)
   if seconds:
     hours = f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.0f} min"
     shown.append(tile("Training time", hours if seconds >= 90 else f"{seconds:.0f} s", "without saving and drawing"))
   losses = [value for _, value in run.points("loss")]
   if losses:
-    last = losses[-_window(len(losses)) :]
+    last = losses[-averaged_over(len(losses)) :]
     detail = f"mean of the last {len(last)} logged" if len(last) > 1 else "last logged"
     shown.append(tile("Loss", number(statistics.fmean(last), 3), detail))
   shown += tiles(run.evaluations)
   return [tag("div", *shown, class_="grid tiles")] if shown else []
 
 
-def _seconds(run: _Run) -> float:
-  """How long the updates took, from their speeds."""
-  seconds, previous = 0.0, 0.0
-  for step, speed in run.points("steps_per_second"):
-    seconds += max(0.0, step - previous) / speed if speed > 0 else 0.0
-    previous = step
-  return seconds
-
-
-def _notes(run: _Run) -> list[Html]:
+def _notes(run: RunFiles) -> list[Html]:
   if not run.notes:
     return []
   return [tag("div", tag("b", "Notes"), tag("ul", *(tag("li", note) for note in run.notes)), class_="card notes")]
 
 
-def _window(points: int) -> int:
+def averaged_over(points: int) -> int:
   """Over how many points a noisy metric is averaged."""
   return max(1, points // 20)
 
 
-def _training(run: _Run) -> list[Html]:
+def _training(run: RunFiles) -> list[Html]:
   """Charts of what was logged."""
   drawn = []
   for title, key, noisy in (
@@ -197,18 +206,18 @@ def _training(run: _Run) -> list[Html]:
     ("Learning rate", "learning_rate", False),
   ):
     points = run.points(key)
-    window = _window(len(points)) if noisy else 1
+    window = averaged_over(len(points)) if noisy else 1
     series = [Series(title, points)]
     if window > 1:
       mean = Series(f"mean of {window} logged", running_mean(points, window))
-      series = [Series("one update", points, dots=True), mean]
+      series = [Series("logged", points, dots=True), mean]
     drawn.append(line_chart(title, series, log_y=None if noisy else False))
   if not any(drawn):
     return []
   return [tag("h2", "Training"), tag("div", *drawn, class_="grid wide")]
 
 
-def _picture(run: _Run, name: str, alt: str, caption: str, large: bool = True) -> Html | None:
+def _picture(run: RunFiles, name: str, alt: str, caption: str, large: bool = True) -> Html | None:
   """A picture of the workdir; None if it is missing, lies elsewhere or is none."""
   try:
     path = (run.workdir / name).resolve()
@@ -222,7 +231,7 @@ def _picture(run: _Run, name: str, alt: str, caption: str, large: bool = True) -
     return None
 
 
-def _grids(run: _Run) -> list[Html]:
+def _grids(run: RunFiles) -> list[Html]:
   """Sample grids over the run, the last one large."""
   paths = sorted((run.workdir / "samples").glob("step_*.png"))
   if len(paths) > _MOST_GRIDS:
@@ -231,7 +240,9 @@ def _grids(run: _Run) -> list[Html]:
   for path in paths:
     step = path.stem.removeprefix("step_")
     at = f"Update {int(step):,}" if step.isdecimal() else path.stem
-    shown.append(_picture(run, f"samples/{path.name}", f"Sample grid, {at.lower()}", at, large=path is paths[-1]))
+    large = path is paths[-1]
+    caption = at + (run.older(int(step)) if large and step.isdecimal() else "")
+    shown.append(_picture(run, f"samples/{path.name}", f"Sample grid, {at.lower()}", caption, large))
   if not any(shown):
     return []
   last = shown.pop()
@@ -240,28 +251,38 @@ def _grids(run: _Run) -> list[Html]:
   return [tag("h2", "Samples over the run"), tag("p", text, class_="soft"), join([last, "\n", earlier])]
 
 
-def _drawn(run: _Run) -> list[Html]:
+def _drawn(run: RunFiles) -> list[Html]:
   """What --mode=sample left."""
   shown = []
-  for name, caption in _DRAWN.items():
+  for name, what in _DRAWN.items():
+    caption = f"{what}: {_of(run, grids.facts_of(run.workdir / 'samples' / f'{name}.png'))}"
     for ending in (".png", ".gif"):
-      shown.append(_picture(run, f"samples/{name}{ending}", caption, caption))
+      shown.append(_picture(run, f"samples/{name}{ending}", what, caption))
   found = [figure for figure in shown if figure]
   return [tag("h2", "Drawn with the trained weights"), tag("div", *found, class_="row")] if found else []
 
 
-def _measured_pictures(run: _Run) -> list[Html]:
+def _of(run: RunFiles, facts: dict[str, Any]) -> str:
+  """What a picture is of, as far as it says."""
+  step = facts.get("checkpoint")
+  if not isinstance(step, int) or isinstance(step, bool):
+    return "it does not say of which update"
+  how = [f"{facts[name]}{unit}" for name, unit in (("sample_weights", " weights"), ("sampler", "")) if name in facts]
+  return f"{', '.join([f'update {step:,}', *how])}{run.older(step)}"
+
+
+def _measured_pictures(run: RunFiles) -> list[Html]:
   """The pictures of the newest evaluation."""
   newest = run.evaluations[-1] if run.evaluations else {}
   shown = []
   for name, path in list(part(newest, "pictures").items())[:_MOST_MEASURED_PICTURES]:
-    caption = f"{_MEASURED.get(name, name)}, update {newest['step']:,}"
+    caption = f"{_MEASURED.get(name, name)}, update {newest['step']:,}{run.older(newest['step'])}"
     if isinstance(path, str):
       shown.append(_picture(run, path, caption, caption))
   return [tag("h3", "Pictures"), tag("div", *shown, class_="row")] if any(shown) else []
 
 
-def _settings(run: _Run) -> list[Html]:
+def _settings(run: RunFiles) -> list[Html]:
   """Every setting, those that differ from the defaults marked, and how to repeat the run."""
   shown = []
   if run.config:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
-from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, make_sampler, sample, x0_predictor
+from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
-from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import ByRows, Parallel, free_memory, from_all_processes
+from ddpm_jax.training.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -54,15 +55,15 @@ def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, firs
 
 def draw_of(
   predictor: Predictor, table: SamplerTable, *, image_shape: tuple[int, int, int], stream: str
-) -> Callable[[Params, int | jax.Array, jax.Array], jax.Array]:
-  """Returns the pure function (params, seed, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
+) -> Callable[[Seeded, jax.Array], jax.Array]:
+  """Returns the pure function (`Seeded`, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
 
-  Image i is a function of (weights, seed, stream, i). The seed is in 0..2^32 - 1, of type int or uint32.
+  Image i is a function of (weights, seed, stream, i).
   """
 
-  def draw(params: Params, seed: int | jax.Array, index: jax.Array) -> jax.Array:
-    keys = indexed_keys(stream_key(seed, stream), index)
-    return images.to_uint8(sample(table, predictor(params), keys, image_shape)[0])
+  def draw(constants: Seeded, index: jax.Array) -> jax.Array:
+    keys = indexed_keys(stream_key(constants.seed, stream), index)
+    return images.to_uint8(sample(table, predictor(constants.params), keys, image_shape)[0])
 
   return draw
 
@@ -73,17 +74,55 @@ def make_draw(
   *,
   image_shape: tuple[int, int, int],
   parallel: Parallel,
-  seed: int,
   stream: str,
   keep: bool = False,
 ) -> ByRows:
-  """Returns draw(params, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` for that seed on all devices.
+  """Returns draw(`Seeded`, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` on all devices.
 
-  One compilation for each B. The result does not depend on B or on the number of devices beyond float32 rounding. keep:
-  as in `Parallel.by_rows`.
+  One compilation for each B, whatever the seed. The result does not depend on B or on the number of devices beyond
+  float32 rounding. keep: as in `Parallel.by_rows`.
   """
-  draw = draw_of(predictor, table, image_shape=image_shape, stream=stream)
-  return parallel.by_rows(lambda params, index: draw(params, seed, index), keep=keep)
+  return parallel.by_rows(draw_of(predictor, table, image_shape=image_shape, stream=stream), keep=keep)
+
+
+def make_long_draw(
+  predictor: Predictor,
+  table: SamplerTable,
+  *,
+  image_shape: tuple[int, int, int],
+  parallel: Parallel,
+  stream: str,
+) -> ByStretches:
+  """`make_draw` in stretches of network evaluations, so that somebody can be told how far it is. The same images."""
+
+  def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
+    keys = indexed_keys(stream_key(constants.seed, stream), index)
+    return Trajectory(table, predictor(constants.params), keys, image_shape)
+
+  return by_stretches(parallel, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
+
+
+def by_stretches(
+  parallel: Parallel, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
+) -> ByStretches:
+  """Compiles a draw on all devices, in stretches.
+
+  Args:
+    parallel: the devices.
+    evaluations: rows of the sampler's table.
+    trajectory: (constants, *columns [B, ...]) -> the way of these B examples.
+    end: (x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
+  """
+  return parallel.by_stretches(
+    Loop(
+      begin=lambda constants, *columns: trajectory(constants, *columns).begin(),
+      advance=lambda constants, state, first, last, *columns: trajectory(constants, *columns).advance(
+        state, first, last
+      ),
+      end=lambda constants, state, *columns: end(*trajectory(constants, *columns).end(state)),
+      number=evaluations,
+    )
+  )
 
 
 def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, first: int) -> int:
@@ -106,15 +145,15 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows, params: Params, *columns: np.ndarray, number: int) -> int:
+def fit_batch(draw: ByRows | ByStretches, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
   """How many of `number` images to draw at once where the user leaves it open; the same on every process.
 
-  columns: arrays like those that `draw` takes beside the weights, of at least one row.
+  columns: arrays like those that `draw` takes beside the constants, of at least one row.
   """
   devices = jax.device_count()
   on_cpu = jax.devices()[0].platform == "cpu"
   most = min(number, devices * (_MOST_ON_A_CPU if on_cpu else _MOST_ON_A_DEVICE))
   free = int(from_all_processes(np.asarray(free_memory())).min())
   return largest_batch(
-    lambda size: draw.bytes_needed(params, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
+    lambda size: draw.bytes_needed(constants, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
   )

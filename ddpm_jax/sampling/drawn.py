@@ -8,7 +8,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,14 +18,16 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.models.build import Params
-from ddpm_jax.sampling.draw import fit_batch, make_draw, make_predictor, table_of
+from ddpm_jax.keys import Seeded, seeded
+from ddpm_jax.sampling.draw import fit_batch, make_long_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import Records, size_text
-from ddpm_jax.training.parallel import ByRows, from_all_processes
+from ddpm_jax.training.parallel import ByStretches, from_all_processes
 
 # Knobs of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
+
+_PATHS = ("sample_png_dir", "input_images", "mask")
 
 
 class Drawn:
@@ -43,6 +45,7 @@ class Drawn:
     text = json.dumps([weights.identity, run.image_shape, own], sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
+    self.evaluations = len(self.table.t)  # of the network, for each image
     self._image_bytes = math.prod(run.image_shape)
     self._records, self._done = None, 0
     if jax.process_index() == 0:
@@ -63,35 +66,40 @@ class Drawn:
 
     Args:
       number: of images.
-      done: called with how many there are, first and after each batch. What it raises ends the draw, which can go on.
+      done: called with how many of the `number` * `evaluations` evaluations are made: first, about twice a second, and
+        after each batch. What it raises ends the draw, which can go on after the last whole batch.
       say: takes a line.
 
     Raises:
       RunError: if they cannot be written.
     """
-    options, params = self._config.sample, self._weights.params
+    options = self._config.sample
+    constants = seeded(self._weights.params, options.sample_seed)
     before = min(self._done, number)
     if before:
       say(f"{before} of them were drawn before")
     if before == number:
-      done(number)
+      done(number * self.evaluations)
       return
     run = self._weights.run
-    draw = make_draw(
+    draw = make_long_draw(
       make_predictor(run.network, run.schedule, self._config.diffusion.prediction, options),
       self.table,
       image_shape=run.image_shape,
       parallel=run.parallel,
-      seed=options.sample_seed,
       stream="sample",
     )
-    size = self._batch_size(draw, params, number - before)
+    size = self._batch_size(draw, constants, number - before)
     say(f"{size} images at once")
-    if before:
-      done(before)  # after the compilation, which is no part of the speed
+    done(before * self.evaluations)
     for first in range(before, number, size):
       index = np.arange(first, min(first + size, number), dtype=np.int32)
-      images = draw(params, index, size=size)
+
+      def made(rows: int, first: int = first, count: int = len(index)) -> None:
+        if rows < self.evaluations:  # the last one counts once the images are on disk
+          done(first * self.evaluations + count * rows)
+
+      images = draw(constants, index, size=size, done=made)
       if self._records is not None:
         try:
           self._records.add(images.tobytes())
@@ -99,11 +107,11 @@ class Drawn:
         except OSError as error:
           raise cannot_write(self.path.parent, error) from error
       self._done = first + len(index)
-      done(self._done)
+      done(self._done * self.evaluations)
 
-  def _batch_size(self, draw: ByRows, params: Params, number: int) -> int:
+  def _batch_size(self, draw: ByStretches, constants: Seeded, number: int) -> int:
     asked = self._config.sample.sample_batch_size
-    return min(asked, number) if asked else fit_batch(draw, params, np.zeros(1, np.int32), number=number)
+    return min(asked, number) if asked else fit_batch(draw, constants, np.zeros(1, np.int32), number=number)
 
   def images(self, number: int) -> np.ndarray:
     """The first `number` images, uint8 [number, H, W, C], read from disk as they are used."""
@@ -134,6 +142,12 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "matmul_precision": config.model.matmul_precision,
     "device": jax.devices()[0].device_kind,
   }
+
+
+def facts_of_picture(settings: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+  """What a picture carries of what drew it. Pictures are passed on, so no path of this machine is among it."""
+  told = {name: value for name, value in settings.items() if name not in _PATHS}
+  return told | {"weights_sha256": weights.identity}
 
 
 def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:

@@ -21,7 +21,7 @@ from ddpm_jax.exchange.initial import adopt, find_weights
 from ddpm_jax.paths import expanded
 from ddpm_jax.progress import counted
 from ddpm_jax.sampling import inputs, tasks
-from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, settings
+from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, facts_of_picture, settings
 from ddpm_jax.sampling.weights import Weights, keep_place
 from ddpm_jax.storage import sync_file
 
@@ -60,21 +60,22 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   adopt(config, workdir)
   drawn = Drawn(weights, config, folder)
   quiet = jax.process_index() != 0
-  with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
-    say(_headline(config, weights, f"drawing {options.num_samples} images", len(drawn.table.t)))
+  total = options.num_samples * drawn.evaluations
+  with contextlib.closing(drawn), counted("evaluation", total=total, quiet=quiet) as (done, say):
+    say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.evaluations))
     drawn.draw(options.num_samples, done=done, say=say)
   if jax.process_index() == 0:
-    images = drawn.images(options.num_samples)
+    images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
     _write(
       folder,
       "samples",
       {
         ".npz": lambda path: _save_npz(path, {"images": images}, drawn.settings),
-        ".png": lambda path: grids.save_png(path, grids.image_grid(np.asarray(images[:_GRID_IMAGES]))),
+        ".png": lambda path: grids.save_png(path, grids.image_grid(np.asarray(images[:_GRID_IMAGES])), facts),
       },
     )
     if png_folder is not None:
-      _save_pngs(png_folder, images)
+      _save_pngs(png_folder, images, facts)
     shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
     console.say(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
   drawn.forget()
@@ -88,30 +89,33 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   images = inputs.given_images(config, run.image_shape, given, accept) if given else np.empty(0)
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
   adopt(config, workdir)
-  rows = number * tasks.rows_for_each(name)
-  with counted("image", total=rows, quiet=jax.process_index() != 0) as (done, say):
-    say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
-    parts = tasks.make_parts(run, weights.params, config, done)
-    match name:
-      case "progressive":
-        outcome = tasks.progressive(parts)
-      case "interpolate":
-        outcome = tasks.interpolate(parts, images)
-      case "slerp":
-        outcome = tasks.slerp_noises(parts)
-      case "inpaint":
-        outcome = tasks.inpaint(parts, images, mask)
-      case "reconstruct":
-        outcome = tasks.reconstruct(parts, images)
-      case _:
-        raise ValueError(f"unknown task {name!r}")
+  quiet = jax.process_index() != 0
+  if not quiet:
+    rows = number * tasks.rows_for_each(name)
+    console.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
+  parts = tasks.make_parts(run, weights.params, config, quiet=quiet)
+  match name:
+    case "progressive":
+      outcome = tasks.progressive(parts)
+    case "interpolate":
+      outcome = tasks.interpolate(parts, images)
+    case "slerp":
+      outcome = tasks.slerp_noises(parts)
+    case "inpaint":
+      outcome = tasks.inpaint(parts, images, mask)
+    case "reconstruct":
+      outcome = tasks.reconstruct(parts, images)
+    case _:
+      raise ValueError(f"unknown task {name!r}")
   if jax.process_index() == 0:
+    all_settings = settings(config, weights) | dict(outcome.told)
+    facts = facts_of_picture(all_settings, weights)
     files: Written = {
-      ".npz": lambda path: _save_npz(path, outcome.arrays, settings(config, weights) | dict(outcome.told)),
-      ".png": lambda path: grids.save_png(path, outcome.picture),
+      ".npz": lambda path: _save_npz(path, outcome.arrays, all_settings),
+      ".png": lambda path: grids.save_png(path, outcome.picture, facts),
     }
     if outcome.frames:
-      files[".gif"] = lambda path: _save_gif(path, outcome.frames)
+      files[".gif"] = lambda path: _save_gif(path, outcome.frames, facts)
     _write(folder, name, files)
     for fact, value in outcome.told.items():
       console.say(f"{fact.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.4g}'}")
@@ -129,7 +133,7 @@ def _check_png_folder(folder: pathlib.Path) -> None:
     raise UserError(f"sample_png_dir: {folder} exists and is not an empty folder; name another")
 
 
-def _save_pngs(folder: pathlib.Path, images: np.ndarray) -> None:
+def _save_pngs(folder: pathlib.Path, images: np.ndarray, facts: dict) -> None:
   """Writes a folder of files, whole or not at all. Raises RunError."""
   new = folder.with_name(f".{folder.name}.new")
   try:
@@ -137,7 +141,7 @@ def _save_pngs(folder: pathlib.Path, images: np.ndarray) -> None:
     new.mkdir(parents=True)
     for i, image in enumerate(images):
       grey = image[:, :, 0] if image.shape[-1] == 1 else image
-      Image.fromarray(np.asarray(grey)).save(new / f"{i:06d}.png")
+      (new / f"{i:06d}.png").write_bytes(grids.png(np.asarray(grey), facts))
     new.replace(folder)
   except OSError as error:
     shutil.rmtree(new, ignore_errors=True)
@@ -151,9 +155,10 @@ def _save_npz(path: pathlib.Path, arrays: dict[str, np.ndarray], facts: dict) ->
     np.savez_compressed(file, **everything)
 
 
-def _save_gif(path: pathlib.Path, frames: list[np.ndarray]) -> None:
+def _save_gif(path: pathlib.Path, frames: list[np.ndarray], facts: dict) -> None:
   first, *others = [Image.fromarray(frame) for frame in frames]
-  first.save(path, format="GIF", save_all=True, append_images=others, duration=_FRAME_MS, loop=0)
+  how: dict[str, Any] = {"duration": _FRAME_MS, "loop": 0, "comment": json.dumps(facts).encode()}
+  first.save(path, format="GIF", save_all=True, append_images=others, **how)
 
 
 def _write(folder: pathlib.Path, name: str, files: Written) -> None:

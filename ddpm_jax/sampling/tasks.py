@@ -22,18 +22,20 @@ from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
 from ddpm_jax.diffusion.samplers import (
+  SamplerTable,
+  Trajectory,
   ddim_table,
   encoding_table,
   numbered_noise,
-  sample,
   sampler_grid,
   steps_table,
   time_grid,
 )
-from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
+from ddpm_jax.progress import counted
 from ddpm_jax.run import Run
-from ddpm_jax.sampling.draw import Predictor, fit_batch, make_predictor, table_of
+from ddpm_jax.sampling.draw import Predictor, by_stretches, fit_batch, make_predictor, table_of
 
 _SHARES = 9  # points from one end of an interpolation to the other
 _FRAMES = 50  # of the animation of a progressive draw
@@ -64,33 +66,57 @@ class Parts(NamedTuple):
   params: Params
   config: Config
   predictor: Predictor
-  by_rows: Callable[..., Any]  # (function of rows, *columns) -> its result as NumPy, in batches
+  quiet: bool
 
   @property
   def options(self) -> SampleConfig:
     """The knobs of drawing."""
     return self.config.sample
 
-  def keys(self, index: jax.Array) -> jax.Array:
-    """The keys of a draw's images."""
-    return indexed_keys(stream_key(self.options.sample_seed, "sample"), index)
+  def draw(
+    self,
+    table: SamplerTable,
+    trajectory: Callable[..., Trajectory],
+    *columns: np.ndarray,
+    end: Callable[..., Any] = lambda x0, _: images.to_uint8(x0),
+  ) -> Any:
+    """Draws in batches, under a bar that counts network evaluations.
 
+    Args:
+      table: that of the trajectory.
+      trajectory: (`Seeded`, *columns) -> the way of these rows.
+      *columns: NumPy arrays, one entry for each row.
+      end: (x_0, x0_hat at the kept rows) -> what is returned of a row.
 
-def make_parts(run: Run, params: Params, config: Config, done: Callable[[int], None]) -> Parts:
-  """Binds the weights. `done` is told how many rows are."""
+    Returns:
+      NumPy arrays.
+    """
+    evaluations, number = len(table.t), len(columns[0])
+    shared = by_stretches(self.run.parallel, evaluations, trajectory, end)
+    constants = seeded(self.params, self.options.sample_seed)
+    batches, asked = [], self.options.sample_batch_size
+    with counted("evaluation", total=number * evaluations, quiet=self.quiet) as (done, _):
+      size = min(asked, number) if asked else fit_batch(shared, constants, *columns, number=number)
+      done(0)
+      for first in range(0, number, size):
+        batch = [column[first : first + size] for column in columns]
 
-  def by_rows(function: Callable[..., Any], *columns: np.ndarray) -> Any:
-    shared, number = run.parallel.by_rows(function), len(columns[0])
-    asked = config.sample.sample_batch_size
-    size = min(asked, number) if asked else fit_batch(shared, params, *columns, number=number)
-    batches = []
-    for first in range(0, number, size):
-      batches.append(shared(params, *(column[first : first + size] for column in columns), size=size))
-      done(min(first + size, number))
+        def made(rows: int, first: int = first, count: int = len(batch[0])) -> None:
+          done(first * evaluations + count * rows)
+
+        batches.append(shared(constants, *batch, size=size, done=made))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
+
+def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
+  """The keys of a draw's images."""
+  return indexed_keys(stream_key(constants.seed, "sample"), index)
+
+
+def make_parts(run: Run, params: Params, config: Config, *, quiet: bool) -> Parts:
+  """Binds the weights. quiet: say nothing of how far it is."""
   predictor = make_predictor(run.network, run.schedule, config.diffusion.prediction, config.sample)
-  return Parts(run, params, config, predictor, by_rows)
+  return Parts(run, params, config, predictor, quiet)
 
 
 def progressive(parts: Parts) -> Outcome:
@@ -99,11 +125,12 @@ def progressive(parts: Parts) -> Outcome:
   frames = min(_FRAMES, len(table.t))
   keep = np.unique(np.round(np.linspace(0, len(table.t) - 1, frames)).astype(int))
 
-  def rows(params: Params, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x0, kept = sample(table, parts.predictor(params), parts.keys(index), parts.run.image_shape, keep=keep.tolist())
-    return images.to_uint8(x0), images.to_uint8(kept)
+  def rows(constants: Seeded, index: jax.Array) -> Trajectory:
+    keys, predict = _keys(constants, index), parts.predictor(constants.params)
+    return Trajectory(table, predict, keys, parts.run.image_shape, keep=tuple(keep.tolist()))
 
-  final, kept = parts.by_rows(rows, np.arange(parts.options.num_samples, dtype=np.int32))
+  index = np.arange(parts.options.num_samples, dtype=np.int32)
+  final, kept = parts.draw(table, rows, index, end=lambda x0, kept: (images.to_uint8(x0), images.to_uint8(kept)))
   shown = np.unique(np.round(np.linspace(0, len(keep) - 1, _STRIP - 1)).astype(int))
   strip = np.concatenate([kept[:, shown], final[:, None]], axis=1)
   movie = [grids.image_grid(kept[:, i]) for i in range(len(keep))]
@@ -121,17 +148,17 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
   first = parts.options.interpolation_timestep or max(1, schedule.num_timesteps // 2)
   table = table_of(parts.options, schedule, parts.config.diffusion.variance, first)
 
-  def rows(params: Params, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
-    keys = parts.keys(pair)
+  def rows(constants: Seeded, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> Trajectory:
+    keys = _keys(constants, pair)
     eps = numbered_noise(keys, run.image_shape)(len(table.t) + 1)
     diffuse = jax.vmap(functools.partial(q_sample, schedule), (0, None, 0))
     start = jax.vmap(lerp)(
       diffuse(images.to_float(a), jnp.asarray(first), eps), diffuse(images.to_float(b), jnp.asarray(first), eps), share
     )
-    return images.to_uint8(sample(table, parts.predictor(params), keys, run.image_shape, start=start)[0])
+    return Trajectory(table, parts.predictor(constants.params), keys, run.image_shape, start=start)
 
   pair, share = _pairs_and_shares(len(given) // 2)
-  drawn = parts.by_rows(rows, pair, given[2 * pair], given[2 * pair + 1], share)
+  drawn = parts.draw(table, rows, pair, given[2 * pair], given[2 * pair + 1], share)
   drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
   row = np.concatenate([given[0::2, None], drawn, given[1::2, None]], axis=1)
   return Outcome({"images": drawn, "given": given}, grids.image_rows(row, apart=(0, _SHARES)), [], {"timestep": first})
@@ -142,14 +169,13 @@ def slerp_noises(parts: Parts) -> Outcome:
   run = parts.run
   table = table_of(parts.options, run.schedule, parts.config.diffusion.variance)
 
-  def rows(params: Params, pair: jax.Array, share: jax.Array) -> jax.Array:
-    ends = [numbered_noise(parts.keys(2 * pair + end), run.image_shape)(0) for end in (0, 1)]
+  def rows(constants: Seeded, pair: jax.Array, share: jax.Array) -> Trajectory:
+    ends = [numbered_noise(_keys(constants, 2 * pair + end), run.image_shape)(0) for end in (0, 1)]
     start = jax.vmap(slerp)(ends[0], ends[1], share)
-    return images.to_uint8(
-      sample(table, parts.predictor(params), parts.keys(2 * pair), run.image_shape, start=start)[0]
-    )
+    keys = _keys(constants, 2 * pair)
+    return Trajectory(table, parts.predictor(constants.params), keys, run.image_shape, start=start)
 
-  drawn = parts.by_rows(rows, *_pairs_and_shares(parts.options.num_samples))
+  drawn = parts.draw(table, rows, *_pairs_and_shares(parts.options.num_samples))
   drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
   return Outcome({"images": drawn}, grids.image_rows(drawn), [], {})
 
@@ -169,8 +195,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
   drawn_here = mask[:, :, None]
 
-  def rows(params: Params, index: jax.Array, known: jax.Array) -> jax.Array:
-    keys = parts.keys(index)
+  def rows(constants: Seeded, index: jax.Array, known: jax.Array) -> Trajectory:
+    keys = _keys(constants, index)
     after_row = inpaint_after_row(
       schedule,
       jumps,
@@ -178,11 +204,10 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
       jnp.asarray(drawn_here, jnp.float32)[None],
       numbered_noise(keys, run.image_shape),
     )
-    x0, _ = sample(table, parts.predictor(params), keys, run.image_shape, after_row=after_row)
-    return images.to_uint8(x0)
+    return Trajectory(table, parts.predictor(constants.params), keys, run.image_shape, after_row=after_row)
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
-  drawn = parts.by_rows(rows, index, given[index // _VERSIONS]).reshape(-1, _VERSIONS, *run.image_shape)
+  drawn = parts.draw(table, rows, index, given[index // _VERSIONS]).reshape(-1, _VERSIONS, *run.image_shape)
   hidden = np.where(drawn_here, np.uint8(128), given)
   row = np.concatenate([given[:, None], hidden[:, None], drawn], axis=1)
   picture = grids.image_rows(row, apart=(1,))
@@ -203,12 +228,16 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   predictor = make_predictor(run.network, schedule, parts.config.diffusion.prediction, unclipped)
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
-  def rows(params: Params, index: jax.Array, known: jax.Array) -> tuple[jax.Array, jax.Array]:
-    keys, predict = parts.keys(index), predictor(params)
-    noise, _ = sample(up, predict, keys, run.image_shape, start=images.to_float(known))
-    return noise, sample(down, predict, keys, run.image_shape, start=noise)[0]
+  def encode(constants: Seeded, index: jax.Array, known: jax.Array) -> Trajectory:
+    keys, start = _keys(constants, index), images.to_float(known)
+    return Trajectory(up, predictor(constants.params), keys, run.image_shape, start=start)
 
-  noise, back = parts.by_rows(rows, np.arange(len(given), dtype=np.int32), given)
+  def decode(constants: Seeded, index: jax.Array, noise: jax.Array) -> Trajectory:
+    return Trajectory(down, predictor(constants.params), _keys(constants, index), run.image_shape, start=noise)
+
+  index, as_floats = np.arange(len(given), dtype=np.int32), lambda x, _: x
+  noise = parts.draw(up, encode, index, given, end=as_floats)
+  back = parts.draw(down, decode, index, noise, end=as_floats)
   pixels = np.asarray(images.to_uint8(back))
   difference = pixels.astype(int) - given
   shown = [given, np.asarray(images.to_uint8(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]

@@ -46,6 +46,21 @@ class Restored(NamedTuple):
   passed: list[int]  # newer ones that are of another past, in order
 
 
+class NoneInCommonError(UserError):
+  """No checkpoint is left from before the step at which a run of this length parts from the one that wrote them.
+
+  Attributes:
+    since: that step.
+    damaged: checkpoints that are not what was saved, and why.
+    passed: those that are of another past, in order.
+  """
+
+  def __init__(self, errors: Mapping[int, OtherPastError], damaged: dict[int, str]):
+    super().__init__(str(errors[min(errors)]))
+    self.since = min(error.since for error in errors.values())
+    self.damaged, self.passed = damaged, sorted(errors)
+
+
 class Checkpoints:
   """The folder `checkpoints/` of a workdir: `N/` holds the state after N updates and the manifest of it."""
 
@@ -151,6 +166,7 @@ class Checkpoints:
     Raises:
       UserError: if a checkpoint's arrays have other names, shapes or types than `expect` wants; or if one is damaged
         and `on_corrupt` is 'fail', or none is intact; or if there are some, but not `only`.
+      NoneInCommonError: a UserError: all are of another past.
     """
     damaged: dict[int, str] = {}
     passed: dict[int, OtherPastError] = {}
@@ -178,8 +194,7 @@ class Checkpoints:
       else:
         return Restored(step, state, manifest, damaged, sorted(passed))
     if passed:
-      oldest = passed[min(passed)]
-      raise UserError(str(oldest)) from oldest
+      raise NoneInCommonError(passed, damaged) from passed[min(passed)]
     if damaged:
       if only is not None:
         raise UserError(f"checkpoint: {only} in {self._directory} is damaged: {damaged[only]}; use another one")

@@ -8,16 +8,24 @@ from collections.abc import Sequence
 
 import jax
 
+from ddpm_jax import grids
 from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.errors import RunError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.training.checkpoint import Checkpoints
+
+
+def _step_of(path: pathlib.Path) -> int:
+  """The number of updates of the weights that drew or measured what a file holds; 0 if it does not say."""
+  name = path.name.removeprefix("step_").split(".")[0]
+  step = int(name) if name.isdecimal() else grids.facts_of(path.with_suffix(".png")).get("checkpoint")
+  return step if isinstance(step, int) else 0
 
 
 def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[int], after: int) -> pathlib.Path:
   """Moves what was made after a step to `earlier/N/`, a workdir of its own to draw from; all processes must call it.
 
-  These are checkpoints, sample grids and evaluations. Checkpoints go last, and the newest of them at the end: after a
-  kill the same command finds it, and goes on with moving.
+  These are checkpoints, sample grids, draws and evaluations. Checkpoints go last, and the newest of them at the end:
+  after a kill the same command finds it, and goes on with moving.
 
   Args:
     workdir: of the run, with the settings that these steps were trained with.
@@ -36,16 +44,18 @@ def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[i
     number += 1
     target = workdir / "earlier" / f"{steps[-1]}.{number}"
   if jax.process_index() == 0:
-    workdir_lib.create(target, workdir_lib.load_config(workdir))
+    stored = workdir_lib.load_config(workdir)
     try:
+      workdir_lib.create(target, stored)
       if (workdir / "metrics.jsonl").exists():
         shutil.copy2(workdir / "metrics.jsonl", target)
       for folder in ("samples", "eval"):
         (target / folder).mkdir(exist_ok=True)
-        for path in (workdir / folder).iterdir() if (workdir / folder).exists() else ():
-          step = path.name.removeprefix("step_").split(".")[0]
-          if step.isdecimal() and int(step) > after:
-            path.replace(target / folder / path.name)
+        found = sorted((workdir / folder).iterdir()) if (workdir / folder).exists() else ()
+        for path in [path for path in found if _step_of(path) > after]:
+          path.replace(target / folder / path.name)
+    except UserError as error:
+      raise RunError(f"{error.__cause__ or error}: the end of {workdir} cannot be moved to {target}") from error
     except OSError as error:
       raise RunError(f"workdir: cannot move {error.filename or workdir} to {target} ({error.strerror})") from error
   checkpoints.move({step: target / "checkpoints" / str(step) for step in steps})

@@ -8,46 +8,57 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import pathlib
 import shlex
+import time
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpm_jax import compilation, console, grids, numerics, paths
+from ddpm_jax import compilation, console, loggers, numerics, paths
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.distributed import Job
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.exchange import initial
+from ddpm_jax.exchange.file import settings_of_run
 from ddpm_jax.lock import Lock
-from ddpm_jax.models.build import Params, num_params
+from ddpm_jax.models.build import Params, fitted, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
-from ddpm_jax.sampling.draw import make_draw, make_predictor
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import earlier, resume
-from ddpm_jax.training.checkpoint import Checkpoints, Restored
+from ddpm_jax.training.checkpoint import Checkpoints, NoneInCommonError, Restored
 from ddpm_jax.training.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.parallel import Parallel, to_host
+from ddpm_jax.training.preview import EarlyGrids, Preview
+from ddpm_jax.training.profile import Profile
 from ddpm_jax.training.programs import Compiler, StepProgram
-from ddpm_jax.training.reports import Reports
+from ddpm_jax.training.reports import Reports, write_pages
 from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
 
+_QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
 
-def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | None = None) -> None:
+
+def train(
+  config: Config,
+  workdir: pathlib.Path,
+  stop: StopRequest,
+  job: Job | None = None,
+  chosen: str = "",
+  clock: Callable[[], float] = time.monotonic,
+) -> bool:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
 
   Args:
@@ -55,6 +66,11 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     workdir: its folder.
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
+    chosen: a line for the user on settings that the command left open, printed once the images are found.
+    clock: seconds, for the early sample grids.
+
+  Returns:
+    Whether the run is finished; if not, it was asked to stop.
 
   Raises:
     UserError: before anything is compiled, if the command does not fit the data, the devices, the workdir or its
@@ -65,7 +81,9 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
   parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
   parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   exists = workdir_lib.check(workdir, config)
+  loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
   source = open_source(config.data)
+  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
   run = build_run(config, source.image_shape, parallel)
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
@@ -82,6 +100,8 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
       exists = workdir_lib.check(workdir, config)  # again: another process may have been faster
       if not exists:
         workdir_lib.create(workdir, config)
+      if chosen:
+        console.say(chosen)
     multihost_utils.sync_global_devices("the workdir exists")
     resume.check_shared(workdir)
     # Until everything is closed, as that waits for what is being saved.
@@ -90,8 +110,22 @@ def train(config: Config, workdir: pathlib.Path, stop: StopRequest, job: Job | N
     start = decay_start(config.optimizer, config.train.num_steps)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=start)
     cleanup.enter_context(contextlib.closing(checkpoints))
-    restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-    _resume_or_start(run, source, workdir, checkpoints, restored, params, lock, stop, job, watchdog)
+    try:
+      restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
+      damaged, passed = (restored.damaged, restored.passed) if restored else ({}, [])
+    except NoneInCommonError as error:
+      if error.since > 0:
+        raise
+      restored, damaged, passed = None, error.damaged, error.passed  # both begin with the same initial state
+      if config.exchange.init_from:
+        params, _ = initial.read_params(config, source.image_shape)
+    for step, reason in damaged.items():
+      moved = checkpoints.set_aside(step)
+      if lock:
+        console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
+    return _resume_or_start(
+      run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog, clock
+    )
 
 
 def _resume_or_start(
@@ -100,36 +134,39 @@ def _resume_or_start(
   workdir: pathlib.Path,
   checkpoints: Checkpoints,
   restored: Restored | None,
+  passed: list[int],
   params: Params | None,
   lock: Lock | None,
   stop: StopRequest,
   job: Job,
   watchdog: Watchdog,
-) -> None:
-  """Says what is going to happen, and lets it. `lock` is that of the first process, which alone says anything."""
+  clock: Callable[[], float],
+) -> bool:
+  """Says what is going to happen, and lets it. Returns whether the run is finished.
+
+  `passed` are checkpoints from which a run of this length does not go on; `lock` is that of the first process, which
+  alone says anything.
+  """
   start, total = restored.step if restored else 0, run.config.train.num_steps
   finished = start >= total and not evaluation_missing(run.config, workdir, start)
-  for step, reason in restored.damaged.items() if restored else ():
-    moved = checkpoints.set_aside(step)
-    if lock:
-      console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
-  passed = earlier.set_aside(workdir, checkpoints, restored.passed, start) if restored and restored.passed else None
+  if lock and start < total and (restored or passed):  # a new run has been looked at before its folder was made
+    check_space(run, workdir, start, leaving=len(passed))
+  end = earlier.set_aside(workdir, checkpoints, passed, start) if passed else None
   restarts = resume.restarts(run.config, restored.manifest if restored else None)
   run = run._replace(lr_restart=restarts[-1] if restarts else 0)
   if lock:
-    console.say(_headline(run, source, workdir, start, job, finished, passed))
+    console.say(_headline(run, source, workdir, start, job, finished, end))
   if finished:
-    return
+    return True
   if lock:
     if warning := noise_warning(run):
       console.warn(warning)
-    if restored and start < total:  # a new run has been looked at before its folder was made
-      check_space(run, workdir, start)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
     _renew(workdir, config_lib.beyond_init_from(run.config) if restored else run.config)
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
+  so_far = (restored.manifest if restored else {}).get("so_far", {})
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
@@ -139,6 +176,8 @@ def _resume_or_start(
       start_step=start,
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
+      settings=settings_of_run(run.config),
+      losses=so_far.get("losses", ()),
     )
     saver = Saver(
       checkpoints,
@@ -150,26 +189,32 @@ def _resume_or_start(
       extra_step=decay_start(run.config.optimizer, total),
     )
     trains_first = start < total and not evaluation_missing(run.config, workdir, start)
-    with contextlib.closing(reports), contextlib.closing(Compiler()) as compiler:
+    profile = Profile(
+      config_lib.profiled(run.config.train.profile_steps, total),
+      workdir / "profile",
+      start_step=start,
+      say=progress.say,
+      paused=reports.paused,
+    )
+    with contextlib.closing(reports), contextlib.closing(profile), contextlib.closing(Compiler()) as compiler:
       make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
       state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
-      preview = make_preview(run, compiler if trains_first else None)
-      around = _Around(reports, saver, evaluations, preview, progress, stop, watchdog)
-      end = _train(run, source, state, start, make_updates, around)
+      preview = Preview(run, compiler if trains_first else None)
+      early = EarlyGrids(wanted=run.config.train.sample_every > 0, before_s=so_far.get("trained_s", 0.0), clock=clock)
+      around = _Around(reports, saver, evaluations, preview, early, profile, progress, stop, watchdog)
+      end, stopped = _train(run, source, state, start, make_updates, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
-      if (workdir / "metrics.jsonl").stat().st_size:
-        from ddpm_jax import plots  # Matplotlib takes long to import
-
-        plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+      write_pages(workdir)
     except OSError as error:  # all that matters is saved
-      console.warn(f"cannot write {workdir / 'loss.png'} ({error.strerror})")
+      console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
     except UserError as error:
       console.warn(f"{error}")
-    console.say(_farewell(workdir, end, total))
+    console.say(_farewell(workdir, end, total, run.schedule.num_timesteps))
+  return not stopped
 
 
 def _renew(workdir: pathlib.Path, config: Config) -> None:
@@ -184,79 +229,108 @@ class _Around(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
-  preview: Callable[[TrainState], Callable[[], np.ndarray]]
+  preview: Preview
+  early: EarlyGrids
+  profile: Profile
   progress: Progress
   stop: StopRequest
   watchdog: Watchdog
 
 
-def _train(run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around) -> int:
-  """Makes the updates after `start`. Returns the number of updates in the last checkpoint."""
+def _train(
+  run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around
+) -> tuple[int, bool]:
+  """Makes the updates after `start`.
+
+  Returns:
+    The number of updates in the last checkpoint, and whether a request to stop came before the run was finished.
+  """
   parallel, options, step = run.parallel, run.config.train, start
-  reports, saver, evaluations, preview, progress, stop, watchdog = around
+  reports, saver, evaluations, preview, early, profile, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
-    return start
+    return start, True
   alone = jax.process_count() == 1
   host_batches = _batches_after(start, run, source)
   in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
   run_ahead = calls_ahead(options)
-  stopping = False
+  stopping = early_grid = False
 
   with contextlib.closing(host_batches):
 
-    def settle(at_most: int) -> bool:
-      """Waits until that many calls are in flight, and reports the others. Whether any of them was asked to stop."""
-      asked = False
+    def settle(at_most: int) -> None:
+      """Waits until that many calls are in flight, reports the others, and counts the votes of the processes."""
+      nonlocal stopping, early_grid
       while len(in_flight) > at_most:
-        made, metrics, any_stops = in_flight.popleft()
+        made, metrics, votes = in_flight.popleft()
         reports.check(made, metrics)
         done = made[-1]
         if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
           reports.metrics(made, metrics)
-        asked |= not alone and bool(to_host(any_stops))
+        if not alone:
+          stop_now, grid_now = to_host(votes).tolist()
+          stopping, early_grid = stopping or bool(stop_now), early_grid or bool(grid_now)
         watchdog.beat(f"update {done}")
-      return asked
 
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step = steps[-1]
       placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
-      order = parallel.put_order(len(steps), stop=stop.requested is not None)
-      with jax.transfer_guard("disallow"):  # nothing moves between host and device unasked
-        state, *outputs = make_updates(state, placed, order)
-      progress.advance(len(steps))
+      order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
+      first = steps[0] == start + 1
+      profile.before(steps, state)
+      with progress.compiling() if first else contextlib.nullcontext():
+        with (
+          jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
+          jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
+        ):
+          state, *outputs = make_updates(state, placed, order)
+        if first:
+          stop.defer()  # from now on there is something to save
+          jax.block_until_ready(outputs)
+      profile.after(steps, outputs)
       in_flight.append((steps, *outputs))
-      if steps[0] == start + 1:
-        stop.defer()  # from now on there is something to save
-        jax.block_until_ready(outputs)
+      if first:
         reports.compiled(steps)
+        early.begin()
         compilation.look_for_garbage_as_usual()
+      else:
+        progress.advance(len(steps))
       # The device is never left without a next update, and a request to stop finds few under way.
       # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
-      stopping |= settle(run_ahead)
-      stopping |= alone and stop.requested is not None
+      settle(run_ahead)
+      if alone:
+        stopping, early_grid = stop.requested is not None, early.due(compiling=preview.compiling)
       saver.poll(step)
 
       save_now = stopping or step == options.num_steps or saver.due(step) or evaluations.due(step)
-      preview_now = options.sample_every and (step == options.num_steps or step % options.sample_every == 0)
+      preview_now = early_grid or _grid_due(options, step)
       if not (save_now or (preview_now and not stopping)):
         continue
-      stopping |= settle(0)
+      settle(0)
       last = save_now and (stopping or step == options.num_steps)
       with reports.paused():
         # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
         picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
         if save_now:
-          saver.save(parallel.globalize(state), step, last=last)
+          so_far = {"losses": list(reports.losses), "trained_s": round(early.trained_s, 1)}
+          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": so_far})
           watchdog.beat(f"checkpoint {step}")
         if picture:
-          reports.samples(step, picture())
+          reports.samples(step, picture(), preview.settings)
+          early.drawn()
+          early_grid = False
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
-          last |= evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          stopping = evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          last |= stopping
       if last:
         break
     saver.finish(step)
-  return step
+  return step, stopping and (step < options.num_steps or evaluations.due(step))
+
+
+def _grid_due(options: TrainConfig, step: int) -> bool:
+  """Whether `--sample_every` asks for a sample grid of the state after `step` updates."""
+  return options.sample_every > 0 and (step % options.sample_every == 0 or step == options.num_steps)
 
 
 def calls_ahead(options: TrainConfig) -> int:
@@ -291,40 +365,11 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
   )
 
 
-def make_preview(run: Run, compiler: Compiler | None) -> Callable[[TrainState], Callable[[], np.ndarray]]:
-  """Returns a function that begins a sample grid: state -> what waits for the picture and gives it.
+def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
+  """Raises UserError if the checkpoints after step `start` will not find room. Before compression, to be sure.
 
-  The EMA weights are beside the raw ones, from the same noise.
-
-  If there will be grids, `compiler` compiles what draws them after the step, beside the first updates. None: the first
-  grid waits for that.
+  leaving: the number of those in `checkpoints/` that are about to be moved elsewhere.
   """
-  options, schedule = run.config.train, run.schedule
-  draw = make_draw(
-    make_predictor(run.network, schedule, run.config.diffusion.prediction),
-    make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
-    image_shape=run.image_shape,
-    parallel=run.parallel,
-    seed=options.seed,
-    stream="preview",
-    keep=True,
-  )
-  index = np.arange(options.preview_images, dtype=np.int32)
-  if compiler and options.sample_every and run.parallel.compiles_beside_updates:
-    draw.compile_ahead(compiler.submit, run.abstract_state.params, index)
-
-  def preview(state: TrainState) -> Callable[[], np.ndarray]:
-    weights = {"EMA weights": state.ema_params, "raw weights": state.params}
-    drawn = {name: draw.start(params, index) for name, params in weights.items()}
-    return lambda: grids.captioned(
-      {name: grids.image_grid(images(), columns=min(8, len(index))) for name, images in drawn.items()}
-    )
-
-  return preview
-
-
-def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
-  """Raises UserError if the checkpoints after update `start` will not find room. Before compression, to be sure."""
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
   options = run.config.train
   saves = sum(
@@ -333,7 +378,7 @@ def check_space(run: Run, workdir: pathlib.Path, start: int) -> None:
   begin = decay_start(run.config.optimizer, options.num_steps)
   decay = begin is not None  # one more is kept, and written unless it exists
   saves += decay and begin > start
-  workdir_lib.check_space(workdir, size, options.keep_checkpoints + decay, saves)
+  workdir_lib.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + leaving)
 
 
 def _headline(
@@ -351,24 +396,25 @@ def _headline(
     return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
   if passed:
     what += (
-      f"going back to update {start}, as the learning rate of those after it decayed toward another --num_steps; they "
-      f"are kept in {passed}, a workdir of its own\n"
+      f"going back to step {start}, after which the learning rate decayed toward another --num_steps; later "
+      f"checkpoints are kept in {passed}, which is a workdir\n"
     )
   if start and run.lr_restart == start:
-    what += f"the learning rate, a cosine, begins anew for the {total - start} updates from here to {total}\n"
+    what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
   if start:
     return what + f"resuming {workdir} after update {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
   return what + f"training {total} updates{first} in {workdir}; compiling"
 
 
-def _farewell(workdir: pathlib.Path, step: int, total: int) -> str:
-  done = step >= total
+def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
+  done, quick = step >= total, min(_QUICK, num_timesteps)
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   board = shlex.join(["tensorboard", f"--logdir={workdir}"])
+  draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"}, loss.png beside it, and {board}
-{again}  draw images   {paths.command("--mode=sample", f"--workdir={workdir}")}"""
+  metrics       {workdir / "metrics.jsonl"}, loss.png and report.html beside it, and {board}
+{again}  draw images   {draw}"""

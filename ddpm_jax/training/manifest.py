@@ -27,7 +27,15 @@ class DamagedError(Exception):
 
 
 class OtherPastError(Exception):
-  """A checkpoint holds steps that this run would make otherwise, so that it goes on from an earlier one."""
+  """A checkpoint holds steps that this run would make otherwise, so that it goes on from an earlier one.
+
+  Attributes:
+    since: the last step that both have in common.
+  """
+
+  def __init__(self, message: str, since: int):
+    super().__init__(message)
+    self.since = since
 
 
 def make(state: TrainState, step: int, facts: dict[str, Any]) -> Manifest:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import compilation, numerics
 from ddpm_jax.errors import UserError
+from ddpm_jax.progress import compiling
 from ddpm_jax.training.updates import make_updates
 
 AXIS = "data"
 Tree = Any
+_STRETCH_S = 0.5  # of a stretch: a person sees it move, and starting it costs nothing beside it
 
 
 class Parallel:
@@ -46,15 +50,15 @@ class Parallel:
         devices = jax.devices()
       except (RuntimeError, AssertionError) as error:  # the latter, without a word, for `cuda` where no plugin is
         reason = next(
-          iter(str(error).splitlines()), f"nothing installed serves JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
+          iter(str(error).splitlines()), f"no installed plugin provides JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS')}"
         )
-        raise UserError(f"JAX finds no device ({reason}); mend JAX_PLATFORMS or the installation of JAX") from error
+        raise UserError(f"JAX finds no device ({reason}); correct JAX_PLATFORMS or the installation of JAX") from error
     self.num_devices = len(devices)
     # In the order of pmap. jax.make_mesh may choose another one on a TPU, and the state would move at every update.
     self.mesh = Mesh(np.asarray(devices), (AXIS,), axis_types=(AxisType.Auto,))
     self.replicated = NamedSharding(self.mesh, PartitionSpec())
     self.split = NamedSharding(self.mesh, PartitionSpec(AXIS))
-    self._orders: dict[tuple[int, bool], jax.Array] = {}
+    self._orders: dict[tuple[int, bool, bool], jax.Array] = {}
 
   def check_batch(self, batch_size: int, grad_accum_steps: int = 1) -> None:
     """Raises UserError if the devices do not divide the global batch, or a part of it."""
@@ -99,54 +103,67 @@ class Parallel:
     """Within a compiled function: the arrays on every device. For fsdp they are gathered."""
     return jax.lax.with_sharding_constraint(tree, self.replicated) if self.mode == "fsdp" else tree
 
-  def compile(self, train_step: Callable, abstract_state: Tree, *, updates: int = 1) -> PinnedStep:
+  def compile(
+    self,
+    train_step: Callable,
+    abstract_state: Tree,
+    *,
+    updates: int = 1,
+    scalars: Mapping[str, np.generic] = types.MappingProxyType({}),
+  ) -> PinnedStep:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
     Args:
       train_step: one update of a TrainState, whose parameters may be packed (`packed.pack`).
       abstract_state: shapes and types of the state.
       updates: how many can be made in one call. If more than one, the metrics have a leading axis [updates].
+      scalars: further keyword arguments of `train_step`, which are data of the program and no constants in it: with
+        other values it is the same program.
 
     Returns:
-      (state, batches, order) -> (state, metrics, whether any process wants to stop). The batches are those of
-      `put_batches`, the order that of `put_order`: it says how many updates to make, so that one program is enough, and
-      carries the votes by which the processes agree on when to stop.
+      (state, batches, order) -> (state, metrics, votes). The batches are those of `put_batches`, the order that of
+      `put_order`: it says how many updates to make, so that one program is enough, and carries the votes by which the
+      processes agree. The votes are int32 [2], 1 where any process wants to stop, and where any wants a sample grid.
     """
 
     match self.mode:
       case "pmap":
         # jax.pmap is in maintenance mode upstream, where it is now a thin layer over jit(shard_map); it is asked for
         # here. With in_axes None the state has no device axis: it is replicated, as for fsdp it is sharded.
-        def mapped(state: Tree, batches: Tree, order: jax.Array):
-          number, stop = jax.lax.pmax(order, AXIS)
-          step = functools.partial(train_step, axis_name=AXIS)
-          return *make_updates(step, state, batches, number, most=updates, packed=self._packs), stop
+        def mapped(state: Tree, batches: Tree, order: jax.Array, scalars: Tree):
+          order = jax.lax.pmax(order, AXIS)
+          step = functools.partial(train_step, axis_name=AXIS, **scalars)
+          return *make_updates(step, state, batches, order[0], most=updates, packed=self._packs), order[1:]
 
         step = jax.pmap(
           mapped,
           axis_name=AXIS,
-          in_axes=(None, 0, 0),
+          in_axes=(None, 0, 0, None),
           out_axes=None,
           donate_argnums=0,
           devices=list(self.mesh.devices.flat) if self._elsewhere else None,
         )
       case "fsdp":
 
-        def sharded(state: Tree, batches: Tree, orders: jax.Array):
-          number, stop = jnp.max(orders, axis=0)
-          step = functools.partial(train_step, axis_name=None)
-          return *make_updates(step, state, batches, number, most=updates), stop
+        def sharded(state: Tree, batches: Tree, orders: jax.Array, scalars: Tree):
+          order = jnp.max(orders, axis=0)
+          step = functools.partial(train_step, axis_name=None, **scalars)
+          return *make_updates(step, state, batches, order[0], most=updates), order[1:]
 
         shardings = self.state_shardings(abstract_state)
         step = jax.jit(
           sharded,
-          in_shardings=(shardings, self._batches_sharding(updates), self.split),
+          in_shardings=(shardings, self._batches_sharding(updates), self.split, self.replicated),
           out_shardings=(shardings, self.replicated, self.replicated),
           donate_argnums=0,
         )
       case _:
         raise ValueError(f"unknown parallelism {self.mode!r}")
-    return PinnedStep(step, self.matmul_precision)
+    placed = {
+      name: jax.make_array_from_callback((), self.replicated, lambda _, value=value: np.asarray(value))
+      for name, value in scalars.items()
+    }
+    return PinnedStep(step, self.matmul_precision, placed)
 
   @property
   def _packs(self) -> bool:
@@ -201,15 +218,16 @@ class Parallel:
         shape = (shape[0], updates, *shape[1:]) if self.mode == "pmap" else (updates, *shape)
       return jax.ShapeDtypeStruct(shape, rows.dtype, sharding=sharding)
 
-    order = jax.ShapeDtypeStruct((self.num_devices, 2), jnp.int32, sharding=self.split)
+    order = jax.ShapeDtypeStruct((self.num_devices, 3), jnp.int32, sharding=self.split)
     return jax.tree.map(place, batch), order
 
-  def put_order(self, updates: int = 1, *, stop: bool = False) -> jax.Array:
-    """How many updates to make, and whether this process wants to stop, as the compiled step takes it."""
-    if (updates, stop) not in self._orders:
-      rows = np.tile(np.asarray([updates, stop], np.int32), (jax.local_device_count(), 1))
-      self._orders[updates, stop] = jax.make_array_from_process_local_data(self.split, rows)
-    return self._orders[updates, stop]
+  def put_order(self, updates: int = 1, *, stop: bool = False, grid: bool = False) -> jax.Array:
+    """How many updates to make, and whether this process wants to stop, or a grid, as the compiled step takes it."""
+    order = updates, stop, grid
+    if order not in self._orders:
+      rows = np.tile(np.asarray(order, np.int32), (jax.local_device_count(), 1))
+      self._orders[order] = jax.make_array_from_process_local_data(self.split, rows)
+    return self._orders[order]
 
   def by_rows(
     self, function: Callable[..., Tree], *, keep: bool = False, matmul_precision: str | None = None
@@ -222,6 +240,30 @@ class Parallel:
       matmul_precision: of its products and convolutions; None: that of this object.
     """
     return ByRows(function, self, keep=keep, matmul_precision=matmul_precision or self.matmul_precision)
+
+  def padded(self, columns: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
+    """At least so many rows, and as many as the devices can share: the first ones again."""
+    rows = -(-number // self.num_devices) * self.num_devices
+    return [np.take(column, np.arange(rows) % len(column), axis=0) for column in columns]
+
+  def put_rows(self, columns: Sequence[np.ndarray]) -> list[jax.Array]:
+    """Columns [B, ...], whole on every process, with B a multiple of the devices: placed, each device its rows."""
+    return [
+      jax.make_array_from_callback(column.shape, self.split, lambda piece, column=column: column[piece])
+      for column in columns
+    ]
+
+  def put_whole(self, array: np.ndarray) -> jax.Array:
+    """An array that is the same on every process, placed whole on each device."""
+    return jax.make_array_from_callback(array.shape, self.replicated, lambda piece: array[piece])
+
+  def abstract_rows(self, columns: Sequence[np.ndarray]) -> list[jax.ShapeDtypeStruct]:
+    """What `put_rows` gives, for lowering."""
+    return [jax.ShapeDtypeStruct(column.shape, column.dtype, sharding=self.split) for column in columns]
+
+  def by_stretches(self, loop: Loop) -> ByStretches:
+    """As `by_rows` compiles a function, this does a loop on many examples that takes long: it can be watched."""
+    return ByStretches(loop, self)
 
   def globalize(self, state: Tree) -> Tree:
     """The state as global arrays. After a pmap over several processes each holds its own copy; this joins them."""
@@ -236,20 +278,20 @@ class Parallel:
 
 
 class PinnedStep:
-  """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`."""
+  """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`, with its scalars."""
 
-  def __init__(self, step: Any, matmul_precision: str):
-    self._step, self._matmul_precision = step, matmul_precision
+  def __init__(self, step: Any, matmul_precision: str, scalars: Mapping[str, jax.Array]):
+    self._step, self._matmul_precision, self._scalars = step, matmul_precision, scalars
 
   def __call__(self, *arguments: Any) -> Any:
     """Runs the step; compiles it first if it has to."""
     with numerics.pinned(self._matmul_precision):
-      return self._step(*arguments)
+      return self._step(*arguments, self._scalars)
 
   def lower(self, *arguments: Any) -> Any:
     """A `jax.stages.Lowered`, as what `jax.jit` returns has it."""
     with numerics.pinned(self._matmul_precision):
-      return self._step.lower(*arguments)
+      return self._step.lower(*arguments, self._scalars)
 
 
 class ByRows:
@@ -281,11 +323,8 @@ class ByRows:
       size: pad them to that many rows, so that a last, smaller batch compiles nothing new.
     """
     number = len(columns[0])
-    padded = self._padded(columns, max(number, size))
-    split = self._parallel.split
-    placed = [
-      jax.make_array_from_callback(column.shape, split, lambda piece, column=column: column[piece]) for column in padded
-    ]
+    padded = self._parallel.padded(columns, max(number, size))
+    placed = self._parallel.put_rows(padded)
 
     def begin() -> Tree:
       return self._executable(constants, padded)(constants, *placed)
@@ -300,39 +339,135 @@ class ByRows:
 
     constants: or their ShapeDtypeStructs, with shardings.
     """
-    rows = self._padded(columns, len(columns[0]))
+    rows = self._parallel.padded(columns, len(columns[0]))
     self._ahead[_shapes(rows)] = submit(self._lower(constants, rows))
+
+  def is_ready(self, *columns: np.ndarray) -> bool:
+    """Whether a call with such columns begins at once; where it does not, it waits for a compilation."""
+    return self._is_ready(_shapes(self._parallel.padded(columns, len(columns[0]))))
 
   def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
     """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
-    rows = [np.empty((self._rows(size), *column.shape[1:]), column.dtype) for column in columns]
-    plan = self._executable(constants, rows).memory_analysis()
-    return plan.temp_size_in_bytes + plan.output_size_in_bytes if plan else 0
-
-  def _padded(self, columns: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
-    """At least so many rows, and as many as the devices can share: the first ones again."""
-    return [np.take(column, np.arange(self._rows(number)) % len(column), axis=0) for column in columns]
-
-  def _rows(self, number: int) -> int:
-    """The next multiple of the number of devices."""
-    return -(-number // self._parallel.num_devices) * self._parallel.num_devices
+    return _planned(self._executable(constants, self._parallel.padded(columns, size)))
 
   def _lower(self, constants: Tree, columns: list[np.ndarray]) -> jax.stages.Lowered:
-    abstract = [jax.ShapeDtypeStruct(c.shape, c.dtype, sharding=self._parallel.split) for c in columns]
     with numerics.pinned(self._matmul_precision):
-      return self._jitted.lower(constants, *abstract)
+      return self._jitted.lower(constants, *self._parallel.abstract_rows(columns))
 
   def _executable(self, constants: Tree, columns: list[np.ndarray]) -> Any:
     shapes = _shapes(columns)
     if shapes not in self._compiled:
       ahead = self._ahead.get(shapes)
-      self._compiled[shapes] = ahead.result() if ahead else self._lower(constants, columns).compile()
+      with compiling():
+        self._compiled[shapes] = ahead.result() if ahead else self._lower(constants, columns).compile()
     return self._compiled[shapes]
 
   def _is_ready(self, shapes: tuple) -> bool:
     """Whether nothing has to be waited for. All processes say the same, so that all begin at the same place."""
     ahead = self._ahead.get(shapes)
     return shapes in self._compiled or (jax.process_count() == 1 and ahead is not None and ahead.done())
+
+
+class Loop(NamedTuple):
+  """A loop on many examples, in pure functions; row i of state and result depends on row i of the columns alone.
+
+  Attributes:
+    begin: (constants, *columns [B, ...]) -> the state before the first iteration, a tree of [B, ...].
+    advance: (constants, state, first, last, *columns) -> the state after the iterations `first` to `last` - 1.
+    end: (constants, state, *columns) -> the result, a tree of [B, ...].
+    number: of iterations.
+  """
+
+  begin: Callable[..., Tree]
+  advance: Callable[..., Tree]
+  end: Callable[..., Tree]
+  number: int
+
+
+class ByStretches:
+  """A loop on rows that all devices share, in as many calls as it takes to be watched; see `Parallel.by_stretches`.
+
+  How many iterations a call makes is an argument of the one program that makes them, and so no matter to the bits.
+  """
+
+  def __init__(self, loop: Loop, parallel: Parallel):
+    """As `Parallel.by_stretches` says."""
+    self._parallel, self._number = parallel, loop.number
+    self._at_once = 1  # iterations in the next call
+
+    def begin(constants: Tree, *columns: jax.Array) -> Tree:
+      return loop.begin(parallel._whole(constants), *columns)
+
+    def advance(constants: Tree, state: Tree, bounds: jax.Array, *columns: jax.Array) -> Tree:
+      return loop.advance(parallel._whole(constants), state, bounds[0], bounds[1], *columns)
+
+    def end(constants: Tree, state: Tree, *columns: jax.Array) -> Tree:
+      return loop.end(parallel._whole(constants), state, *columns)
+
+    self._begin = jax.jit(begin, out_shardings=parallel.split)
+    self._advance = jax.jit(advance, out_shardings=parallel.split, donate_argnums=1)
+    self._end = jax.jit(end, out_shardings=parallel.replicated)
+    self._compiled: dict[tuple, list[Any]] = {}
+
+  def __call__(
+    self, constants: Tree, *columns: np.ndarray, size: int = 0, done: Callable[[int], None] = lambda number: None
+  ) -> Tree:
+    """The result as NumPy, whole on every process.
+
+    Args:
+      constants: what is the same for all rows: a tree of placed arrays.
+      *columns: NumPy arrays [B, ...], the same on every process.
+      size: pad them to that many rows, so that a last, smaller batch compiles nothing new.
+      done: called about twice a second with the number of iterations that are made, on all processes at the same
+        numbers. What it raises ends the loop.
+    """
+    parallel, number = self._parallel, len(columns[0])
+    padded = parallel.padded(columns, max(number, size))
+    placed = parallel.put_rows(padded)
+    begin, advance, end = self._executables(constants, padded)
+    state, first = begin(constants, *placed), 0
+    while first < self._number:
+      began, last = time.perf_counter(), min(first + self._at_once, self._number)
+      bounds = parallel.put_whole(np.asarray((first, last), np.int32))
+      state = jax.block_until_ready(advance(constants, state, bounds, *placed))
+      self._adapt(last - first, time.perf_counter() - began)
+      first = last
+      done(first)
+    return jax.tree.map(lambda leaf: to_host(leaf)[:number], end(constants, state, *placed))
+
+  def _adapt(self, made: int, seconds: float) -> None:
+    """Sets how many iterations the next call makes, from how long some took; for all processes, the first one does."""
+    if made == self._at_once:  # the last call of a loop may have made fewer
+      wanted = min(int(made * _STRETCH_S / max(seconds, 1e-6)), 4 * made)
+      self._at_once = max(1, int(from_all_processes(np.asarray(wanted))[0]))
+
+  def bytes_needed(self, constants: Tree, *columns: np.ndarray, size: int) -> int:
+    """Memory that XLA plans for each device beside the constants, for `size` rows like these. Compiles."""
+    return max(map(_planned, self._executables(constants, self._parallel.padded(columns, size))))
+
+  def _executables(self, constants: Tree, columns: list[np.ndarray]) -> list[Any]:
+    """`begin`, `advance` and `end`, compiled for columns of these shapes."""
+    shapes, parallel = _shapes(columns), self._parallel
+    if shapes not in self._compiled:
+      rows = parallel.abstract_rows(columns)
+      bounds = jax.ShapeDtypeStruct((2,), jnp.int32, sharding=parallel.replicated)
+      with compiling(), numerics.pinned(parallel.matmul_precision):
+        state = jax.tree.map(
+          lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parallel.split),
+          jax.eval_shape(self._begin, constants, *rows),
+        )
+        self._compiled[shapes] = [
+          self._begin.lower(constants, *rows).compile(),
+          self._advance.lower(constants, state, bounds, *rows).compile(),
+          self._end.lower(constants, state, *rows).compile(),
+        ]
+    return self._compiled[shapes]
+
+
+def _planned(executable: Any) -> int:
+  """Bytes that XLA plans for each device beside the arguments; 0 if it does not say."""
+  plan = executable.memory_analysis()
+  return plan.temp_size_in_bytes + plan.output_size_in_bytes if plan else 0
 
 
 def _shapes(columns: list[np.ndarray]) -> tuple:

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
 from ddpm_jax.run import Run
 from ddpm_jax.training.step import abstract_batch
@@ -38,12 +39,13 @@ class StepProgram:
 
     Args:
       run: the run.
-      train_step: one update, (state, batch, axis_name) -> (state, metrics), as `Parallel.compile` takes it.
+      train_step: one update, (state, batch, axis_name, seed) -> (state, metrics), as `Parallel.compile` takes it.
       compiler: has nothing else to do yet.
       ahead: whether it will be called soon.
     """
     updates = run.config.train.steps_per_dispatch
-    self._step = run.parallel.compile(train_step, run.abstract_state, updates=updates)
+    seed = np.uint32(run.config.train.seed)  # no part of the program: runs of other seeds need not compile another one
+    self._step = run.parallel.compile(train_step, run.abstract_state, updates=updates, scalars={"seed": seed})
     self._compiled = None
     if ahead and run.parallel.lowers_shapes:
       batch = abstract_batch(run.image_shape, run.config.data.batch_size)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
+import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
 from ddpm_jax import console, grids
-from ddpm_jax.config import TrainConfig
+from ddpm_jax.config import TrainConfig, writer_names
 from ddpm_jax.errors import NonFiniteError
+from ddpm_jax.loggers import Loggers, Settings, find
 from ddpm_jax.progress import Progress
+from ddpm_jax.report.report import write_report
 from ddpm_jax.training.parallel import to_host
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.writers import MetricsWriter
@@ -31,6 +37,8 @@ class Reports:
     start_step: int,
     batch_size: int,
     images: Callable[[int], np.ndarray],
+    settings: Settings,
+    losses: Sequence[float] = (),
   ):
     """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten.
 
@@ -41,20 +49,34 @@ class Reports:
       start_step: the number of updates made before.
       batch_size: B, over all processes.
       images: update -> int [B], the indices of its images in the data set.
+      settings: of the run, for others to read: no folder of this machine is named.
+      losses: what `losses` was at `start_step`.
+
+    Raises:
+      UserError: one of --writers cannot be imported.
+      RunError: the files cannot be written.
     """
-    self._samples = workdir / "samples"
+    writers = writer_names(options.writers)
+    loggers = find(writers)
+    self._workdir = workdir
+    self.losses = list(losses)  # of the updates since the last line of the metrics, those that are finite
+    self._pages: Future[None] | None = None  # of `write_pages`, beside the training
+    self._beside = ThreadPoolExecutor(1, thread_name_prefix="pages")
     self._progress = progress
     self._batch_size, self._images = batch_size, images
     self._max_nonfinite = options.max_nonfinite if options.on_nonfinite == "skip" else 1
-    self._writer = MetricsWriter(workdir, resume_step=start_step) if jax.process_index() == 0 else None
-    self._clock = _Clock()
+    self._writer, self._loggers, before = None, None, (start_step, 0.0)
+    if jax.process_index() == 0:
+      self._writer = MetricsWriter(workdir, resume_step=start_step, tensorboard="tensorboard" in writers)
+      self._loggers, before = Loggers(loggers, workdir, settings, start_step), self._writer.trained_before
+    self._clock = _Clock(*before)
     self._failing = False
 
   def compiled(self, steps: range) -> None:
     """Says how long the first call took, which includes the compilation, and starts to measure the speed."""
     which = f"update {steps[0]}" if len(steps) == 1 else f"updates {steps[0]} to {steps[-1]}"
     self._progress.say(f"compiled and made {which} in {self._clock.start(steps[-1]):.1f} s")
-    self._progress.unpause()
+    self._progress.begin(steps[-1])
 
   def check(self, steps: range, metrics: Metrics) -> None:
     """Waits for the updates `steps`, made in one call, and looks whether they were finite.
@@ -62,7 +84,8 @@ class Reports:
     Raises:
       NonFiniteError: if one was not, and no more such updates are put up with.
     """
-    in_row = np.atleast_1d(to_host(metrics["nonfinite_in_row"]))
+    in_row, losses = (np.atleast_1d(to_host(metrics[name])) for name in ("nonfinite_in_row", "loss"))
+    self.losses += [loss for loss in losses[: len(steps)].tolist() if math.isfinite(loss)]
     for i, step in enumerate(steps):
       if in_row[i]:
         loss, norm = (_of_update(i, metrics[name]) for name in ("loss", "grad_norm"))
@@ -81,31 +104,58 @@ class Reports:
     )
 
   def metrics(self, steps: range, metrics: Metrics) -> None:
-    """Writes and shows the metrics of the last of the updates `steps`, made in one call."""
+    """Writes and shows the metrics of the last of the updates `steps`, made in one call.
+
+    The loss is the mean over all updates since the line before, but for those that are not finite.
+    """
     step = steps[-1]
     values = {name: _of_update(len(steps) - 1, value) for name, value in metrics.items()}
+    values["loss"] = statistics.fmean(self.losses) if self.losses else math.nan
+    self.losses = []
     rate = self._clock.rate(step)
     if rate:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
-    if self._writer:
+    values |= {"images": step * self._batch_size, "seconds": round(self._clock.trained, 3)}
+    if self._writer and self._loggers:
       with self._told(f"the metrics of update {step} wait to be written"):
-        self._writer.write(step, values)
+        self._writer.write(step, values | {"time": round(time.time(), 3)})
+      self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
     self._progress.report(step, facts, rate)
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
-    """Adds what was measured of the model after update `step` to its metrics."""
-    if self._writer:
+    """Adds what was measured of the model after update `step` to its metrics. Then nobody else writes the report."""
+    self._settle_pages(step)
+    if self._writer and self._loggers:
       with self._told(f"what was measured of update {step} is not in the metrics"):
         self._writer.amend(step, values)
+      self._loggers.scalars(step, values)
 
-  def samples(self, step: int, picture: np.ndarray) -> None:
-    """Writes a sample grid uint8 [height, width, 3]."""
-    if self._writer:
-      with self._told(f"the sample grid of update {step} is lost"):
-        grids.save_png(self._samples / f"step_{step:08d}.png", picture)
-        self._writer.write_image(step, "samples", picture)
+  def samples(self, step: int, picture: np.ndarray, settings: Mapping[str, Any]) -> None:
+    """Writes and shows a sample grid uint8 [height, width, 3], and begins to renew the pages.
+
+    settings: how it was drawn, JSON values.
+    """
+    if not (self._writer and self._loggers):
+      return
+    path = self._workdir / "samples" / f"step_{step:08d}.png"
+    with self._told(f"the sample grid of update {step} is lost"):
+      grids.save_png(path, picture, {"checkpoint": step, **settings})
+      self._writer.write_image(step, "samples", picture)
+      self._progress.say(f"sample grid of update {step}: {path}")
+      console.show_png(path)
+    self._loggers.image(step, "samples", picture)
+    if self._pages is None or self._pages.done():  # else they are renewed with the next grid
+      self._settle_pages(step)
+      self._pages = self._beside.submit(write_pages, self._workdir)
+
+  def _settle_pages(self, step: int) -> None:
+    """Waits until the pages are written, and tells if they could not be."""
+    if self._pages:
+      with self._told(f"loss.png and report.html are not renewed at update {step}"):
+        self._pages.result()
+      self._pages = None
 
   def flush(self) -> None:
     """Returns once all metrics are on disk. Raises OSError if that cannot be."""
@@ -134,9 +184,20 @@ class Reports:
     self._progress.unpause()
 
   def close(self) -> None:
-    """Closes the files."""
-    if self._writer:
+    """Closes the files, once the pages are written."""
+    self._beside.shutdown()
+    if self._writer and self._loggers:
       self._writer.close()
+      self._loggers.close()
+
+
+def write_pages(workdir: pathlib.Path) -> None:
+  """Writes `loss.png` and `report.html` anew, of what the other files of a workdir say. Raises OSError."""
+  if (workdir / "metrics.jsonl").stat().st_size:
+    from ddpm_jax import plots  # Matplotlib takes long to import
+
+    plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
+  write_report(workdir)
 
 
 def _of_update(i: int, metric: jax.Array) -> float:
@@ -145,10 +206,12 @@ def _of_update(i: int, metric: jax.Array) -> float:
 
 
 class _Clock:
-  """Updates a second between two points."""
+  """Updates a second between two points, and the seconds of training in all."""
 
-  def __init__(self):
+  def __init__(self, step: int, trained: float):
+    """`trained`: seconds that the updates up to `step` took."""
     self._time, self._step, self._pause = time.perf_counter(), 0, 0.0
+    self._counted, self.trained = step, trained
 
   def start(self, step: int) -> float:
     """Begins to count at `step`. Returns the seconds since the clock was made."""
@@ -160,6 +223,9 @@ class _Clock:
     now = time.perf_counter()
     rate = (step - self._step) / (now - self._time - self._pause)
     self._time, self._step, self._pause = now, step, 0.0
+    if rate:  # the first call, which compiles, takes as long as those after it
+      self.trained += (step - self._counted) / rate
+      self._counted = step
     return rate
 
   @contextlib.contextmanager

@@ -50,14 +50,15 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
 
 
 def restarts(config: Config, earlier: Manifest | None) -> list[int]:
-  """The steps after which the learning rate began anew, because a run with `cosine` was given another length there.
+  """The steps after which the learning rate restarted, because a run with `cosine` was given another length there.
 
   Args:
     config: of the run.
     earlier: the manifest that it goes on from.
   """
   made = list(earlier.get("lr_restarts", ())) if earlier else []
-  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != config.train.num_steps:
+  total = config.train.num_steps
+  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != total > earlier["step"]:
     made.append(earlier["step"])
   return made
 
@@ -127,9 +128,10 @@ def _check_past(manifest: Manifest, config: Config, workdir: pathlib.Path) -> No
     enough = next(number for number in itertools.count(now) if decay_start(config.optimizer, number) >= step)
     longer = f" or at least --num_steps={enough}"
   raise OtherPastError(
-    f"num_steps: with {now} the learning rate decays from step {our_start} on, and with {before}, as checkpoint {step} "
-    f"in {workdir} was trained, from {their_start}; none from before both is left to go on from; use "
-    f"--num_steps={before}{longer}, or another --workdir"
+    f"num_steps: with {now} steps the learning rate decays from step {our_start} on, with {before} (checkpoint {step} "
+    f"in {workdir}) from step {their_start}; no checkpoint from before both is left; use "
+    f"--num_steps={before}{longer}, or another --workdir",
+    since=min(their_start, our_start),
   )
 
 

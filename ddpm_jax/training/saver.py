@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -52,12 +53,15 @@ class Saver:
     last_chance = self._has_failed and self._pending is None and step - self._saved >= self._limit
     return step % self._every == 0 or step == self._extra_step or last_chance
 
-  def save(self, state: TrainState, step: int, *, last: bool = False) -> None:
+  def save(
+    self, state: TrainState, step: int, *, last: bool = False, so_far: Mapping[str, Any] = types.MappingProxyType({})
+  ) -> None:
     """Starts to save; returns once the state may be donated again.
 
     Args:
       state: global arrays.
       step: the number of updates in it.
+      so_far: what else belongs to this step, JSON values, for the manifest.
       last: nothing is trained after it, so that a failure is final.
 
     Raises:
@@ -74,7 +78,7 @@ class Saver:
     self._check_workdir()
     try:
       self._flush()
-      self._checkpoints.save(state, step, self._facts)
+      self._checkpoints.save(state, step, {**self._facts, **so_far})
     except OSError as error:
       reason = f"checkpoint {step} could not be written, as its metrics cannot ({error})"
       self._put_up_with(RunError(f"{reason}; the newest is {self._saved or None}"), step)

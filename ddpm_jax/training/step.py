@@ -42,7 +42,7 @@ class Draw(typing.NamedTuple):
   dropout_key: jax.Array
 
 
-def example_keys(seed: int, step: jax.Array, index: jax.Array) -> jax.Array:
+def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> jax.Array:
   """One key for each example: fold_in(fold_in(root, step), index). index int32 [B] -> keys [B]."""
   return indexed_keys(jax.random.fold_in(stream_key(seed, "train"), step), index)
 
@@ -120,7 +120,7 @@ def train_step(
   state: TrainState,
   batch: Batch,
   *,
-  seed: int,
+  seed: int | jax.Array,
   loss_fn: LossFn,
   optimizer: optax.GradientTransformationExtraArgs,
   learning_rate: optax.Schedule,
@@ -136,7 +136,7 @@ def train_step(
   Args:
     state: after n updates; what is like its parameters may be packed (`packed.pack`).
     batch: image uint8 [B, H, W, C], index int32 [B], replaced bool [B].
-    seed: of the run.
+    seed: of the run, in 0..2^32 - 1; an array of it is uint32.
     loss_fn: from `make_loss`.
     optimizer: from `make_optimizer`.
     learning_rate: the schedule inside `optimizer`, for the metrics.

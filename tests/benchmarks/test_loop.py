@@ -23,7 +23,7 @@ def hold():
 
 
 def test_a_whole_run_is_timed_from_its_first_update_to_its_last_checkpoint(tmp_path):
-  words = [*command.FLAGS, "--num_steps=12", f"--data_dir={tmp_path / 'tfds'}"]
+  words = [*command.FLAGS, "--num_steps=12"]
   _, (setting,) = command_line.parse(loop.make_parser(), words)
   measured = loop.whole_run(setting.config, tmp_path, "cold", hold, 0.5)
   assert command.checkpoints(tmp_path / "cold") == [6, 12]
@@ -41,7 +41,7 @@ def test_a_whole_run_is_timed_from_its_first_update_to_its_last_checkpoint(tmp_p
 
 def test_a_run_that_fails_is_told_in_a_line(tmp_path):
   config = config_lib.override(Config(), {"dataset": f"folder:{tmp_path / 'nothere'}"})
-  with pytest.raises(RunError, match=r"the run ended with exit code 2: error: dataset: .* names no folder"):
+  with pytest.raises(RunError, match=r"the run ended with exit code 2: error: dataset: .* is not a folder"):
     loop.whole_run(config, tmp_path, "cold", hold, 1)
 
 

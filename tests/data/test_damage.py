@@ -10,17 +10,18 @@ from array_record.python import array_record_module
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import pipeline, prepare, prepared, sources
 from ddpm_jax.errors import RunError, UserError
+from tests.data import old_digits  # noqa: F401  TFDS knows the data set once this is imported
 
 N = 1797
-SHARD = "digits-train.array_record-00000-of-00001"
+SHARD = "old_digits-train.array_record-00000-of-00001"
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
   """A folder with the digits, and their pixels."""
   folder = tmp_path_factory.mktemp("whole")
-  prepare.prepare(DataConfig(data_dir=str(folder)))
-  pixels = sources.open_source(DataConfig(data_dir=str(folder))).read(np.arange(N)).images
+  prepare.prepare(DataConfig(dataset="old_digits", data_dir=str(folder)))
+  pixels = sources.open_source(DataConfig(dataset="old_digits", data_dir=str(folder))).read(np.arange(N)).images
   assert len(np.unique(pixels.reshape(N, -1), axis=0)) == N
   return folder, pixels
 
@@ -29,11 +30,11 @@ def whole(tmp_path_factory):
 def copy(whole, tmp_path):
   """A data_dir of its own to be damaged, and its shard."""
   shutil.copytree(whole[0], tmp_path / "data")
-  return tmp_path / "data", tmp_path / "data" / "digits" / "1.0.0" / SHARD
+  return tmp_path / "data", tmp_path / "data" / "old_digits" / "1.0.0" / SHARD
 
 
 def open_source(folder, **options):
-  return sources.open_source(DataConfig(data_dir=str(folder), **options))
+  return sources.open_source(DataConfig(dataset="old_digits", data_dir=str(folder), **options))
 
 
 def exchange(shard, replacements):
@@ -69,8 +70,10 @@ def test_a_flipped_byte_costs_one_record(copy, whole, capsys, cache_gib):
   np.testing.assert_array_equal(rows.images[bad], whole[1][bad + 1])
   np.testing.assert_array_equal(np.flatnonzero(rows.replaced), [bad])
   (line,) = capsys.readouterr().err.splitlines()
-  assert line.startswith(f"skipped: image {bad} of digits, train (record {bad} of {shard}) cannot be read (")
-  refuse(folder, rf"^dataset: image {bad} of digits, train \(record {bad} of {shard}\) cannot be read .*; move .* away")
+  assert line.startswith(f"skipped: image {bad} of old_digits, train (record {bad} of {shard}) cannot be read (")
+  refuse(
+    folder, rf"^dataset: image {bad} of old_digits, train \(record {bad} of {shard}\) cannot be read .*; move .* away"
+  )
 
 
 def test_the_record_is_found_in_a_sum_of_slices(copy, whole, capsys):
@@ -84,8 +87,8 @@ def test_the_record_is_found_in_a_sum_of_slices(copy, whole, capsys):
   assert [(words[2], words[-3]) for words in told] == [("3", "3"), ("10", "1792"), ("13", "1795")]
   places = [0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 1793, 1793, 1794, 1796, 1796]
   np.testing.assert_array_equal(rows.images, whole[1][places])
-  refuse(folder, r"image 3 of digits, train\[:10\].*\(record 3 of .*\) is empty", split=split)
-  refuse(folder, r"image 0 of digits, train\[-5:\] \(record 1792 of .*\) is empty", split="train[-5:]")
+  refuse(folder, r"image 3 of old_digits, train\[:10\].*\(record 3 of .*\) is empty", split=split)
+  refuse(folder, r"image 0 of old_digits, train\[-5:\] \(record 1792 of .*\) is empty", split="train[-5:]")
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
@@ -96,8 +99,8 @@ def test_a_shard_that_is_cut_short_or_gone(copy, damage):
   if damage == "gone":
     shard.unlink()
   for cache_gib in (0.0, 1.0):
-    refuse(folder, rf"image 0 of digits, train \(record 0 of {shard}\) cannot be read", cache_gib=cache_gib)
-    refuse(folder, "too many images of digits are bad, 101 in a row", cache_gib=cache_gib, on_bad_record="skip")
+    refuse(folder, rf"image 0 of old_digits, train \(record 0 of {shard}\) cannot be read", cache_gib=cache_gib)
+    refuse(folder, "too many images of old_digits are bad, 101 in a row", cache_gib=cache_gib, on_bad_record="skip")
 
 
 def test_a_shard_that_is_cut_short_while_it_is_open(copy, whole):
@@ -107,7 +110,7 @@ def test_a_shard_that_is_cut_short_while_it_is_open(copy, whole):
   with shard.open("r+b") as file:
     file.truncate(100_000)
   np.testing.assert_array_equal(source.read(np.arange(9)).images, whole[1][:9])
-  with pytest.raises(UserError, match=r"image 1700 of digits, train \(record 1700 of"):
+  with pytest.raises(UserError, match=r"image 1700 of old_digits, train \(record 1700 of"):
     source.read(np.array([0, 1700]))
 
 
@@ -140,14 +143,14 @@ def test_a_bad_record_has_no_label(copy):
   source = open_source(folder)
   exchange(shard, {700: b"", 1000: b""})
   with pytest.raises(
-    UserError, match=rf"^dataset: image 700 of digits, train \(record 700 of {shard}\) is empty; move"
+    UserError, match=rf"^dataset: image 700 of old_digits, train \(record 700 of {shard}\) is empty; move"
   ):
     source.labels()
 
 
 def test_a_process_out_of_file_handles_skips_nothing(copy):
   """A data set of a thousand shards needs a thousand."""
-  data = DataConfig(data_dir=str(copy[0]), on_bad_record="skip")
+  data = DataConfig(dataset="old_digits", data_dir=str(copy[0]), on_bad_record="skip")
   prepared.open_prepared(data).fetch([0])  # whatever is imported or opened once
   encoded = prepared.open_prepared(data)
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -164,4 +167,6 @@ def test_a_damaged_description_is_named(copy):
   folder, shard = copy
   info = shard.parent / "dataset_info.json"
   info.write_bytes(info.read_bytes()[:300])
-  refuse(folder, rf"data_dir: the files that describe 'digits' in {folder} are damaged .* move the folder of digits")
+  refuse(
+    folder, rf"data_dir: the files that describe 'old_digits' in {folder} are damaged .* move the folder of old_digits"
+  )

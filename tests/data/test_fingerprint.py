@@ -12,8 +12,9 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import digits, fingerprint, prepare, sources
+from ddpm_jax.data import fingerprint, prepare, sources
 from ddpm_jax.data.encoded import EncodedImages, Rows
+from tests.data import old_digits
 
 N = 300  # more than the probe has, so that there are images outside of it
 
@@ -146,21 +147,21 @@ def test_a_skipped_image_counts_as_what_takes_its_place(folder, cache_gib):
 
 def test_a_data_set_of_tfds(tmp_path, monkeypatch):
   def take(folder, **options):
-    return sources.open_source(DataConfig(data_dir=str(tmp_path / folder), **options)).fingerprint
+    return sources.open_source(DataConfig(dataset="old_digits", data_dir=str(tmp_path / folder), **options)).fingerprint
 
-  prepare.prepare(DataConfig(data_dir=str(tmp_path / "a")))
+  prepare.prepare(DataConfig(dataset="old_digits", data_dir=str(tmp_path / "a")))
   before = take("a")
-  assert before["dataset"] == "digits/1.0.0 train"
+  assert before["dataset"] == "old_digits/1.0.0 train"
   assert (before["images"], before["shape"]) == (1797, "8x8x1")
   assert names(before, take("a", split="train[:90%]")) == {"dataset", "images", "listing", "probe", "pixels"}
   assert names(before, take("a", split="train[:1000]+train[1000:]")) == {"dataset", "listing"}
   (tmp_path / "a").rename(tmp_path / "b")
   assert names(before, take("b")) == set()
   assert names(before, take("b", cache_gib=0.0)) == set()
-  monkeypatch.setattr(digits.Digits, "VERSION", tfds.core.Version("2.0.0"))  # with the same images
-  prepare.prepare(DataConfig(data_dir=str(tmp_path / "b")))
+  monkeypatch.setattr(old_digits.OldDigits, "VERSION", tfds.core.Version("2.0.0"))  # with the same images
+  prepare.prepare(DataConfig(dataset="old_digits", data_dir=str(tmp_path / "b")))
   after = take("b")
-  assert after["dataset"] == "digits/2.0.0 train"
+  assert after["dataset"] == "old_digits/2.0.0 train"
   assert names(before, after) == {"dataset", "listing"}
 
 

@@ -295,8 +295,8 @@ def test_what_is_known_of_a_slice(tmp_path):
 
 
 def test_what_is_no_folder_of_images(tmp_path):
-  refuse(tmp_path / "missing", "dataset: 'folder:.*missing' names no folder")
-  refuse("", "dataset: 'folder:' names no folder")
+  refuse(tmp_path / "missing", "dataset: 'folder:.*missing' is not a folder")
+  refuse("", "dataset: 'folder:' is not a folder")
   refuse("~nobody_here/x", "dataset: .~nobody_here/x. begins with the home of nobody here; write the whole path")
   refuse(tmp_path, r"holds no .*\.png.* file")
   write(tmp_path / "a.png", plain("red"))
@@ -328,8 +328,8 @@ def test_what_is_left_out_is_told_by_kind(tmp_path, capsys):
   assert captured.out == ""
   assert captured.err == (
     f"folder:{root}: 4 images; left out: 4 files of other formats (.bmp 2, .jfif 1, no suffix 1), 1 hidden file, 1 "
-    "hidden folder, 1 special file, 1 broken link, 3 links to files outside, 1 link to a folder (--follow_links takes "
-    "what links lead to)\n"
+    "hidden folder, 1 special file, 1 broken link, 3 links to files outside, 1 link to a folder (--follow_links "
+    "follows links)\n"
   )
   open_folder(outside)
   assert capsys.readouterr().err == ""  # nothing is left out

@@ -68,7 +68,7 @@ def test_no_images():
 
 def test_only_so_many_features_are_kept_of_either_side(both, monkeypatch):
   _, fake, reference, _ = both
-  monkeypatch.setattr(comparison, "_SET", 10)
+  monkeypatch.setattr(comparison, "MOST", 10)
   seen = see(FEATURES, fake, 8, lambda number: None)
   np.testing.assert_array_equal(seen.index, [0, 4, 9, 13, 18, 22, 27, 31, 36, 40])
   np.testing.assert_array_equal(seen.features, project(fake)[seen.index])

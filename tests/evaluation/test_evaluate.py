@@ -1,7 +1,9 @@
 """An evaluation from beginning to end: what it holds, that devices and batches do not matter, what it refuses."""
 
 import dataclasses
+import hashlib
 import json
+import tempfile
 import types
 
 import jax
@@ -11,11 +13,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import DataConfig, EvaluateConfig
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import estimate, yardsticks
+from ddpm_jax.evaluation import estimate, statistics, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import run as evaluation_run
 from ddpm_jax.evaluation.evaluate import Abandoned, Surroundings, check, evaluate, measurable
@@ -149,7 +151,7 @@ def test_all_of_it(whole):
     how = [(facts["dtype"], facts["matmul_precision"]) for facts in result[key].values()]
     assert how == [("float32", "highest")] * 2
   (warning,) = result["warnings"]
-  assert warning.startswith("the noise schedule does not reach noise")  # 20 timesteps with the default betas
+  assert warning.startswith("the noise schedule does not reach pure noise")  # 20 timesteps with the default betas
   assert result["seconds"] >= 0 and result["date"].endswith("+00:00") and result["machine"].startswith("8 x ")
   assert set(shown) == {"samples", "neighbours"}
   assert all(picture.dtype == np.uint8 and picture.shape[2] == 3 for picture in shown.values())
@@ -161,7 +163,7 @@ def test_it_beats_in_every_part(whole):
   _, _, heard, _ = whole
   for what in ("feature vector 37 of 37", "feature vector 21 of 21", "training image 37 of 37"):
     assert heard.count(what) == 1
-  assert [what for what in heard if what.startswith("image ")][:3] == [f"image {n} of 21" for n in (10, 20, 21)]
+  assert {f"evaluation {n} of 42" for n in (0, 20, 40, 42)} <= set(heard), "of the network, two for each image"
   assert heard.count("image 11 of 11") >= 4, "two likelihoods of two splits"
 
 
@@ -197,6 +199,103 @@ def test_another_split_to_compare_with(whole, tmp_path, monkeypatch):
   assert found["neighbours"] == whole[0]["neighbours"]
 
 
+@pytest.fixture(scope="module")
+def file_of_statistics(small_parts, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("statistics")
+  evaluate_lib.write_reference(config_of(), pictures(), folder / "own.npz", around(folder))
+  return folder / "own.npz"
+
+
+OF_SAMPLES = OPTIONS["measures"][:6]
+
+
+def test_measuring_against_a_file_is_measuring_against_the_data(whole, file_of_statistics, tmp_path):
+  """And the file is read as pytorch-fid reads it."""
+  config = config_of(reference_stats=str(file_of_statistics), measures=OF_SAMPLES)
+  found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
+  for name, value in whole[0]["measures"].items():
+    assert found["measures"][name] == pytest.approx(value, rel=1e-9), name
+  assert found["neighbours"] == whole[0]["neighbours"]
+  digest = hashlib.sha256(file_of_statistics.read_bytes()).hexdigest()
+  assert found["reference"] == {"file": "own.npz", "sha256": digest} | whole[0]["reference"]
+  with np.load(file_of_statistics) as archive:
+    mean, sigma = archive["mu"][:], archive["sigma"][:]
+  features = summary_features().extract(pictures().read(np.arange(37)).images).features.astype(np.float64)
+  np.testing.assert_allclose(mean, features.mean(0), rtol=1e-12)
+  np.testing.assert_allclose(sigma, np.cov(features, rowvar=False), rtol=1e-10)
+
+
+@pytest.mark.parametrize("names", [("mu", "sigma"), ("feats",)])
+def test_measuring_against_a_file_of_others(whole, file_of_statistics, tmp_path, capsys, names):
+  """Mean and covariance alone are enough for the distance alone."""
+  with np.load(file_of_statistics) as archive:
+    np.savez_compressed(tmp_path / "theirs.npz", **{name: archive[name] for name in names})
+  config = config_of(reference_stats=str(tmp_path / "theirs.npz"), measures=OF_SAMPLES)
+  default = dataclasses.replace(EvaluateConfig(), measures=OF_SAMPLES)
+  loud = dataclasses.replace(around(tmp_path), quiet=False)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(statistics, "EvaluateConfig", lambda: default)  # nothing was named
+    found, _ = evaluate(config, weights_of(config), pictures(), loud)
+  missing = {"classifier_kid", "classifier_kid_std", "precision", "recall", "density", "coverage", "set_size"}
+  wanted = {k: v for k, v in whole[0]["measures"].items() if names == ("feats",) or k not in missing}
+  assert found["measures"].keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert found["measures"][name] == pytest.approx(value, rel=1e-6), name
+  assert found["neighbours"] == whole[0]["neighbours"]
+  assert set(found["reference"]) == {"file", "sha256"}
+  out = capsys.readouterr().out
+  assert "theirs.npz does not say which features it is of; taken for those of --features=classifier\n" in out
+  left_out = "left out: kid, precision_recall, density_coverage ("
+  assert (left_out in out) == (names == ("mu", "sigma"))
+
+
+def test_a_file_of_statistics_that_does_not_fit(file_of_statistics, tmp_path):
+  with np.load(file_of_statistics) as archive:
+    own = dict(archive)
+  facts = json.loads(str(own["facts"]))
+
+  def having(**changes):
+    told = facts | {"features": facts["features"] | changes}
+    np.savez(tmp_path / "a.npz", **(own | {"facts": np.asarray(json.dumps(told))}))
+
+  def refused(measures=("frechet",), **changes):
+    config = config_of(reference_stats=str(tmp_path / "a.npz"), measures=measures, **changes)
+
+    def run():
+      check(config, tmp_path, pictures())
+      evaluate(config, weights_of(config), pictures(), around(tmp_path))
+
+    with pytest.raises(UserError) as caught:
+      run()
+    text = str(caught.value)
+    assert "\n" not in text and not any(path.stat().st_size for path in tmp_path.glob("samples/.drawn*"))
+    return text
+
+  having(name="inception", resize="fid")
+  assert "a.npz is of --features=inception, and this command compares by classifier" in refused()
+  having(identity="f" * 64)
+  assert f"a.npz is of another classifier, with other weights or arithmetic ({'f' * 12}, this one is sums)" in refused()
+  np.savez(tmp_path / "a.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+  assert "is of features of 2048 numbers, and those of classifier have 64" in refused()
+  np.savez(tmp_path / "a.npz", mu=np.zeros(64), sigma=np.eye(64))
+  assert "is of features of 64 numbers, and those of classifier have 4" in refused()
+  assert "measures: kid, precision_recall cannot be measured, as" in refused(("frechet", "kid", "precision_recall"))
+  assert refused(("bound",)).startswith("reference_stats: has no effect with --measures=bound")
+  wide = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+  np.savez(tmp_path / "a.npz", feats=wide)
+  text = refused(("density_coverage",))
+  assert text == f"measures: density_coverage needs 6 images, and {tmp_path}/a.npz has 5; leave it out"
+  np.savez(tmp_path / "a.npz", mu=np.zeros(64), sigma=np.eye(64))
+  bare = config_of(
+    reference_stats=str(tmp_path / "a.npz"), evaluate_every=5, measures=EvaluateConfig().measures, num_timesteps=200
+  )
+  check(bare, tmp_path, pictures())
+  with pytest.raises(
+    UserError, match=r"best_measure: kid cannot be measured, as .*a\.npz has mean and covariance alone"
+  ):
+    check(config_lib.override(bare, {"best_measure": "kid"}), tmp_path, pictures())
+
+
 def test_flips_are_no_part_of_the_data(whole, tmp_path):
   config = config_of(random_flip=False, measures=("frechet",))
   found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
@@ -212,7 +311,7 @@ def test_only_what_is_asked_for(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("phase", ["image 20 of 21", "feature vector 18 of 21", "image 11 of 11"])
+@pytest.mark.parametrize("phase", ["evaluation 40 of 42", "feature vector 18 of 21", "image 11 of 11"])
 def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
   """Whatever it was doing after the draw: what was drawn is taken over."""
 
@@ -224,9 +323,9 @@ def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
   with pytest.raises(Abandoned):
     evaluate(config, weights_of(config), pictures(), around(tmp_path, beat))
   (kept,) = (tmp_path / "samples").iterdir()
-  assert kept.stat().st_size == (20 if phase == "image 20 of 21" else 21) * 64
-  if phase != "image 20 of 21":
-    monkeypatch.setattr(drawn, "make_draw", lambda *args, **options: pytest.fail("drawn again"))
+  assert kept.stat().st_size == (20 if phase == "evaluation 40 of 42" else 21) * 64
+  if phase != "evaluation 40 of 42":
+    monkeypatch.setattr(drawn, "make_long_draw", lambda *args, **options: pytest.fail("drawn again"))
   found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
   assert found["measures"]["classifier_distance"] == whole[0]["measures"]["classifier_distance"]
   assert not list((tmp_path / "samples").iterdir())
@@ -427,3 +526,28 @@ def test_what_the_run_refuses_leaves_no_trace(workdir, tmp_path, monkeypatch):
   with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
     evaluation_run.evaluate(config_of(), tmp_path / "empty")
   assert listing(tmp_path) == before
+
+
+def test_the_run_writes_statistics_and_nothing_else(workdir, tmp_path, monkeypatch, capsys):
+  """Of a data set without a run, or of the one that a run has, whether it was trained or not."""
+  monkeypatch.setattr(evaluation_run, "open_source", open_split)
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+  (tmp_path / "temporary").mkdir()
+  evaluation_run.evaluate(config_of(write_reference=str(tmp_path / "a.npz")), None)
+  assert capsys.readouterr().out.endswith(f"done: {tmp_path / 'a.npz'}\n")
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npz", "temporary"]
+  assert not list((tmp_path / "temporary").iterdir())
+  before = listing(workdir)
+  evaluation_run.evaluate(config_of(write_reference=str(tmp_path / "b.npz")), workdir)
+  assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
+  assert {path.parent.name for path in listing(workdir).keys() - before.keys()} <= {"eval", "run", "cache"}
+  evaluation_run.evaluate(config_of(write_reference=str(tmp_path / "c.npz"), reference_split="test"), None)
+  told = statistics.read_statistics(str(tmp_path / "c.npz")).told
+  assert (told["dataset"], told["split"], told["number"]) == ("pictures", "test", 23)
+  for path, message in (
+    (tmp_path / "a.npz", "a.npz exists; name another file"),
+    (tmp_path / "none" / "a.npz", "there is no folder .*/none; make it"),
+    ("gs://bucket/a.npz", "is no path in a file system"),
+  ):
+    with pytest.raises(UserError, match=f"write_reference: .*{message}"):
+      evaluation_run.evaluate(config_of(write_reference=str(path)), None)

@@ -249,7 +249,7 @@ def test_images_are_spread_over_the_data_and_each_is_read_once():
   options |= dict(prediction="x0", variance="fixed_large", examples=9, timesteps=2)
   got = likelihood.bound(constant, params, SCHEDULE, **options)
   assert asked == [0, 1, 2, 3, 4, 5, 6, 7, 8] and got["examples"] == 9
-  assert done == [0, 4, 4, 8, 8, 9]  # before and after each batch
+  assert done == [2, 4, 6, 8, 8, 9]  # in and after each batch
 
 
 def test_one_compilation_whatever_the_batches():

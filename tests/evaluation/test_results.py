@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import grids
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError
@@ -59,6 +60,7 @@ def test_what_is_written(workdir):
   pictures = {"samples": "eval/8.samples.png", "neighbours": "eval/8.neighbours.png"}
   assert read(path) == read_result(path) == found | {"pictures": pictures}
   assert sorted(child.name for child in (workdir / "eval").iterdir()) == ["8.json", "8.neighbours.png", "8.samples.png"]
+  assert grids.facts_of(workdir / pictures["samples"]) == {"checkpoint": 8, "sample_weights": "ema", "number": 10}
   with Image.open(workdir / pictures["samples"]) as picture:
     np.testing.assert_array_equal(np.asarray(picture), PICTURE)
   page = (workdir / "report.html").read_text()

@@ -35,7 +35,7 @@ def data(tmp_path_factory):
   source = dataclasses.replace(source, read=Rows(images, np.zeros(200, bool)).take)
   cache = tmp_path_factory.mktemp("reference")
   reference = measure_reference(source, summary_features(), cache=cache, batch_size=50, say=lambda line: None)
-  return images, Data(source, reference)
+  return images, Data(source, reference, source.fingerprint)
 
 
 def measure(config, data, cache, *, features=None, said=None, heard=None):
@@ -123,7 +123,7 @@ def test_computed_once_for_each_number_of_samples(config, data, tmp_path):
 def test_of_a_few_images_only_what_halves_are_enough_for(config, tmp_path):
   source = pictures(number=7)
   reference = measure_reference(source, summary_features(), cache=tmp_path, batch_size=50, say=lambda line: None)
-  found = measure(config, Data(source, reference), tmp_path)
+  found = measure(config, Data(source, reference, source.fingerprint), tmp_path)
   assert found["data"]["number"] == 3
   assert set(found["data"]["values"]) == {
     *("classifier_distance", "classifier_kid", "classifier_kid_std", "classifier_score", "classifier_score_std"),

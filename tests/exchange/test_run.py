@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import yaml
+from PIL import Image
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.exchange import diffusers, file, initial
 from ddpm_jax.exchange import run as exchange_run
 from ddpm_jax.exchange.tensors import read_facts
+from ddpm_jax.sampling import run as sampling
 from ddpm_jax.sampling.weights import load_weights
 from tests.exchange.folders import contents, read_tensors
 from tests.sampling.conftest import Trained
@@ -194,10 +197,52 @@ def test_the_model_card(trained, tmp_path):
   ):
     assert part in text, part
   assert str(tmp_path) not in text and "log_every" not in text
-  (trained.path / "samples" / "samples.png").write_bytes(b"drawn")
   export(trained, tmp_path / "again", sample_weights="raw")
   files = contents(tmp_path / "again")
-  assert files["samples.png"] == b"drawn" and b"Not measured." in files["README.md"]
+  assert files["samples.png"] == picture and b"Not measured." in files["README.md"]
+
+
+def test_the_card_shows_no_picture_of_other_weights(trained, tmp_path, monkeypatch, capsys):
+  """Drawn at 3, trained to 5, exported. Also of other weights of that update, or of another run's."""
+  samples, identity = trained.path / "samples", load_weights(trained.config, trained.path).identity
+  ours = {"checkpoint": 5, "sample_weights": "ema", "sampler": "dpmpp", "weights_sha256": identity}
+
+  def exported(name, facts=None, **changes):
+    """The picture of an export, after this one was drawn."""
+    samples.mkdir(exist_ok=True)
+    if facts is not None:
+      grids.save_png(samples / "samples.png", np.zeros((8, 8, 3), np.uint8), facts)
+    export(trained, tmp_path / name, **changes)
+    files = contents(tmp_path / name)
+    text, shown = files["README.md"].decode(), files.get("samples.png")
+    assert ("samples.png" in text) == (shown is not None)
+    assert ("There is no picture here" in text) == ("no picture: nothing is drawn of" in capsys.readouterr().out)
+    return shown and ("drawn" if shown == (samples / "samples.png").read_bytes() else shown), text
+
+  others = (
+    load_weights(trained.having(**other), trained.path) for other in ({"checkpoint": "3"}, {"sample_weights": "raw"})
+  )
+  stale = [*(ours | {"weights_sha256": weights.identity} for weights in others), {"checkpoint": 5}, {}]
+  for number, facts in enumerate(stale):
+    shown, text = exported(f"stale{number}", facts)
+    assert shown is None and "`python -m ddpm_jax.main --mode=sample --checkpoint=5 --sample_weights=ema" in text
+  (samples / "step_00000003.png").write_bytes(b"of update 3")
+  assert exported("another grid")[0] is None
+  (samples / "step_00000005.png").write_bytes(b"of update 5")
+  shown, text = exported("its grid")
+  assert shown == b"of update 5" and "after update 5 of the training" in text
+  assert exported("older", checkpoint="3")[0] == b"of update 3"
+  shown, text = exported("drawn", ours)
+  assert shown == "drawn" and "with these weights by the sampler `dpmpp`" in text
+
+
+def test_a_drawn_picture_that_is_exported_names_no_folder_of_this_machine(trained, tmp_path):
+  sampling.sample(trained.having(sample_png_dir=str(tmp_path / "png")), trained.path)
+  export(trained, tmp_path / "out")
+  with Image.open(tmp_path / "out" / "samples.png") as image:
+    facts = json.loads(image.text["ddpm_jax"])
+  assert facts["checkpoint"] == 5 and facts["sampler"] == "ddim"
+  assert str(tmp_path).encode() not in (tmp_path / "out" / "samples.png").read_bytes()
 
 
 def test_text_of_users_is_no_markup(trained, tmp_path):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
 import pathlib
 import re
-import signal
+import statistics
 import subprocess
+import sys
+import tomllib
 
 import pytest
 import yaml
 from absl import flags as absl_flags
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import flags
+from ddpm_jax.config import Config
 
-LAUNCH = pathlib.Path(__file__).parents[2] / "experiments" / "launch"
+ROOT = pathlib.Path(__file__).parents[2]
+LAUNCH = ROOT / "experiments" / "launch"
 SCRIPTS = ["tpu_pod.sh", "slurm.sbatch"]
 MANIFEST = "kubernetes_jobset.yaml"
 SETTINGS = ("WORKDIR", "DATA_DIR", "FLAGFILE")
@@ -54,7 +59,7 @@ def jobset() -> dict:
 
 
 def test_all_launchers_are_here():
-  assert {path.name for path in LAUNCH.iterdir()} == {*SCRIPTS, MANIFEST}
+  assert {path.name for path in LAUNCH.iterdir() if path.is_file()} == {*SCRIPTS, MANIFEST, "sweep.py"}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -76,7 +81,12 @@ def test_says_what_must_be_equal_and_how_to_stop_and_resume(name):
 def test_runs_the_program_with_flags_that_exist(name):
   registry = absl_flags.FlagValues()
   flags.define(registry)
-  (command,) = re.findall(r"-m ddpm_jax\.main((?:[^\n]*\\\n)*[^\n]*)", text(name))
+  if name == MANIFEST:
+    (job,) = jobset()["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    command = " ".join(container["args"])
+  else:
+    (command,) = re.findall(r"-m ddpm_jax\.main((?:[^\n]*\\\n)*[^\n]*)", text(name))
   named = re.findall(r"--(\w+)=", command)
   assert {"workdir", "data_dir", "flagfile"} <= set(named)
   assert set(named) - {"flagfile"} <= set(registry)
@@ -151,26 +161,136 @@ def test_jobset_gives_every_pod_its_place():
   assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
-@pytest.mark.parametrize(("stop", "code", "expected"), [(False, 0, 0), (False, 3, 3), (True, 0, 143)])
-def test_pod_that_was_told_to_stop_is_not_done(tmp_path, stop, code, expected):
-  # A program that exits with 0 when it is told to stop, as ours does after saving.
-  fake = tmp_path / "python"
-  body = "while :; do sleep 0.02; done" if stop else f"exit {code}"
-  fake.write_text(f"#!/bin/bash\ntrap 'echo saved; exit 0' TERM\necho up\n{body}\n")
-  fake.chmod(0o755)
-  (job,) = jobset()["spec"]["replicatedJobs"]
-  (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-  command = [*container["command"], *container["args"]]
-  environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-  with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
-    assert shell.stdout is not None
-    assert shell.stdout.readline() == "up\n"
-    if stop:
-      shell.terminate()
-    try:
-      rest, _ = shell.communicate(timeout=20)
-    finally:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(shell.pid, signal.SIGKILL)
-  assert shell.returncode == expected
-  assert rest == ("saved\n" if stop else "")
+def test_a_pod_that_was_told_to_stop_is_no_failure_and_not_done():
+  """Python is the pod's own process, and its exit code after a stop is the one that the rules know."""
+  spec = jobset()["spec"]
+  (job,) = spec["replicatedJobs"]
+  job = job["template"]["spec"]
+  (container,) = job["template"]["spec"]["containers"]
+  assert container["command"] == ["python", "-m", "ddpm_jax.main"]
+  registry = absl_flags.FlagValues()
+  absl_flags.DEFINE_string("flagfile", "", "", flag_values=registry)
+  flags.define(registry)
+  assert registry(["main", *(word for word in container["args"] if not word.startswith("--flagfile="))]) == ["main"]
+  config = config_lib.override(Config(), flags.given(registry))
+  (rule,) = job["podFailurePolicy"]["rules"]
+  codes = {"containerName": container["name"], "operator": "In", "values": [config.train.stop_exit_code]}
+  assert rule == {"action": "FailJob", "onExitCodes": codes} and config.train.stop_exit_code > 3
+  again = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+  assert spec["failurePolicy"]["rules"] == [again] and spec["failurePolicy"]["maxRestarts"] > 0
+  # What Kubernetes asks of a job with such a policy.
+  assert job["template"]["spec"]["restartPolicy"] == "Never"
+  assert job["template"]["spec"]["terminationGracePeriodSeconds"] >= 120
+
+
+TINY = [
+  *("--channels=4", "--channel_multipliers=1", "--attention_resolutions=", "--batch_size=8", "--num_timesteps=20"),
+  *("--preview_steps=2", "--num_steps=4", "--log_every=1", "--sample_every=0", "--lr_schedule=constant"),
+]
+
+
+def test_a_sweep_compiles_once_and_each_of_its_runs_is_that_of_the_command(tmp_path):
+  """With another seed each, so with other losses; the same command again does nothing."""
+  environment = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_cpu_use_onednn=false",
+  }
+  environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+  cache = tmp_path / "cache"
+
+  def python(*words):
+    command = [sys.executable, *words, *TINY, f"--compilation_cache={cache}"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, {path.name for path in cache.glob("*-cache")}
+
+  _, kept = python("-m", "ddpm_jax.main", f"--workdir={tmp_path / 'alone'}", "--seed=3")
+  assert max(path.stat().st_size for path in cache.iterdir()) > 30_000, "the step is kept, not only small programs"
+  out, after = python(LAUNCH / "sweep.py", f"--workdir={tmp_path / 'sweep'}", "--seeds=3,5")
+  assert after == kept, "another seed compiles another program"
+  losses = {}
+  for name in ("alone", "sweep/seed_3", "sweep/seed_5"):
+    losses[name] = [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+  assert losses["sweep/seed_3"] == losses["alone"] and len(losses["alone"]) == 4
+  assert not set(losses["sweep/seed_5"]) & set(losses["alone"])
+  for seed in (3, 5):
+    expected = statistics.fmean(losses[f"sweep/seed_{seed}"])
+    assert f"seed_{seed}  loss {expected:.4g}, the mean of 4 lines" in out
+  out, _ = python(LAUNCH / "sweep.py", f"--workdir={tmp_path / 'sweep'}", "--seeds=3,5")
+  assert out.count("nothing to do") == 2
+
+
+def test_a_sweep_refuses_what_is_wrong_in_one_line(tmp_path):
+  for words, message in (
+    (["--workdir=x"], "seeds: empty"),
+    (["--seeds=1"], "workdir: missing"),
+    (["--seeds=1", "--workdir=x", "--chanels=3"], "Unknown command line flag 'chanels'"),
+    (["--seeds=a", "--workdir=x"], "flag --seed=a"),
+  ):
+    command = [sys.executable, LAUNCH / "sweep.py", *words]
+    done = subprocess.run(
+      command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith(f"error: {message}")
+  assert list(tmp_path.iterdir()) == []
+
+
+# The image.
+
+
+def dockerfile() -> list[tuple[str, str]]:
+  """The instructions of the Dockerfile, each as (its name, the rest on one line)."""
+  lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+  text = "\n".join(lines).replace("\\\n", " ")
+  return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def test_the_image_copies_what_there_is_and_leaves_nothing_out():
+  """What an instruction copies exists and is not kept back by .dockerignore; the package's own files are all there."""
+  ignored = (ROOT / ".dockerignore").read_text().splitlines()
+  let_in = {line.removeprefix("!") for line in ignored if line.startswith("!")}
+  assert "*" in ignored
+  copied = [
+    word for name, rest in dockerfile() if name == "COPY" and "--from=" not in rest for word in rest.split()[:-1]
+  ]
+  assert set(copied) == let_in and all((ROOT / name).exists() for name in copied)
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  needed = {project["readme"], *project["license-files"], "pyproject.toml", "ddpm_jax"}
+  assert all(any(name == part or name.startswith(f"{part}/") for part in copied) for name in needed)
+
+
+def test_the_image_runs_the_command_as_nobody_in_particular():
+  instructions = dockerfile()
+  assert [rest for name, rest in instructions if name == "ENTRYPOINT"] == ['["python", "-m", "ddpm_jax.main"]']
+  (user,) = [rest for name, rest in instructions if name == "USER"]
+  assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+  (variables,) = [rest for name, rest in instructions if name == "ENV" and "PATH=" in rest]
+  assert "XDG_CACHE_HOME=/tmp/" in variables and "MPLCONFIGDIR=/tmp/" in variables
+  stages = [rest for name, rest in instructions if name == "FROM"]
+  assert stages == ["python:${PYTHON}-slim AS build", "python:${PYTHON}-slim"]
+  assert instructions[0] == ("ARG", "PYTHON=3.13")
+
+
+def test_what_the_image_installs_is_valid_and_locked():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  named = set(re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+  for name, rest in dockerfile():
+    if name == "RUN":
+      subprocess.run(["bash", "-n", "-c", rest], check=True)
+      removed = re.findall(r"pip uninstall --yes ([\w. -]+)", rest)
+      assert set(" ".join(removed).split()) <= named
+  said = (ROOT / "Dockerfile").read_text()
+  (extra,) = re.findall(r"--build-arg=EXTRA=(\w+)", said)
+  assert extra in project["optional-dependencies"]
+  assert "--build-arg=EXTRA=cuda" in comments(MANIFEST)
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "experiments/launch/sweep.py", f"experiments/launch/{MANIFEST}"])
+def test_commands_in_comments_have_flags_that_exist(name):
+  text = (ROOT / name).read_text().replace("# ", "")
+  registry = absl_flags.FlagValues()
+  flags.define(registry)
+  found = re.findall(r"(?:ddpm_jax:cuda|ddpm_jax|ddpm_jax\.main|sweep\.py) ((?:\\?\s*--\w+=\S+)+)", text)
+  named = {flag for words in found for flag in re.findall(r"--(\w+)=", words)}
+  assert named - {"flagfile", "seeds"} <= set(registry)

@@ -72,7 +72,7 @@ def stuck(folder: pathlib.Path) -> float:
   began = time.monotonic()
   _, (_, err) = ends(processes, STEP_TIMEOUT + 5, [1])
   seconds = time.monotonic() - began
-  assert f"error: nothing done for {STEP_TIMEOUT} s after update" in err and "hanging_batches" in err, err
+  assert f"error: no progress for {STEP_TIMEOUT} s after update" in err and "hanging_batches" in err, err
   assert "hanging_batches" in (folder / "pair" / "stuck.1.txt").read_text()
   assert seconds < STEP_TIMEOUT + 5, seconds
   return seconds

@@ -159,7 +159,7 @@ def full_disk(folder: pathlib.Path, *_) -> str:
   mounted = not subprocess.run(
     ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", small], capture_output=True
   ).returncode
-  process = start(small, "full", f"--data_dir={folder / 'tfds'}", "--max_unsaved_steps=40")
+  process = start(small, "full", "--max_unsaved_steps=40")
   try:
     command.wait_for(lambda: command.checkpoints(small / "full")[-1:] >= [25], process)
     if mounted:
@@ -173,7 +173,7 @@ def full_disk(folder: pathlib.Path, *_) -> str:
     expect(err.strip().splitlines()[-1].startswith("error: "), err)
     before = command.checkpoints(small / "full")
     (small / "ballast").unlink(missing_ok=True)
-    command.finish(start(small, "full", f"--data_dir={folder / 'tfds'}"), timeout=600)
+    command.finish(start(small, "full"), timeout=600)
     expect_same(folder, small / "full")
   finally:
     process.kill()

@@ -11,7 +11,7 @@ from tests.command import FLAGS, ROOT, checkpoints, metrics, wait_for
 def test_stopped_when_the_reader_goes_it_saves_all_the_same(folder):
   """As `... | tee log` and Ctrl-C; with warnings to a full disk, and a workdir that the output cannot spell."""
   workdir = folder / "gone é"
-  command = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={workdir}", f"--data_dir={folder / 'tfds'}", *FLAGS]
+  command = [sys.executable, "-m", "ddpm_jax.main", f"--workdir={workdir}", *FLAGS]
   command += ["--num_steps=1000000", "--checkpoint_every=1000000", "--sample_every=0", "--log_every=1"]
   with open("/dev/full", "w") as full, open(os.devnull) as null:
     process = subprocess.Popen(

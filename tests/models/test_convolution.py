@@ -182,6 +182,35 @@ def test_other_devices_than_cpus_get_the_plain_convolution(resample, by):
 
 
 @pytest.mark.parametrize("resample", CASES)
+def test_the_precision_is_that_of_the_call_wherever_it_is_lowered(resample):
+  """As `jax.lax.conv_general_dilated` has it, in both derivatives too."""
+
+  def gradients(x, kernel):
+    def loss(x, kernel):
+      with jax.default_matmul_precision("highest"):
+        return jnp.sum(convolve(x, kernel, resample) ** 2)
+
+    return loss(x, kernel), jax.grad(loss, (0, 1))(x, kernel)
+
+  traced = jax.jit(gradients).trace(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
+  lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+  convolutions = [line for line in lines if "stablehlo.convolution" in line]
+  assert len(convolutions) >= 3 and all("HIGHEST" in line for line in convolutions)
+
+
+@pytest.mark.parametrize("resample", CASES)
+def test_without_jit_and_of_nothing(resample):
+  x, kernel = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), jnp.ones((3, 3, 3, 2))
+  with jax.disable_jit():
+    y = convolve(x, kernel, resample)
+  np.testing.assert_allclose(y, convolve(x, kernel, resample), atol=1e-5)
+  for axes, arrays in (((0, None), (x[None][:0], kernel)), ((None, 0), (x, kernel[None][:0]))):
+    nothing = jax.vmap(lambda x, kernel: convolve(x, kernel, resample), axes)(*arrays)
+    assert nothing.shape == (0, *y.shape)
+  assert jax.vmap(lambda x, kernel: convolve(x, kernel, resample))(x[None][:0], kernel[None][:0]).shape == (0, *y.shape)
+
+
+@pytest.mark.parametrize("resample", CASES)
 def test_a_gradient_in_parts_is_that_of_the_whole(resample, monkeypatch):
   """Few pixels at once: 6 images become parts of 3, 2 or 1."""
   keys = jax.random.split(jax.random.key(0), 2)

@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
-from ddpm_jax.models.build import build_model, init_params, network_of, num_params
+from ddpm_jax.models.build import build_model, fitted, init_params, network_of, num_params
 from ddpm_jax.models.convolution import Conv3x3
 from tests.models import reference
 
@@ -396,6 +396,16 @@ def test_sizes_that_the_levels_do_not_divide(size, multipliers, message):
 def test_attention_resolutions_that_never_come_up():
   with pytest.raises(UserError, match=r"attention_resolutions: 16 is none of .* 8, 4"):
     build_model(ModelConfig(channels=8, channel_multipliers=(1, 2), attention_resolutions=(4, 16)), (8, 8, 1))
+
+
+def test_attention_fits_the_images_by_default():
+  """At the lowest level, unless that has more than 16 rows."""
+  for size, multipliers, rows in ((8, (1, 2), (4,)), (64, (1, 2), ()), (64, (1, 2, 2), (16,)), (28, (1, 2, 2), (7,))):
+    config = ModelConfig(channels=8, channel_multipliers=multipliers)
+    assert fitted(config, (size, size, 1)).attention_resolutions == rows
+    assert build_model(config, (size, size, 1)).attention_resolutions == rows
+  own = ModelConfig(channels=8, channel_multipliers=(1, 2), attention_resolutions=())
+  assert fitted(own, (8, 8, 1)) == own
 
 
 @pytest.mark.parametrize("image_shape", [(4, 4, 1), (12, 12, 3), (8, 16, 3)])

@@ -108,7 +108,7 @@ def test_without_a_known_memory_there_is_no_search(here, compiled, capsys, monke
     ({"topology": "v5e:2x2"}, r"topology: v5e:2x2 needs libtpu, .* pip install -e '\.\[tpu\]'"),
     ({"batch_size": 12}, "batch_size: 12 cannot be divided among 8 devices"),
     ({"dataset": "cifar11"}, "dataset: 'cifar11' is unknown"),
-    ({"dataset": "folder:nowhere"}, "dataset: 'folder:nowhere' names no folder"),
+    ({"dataset": "folder:nowhere"}, "dataset: 'folder:nowhere' is not a folder"),
     ({"channel_multipliers": (1, 1, 1, 1, 1)}, "image_size: 8 is not divisible by 16"),
   ],
 )

@@ -18,6 +18,7 @@ V5E = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required f
 def libtpu(monkeypatch):
   """A libtpu that has v5e, v4 and nothing else, and keeps what it was asked for."""
   record = types.SimpleNamespace(asked=[], environment={}, refusal=V5E + "available HBM (15.75G).")
+  record.kinds = ("v5e:", "v4:")
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "libtpu" or None)
   for name in topology._QUIET:
     monkeypatch.delenv(name, raising=False)
@@ -27,7 +28,7 @@ def libtpu(monkeypatch):
     record.environment = {name: os.environ.get(name) for name in topology._QUIET}
     if topology_name.startswith("v8"):
       raise jax.errors.JaxRuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
-    if not topology_name.startswith(("v5e:", "v4:")):
+    if not topology_name.startswith(record.kinds):
       raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9\nmore")
     kind = "TPU v5 lite" if topology_name.startswith("v5e") else "TPU v4"
     return types.SimpleNamespace(devices=[types.SimpleNamespace(device_kind=kind)] * 4)
@@ -87,9 +88,97 @@ def test_memory_that_nobody_says(libtpu):
     topology.find("v5e:2x2")
 
 
-@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:4", "v5e:axb", "gpu", "a100:2x2", "v5e:2x2x2x2", "CPU"])
+# Numbers of chips, by multiplying, and what of them the name counts, from Cloud TPU's documentation.
+SLICES = {
+  "v2-8": "v2:2x2",
+  "v3-8": "v3:2x2",
+  "v3-128": "v3:8x8",
+  "v4-8": "v4:2x2x1",
+  "v4-32": "v4:2x2x4",
+  "v4-64": "v4:2x4x4",
+  "v4-1536": "v4:8x8x12",
+  "v5e-1": "v5e:1x1",
+  "v5e-16": "v5e:4x4",
+  "v5litepod-16": "v5e:4x4",
+  "v5litepod-256": "v5e:16x16",
+  "v5p-8": "v5p:2x2x1",
+  "v5p-128": "v5p:4x4x4",
+  "v5p-12288": "v5p:16x16x24",
+  "v6e-8": "v6e:2x4",
+}
+
+
+def test_slices_by_their_names_at_cloud_tpu(libtpu):
+  libtpu.kinds = ("v2:", "v3:", "v4:", "v5e:", "v5p:", "v6e:")
+  for name, want in SLICES.items():
+    found = topology.find(name)
+    assert found.name == f"{want} ({name})" and libtpu.asked[-1][1] == want
+    per_chip = 1 if name.startswith(("v5e", "v5litepod", "v6e")) else 2
+    assert found.chips * per_chip == int(name.split("-")[1])
+
+
+def test_a_slice_that_cloud_tpu_has_not_is_refused_with_those_that_it_has():
+  for name, those in (
+    ("v5e-12", "counts chips; use one of v5e-1, v5e-4, v5e-8, v5e-16, v5e-32, v5e-64, v5e-128, v5e-256"),
+    ("v5litepod-2", "counts chips; use one of v5litepod-1, v5litepod-4, "),
+    ("v3-4", "counts TensorCores; use one of v3-8, v3-32, v3-128, v3-256, v3-512, v3-1024, v3-2048"),
+    ("v4-4", "counts TensorCores; use one of v4-8, v4-16, v4-32, "),
+    ("v5p-12", "counts TensorCores; use one of v5p-8, v5p-16, v5p-32, "),
+  ):
+    with pytest.raises(UserError) as caught:
+      topology.find(name)
+    assert str(caught.value).startswith(f"topology: {name} is no slice of Cloud TPU") and those in str(caught.value)
+
+
+GPUS = [
+  *(
+    "gpu",
+    "GPU",
+    "cuda",
+    "a100",
+    "A100",
+    "h100",
+    "8xh100",
+    "h100:8",
+    "a100-80gb",
+    "h200",
+    "b200",
+    "gb200",
+    "gb300",
+    "gh200",
+  ),
+  *(
+    "nvidia-h100-80gb",
+    "nvidia-tesla-t4",
+    "NVIDIA L4",
+    "l4",
+    "l40s",
+    "a10g",
+    "t4",
+    "v100",
+    "p100",
+    "rtx4090",
+    "mi300x",
+  ),
+  *("a2-highgpu-1g", "a2-ultragpu-8g", "a3-highgpu-8g", "a3-megagpu-8g", "a4x-highgpu-4g", "g2-standard-4", "a100:2x2"),
+  *("p3.2xlarge", "p4d.24xlarge", "p5en.48xlarge", "g4dn.xlarge", "g5.12xlarge", "g6e.xlarge", "gpu_8x_h100_sxm5"),
+  *("Standard_ND96isr_H100_v5", "Standard_NC24ads_A100_v4", "NC6s_v3"),
+]
+
+
+def test_gpus_cannot_be_planned_and_what_can_be_run_is_named():
+  for name in GPUS:
+    with pytest.raises(UserError) as caught:
+      topology.find(name)
+    assert str(caught.value).startswith(f"topology: {name!r} has GPUs, "), name
+    assert str(caught.value).endswith("without --mode and --topology: python -m benchmarks.train_step")
+
+
+@pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:4", "v5e:axb", "v9-8", "n2-standard-4", "v5e:2x2x2x2", "CPU"])
 def test_what_is_no_name_is_refused_without_libtpu(name):
-  with pytest.raises(UserError, match=r"^topology: .* is no name of a topology; use one such as v5e:4x4, .*cpu$"):
+  with pytest.raises(
+    UserError, match=r"^topology: .* is no name of a topology; use one such as v5e:4x4, v5e-16, .*cpu$"
+  ):
     topology.find(name)
 
 

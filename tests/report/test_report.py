@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpm_jax import grids
 from ddpm_jax.config import Config, override, to_flagfile, to_json
 from ddpm_jax.report import charts
 from ddpm_jax.report.page import VOID, number
@@ -458,6 +459,39 @@ def test_at_most_eight_grids_spread_over_the_run(workdir):
   steps = [int(image["alt"].split()[-1].replace(",", "")) for image in Page(write_report(workdir)).all("img")]
   assert len(steps) == 8 and steps[0] == 10000 and steps[1] == 100
   assert max(np.diff(sorted(steps))) <= 1500 and min(np.diff(sorted(steps))) >= 1400
+
+
+def captions(path):
+  """The text above each picture."""
+  return re.findall(r"<figcaption>(.*?)</figcaption>", path.read_text(encoding="utf-8"))
+
+
+def test_a_picture_of_another_update_says_so(workdir):
+  """Drawn and measured at 139, trained to 601."""
+  black = np.zeros((8, 8, 3), np.uint8)
+  (workdir / "samples").mkdir()
+  grids.save_png(
+    workdir / "samples/samples.png", black, {"checkpoint": 139, "sample_weights": "ema", "sampler": "ddpm"}
+  )
+  grids.save_png(workdir / "samples/inpaint.png", black, {"checkpoint": 601, "sample_weights": "raw"})
+  grids.save_png(workdir / "samples/slerp.png", black, {"checkpoint": "139"})
+  for step in (100, 139):
+    grids.save_png(workdir / f"samples/step_{step:08d}.png", black, {"checkpoint": step})
+  grids.save_png((workdir / "eval.png"), black, {})
+  evaluate(workdir, 139, pictures={"samples": "eval.png"})
+  now = [text for text in captions(write_report(workdir)) if "older" in text]
+  assert now == [], "there is no newer checkpoint"
+  for name in ("139", "601", "601.orbax-checkpoint-tmp", "note"):
+    (workdir / "checkpoints" / name).mkdir(parents=True)
+  older = "; older than the newest checkpoint, 601"
+  assert captions(write_report(workdir)) == [
+    f"Update 139{older}",
+    "Update 100",
+    f"Samples, as --mode=sample drew them last: update 139, ema weights, ddpm{older}",
+    "Interpolation between pairs of noises: it does not say of which update",
+    "Inpainting: update 601, raw weights",
+    f"Samples that were measured, update 139{older}",
+  ]
 
 
 def test_an_evaluation_embeds_few_pictures(workdir):

@@ -1,6 +1,8 @@
 """Many images: the same ones whatever they are drawn with, and no more than once each."""
 
 import contextlib
+import functools
+import json
 import shutil
 
 import jax
@@ -10,14 +12,21 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import main
+from ddpm_jax import grids, main
 from ddpm_jax.data import images as images_lib
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.evaluation import likelihood
+from ddpm_jax.keys import seeded
 from ddpm_jax.sampling import drawn as drawn_lib
 from ddpm_jax.sampling import run as sampling
-from ddpm_jax.sampling.draw import fit_batch, largest_batch, make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import fit_batch, largest_batch, make_draw, make_long_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import Drawn
+from ddpm_jax.sampling.weights import load_weights
 from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.preview import Preview
+from tests.sampling.conftest import pictures, save_pictures
+from tests.training.tiny import tiny_config, tiny_run
 
 
 def nothing(*_) -> None:
@@ -88,6 +97,52 @@ def test_one_device_draws_what_eight_draw(perfect, config, twenty, tmp_path, mon
   assert_close(draw(alone, config, tmp_path, 9), twenty[:9])
 
 
+# In stretches.
+
+
+def both_draws(weights, options):
+  """The images as one program draws them, and what draws them in stretches."""
+  run = weights.run
+  predictor = make_predictor(run.network, run.schedule, "eps", options)
+  table = table_of(options, run.schedule, "fixed_large")
+  shared = dict(image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  index = np.arange(5, dtype=np.int32)
+  return (
+    make_draw(predictor, table, **shared)(seeded(weights.params, 3), index),
+    make_long_draw(predictor, table, **shared),
+    index,
+  )
+
+
+@pytest.mark.parametrize(
+  "options", [{"sampler": "ddpm"}, {"sampler": "ddim", "eta": 0.7}, {"sampler": "dpmpp"}, {"sampler": "heun"}], ids=str
+)
+def test_stretches_change_no_bit(perfect, config, monkeypatch, options):
+  whole, draw, index = both_draws(perfect, having(config, sampling_steps=15, **options).sample)
+  monkeypatch.setattr(draw, "_adapt", lambda made, seconds: None)
+  for at_once, numbers in ((1, [*range(1, 16)]), (4, [4, 8, 12, 15]), (15, [15]), (99, [15])):
+    draw._at_once, told = at_once, []
+    np.testing.assert_array_equal(draw(seeded(perfect.params, 3), index, done=told.append), whole)
+    assert told == numbers
+
+
+def test_stretches_of_a_network_change_no_bit(original):
+  """Convolutions and norms, with a sampler that looks back."""
+  weights = load_weights(original.config, original.path)
+  whole, draw, index = both_draws(weights, original.having(sampler="dpmpp", eta=1.0, sampling_steps=7).sample)
+  np.testing.assert_array_equal(draw(seeded(weights.params, 3), index), whole)
+  assert len(np.unique(whole.reshape(5, -1), axis=0)) == 5
+
+
+def test_stretches_grow_until_they_take_half_a_second(perfect, config):
+  _, draw, _ = both_draws(perfect, config.sample)
+  sizes = []
+  for made, seconds in ((1, 0.01), (4, 0.04), (16, 0.16), (50, 0.5), (50, 1.0), (10, 5.0), (25, 60.0), (1, 2.0)):
+    draw._adapt(made, seconds)
+    sizes.append(draw._at_once)
+  assert sizes == [4, 16, 50, 50, 25, 25, 1, 1]  # the last call of a loop, of 10, says nothing
+
+
 # A draw that is stopped.
 
 
@@ -98,8 +153,8 @@ class Killed(BaseException):
 def stop_after(perfect, config, folder, number, images):
   """Begins to draw `number` images and is killed when there are `images`."""
 
-  def done(count):
-    if count >= images:
+  def done(evaluations):
+    if evaluations >= images * drawn.evaluations:
       raise Killed
 
   drawn = Drawn(perfect, config, folder)
@@ -139,26 +194,28 @@ def test_a_draw_that_was_killed_goes_on(perfect, config, twenty, quick, capsys, 
 def test_nothing_is_drawn_twice(perfect, config, twenty, tmp_path, monkeypatch):
   stop_after(perfect, config, tmp_path, 20, 16)
   asked = []
-  real = drawn_lib.make_draw
+  real = drawn_lib.make_long_draw
 
   def watched(*args, **options):
     function = real(*args, **options)
 
     class Watched:
-      def __call__(self, params, index, *, size):
+      def __call__(self, constants, index, *, size, done):
         asked.extend(index.tolist())
-        return function(params, index, size=size)
+        return function(constants, index, size=size, done=done)
 
     return Watched()
 
-  monkeypatch.setattr(drawn_lib, "make_draw", watched)
+  monkeypatch.setattr(drawn_lib, "make_long_draw", watched)
   counts, drawn = [], Drawn(perfect, config, tmp_path)
   drawn.draw(20, done=counts.append, say=nothing)
-  assert asked == [16, 17, 18, 19] and counts == [16, 20]
+  assert asked == [16, 17, 18, 19] and counts[0] == 16 * 4 and counts[-1] == 20 * 4  # evaluations, four for each
+  assert counts == sorted(counts) and len(counts) > 2, "nothing is told on the way"
   np.testing.assert_array_equal(drawn.images(20), twenty)
+  del counts[:]
   drawn.draw(20, done=counts.append, say=nothing)  # all there: no network
   drawn.draw(5, done=counts.append, say=nothing)
-  assert len(asked) == 4 and counts == [16, 20, 20, 5]
+  assert len(asked) == 4 and counts == [20 * 4, 5 * 4]
   np.testing.assert_array_equal(drawn.images(5), twenty[:5])
   drawn.draw(22, done=counts.append, say=nothing)
   assert asked[4:] == [20, 21]
@@ -251,15 +308,16 @@ def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
   run = perfect.run
   predictor = make_predictor(run.network, run.schedule, "eps", config.sample)
   table = table_of(config.sample, run.schedule, "fixed_large")
-  function = make_draw(predictor, table, image_shape=run.image_shape, parallel=run.parallel, seed=0, stream="sample")
-  needed = function.bytes_needed(perfect.params, np.zeros(1, np.int32), size=64)
+  function = make_draw(predictor, table, image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  constants = seeded(perfect.params, 0)
+  needed = function.bytes_needed(constants, np.zeros(1, np.int32), size=64)
   assert needed > 64 * 64 / 8  # its share of the state at least
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: 10 * needed)
-  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) == 64
+  assert fit_batch(function, constants, np.zeros(1, np.int32), number=64) == 64
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: needed // 2)
-  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) in (26, 27)  # 0.85 / 2 of 64
+  assert fit_batch(function, constants, np.zeros(1, np.int32), number=64) in (26, 27)  # 0.85 / 2 of 64
   monkeypatch.setattr("ddpm_jax.sampling.draw.free_memory", lambda: 0)
-  assert fit_batch(function, perfect.params, np.zeros(1, np.int32), number=64) == 1
+  assert fit_batch(function, constants, np.zeros(1, np.int32), number=64) == 1
 
 
 @pytest.mark.parametrize("png", [False, True])
@@ -278,6 +336,52 @@ def test_too_little_room_is_said_before_anything_is_drawn(quick, monkeypatch, ca
   assert not quick.samples.exists() and capsys.readouterr().err.count("\n") == 1
 
 
+def _likelihood(perfect, config, folder, name, seed):
+  run, weights = perfect.run, perfect.params
+  source = open_source(having(config, dataset=f"folder:{save_pictures(folder / name / str(seed), pictures())}").data)
+  common = dict(source=source, examples=2, batch_size=8, parallel=run.parallel, seed=seed, prediction="eps")
+  if name == "bound":
+    likelihood.bound(run.network, weights, run.schedule, variance="fixed_large", timesteps=2, **common)
+  else:
+    likelihood.ode(run.network, weights, run.schedule, steps=2, probes=1, **common)
+
+
+def _preview(config, seed):
+  run = tiny_run(tiny_config(channels=4, channel_multipliers=(1,), attention_resolutions=(), seed=seed))
+  Preview(run, None)(run.initial_state())()
+
+
+def test_a_seed_is_no_part_of_a_program(quick, perfect, config, tmp_path, monkeypatch):
+  """So the folder of compiled programs serves every seed. What is drawn differs."""
+  compiled, programs = jax.stages.Lowered.compile, []
+
+  def heard(self, *options, **more):
+    programs.append(self.as_text())
+    return compiled(self, *options, **more)
+
+  monkeypatch.setattr(jax.stages.Lowered, "compile", heard)
+
+  def made(do, seed):
+    programs.clear()
+    do(seed)
+    assert programs
+    return list(programs)
+
+  def task(name, seed):
+    sampling.sample(quick.having(sample_task=name, sample_seed=seed, sampler="ddim"), quick.path)
+
+  tasks = ("images", "progressive", "interpolate", "slerp", "inpaint", "reconstruct")
+  doing = {name: functools.partial(task, name) for name in tasks}
+  doing |= {name: functools.partial(_likelihood, perfect, config, tmp_path, name) for name in ("bound", "ode")}
+  doing["preview"] = functools.partial(_preview, config)
+  assert [name for name, do in doing.items() if made(do, 1) != made(do, 2)] == []
+  for name in ("samples", "slerp", "progressive"):
+    second = quick.load(name)["images"]
+    assert quick.settings(name)["sample_seed"] == 2
+    with np.load(quick.samples / f"{name}.1.npz") as first:
+      assert np.abs(first["images"].astype(int) - second).max() > 1, name
+
+
 # What is left behind.
 
 
@@ -289,11 +393,16 @@ def test_a_draw_leaves_images_their_settings_and_a_picture(quick, twenty, capsys
   assert (settings["sampler"], settings["sampling_steps"], settings["num_samples"]) == ("ddim", 4, 3)
   also = {"variance", "dtype", "matmul_precision", "device"}
   assert set(settings) == also | set(vars(quick.config.sample))
+  told = grids.facts_of(quick.samples / "samples.png")
+  assert told.pop("weights_sha256") == "0" * 64
+  assert set(settings) - set(told) == {"sample_png_dir", "input_images", "mask"}, "no path of this machine"
+  assert told == {name: settings[name] for name in told}
   with Image.open(quick.samples / "samples.png") as picture:
     assert picture.size == (2 + 2 * 66, 2 + 2 * 66)
     np.testing.assert_array_equal(np.asarray(picture)[2:66:8, 2:66:8, 0], twenty[0, :, :, 0])
   out, err = capsys.readouterr()
   assert "drawing 3 images 8x8x1 with the ema weights after update 5: ddim, 4 network evaluations each" in out
+  assert "evaluation 12/12" in out
   assert out.endswith(f"done: {quick.samples / 'samples.npz'} and {quick.samples / 'samples.png'}\n") and err == ""
 
 
@@ -323,7 +432,7 @@ def test_png_files(quick, twenty, capsys):
   assert sorted(path.name for path in target.iterdir()) == ["000000.png", "000001.png", "000002.png"]
   for i in range(3):
     with Image.open(target / f"{i:06d}.png") as image:
-      assert image.mode == "L"
+      assert image.mode == "L" and json.loads(image.text["ddpm_jax"])["checkpoint"] == 5
       np.testing.assert_array_equal(np.asarray(image), twenty[i, :, :, 0])
   assert f"3 PNG files in {target}" in capsys.readouterr().out
   before = quick.files()

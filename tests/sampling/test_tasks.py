@@ -1,11 +1,13 @@
 """What else can be drawn, end to end: what the files hold, and what it must be where that is known."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from ddpm_jax import grids
 from ddpm_jax.data import images as images_lib
 from ddpm_jax.diffusion.inpainting import repaint_jumps
 from ddpm_jax.diffusion.samplers import time_grid
@@ -51,7 +53,7 @@ def test_progressive(quick, capsys, sampler):
   np.testing.assert_array_equal(tile(picture, 1, 0), arrays["x0_hat"][1, 0])
   with Image.open(quick.samples / "progressive.gif") as movie:
     frames = [(np.asarray(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(movie)]
-    assert movie.info["loop"] == 0
+    assert movie.info["loop"] == 0 and json.loads(movie.info["comment"])["checkpoint"] == 5
   assert sum(duration for _, duration in frames) == 100 * 25 and frames[0][0].shape == (134, 134, 3)
   # A palette has 256 colours: the images are grey.
   np.testing.assert_array_equal(tile(frames[0][0], 1, 0), arrays["x0_hat"][2, 0])
@@ -107,6 +109,8 @@ def test_interpolation_of_hardly_diffused_images_is_the_mean_of_them(quick, tmp_
   expected = (1 - shares) * given[0::2, None] + shares * given[1::2, None]
   assert np.abs(arrays["images"] - expected).max() < 8
   assert settings["timestep"] == 1
+  facts = grids.facts_of(quick.samples / "interpolate.png")
+  assert (facts["checkpoint"], facts["timestep"]) == (5, 1) and "input_images" not in facts
   picture = picture_of(quick, "interpolate")
   assert picture.shape == (2 + 3 * 66, 68 + 12 + (2 + 9 * 66) + 12 + 68, 3)
   np.testing.assert_array_equal(tile(picture, 1, 0), given[2])
@@ -227,9 +231,9 @@ def test_tasks_do_not_depend_on_the_size_of_a_batch(quick, task):
   assert many.shape == few.shape and np.abs(many.astype(int) - few).max() <= 1
 
 
-def test_the_images_of_a_task_are_counted(quick, capsys):
+def test_the_evaluations_of_a_task_are_counted(quick, capsys):
   draw(quick, sample_task="slerp", num_samples=2, sample_batch_size=8)
-  assert "image 18/18" in capsys.readouterr().out
+  assert "evaluation 72/72" in capsys.readouterr().out  # 18 images of 4
 
 
 def test_colours(quick, perfect, monkeypatch, tmp_path):

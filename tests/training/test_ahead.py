@@ -42,9 +42,9 @@ def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkey
   def make_waiting(run):
     update = make(run)
 
-    def waiting(state, batch, axis_name):
+    def waiting(state, batch, **options):
       step = jax.pure_callback(wait, jax.ShapeDtypeStruct((), jnp.int32), state.step)
-      return update(state.replace(step=step), batch, axis_name=axis_name)
+      return update(state.replace(step=step), batch, **options)
 
     return waiting
 

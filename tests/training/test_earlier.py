@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 
-from ddpm_jax import main
+from ddpm_jax import grids, main
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.sampling.weights import load_weights
@@ -74,11 +74,17 @@ def test_a_finished_run_that_is_made_longer_was_long_from_the_start(short_and_lo
   (workdir / "eval").mkdir()
   for name in ("5.json", "10.json", "10.1.json", "best.json"):
     (workdir / "eval" / name).write_text("{}")
+  for name, step in (("samples", 10), ("samples.1", 6)):  # drawn with --mode=sample
+    grids.save_png(workdir / "samples" / f"{name}.png", np.zeros((8, 8, 3), np.uint8), {"checkpoint": step})
+    np.savez(workdir / "samples" / f"{name}.npz", images=np.zeros(1))
   capsys.readouterr()
   train(workdir, **OPTIONS, num_steps=20)
   out = capsys.readouterr().out
-  assert "going back to update 6, " in out and str(workdir / "earlier" / "10") in out
+  assert "going back to step 6, " in out and str(workdir / "earlier" / "10") in out
   assert "after update 6 of 20" in out
+  drawn = [(workdir / "samples" / name) for name in ("samples.1.npz", "samples.1.png")]
+  for path in drawn:
+    path.unlink()
   same(workdir, long, (12, 20))
   assert workdir_lib.load_config(workdir) == workdir_lib.load_config(long)
 
@@ -86,7 +92,7 @@ def test_a_finished_run_that_is_made_longer_was_long_from_the_start(short_and_lo
   before, after = workdir / "earlier" / "10", workdir / "eval"
   assert sorted(os.listdir(after)) == ["5.json", "best.json"]
   assert sorted(os.listdir(before / "eval")) == ["10.1.json", "10.json"]
-  assert os.listdir(before / "samples") == ["step_00000010.png"]
+  assert sorted(os.listdir(before / "samples")) == ["samples.npz", "samples.png", "step_00000010.png"]
   assert metrics(before) == metrics(short)
   config = workdir_lib.load_config(before)
   assert config == workdir_lib.load_config(short)
@@ -153,13 +159,13 @@ def test_a_run_that_is_made_shorter(short_and_long, tmp_path, capsys):
   assert "already holds all 9 updates: nothing to do; raise --num_steps" in capsys.readouterr().out
   shutil.rmtree(workdir / "checkpoints" / "10")  # 6 is left; of 8 steps, the decay begins at 5, of 9 at 5, of 10 at 6
   with pytest.raises(
-    UserError, match=r"num_steps: with 8 .* from step 5 on, .* use --num_steps=10 or at least .*=10, or"
+    UserError, match=r"num_steps: with 8 steps .* from step 5 on, .* use --num_steps=10 or at least .*=10, or"
   ):
     train(workdir, **OPTIONS, num_steps=8)
   shutil.rmtree(workdir / "checkpoints" / "6")
   shutil.copytree(short_and_long[0] / "checkpoints" / "10", workdir / "checkpoints" / "10")
   with pytest.raises(
-    UserError, match=r"with 20 .* from step 12 on, and with 10, .* from 6; .* use --num_steps=10, or a"
+    UserError, match=r"with 20 steps .* from step 12 on, with 10 .* from step 6; .* use --num_steps=10, or a"
   ):
     train(workdir, **OPTIONS, num_steps=20)
   assert checkpoints(workdir) == [10] and not (workdir / "earlier").exists()
@@ -181,13 +187,13 @@ def test_with_cosine_the_rate_begins_anew(tmp_path, monkeypatch, capsys):
   shutil.copytree(workdir, whole)
   capsys.readouterr()
   train(whole, **COSINE, num_steps=14)
-  assert "the learning rate, a cosine, begins anew for the 8 updates from here to 14" in capsys.readouterr().out
+  assert "the cosine learning rate restarts for the 8 training steps from here to 14" in capsys.readouterr().out
   np.testing.assert_allclose(rates(whole), [*cosine(6, 2), *cosine(8, 2)], rtol=1e-5, atol=1e-9)
 
   stop_after(monkeypatch, 9, workdir, **COSINE, num_steps=14)
   capsys.readouterr()
   train(workdir, **COSINE, num_steps=14)
-  assert "begins anew" not in capsys.readouterr().out
+  assert "restarts" not in capsys.readouterr().out
   assert digests(workdir) == digests(whole)
   assert metrics(workdir) == metrics(whole)
 
@@ -211,3 +217,45 @@ def test_the_workdir_alone_goes_on_with_its_own_settings(short_and_long, tmp_pat
   assert digests(workdir) == digests(short_and_long[0])
   go_on(workdir, num_steps=20)
   assert digests(workdir) == digests(short_and_long[1])
+
+
+def test_a_run_that_decays_from_its_first_step_is_made_longer_from_there(tmp_path):
+  """One step, or a decay over the whole length: all that both have in common is the initial state."""
+  for number, (few, more, options) in enumerate(((1, 4, {}), (4, 6, {"decay_fraction": 1.0}))):
+    workdir, whole = tmp_path / f"run{number}", tmp_path / f"whole{number}"
+    train(workdir, **OPTIONS | options, num_steps=few)
+    train(workdir, **OPTIONS | options, num_steps=more)
+    train(whole, **OPTIONS | options, num_steps=more)
+    same(workdir, whole, [more])
+    assert checkpoints(workdir / "earlier" / str(few)) == [few]
+
+
+def test_without_room_the_end_stays_where_it_is(short_and_long, tmp_path, monkeypatch):
+  workdir = tmp_path / "run"
+  shutil.copytree(short_and_long[0], workdir)
+  with monkeypatch.context() as patch:
+    patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10, 10))
+    with pytest.raises(UserError, match=r"has 0\.0 MB of free space, but"):
+      train(workdir, **OPTIONS, num_steps=20)
+  assert checkpoints(workdir) == [6, 10] and not (workdir / "earlier").exists()
+
+  def full(folder, config):
+    raise UserError("workdir: cannot write") from OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(workdir_lib, "create", full)
+    with pytest.raises(RunError, match=r"No space left on device.*cannot be moved to"):
+      train(workdir, **OPTIONS, num_steps=20)
+  assert checkpoints(workdir) == [6, 10]
+
+
+def test_a_cosine_that_is_cut_short_has_nothing_left_to_begin(tmp_path, capsys):
+  """Its end is evaluated, and no rate is asked for."""
+  train(tmp_path, **COSINE, num_steps=6)
+  capsys.readouterr()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Evaluations, "make", lambda *_: False)
+    patch.setattr(loop.Evaluations, "missing", lambda *_: True)
+    patch.setattr(loop, "evaluation_missing", lambda *_: True)
+    train(tmp_path, **COSINE, num_steps=4)
+  assert "restarts" not in capsys.readouterr().out

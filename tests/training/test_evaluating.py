@@ -17,6 +17,7 @@ from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import yardsticks
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.results import read_result, scalars
+from ddpm_jax.metrics import TIMES
 from ddpm_jax.sampling import drawn
 from ddpm_jax.sampling.weights import load_weights
 from ddpm_jax.stop import StopRequest
@@ -93,7 +94,7 @@ def small_parts():
     patch.setattr(loop, "open_source", lambda data: noise())
     patch.setattr(evaluate_lib, "_features", summary_features)
     patch.setattr(evaluate_lib.likelihood, "bound", weighed)
-    patch.setattr(drawn, "make_draw", once("draw", drawn.make_draw))
+    patch.setattr(drawn, "make_long_draw", once("draw", drawn.make_long_draw))
     patch.setattr(
       yardsticks, "_untrained", lambda config, weights, number, beat: noise().read(np.arange(number)).images
     )
@@ -108,7 +109,7 @@ def train(workdir, **changes):
 
 def metrics(workdir):
   lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  return [{name: value for name, value in line.items() if not name.endswith("_per_second")} for line in lines]
+  return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
 
 
 def result(workdir, step):
@@ -207,7 +208,7 @@ def test_measuring_changes_nothing(whole, tmp_path):
   assert not (tmp_path / "run" / "eval").exists() and not (tmp_path / "run" / "best").exists()
 
 
-@pytest.mark.parametrize(("step", "phase", "drawn"), [(3, "image 8 of 20", 8), (8, "image 10 of 10", 20)])
+@pytest.mark.parametrize(("step", "phase", "drawn"), [(3, "evaluation 16 of 40", 8), (8, "image 10 of 10", 20)])
 def test_stopped_while_it_measures(whole, tmp_path, monkeypatch, capsys, step, phase, drawn):
   """In the draw and after it: the checkpoint is there, and the same command measures without drawing again."""
   workdir = tmp_path / "run"
@@ -344,7 +345,7 @@ def test_no_labels_are_found_out_before_anything_is_written(tmp_path, monkeypatc
 
 def test_room_for_checkpoints_counts_those_of_evaluations(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(loop.workdir_lib, "check_space", lambda *args: asked.append(args))
+  monkeypatch.setattr(loop.workdir_lib, "check_space", lambda *args, **_: asked.append(args))
   run = tiny_run(tiny_config(**EVALUATED))
   loop.check_space(run, tmp_path, 0)
   loop.check_space(run._replace(config=config_lib.override(run.config, {"evaluate_every": 0})), tmp_path, 0)

@@ -1,11 +1,14 @@
 """The order of the loop: what is written when, exact resume, stopping on request, bad news."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import time
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,14 +19,13 @@ from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.metrics import TIMES
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
-
-TIMES = ("steps_per_second", "images_per_second")
 
 
 def noise(seed=0, replaced=()):
@@ -40,12 +42,12 @@ def noise_images(monkeypatch):
 
 def train(workdir, **changes):
   with StopRequest() as stop:
-    loop.train(tiny_config(**changes), workdir, stop)
+    return loop.train(tiny_config(**changes), workdir, stop, clock=lambda: 0.0)  # no grid because of the time
 
 
 def train_little(workdir, **changes):
   """The same with a network that is built in a moment, where it does not matter which."""
-  train(workdir, **(LITTLE | changes))
+  return train(workdir, **(LITTLE | changes))
 
 
 DECAY = dict(lr_schedule="constant_then_decay", decay_fraction=0.3)
@@ -86,13 +88,14 @@ def test_what_a_run_leaves(uninterrupted):
     "checkpoints",
     "metrics.jsonl",
     "loss.png",
+    "report.html",
     "tensorboard",
     "samples",
   }
   assert sorted(p.name for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()) == ["4", "8"]
   assert [line["step"] for line in metrics(uninterrupted)] == list(range(1, 9))
   assert set(metrics(uninterrupted)[0]) == {
-    *("step", "loss", "grad_norm", "learning_rate", "ema_decay"),
+    *("step", "images", "loss", "grad_norm", "learning_rate", "ema_decay"),
     *("nonfinite", "nonfinite_in_row", "bad_records"),
   }
   assert int(restore(uninterrupted, 4).step) == 4 and int(restore(uninterrupted).step) == 8
@@ -110,6 +113,79 @@ def test_stopped_again_and_again_is_never_stopped(uninterrupted, tmp_path):
   assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
+def test_a_line_says_images_and_time_over_all_resumes(tmp_path):
+  """Seconds of training are the steps at the speed of their line, whether the run was stopped or not."""
+  began = time.time()
+  for num_steps in (3, 5, 8):
+    train_little(tmp_path / "run", num_steps=num_steps, log_every=2)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [(row["step"], row["images"]) for row in rows] == [(step, 16 * step) for step in (2, 3, 4, 5, 6, 8)]
+  times = [row["time"] for row in rows]
+  assert times == sorted(times) and began - 1 < times[0] and times[-1] < time.time() + 1
+  seconds, before = 0.0, 0
+  for row in rows:
+    if "steps_per_second" in row:
+      seconds, before = seconds + (row["step"] - before) / row["steps_per_second"], row["step"]
+    assert row["seconds"] == pytest.approx(seconds, abs=0.01)
+  assert 0 < seconds < time.time() - began
+
+
+def test_a_workdir_of_release_0_1_0_counts_its_seconds(tmp_path):
+  train_little(tmp_path / "run", num_steps=4)
+  path = tmp_path / "run" / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  old = [{k: v for k, v in row.items() if k not in ("images", "seconds", "time")} for row in rows]
+  path.write_text("".join(json.dumps(row | {"steps_per_second": 0.5}) + "\n" for row in old))
+  train_little(tmp_path / "run", num_steps=6)
+  assert json.loads(path.read_text().splitlines()[4])["seconds"] >= 8
+  assert json.loads(path.read_text().splitlines()[5])["images"] == 96
+
+
+class Told:
+  """Fails at everything after its first step."""
+
+  calls: list = []  # noqa: RUF012
+
+  def __init__(self, workdir, settings, resume_step):
+    self.calls.append((workdir.name, settings["train"]["seed"], resume_step))
+
+  def scalars(self, step, values):
+    self.calls.append((step, values))
+    if step > 1:
+      raise ConnectionError("no network")
+
+  def image(self, step, name, picture):
+    self.calls.append((step, name))
+
+  def close(self):
+    self.calls.append("close")
+
+
+def test_a_class_of_a_persons_own_is_told_and_ends_nothing(tmp_path, capsys):
+  from tests.training import test_loop
+
+  told, name = test_loop.Told.calls, "tests.training.test_loop:Told"
+  told.clear()
+  train_little(tmp_path / "run", num_steps=3, sample_every=2, seed=5, writers=name)
+  rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert told[0] == ("run", 5, 0) and told[-1] == "close"
+  assert [call[0] for call in told[1:-1]] == [1, 2, 2, 3, 3] and told[3] == (2, "samples")
+  assert told[1][1] == {k: v for k, v in rows[0].items() if k not in ("step", "time")}
+  assert not (tmp_path / "run" / "tensorboard").exists()
+  err = capsys.readouterr().err
+  assert err.count("test_loop:Told fails (ConnectionError: no network); the run goes on") == 1
+  assert int(restore(tmp_path / "run", **LITTLE, seed=5).step) == 3
+  train_little(tmp_path / "run", num_steps=4, seed=5, writers="")  # it may change
+  assert len(told) == 7 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_writer_that_does_not_exist_is_said_before_anything_is_written(tmp_path):
+  with pytest.raises(UserError, match="writers: no_such_module:Class cannot be imported"):
+    train_little(tmp_path / "run", writers="no_such_module:Class")
+  assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(("size", "ends_at"), [(1, 3), (2, 4)])
 def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size, ends_at):
   """Where the call that is being prepared ends; and the run that goes on is the one that was never stopped."""
@@ -125,14 +201,14 @@ def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size
 
   monkeypatch.setattr(loop, "batches", interrupt)
   before = signal.getsignal(signal.SIGTERM)
-  train(tmp_path / "run", **options)
+  assert not train(tmp_path / "run", **options)
   assert f"stopped on request after update {ends_at} of 8, saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) is before
   assert (tmp_path / "run" / "checkpoints" / str(ends_at)).exists()
   monkeypatch.setattr(loop, "batches", real)
-  train(tmp_path / "run", **options)
+  assert train(tmp_path / "run", **options)
   assert "resuming" in capsys.readouterr().out
-  train(tmp_path / "whole", **options)
+  assert train(tmp_path / "whole", **options)
   chex.assert_trees_all_equal(restore(tmp_path / "run", **options), restore(tmp_path / "whole", **options))
   assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
 
@@ -159,7 +235,7 @@ def test_updates_lost_to_a_crash_are_made_and_logged_again(uninterrupted, tmp_pa
 def test_a_finished_run_does_nothing(uninterrupted, capsys):
   before = {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
   config = (uninterrupted / "config.json").read_text()
-  train(uninterrupted, sample_every=6, num_samples=9)
+  assert train(uninterrupted, sample_every=6, num_samples=9)
   assert (uninterrupted / "config.json").read_text() == config
   assert "already holds all 8 updates: nothing to do" in capsys.readouterr().out
   assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
@@ -345,7 +421,7 @@ def test_a_checkpoint_waits_for_its_metrics(uninterrupted, tmp_path, monkeypatch
   monkeypatch.setattr(MetricsWriter, "flush", flush)
   train(tmp_path / "run", checkpoint_every=2, max_unsaved_steps=6)
   err = capsys.readouterr().err
-  assert err.startswith("warning: the noise schedule does not reach noise")
+  assert err.startswith("warning: the noise schedule does not reach pure noise")
   assert "warning: checkpoint 4 could not be written, as its metrics cannot ([Errno 28]" in err
   assert sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 8]
   assert metrics(tmp_path / "run") == metrics(uninterrupted)
@@ -407,7 +483,9 @@ def test_calls_end_where_something_is_written(start, changes, want):
 def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path, parallel, parts):
   options = dict(steps_per_dispatch=2, log_every=2, parallel=parallel, grad_accum_steps=parts)
   train(tmp_path / "run", **options)
-  logged = [line for line in metrics(uninterrupted) if line["step"] % 2 == 0]
+  each = metrics(uninterrupted)
+  pairs = zip(each[::2], each[1::2], strict=True)
+  logged = [second | {"loss": (first["loss"] + second["loss"]) / 2} for first, second in pairs]
   for mine, theirs in zip(metrics(tmp_path / "run"), logged, strict=True):
     assert mine == {name: pytest.approx(value, rel=2e-5) for name, value in theirs.items()}
 
@@ -420,6 +498,48 @@ def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path,
   # And with other calls.
   train(tmp_path / "other", **options | {"log_every": 3})
   chex.assert_trees_all_equal(restore(tmp_path / "other", **options), restore(tmp_path / "run", **options))
+
+
+def traced(workdir):
+  """The last step of each call that is in the trace."""
+  (file,) = (workdir / "profile").glob("plugins/profile/*/*.xplane.pb")
+  planes = jax.profiler.ProfileData.from_file(str(file)).planes
+  calls = (event for plane in planes for line in plane.lines for event in line.events if event.name == "train")
+  return sorted({int(dict(call.stats)["step_num"]) for call in calls})
+
+
+def test_a_trace_is_of_whole_calls_and_changes_no_bit(tmp_path, capsys):
+  """Calls are of the steps 1 2, 3 4, 5 6, 7 8."""
+  options = LITTLE | dict(steps_per_dispatch=2, log_every=4)
+  train(tmp_path / "run", **options)
+  train(tmp_path / "traced", **options, profile_steps="3:5")
+  assert f"profile of steps 3 to 6: {tmp_path / 'traced' / 'profile'}" in capsys.readouterr().out
+  assert traced(tmp_path / "traced") == [4, 6]
+  chex.assert_trees_all_equal(restore(tmp_path / "traced", **options), restore(tmp_path / "run", **options))
+  assert metrics(tmp_path / "traced") == metrics(tmp_path / "run")
+
+
+def test_a_trace_of_a_run_that_is_resumed_or_ends_early(tmp_path, monkeypatch, capsys):
+  """What cannot be written is told; steps that were made are not made again; of a run that fails there is its part."""
+  folder = tmp_path / "run" / "profile"
+  train_little(tmp_path / "run", num_steps=3)
+  train_little(tmp_path / "run", num_steps=4, profile_steps="2:3")
+  assert "profile_steps: step 3 is after 2:3, so nothing is traced" in capsys.readouterr().out
+  assert not folder.exists()
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "make_train_step", poisoned([6]))
+    with pytest.raises(NonFiniteError):
+      train_little(tmp_path / "run", profile_steps="4:8")
+  assert f"profile from step 5 on: {folder}" in capsys.readouterr().out
+  assert traced(tmp_path / "run")[0] == 5
+  shutil.rmtree(folder)
+  folder.write_text("no folder")
+  assert train_little(tmp_path / "run", num_steps=6, profile_steps="6:6")
+  assert f"warning: profile_steps: cannot write the trace into {folder} (" in capsys.readouterr().err
+  folder.unlink()
+  assert train_little(tmp_path / "run", num_steps=8, profile_steps="7:8")  # whether JAX still holds the other or not
+  with contextlib.suppress(RuntimeError):
+    jax.profiler.stop_trace()
 
 
 def test_an_update_inside_a_call_is_named(tmp_path, monkeypatch, capsys):

@@ -94,7 +94,7 @@ def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch
   drawn = [f"--{name}={value}" for name, value in DRAWN.items()]
   task = ["--sample_task=interpolate", *drawn]
   with pytest.raises(
-    UserError, match=r"'folder:pictures' names no folder; use folder:PATH .*the new one if it was moved"
+    UserError, match=r"'folder:pictures' is not a folder; use folder:PATH .*its new path if it was moved"
   ):
     sampling_run.sample(resolve("sample", run, *task), run)
   sampling_run.sample(resolve("sample", run, *task, "--dataset=folder:../moved"), run)

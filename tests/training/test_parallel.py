@@ -16,7 +16,7 @@ import pytest
 
 from ddpm_jax.errors import UserError
 from ddpm_jax.run import make_train_step
-from ddpm_jax.training.parallel import Parallel, free_memory, to_host
+from ddpm_jax.training.parallel import Loop, Parallel, free_memory, to_host
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
@@ -204,6 +204,31 @@ def test_rows_compile_once_for_each_padded_number_and_lie_on_all_devices():
   assert traced.count((32,)) == 1
 
 
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+@pytest.mark.parametrize(("number", "size"), [(1, 0), (9, 0), (5, 20)])
+def test_a_loop_in_stretches_is_the_loop(mode, number, size):
+  """Against its closed form; every iteration once, in order."""
+  parallel = Parallel(mode)
+  index, image = columns(number)
+
+  def advance(factor, state, first, last, index, image):
+    return jax.lax.fori_loop(first, last, lambda i, x: 2 * x + i * factor * image, state)
+
+  loop = Loop(
+    begin=lambda factor, index, image: image + 0.0,
+    advance=advance,
+    end=lambda factor, state, index, image: {"state": state, "index": index},
+    number=6,
+  )
+  draw, told = parallel.by_stretches(loop), []
+  got = draw(jax.device_put(np.float32(3.0), parallel.replicated), index, image, size=size, done=told.append)
+  np.testing.assert_array_equal(got["index"], index)
+  # x -> 2 x + 3 i y, six times from x = y: 2^6 y + 3 y sum of i 2^(5 - i)
+  np.testing.assert_allclose(got["state"], image * (64 + 3 * sum(i * 2 ** (5 - i) for i in range(6))), rtol=1e-6)
+  assert told == sorted(set(told)) and told[-1] == 6
+  assert draw.bytes_needed(jax.device_put(np.float32(3.0), parallel.replicated), index, image, size=16) >= 2 * 16
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_begin_before_they_are_asked_for_unless_that_waits_for_a_compilation(processes, monkeypatch):
   """Several processes begin at one and the same place: when each is done with compiling ahead is its own business."""
@@ -255,4 +280,4 @@ def test_a_platform_that_is_not_installed_is_one_line_with_the_remedy():
   environment = os.environ | {"JAX_PLATFORMS": "cuda", "PYTHONPATH": str(ROOT)}
   done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
   (line,) = done.stdout.splitlines()
-  assert "JAX finds no device" in line and "cuda" in line and "mend JAX_PLATFORMS" in line, done.stderr
+  assert "JAX finds no device" in line and "cuda" in line and "correct JAX_PLATFORMS" in line, done.stderr

@@ -2,7 +2,9 @@
 
 import contextlib
 import threading
+from concurrent.futures import Future
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -10,11 +12,11 @@ import pytest
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.run import make_train_step
 from ddpm_jax.sampling.draw import table_of
-from ddpm_jax.training import loop
-from ddpm_jax.training.loop import make_preview
+from ddpm_jax.training import preview as preview_lib
 from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.preview import Preview
 from ddpm_jax.training.programs import Compiler, StepProgram
-from tests.training.tiny import random_batch, tiny_config, tiny_run
+from tests.training.tiny import host, random_batch, tiny_config, tiny_run
 
 _seen: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(lambda event, seconds, **_: _seen.append(event))
@@ -39,11 +41,32 @@ def test_the_first_call_finds_what_was_compiled(mode, updates):
   compiler.close()
 
 
+@pytest.mark.parametrize("mode", ["pmap", "fsdp"])
+def test_another_seed_is_the_same_program(mode):
+  """It is data, and the bits are those of a step in which it is a constant."""
+  texts = []
+
+  class Heard:
+    def submit(self, lowered):
+      texts.append(lowered.as_text())
+      return Future()
+
+  for seed in (0, 2**32 - 1):
+    little = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
+    run = tiny_run(tiny_config(parallel=mode, seed=seed, steps_per_dispatch=1, **little))
+    given = StepProgram(run, make_train_step(run), Heard(), ahead=True)._step
+  assert texts[0] == texts[1]
+  bound = run.parallel.compile(make_train_step(run), run.abstract_state)
+  inputs = run.parallel.put_batches([random_batch()]), run.parallel.put_order()
+  (state, metrics, _), expected = (step(run.initial_state(), *inputs) for step in (given, bound))
+  chex.assert_trees_all_equal(host((state, metrics)), host(expected[:2]))
+
+
 def test_nothing_is_compiled_where_nothing_is_left_to_train():
   run = tiny_run(tiny_config())
   before = lowered()
   StepProgram(run, make_train_step(run), Compiler(), ahead=False)
-  make_preview(run, None)
+  Preview(run, None)
   assert lowered() == before
 
 
@@ -53,20 +76,33 @@ def test_the_first_grid_finds_what_was_compiled(mode):
   state = run.initial_state()
   before = lowered()
   with contextlib.closing(Compiler()) as compiler:
-    preview = make_preview(run, compiler)
+    preview = Preview(run, compiler)
     assert lowered() == before + 1
     before = lowered()
     picture = preview(state)()
-    assert lowered() == before
-  assert (picture == make_preview(run, None)(state)()).all()
+    assert lowered() == before and not preview.compiling
+  assert (picture == Preview(run, None)(state)()).all()
+
+
+def test_a_grid_whose_program_compiles_beside_the_steps_can_wait():
+  run, ahead = tiny_run(tiny_config(sample_every=1)), Future()
+
+  class Slow:
+    submit = staticmethod(lambda lowered: ahead)
+
+  preview = Preview(run, Slow())  # type: ignore[arg-type]
+  assert preview.compiling
+  ahead.set_result(None)
+  assert not preview.compiling
+  assert not Preview(run, None).compiling, "nothing is under way: it is compiled when it is asked for"
 
 
 def test_no_grid_is_compiled_where_none_will_be_drawn_or_the_device_is_needed_for_it(monkeypatch):
   run, before = tiny_run(tiny_config(sample_every=0)), lowered()
-  make_preview(run, Compiler())
+  Preview(run, Compiler())
   assert lowered() == before
   monkeypatch.setattr(Parallel, "compiles_beside_updates", False)
-  make_preview(tiny_run(tiny_config(sample_every=1)), Compiler())
+  Preview(tiny_run(tiny_config(sample_every=1)), Compiler())
   assert lowered() == before
 
 
@@ -90,16 +126,16 @@ def test_a_compiler_that_is_closed_forgets_what_it_has_not_begun():
 def test_previews_are_drawn_with_the_grid_that_auto_means(monkeypatch):
   """The table is that of --mode=sample --sampler=dpmpp: there is no second choice of timesteps."""
   tables = []
-  real = loop.make_draw
+  real = preview_lib.make_draw
 
   def make_draw(predictor, table, **how):
     tables.append(table)
     return real(predictor, table, **how)
 
-  monkeypatch.setattr(loop, "make_draw", make_draw)
+  monkeypatch.setattr(preview_lib, "make_draw", make_draw)
   for schedule in ("linear", "cosine"):
     run = tiny_run(tiny_config(beta_schedule=schedule, num_timesteps=40, preview_steps=7))
-    make_preview(run, None)
+    Preview(run, None)
     wanted = table_of(SampleConfig(sampler="dpmpp", sampling_steps=7), run.schedule, "fixed_large")
     for mine, theirs in zip(tables.pop(), wanted, strict=True):
       np.testing.assert_array_equal(mine, theirs)

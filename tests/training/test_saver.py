@@ -23,7 +23,7 @@ class Failing:
 def test_beyond_the_limit_there_is_one_last_chance(monkeypatch, capsys):
   checkpoints = Failing()
   options = tiny_config(checkpoint_every=4, max_unsaved_steps=6).train
-  saver = Saver(checkpoints, options, None, start_step=0, lock=None, flush=lambda: None)  # type: ignore[arg-type]
+  saver = Saver(checkpoints, options, {}, start_step=0, lock=None, flush=lambda: None)  # type: ignore[arg-type]
   saver.save(None, 4)  # type: ignore[arg-type]
   monkeypatch.setattr(checkpoints, "finished", checkpoints.wait)
   saver.poll(7)  # a call of several updates ended behind the limit

@@ -1,56 +1,95 @@
-"""The embedded data set `digits`: 1,797 handwritten digits of 8 x 8 pixels, as a TFDS builder."""
+"""The embedded data set `digits`: 1,797 handwritten digits of 8 x 8 pixels, read from the package into memory.
+
+Until release 0.1.0 TFDS prepared them in `--data_dir`. Here they have the order, the splits and the fingerprint that
+they had there, so that a run which was trained on those goes on.
+"""
 
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
+import hashlib
 import io
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core.splits import SplitDict
+
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import prepared
+from ddpm_jax.data.encoded import EncodedImages, decoded_size
+from ddpm_jax.errors import UserError
 
 _FILE = pathlib.Path(__file__).parent / "optdigits.csv.gz"
+_VERSION = "1.0.0"
+_FULL_NAME = f"digits/{_VERSION}"  # TFDS's
+_SIZE, _NUMBER = 8, 1797
 
 
-class Digits(tfds.core.GeneratorBasedBuilder):
-  """Optical Recognition of Handwritten Digits, the test set of 1,797 images.
+def is_digits(data: DataConfig) -> bool:
+  """Whether the data set is this one, in whatever version."""
+  return data.dataset.partition(":")[0] == "digits"
 
-  Examples are PNG bytes rather than arrays: TFDS encodes arrays with TensorFlow, and stores bytes as they are.
+
+def splits() -> SplitDict:
+  """The one split, `train`, as a folder of TFDS describes it."""
+  template: Any = tfds.core.ShardedFileTemplate  # whose folder is of TFDS's own type
+  file = template(data_dir=pathlib.Path(), dataset_name="digits", split="train", filetype_suffix="array_record")
+  return SplitDict([tfds.core.SplitInfo(name="train", shard_lengths=[_NUMBER], num_bytes=0, filename_template=file)])
+
+
+def image_shape(data: DataConfig) -> tuple[int, int, int]:
+  """(H, W, C) of the decoded images. Raises UserError for another version."""
+  if data.dataset not in ("digits", f"digits:{_VERSION}"):
+    raise UserError(f"dataset: {data.dataset!r} is unknown; use digits, which has version {_VERSION} alone")
+  return (*decoded_size(data.dataset, (_SIZE, _SIZE), data.image_size), 1)
+
+
+def open_digits(data: DataConfig) -> EncodedImages:
+  """The digits of `data.split`. Nothing is written.
+
+  Raises:
+    UserError: another version, or no such split.
   """
+  shape, shards = image_shape(data), prepared.shards_of(data, splits())
+  pixels, labels = _in_order()
+  rows = np.concatenate([np.arange(shard.skip, shard.skip + shard.take) for shard in shards])
+  return EncodedImages(
+    name=data.dataset,
+    length=len(rows),
+    shape=shape,
+    resize=data.image_size > 0,
+    identity=f"{_FULL_NAME} {data.split}",
+    listing=prepared.listing(_FULL_NAME, data.split, shards),
+    fetch=functools.partial(_fetch, pixels[rows]),
+    label=functools.partial(_label, data.split),
+    classes=functools.partial(prepared.checked_classes, data, labels[rows]),
+  )
 
-  VERSION = tfds.core.Version("1.0.0")
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description="Handwritten digits, 8 x 8 pixels: the test set of Optical Recognition of Handwritten Digits.",
-      homepage="https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits",
-      citation="Alpaydin, E. and Kaynak, C. (1998). Optical Recognition of Handwritten Digits. UCI Machine Learning "
-      "Repository. doi:10.24432/C50P49",
-      license="CC BY 4.0",
-      features=tfds.features.FeaturesDict(
-        {
-          "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-          "label": tfds.features.ClassLabel(num_classes=10),
-        }
-      ),
-      supervised_keys=("image", "label"),
-    )
+def _in_order() -> tuple[np.ndarray, np.ndarray]:
+  """Pixels uint8 [N, 8, 8] and labels int32 [N], in the order of TFDS: by the MD5 of split and line."""
+  with gzip.open(_FILE, "rt", newline="") as file:
+    table = np.array(list(csv.reader(file)), np.int32)
+  keys = [hashlib.md5(f"train{line}".encode(), usedforsecurity=False).digest() for line in range(len(table))]
+  table = table[sorted(range(len(table)), key=keys.__getitem__)]
+  pixels = np.round(table[:, :-1] * 255 / 16).astype(np.uint8).reshape(-1, _SIZE, _SIZE)
+  return pixels, table[:, -1]
 
-  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[Any]]:
-    del dl_manager  # nothing to download
-    return {"train": self._generate_examples()}
 
-  def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (row of the file, example)."""
-    with gzip.open(_FILE, "rt", newline="") as file:
-      for row, values in enumerate(csv.reader(file)):
-        *counts, label = map(int, values)
-        pixels = np.round(np.array(counts) * 255 / 16).astype(np.uint8).reshape(8, 8)
-        png = io.BytesIO()
-        Image.fromarray(pixels).save(png, "PNG")
-        yield row, {"image": png.getvalue(), "label": label}
+def _fetch(pixels: np.ndarray, indices: list[int]) -> list[bytes]:
+  """As PNG: what decodes and resizes images takes files."""
+  files = []
+  for index in indices:
+    file = io.BytesIO()
+    Image.fromarray(pixels[index]).save(file, "PNG")
+    files.append(file.getvalue())
+  return files
+
+
+def _label(split: str, index: int) -> str:
+  return f"image {index} of digits, {split}"
