@@ -31,9 +31,8 @@ from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.measures import frechet_distance
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
-from ddpm_jax.evaluation.network import network_features
+from ddpm_jax.evaluation.network import NUM_FEATURES, denoiser_for, network_features
 from ddpm_jax.models.build import build_model
-from ddpm_jax.models.classifier import Classifier
 from ddpm_jax.training.parallel import Parallel
 
 KINDS = ("untrained", "classifier", "network", "unet")
@@ -104,7 +103,7 @@ def parse_kinds(text: str, model: str) -> list[str]:
 def halves(source: Source) -> tuple[Source, Source]:
   """Two disjoint random parts of a data set."""
   order = np.random.default_rng(0).permutation(len(source))
-  return tuple(_part(source, rows) for rows in (order[: len(order) // 2], order[len(order) // 2 :]))
+  return _part(source, order[: len(order) // 2]), _part(source, order[len(order) // 2 :])
 
 
 def _part(source: Source, rows: np.ndarray) -> Source:
@@ -162,9 +161,9 @@ def extractor(kind: str, reference: Source, model: str) -> Extract:
     return unet_extractor(ddpm_jax.load(model))
   parallel = Parallel("pmap")
   if kind == "untrained":
-    network = Classifier(num_classes=2)
-    fresh = trained.flat(trained.init(network, reference.image_shape, 0))
-    extract = trained.extractor(network, parallel, _BATCH)(fresh)
+    denoiser = denoiser_for(reference.image_shape)
+    fresh = trained.flat(trained.fresh(denoiser.init, 0))
+    extract = trained.extractor(denoiser.forward, (NUM_FEATURES, 0), parallel, _BATCH)(fresh)
   else:
     train = classifier_features if kind == "classifier" else network_features
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +187,7 @@ def unet_extractor(model: Model) -> Extract:
       jnp.full(len(images), t, jnp.int32),
       capture_intermediates=lambda module, _: module.name == "mid_block1",
     )
-    return state["intermediates"]["mid_block1"]["__call__"][0].mean(axis=(1, 2))
+    return jnp.asarray(state["intermediates"]["mid_block1"]["__call__"][0]).mean(axis=(1, 2))
 
   return lambda images: np.asarray(middle(model.params, images))
 

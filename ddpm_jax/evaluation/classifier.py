@@ -20,13 +20,15 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.arrays import arrays_sha256
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.trained import NETWORK, TRAINING, Extract, Trained
-from ddpm_jax.models.classifier import Classifier
+from ddpm_jax.evaluation.trained import TRAINING, Extract, Trained
+from ddpm_jax.models.classifier import FEATURES, Classifier
 from ddpm_jax.training.parallel import Parallel
 
+# What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
+_NETWORK = "classifier 1, x / 127.5 - 1"
 _HOLD_OUT = 10  # one image of that many
-_RECIPE = [NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
-COUNTS = ("right", "asked")
+_RECIPE = [_NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
+MARKS = ("right", "asked")
 
 
 def classifier_features(
@@ -74,27 +76,43 @@ def classifier_features(
   training, held_out = _divide(labels)
   updates = updates or trained.usual_updates(len(training))
   model = Classifier(num_classes=int(labels.max()) + 1)
-  extract = trained.extractor(model, parallel, batch_size)
+  init = init_of(model, source.image_shape)
+  extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), parallel, batch_size)
 
   def make() -> Trained:
     say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {updates} updates")
     began = time.perf_counter()
-    weights = _train(model, source, labels, training, updates, seed, beat)
-    found = trained.of_first_process(Trained(weights, dict.fromkeys(COUNTS, 0)))
-    found = found._replace(counts=_ask(source, labels, held_out, extract(found.weights), batch_size))
+    weights = _train(model, init, source, labels, training, updates, seed, beat)
+    found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
+    found = found._replace(marks=_ask(source, labels, held_out, extract(found.weights), batch_size))
     took = time.perf_counter() - began
-    say(f"it knows {found.counts['right']} of {found.counts['asked']} other images; that took {took:.0f} s")
+    say(f"it knows {found.marks['right']:.0f} of {found.marks['asked']:.0f} other images; that took {took:.0f} s")
     return found
 
   path = cache / f"classifier-{_task(source, labels, seed, updates)}.safetensors"
-  found = trained.kept_or(path, trained.shapes_of(model, source.image_shape), COUNTS, make, say)
+  found = trained.kept_or(path, trained.shapes_of(init), MARKS, make, say)
   about: dict[str, str | int | float] = {
     "classes": model.num_classes,
-    "accuracy": found.counts["right"] / max(found.counts["asked"], 1),
+    "accuracy": found.marks["right"] / max(found.marks["asked"], 1),
     "trained_on": len(training),
     "updates": updates,
   }
-  return Features("classifier", arrays_sha256(found.weights, NETWORK), about, extract(found.weights))
+  return Features("classifier", arrays_sha256(found.weights, _NETWORK), about, extract(found.weights))
+
+
+def init_of(model: Classifier, image_shape: tuple[int, int, int]) -> trained.Init:
+  """key -> fresh parameters for images [H, W, C]."""
+  return lambda key: model.init(key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
+
+
+def forward_of(model: Classifier) -> trained.Forward:
+  """(params, uint8 [B, H, W, C]) -> features [B, 64], probabilities [B, K]."""
+
+  def forward(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    features, logits = model.apply({"params": params}, images.to_float(batch))
+    return jnp.asarray(features), jax.nn.softmax(jnp.asarray(logits))
+
+  return forward
 
 
 def _divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,6 +135,7 @@ def _task(source: Source, labels: np.ndarray, seed: int, updates: int) -> str:
 
 def _train(
   model: Classifier,
+  init: trained.Init,
   source: Source,
   labels: np.ndarray,
   training: np.ndarray,
@@ -133,7 +152,7 @@ def _train(
     return jnp.mean(jnp.where(batch["replaced"], 0.0, losses))  # such an image is not that of its label
 
   return trained.train(
-    model,
+    init,
     source,
     training,
     loss_of,
@@ -150,7 +169,7 @@ def _ask(
   held_out: np.ndarray,
   extract: Extract,
   batch_size: int,
-) -> dict[str, int]:
+) -> dict[str, float]:
   """'right': how many of the images `held_out` int [N] are classified as labelled; 'asked': of how many."""
   right = asked = 0
   for start in range(0, len(held_out), batch_size):

@@ -1,31 +1,118 @@
-"""Features of a small network that is trained without labels, to recognise by how much an image is turned."""
+"""Features of a small U-Net that is trained to remove noise from the images of a data set, without labels."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ddpm_jax.data import images
+from ddpm_jax.config import ModelConfig
+from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.forward import q_sample
+from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.arrays import arrays_sha256
-from ddpm_jax.evaluation.features import Extracted, Features
-from ddpm_jax.evaluation.trained import NETWORK, TRAINING, Extract, Trained
-from ddpm_jax.models.classifier import Classifier
+from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.trained import TRAINING, Trained
+from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.models.build import build_model, init_params
+from ddpm_jax.models.unet import UNet
 from ddpm_jax.training.parallel import Parallel
 
+NUM_FEATURES = 64
+_UNET = ModelConfig(channels=16, channel_multipliers=(1, 2), attention_resolutions=())
+_MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16
+_LARGEST_MAP = 16  # pixels of the U-Net's input, of the side of a square of as many: large images stay cheap
+_SCHEDULE = make_schedule("cosine", 1000)
+_TIMESTEP = 100  # that of the features
+_ASKED = 8  # noises of each image that is held out
 _HOLD_OUT = 10  # one image of that many
-_RECIPE = [NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine", "turns 1"]
-COUNTS = ("right", "asked")
+# What the features are computed by besides the weights. To be counted up when the U-Net changes.
+_NETWORK = "denoising U-Net 1, means of both levels up and deviations of the last at t = 100 of 1000, cosine, no noise"
+_RECIPE = [_NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
+MARKS = ("explained",)
+
+
+class Denoiser(NamedTuple):
+  """The network for images of one shape.
+
+  Attributes:
+    model: the U-Net, of images [H / patch, W / patch, patch^2 C], rounded up to what it can halve.
+    patch: side of the squares of pixels that are one pixel of the U-Net's.
+    shape: [height, width, channels] of what the U-Net takes.
+  """
+
+  model: UNet
+  patch: int
+  shape: tuple[int, int, int]
+
+  def init(self, key: jax.Array) -> Any:
+    """Fresh parameters, a nested dict."""
+    return init_params(self.model, key, self.shape)
+
+  def scaled(self, batch: jax.Array) -> jax.Array:
+    """uint8 [B, H, W, C] -> float32 [B, *shape] in [-1, 1], whatever is added at the edges their repetition."""
+    batch_size, height, width, channels = batch.shape
+    missing = self.shape[0] * self.patch - height, self.shape[1] * self.patch - width
+    edges = [(0, 0), *((size // 2, size - size // 2) for size in missing), (0, 0)]
+    x = jnp.pad(to_float(batch), edges, mode="edge")
+    x = x.reshape(batch_size, self.shape[0], self.patch, self.shape[1], self.patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch_size, *self.shape)
+
+  def squared_error(self, params: Any, x0: jax.Array, t: jax.Array, keys: jax.Array) -> jax.Array:
+    """Of the noise, whose variance is 1, as the U-Net predicts it: float32 [B], means over each image.
+
+    Args:
+      params: of the U-Net.
+      x0: float32 [B, *shape].
+      t: int32 [B], timesteps.
+      keys: of the noise, [B].
+    """
+    eps = jax.vmap(lambda key: jax.random.normal(key, self.shape))(keys)
+    xt = jax.vmap(lambda x0, t, eps: q_sample(_SCHEDULE, x0, t, eps))(x0, t, eps)
+    return jnp.mean(jnp.square(jnp.asarray(self.model.apply({"params": params}, xt, t)) - eps), axis=(1, 2, 3))
+
+  def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    """The simple loss of Ho et al. 2020, eq. 14."""
+    t_key, eps_key = jax.random.split(key)
+    x0 = self.scaled(batch["image"])
+    t = jax.random.randint(t_key, (len(x0),), 1, _SCHEDULE.num_timesteps + 1)
+    return jnp.mean(self.squared_error(params, x0, t, jax.random.split(eps_key, len(x0))))
+
+  def forward(self, params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(params, uint8 [B, H, W, C]) -> features [B, 64], and [B, 0] for the classes that it does not know.
+
+    The U-Net is given the mean of q(x_t | x_0), so that the features are a function of the image alone.
+    """
+    t = jnp.full(len(batch), _TIMESTEP, jnp.int32)
+    _, state = self.model.apply(
+      {"params": params},
+      jnp.float32(_SCHEDULE.sqrt_alpha_bar[_TIMESTEP]) * self.scaled(batch),
+      t,
+      capture_intermediates=lambda module, _: module.name in _MAPS,
+    )
+    low, full = (state["intermediates"][name]["__call__"][0] for name in _MAPS)
+    parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2))
+    return jnp.concatenate(parts, axis=-1), jnp.zeros((len(batch), 0), jnp.float32)
+
+
+def denoiser_for(image_shape: tuple[int, int, int]) -> Denoiser:
+  """The network for images [H, W, C]."""
+  height, width, channels = image_shape
+  patch = math.ceil(math.sqrt(height * width) / _LARGEST_MAP)
+  unit = 2 ** (len(_UNET.channel_multipliers) - 1)
+  rows, columns = (unit * math.ceil(size / (patch * unit)) for size in (height, width))
+  shape = rows, columns, patch**2 * channels
+  return Denoiser(build_model(_UNET, shape), patch, shape)
 
 
 def network_features(
@@ -41,10 +128,11 @@ def network_features(
 ) -> Features:
   """Features of a network that is trained on `source` without labels, or was before.
 
-  It is that of `classifier_features`, and learns to say by how many quarters an image was turned (Gidaris et al. 2018),
-  for which it has to know what the images show. It depends on the data set and on nothing of a run: so checkpoints, and
-  runs on the same data, can be compared, which the features of a run's own U-Net would not allow. What was measured to
-  choose it is in docs/measuring.md.
+  A U-Net of 164,000 parameters or a few more learns to predict the noise of noisy images. The features are the means of
+  its maps at the end of both levels on the way up, and the standard deviations of those of the last, for an image with
+  little noise. It depends on the data set and on nothing of a run: so checkpoints, and runs on the same data, can be
+  compared, which the features of a run's own U-Net would not allow. What was measured to choose it is in
+  docs/measuring.md.
 
   As with the classifier, a distance between these features is not an FID, and can be compared only where `identity` is
   the same. All processes must call it, and have the same network afterwards.
@@ -55,74 +143,73 @@ def network_features(
       and the seed.
     parallel: the devices that extract.
     batch_size: images whose features are computed at once, over all devices.
-    seed: of the first weights, of the order of the images, and of the turns.
+    seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
     beat: called now and then while it trains, on every process alike; what it raises ends the training.
     updates: of 128 images each; 0: a number that follows from that of the images.
 
   Returns:
-    'network' with "accuracy", the share of turned images among those held out whose turn it recognises, "trained_on"
-    images, "updates". Its probabilities are [B, 0], as it knows no classes of images.
+    'network' with "explained", the share of the variance of the noise that it predicts in the images held out (0 for
+    the mean of the noise, 1 if nothing is missing), "trained_on" images, "updates". Its probabilities are [B, 0], as it
+    knows no classes of images.
 
   Raises:
     UserError: an image cannot be read.
   """
-  number, (height, width, _) = len(source), source.image_shape
-  turns = (0, 1, 2, 3) if height == width else (0, 2)
+  number = len(source)
   is_held_out = np.arange(number) % _HOLD_OUT == _HOLD_OUT // 2
   training, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
   updates = updates or trained.usual_updates(len(training))
-  model = Classifier(num_classes=len(turns))
-  extract = trained.extractor(model, parallel, batch_size)
+  denoiser = denoiser_for(source.image_shape)
 
   def make() -> Trained:
     say(f"training a network for the features on {len(training)} images without labels, {updates} updates")
     began = time.perf_counter()
-    loss_of = _loss(model, turns)
-    weights = trained.train(model, source, training, loss_of, updates=updates, seed=seed, beat=beat)
-    found = trained.of_first_process(Trained(weights, dict.fromkeys(COUNTS, 0)))
-    found = found._replace(counts=_ask(source, held_out, turns, extract(found.weights), batch_size))
+    weights = trained.train(denoiser.init, source, training, denoiser.loss, updates=updates, seed=seed, beat=beat)
+    found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
+    found = found._replace(marks=_ask(denoiser, source, held_out, found.weights, parallel, batch_size))
     took = time.perf_counter() - began
-    say(f"it knows how {found.counts['right']} of {found.counts['asked']} images were turned; that took {took:.0f} s")
+    share = f"{100 * found.marks['explained']:.0f}% of the noise"
+    say(f"it predicts {share} in {len(held_out)} other images; that took {took:.0f} s")
     return found
 
   task = json.dumps([source.fingerprint, source.image_shape, _RECIPE, updates, seed], sort_keys=True)
   path = cache / f"network-{hashlib.sha256(task.encode()).hexdigest()}.safetensors"
-  found = trained.kept_or(path, trained.shapes_of(model, source.image_shape), COUNTS, make, say)
+  found = trained.kept_or(path, trained.shapes_of(denoiser.init), MARKS, make, say)
   about: dict[str, str | int | float] = {
-    "accuracy": found.counts["right"] / max(found.counts["asked"], 1),
+    "explained": found.marks["explained"],
     "trained_on": len(training),
     "updates": updates,
   }
-  with_turns = extract(found.weights)
-
-  def without_turns(batch: np.ndarray) -> Extracted:
-    return Extracted(with_turns(batch).features, np.zeros((len(batch), 0), np.float32))
-
-  return Features("network", arrays_sha256(found.weights, NETWORK), about, without_turns)
-
-
-def _loss(model: Classifier, turns: tuple[int, ...]) -> trained.Loss:
-  """The cross-entropy of the turns, of images that are each turned by one of them."""
-
-  def loss_of(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-    x = images.to_float(batch["image"])
-    turn = jax.random.randint(key, (len(x),), 0, len(turns))
-    turned = jnp.stack([jnp.rot90(x, quarters, axes=(1, 2)) for quarters in turns])[turn, jnp.arange(len(x))]
-    _, logits = model.apply({"params": params}, turned)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), turn))
-
-  return loss_of
+  extract = trained.extractor(denoiser.forward, (NUM_FEATURES, 0), parallel, batch_size)(found.weights)
+  return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)
 
 
 def _ask(
-  source: Source, held_out: np.ndarray, turns: tuple[int, ...], extract: Extract, batch_size: int
-) -> dict[str, int]:
-  """'right': of how many of the images `held_out` int [N], each turned in all ways, the turn is known; 'asked'."""
-  right = 0
+  denoiser: Denoiser,
+  source: Source,
+  held_out: np.ndarray,
+  weights: trained.Weights,
+  parallel: Parallel,
+  batch_size: int,
+) -> dict[str, float]:
+  """'explained': the share of the variance of the noise that is predicted in the images `held_out` int [N].
+
+  Each image has `_ASKED` noises, at as many timesteps; all timesteps are spread evenly over 1..T.
+  """
+
+  def errors(params: Any, images: jax.Array, index: jax.Array, t: jax.Array) -> jax.Array:
+    keys = indexed_keys(jax.random.fold_in(stream_key(0, "classifier"), 3), index)
+    return denoiser.squared_error(params, denoiser.scaled(images), t, keys)
+
+  compiled = parallel.by_rows(errors, matmul_precision="highest")
+  params = jax.device_put(trained.nested(weights), parallel.replicated)
+  index = np.arange(_ASKED * len(held_out), dtype=np.int32).reshape(_ASKED, -1)
+  t = (1 + _SCHEDULE.num_timesteps * index // max(index.size, 1)).astype(np.int32)
+  squared = np.zeros(index.shape)
   for start in range(0, len(held_out), batch_size):
-    rows = source.read(held_out[start : start + batch_size]).images
-    for place, quarters in enumerate(turns):
-      guessed = extract(np.rot90(rows, quarters, axes=(1, 2))).probabilities.argmax(-1)
-      right += int(np.sum(guessed == place))
-  return {"right": right, "asked": len(held_out) * len(turns)}
+    rows = slice(start, start + batch_size)
+    images = source.read(held_out[rows]).images
+    for i in range(_ASKED):
+      squared[i, rows] = compiled(params, images, index[i, rows], t[i, rows], size=batch_size)
+  return {"explained": 1 - float(squared.mean()) if squared.size else 0.0}

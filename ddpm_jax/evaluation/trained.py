@@ -1,4 +1,4 @@
-"""A small network that is trained once for the features of its inner layer, and kept in the cache."""
+"""A small network that is trained once for what its inner layers say of images, and kept in the cache."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from ddpm_jax.data import images, pipeline
+from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation.arrays import UnusableError, load_arrays, save_arrays
 from ddpm_jax.evaluation.features import Extracted
 from ddpm_jax.keys import stream_key
-from ddpm_jax.models.classifier import FEATURES, Classifier
 from ddpm_jax.training.parallel import Parallel, from_all_processes
 
 Weights = dict[str, np.ndarray]  # path in the network -> float32 array
 Extract = Callable[[np.ndarray], Extracted]
 # (params, {"image": uint8 [B, H, W, C], "replaced": bool [B], ...}, key) -> the mean loss, a scalar
 Loss = Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
+Init = Callable[[jax.Array], Any]  # key -> fresh parameters, a nested dict
+# (params, uint8 [B, H, W, C]) -> features float32 [B, D], probabilities float32 [B, K]
+Forward = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
-# What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
-NETWORK = "classifier 1, x / 127.5 - 1"
 BATCH = 128
 _RATE, _WARMUP = 3e-3, 50
 TRAINING = [BATCH, _RATE, _WARMUP]  # Adam, with a cosine after the warm-up
@@ -38,10 +38,10 @@ _BEAT_EVERY = 50  # updates
 
 
 class Trained(NamedTuple):
-  """A trained network, and counts of how well it does; the same names for all networks of one file."""
+  """A trained network, and numbers that say how well it does; the same names for all networks of one file."""
 
   weights: Weights
-  counts: dict[str, int]
+  marks: dict[str, float]
 
 
 def usual_updates(number: int) -> int:
@@ -49,15 +49,14 @@ def usual_updates(number: int) -> int:
   return min(max(math.ceil(_EPOCHS * number / BATCH), _LEAST), _MOST)
 
 
-def init(model: Classifier, image_shape: tuple[int, int, int], seed: int) -> Any:
-  """Fresh parameters, a nested dict."""
-  key = jax.random.fold_in(stream_key(seed, "classifier"), 0)
-  return model.init(key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
+def fresh(init: Init, seed: int) -> Any:
+  """The parameters that training begins with, a nested dict."""
+  return init(jax.random.fold_in(stream_key(seed, "classifier"), 0))
 
 
-def shapes_of(model: Classifier, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+def shapes_of(init: Init) -> dict[str, Any]:
   """Path in the network -> shape and type of the weights."""
-  return flat(jax.eval_shape(lambda: init(model, image_shape, 0)))
+  return flat(jax.eval_shape(lambda: fresh(init, 0)))
 
 
 def flat(params: Any) -> dict[str, Any]:
@@ -65,8 +64,13 @@ def flat(params: Any) -> dict[str, Any]:
   return traverse_util.flatten_dict(params, sep="/")
 
 
+def nested(weights: Weights) -> Any:
+  """The reverse of `flat`."""
+  return traverse_util.unflatten_dict(weights, sep="/")
+
+
 def train(
-  model: Classifier,
+  init: Init,
   source: Source,
   training: np.ndarray,
   loss_of: Loss,
@@ -79,7 +83,7 @@ def train(
   """The weights after training on the images `training` int [N] of the source, on the first device of this process.
 
   Args:
-    model: the network.
+    init: of the network.
     source: the images.
     training: which of them.
     loss_of: what is minimised.
@@ -101,7 +105,7 @@ def train(
   shuffle = int(jax.random.bits(jax.random.fold_in(stream_key(seed, "classifier"), 1)))
   order = pipeline.order(len(part), batch_size=BATCH, seed=shuffle)
   with jax.default_device(jax.local_devices()[0]):
-    params = jax.jit(lambda: init(model, source.image_shape, seed))()
+    params = jax.jit(lambda: fresh(init, seed))()
     state, loss = optimizer.init(params), jnp.zeros(())
     batches = pipeline.batches(part, batch_size=BATCH, seed=shuffle, start_step=0)
     with contextlib.closing(batches):
@@ -115,21 +119,18 @@ def train(
   return {name: np.asarray(leaf) for name, leaf in flat(params).items()}
 
 
-def extractor(model: Classifier, parallel: Parallel, batch_size: int) -> Callable[[Weights], Extract]:
-  """Weights -> `Features.extract`; compiled once for all weights."""
-
-  def forward(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    features, logits = model.apply({"params": params}, images.to_float(batch))
-    return jnp.asarray(features), jax.nn.softmax(jnp.asarray(logits))
-
-  compiled = parallel.by_rows(forward)
+def extractor(
+  forward: Forward, widths: tuple[int, int], parallel: Parallel, batch_size: int
+) -> Callable[[Weights], Extract]:
+  """Weights -> `Features.extract`; compiled once for all weights. widths: (D, K) of what `forward` returns."""
+  # "highest": GPUs and TPUs multiply with fewer bits else, and the features would depend on the machine.
+  compiled = parallel.by_rows(forward, matmul_precision="highest")
 
   def with_weights(weights: Weights) -> Extract:
-    params = jax.device_put(traverse_util.unflatten_dict(weights, sep="/"), parallel.replicated)
+    params = jax.device_put(nested(weights), parallel.replicated)
 
     def extract(batch: np.ndarray) -> Extracted:
-      features = np.empty((len(batch), FEATURES), np.float32)
-      probabilities = np.empty((len(batch), model.num_classes), np.float32)
+      features, probabilities = (np.empty((len(batch), width), np.float32) for width in widths)
       for start in range(0, len(batch), batch_size):
         rows = slice(start, start + batch_size)
         features[rows], probabilities[rows] = compiled(params, batch[rows], size=batch_size)
@@ -141,26 +142,26 @@ def extractor(model: Classifier, parallel: Parallel, batch_size: int) -> Callabl
 
 
 def kept_or(
-  path: pathlib.Path, shapes: dict[str, Any], counts: tuple[str, ...], make: Callable[[], Trained], say: Callable
+  path: pathlib.Path, shapes: dict[str, Any], marks: tuple[str, ...], make: Callable[[], Trained], say: Callable
 ) -> Trained:
   """The network that process 0 has in the cache, or a new one, which it keeps. All processes must call it.
 
   Args:
     path: of the file.
     shapes: names of the weights -> what has their shapes and types.
-    counts: names of the counts.
+    marks: names of the marks.
     make: trains one, the same on all processes.
     say: takes a line about what could not be read or written.
   """
   first = jax.process_index() == 0
-  kept = load(path, shapes, counts, say) if first else None
+  kept = load(path, shapes, marks, say) if first else None
   if from_all_processes(np.asarray(kept is not None))[0]:
     zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
-    return of_first_process(kept or Trained(zeros, dict.fromkeys(counts, 0)))
+    return of_first_process(kept or Trained(zeros, dict.fromkeys(marks, 0.0)))
   trained = make()
   if first:
     try:
-      save_arrays(path, {name: np.ascontiguousarray(leaf) for name, leaf in trained.weights.items()}, trained.counts)
+      save_arrays(path, {name: np.ascontiguousarray(leaf) for name, leaf in trained.weights.items()}, trained.marks)
     except OSError as error:
       say(f"{path} cannot be written ({error.strerror}); the network will be trained anew next time")
   return trained
@@ -168,12 +169,12 @@ def kept_or(
 
 def of_first_process(trained: Trained) -> Trained:
   """What process 0 has, on every process; all must call it, with arrays of the same shapes."""
-  counts = from_all_processes(np.asarray(list(trained.counts.values()), np.int32))[0]
+  marks = from_all_processes(np.asarray(list(trained.marks.values()), np.float32))[0]
   weights = {name: from_all_processes(leaf)[0] for name, leaf in sorted(trained.weights.items())}
-  return Trained(weights, dict(zip(trained.counts, map(int, counts), strict=True)))
+  return Trained(weights, dict(zip(trained.marks, map(float, marks), strict=True)))
 
 
-def load(path: pathlib.Path, shapes: dict[str, Any], counts: tuple[str, ...], say: Callable) -> Trained | None:
+def load(path: pathlib.Path, shapes: dict[str, Any], marks: tuple[str, ...], say: Callable) -> Trained | None:
   """The network in the cache; None if there is none, or it is not what was saved, which is said."""
   try:
     weights, facts = load_arrays(path)
@@ -183,7 +184,7 @@ def load(path: pathlib.Path, shapes: dict[str, Any], counts: tuple[str, ...], sa
     reason = str(error)
   else:
     if {n: (w.shape, w.dtype) for n, w in weights.items()} == {n: (s.shape, s.dtype) for n, s in shapes.items()}:
-      return Trained(weights, {name: facts[name] for name in counts})
+      return Trained(weights, {name: facts[name] for name in marks})
     reason = "it is of another network"
   say(f"{path} cannot be used ({reason}); training it anew")
   return None

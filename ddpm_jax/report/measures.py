@@ -30,6 +30,11 @@ _YARDSTICKS = {
   "noise": ("pure noise", "pure noise"),
   "untrained": ("an untrained network", "untrained network"),
 }
+# How well the network of the features does, on images that it was not trained on.
+_SHARES = {
+  "accuracy": "the images held out are classified right",
+  "explained": "the noise is predicted in the images held out",
+}
 _OF_MODEL = ("bits_per_dim", "ode_bits_per_dim")
 # What must be equal for two values to be comparable; of samples, the weights too.
 _ARITHMETIC = ("dtype", "matmul_precision")
@@ -317,10 +322,10 @@ def _how(evaluation: Evaluation) -> Html:
     )
   if features:
     more = [f"{said(features['width'])} numbers an image"] if "width" in features else []
-    accuracy = finite(features.get("accuracy"))
-    if accuracy is not None:
-      right = "classified right" if features.get("name") == "classifier" else "seen to be turned by as much as they are"
-      more.append(f"{100 * accuracy:.1f}% of the images held out are {right}")
+    for key, words in _SHARES.items():
+      share = finite(features.get(key))
+      if share is not None:
+        more.append(f"{100 * share:.1f}% of {words}")
     sentences.append(f"Features: {features.get('name', 'unknown')}{' (' + '; '.join(more) + ')' if more else ''}.")
     if features.get("name") != "inception":
       sentences.append("A distance in these features is not an FID and cannot be compared with one.")

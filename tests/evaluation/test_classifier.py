@@ -115,11 +115,11 @@ def test_the_same_seed_gives_the_same_weights_and_another_others(tmp_path):
 
 
 def test_the_seed_is_that_of_the_first_weights_and_of_the_order(tmp_path, monkeypatch):
-  model, shape, init = Classifier(3), (4, 4, 1), trained.init
-  kernels = [np.asarray(init(model, shape, seed)["conv2"]["kernel"]) for seed in (0, 0, 1)]
+  init, fresh = classifier.init_of(Classifier(3), (4, 4, 1)), trained.fresh
+  kernels = [np.asarray(fresh(init, seed)["conv2"]["kernel"]) for seed in (0, 0, 1)]
   np.testing.assert_array_equal(kernels[0], kernels[1])
   assert (kernels[0] != kernels[2]).all()
-  monkeypatch.setattr(trained, "init", lambda model, shape, seed: init(model, shape, 0))
+  monkeypatch.setattr(trained, "fresh", lambda init, seed: fresh(init, 0))
   source = classes_of_grey(600)  # more than a batch
   assert len({train(source, tmp_path, seed=seed).identity for seed in (0, 1)}) == 2
 
@@ -149,7 +149,7 @@ def test_the_number_of_updates_follows_from_that_of_the_images(tmp_path, monkeyp
   class Stop(Exception):
     pass
 
-  def stop(model, source, labels, training, updates, seed, beat):
+  def stop(model, init, source, labels, training, updates, seed, beat):
     asked.append(updates)
     raise Stop
 
@@ -249,14 +249,14 @@ def test_a_flipped_byte_in_the_cache_is_noticed(tmp_path):
   shapes = safetensors.numpy.load(content)
   header = int.from_bytes(content[:8], "little")
   said = []
-  assert trained.load(path, shapes, classifier.COUNTS, said.append) is not None
+  assert trained.load(path, shapes, classifier.MARKS, said.append) is not None
   assert said == []
   places = [*range(0, 8 + header, 5), *range(8 + header, len(content), len(content) // 60), len(content) - 1]
   for number, place in enumerate(places):
     damaged = bytearray(content)
     damaged[place] ^= (0xFF, 1)[number % 2]
     path.write_bytes(damaged)
-    assert trained.load(path, shapes, classifier.COUNTS, said.append) is None, place
+    assert trained.load(path, shapes, classifier.MARKS, said.append) is None, place
   assert len(said) == len(places)
   assert all(line.startswith(f"{path} cannot be used (") and "\n" not in line for line in said)
 
@@ -277,7 +277,7 @@ def test_weights_of_another_network_are_not_used(tmp_path):
   train(source, tmp_path)
   (path,) = tmp_path.iterdir()
   shapes = safetensors.numpy.load_file(path)
-  assert trained.load(path, shapes, classifier.COUNTS, said.append) is not None
+  assert trained.load(path, shapes, classifier.MARKS, said.append) is not None
   assert trained.load(path, {**shapes, "logits/bias": np.zeros(4, np.float32)}, (), said.append) is None
   assert trained.load(path, {"logits/bias": shapes["logits/bias"]}, (), said.append) is None
   assert len(said) == 2
