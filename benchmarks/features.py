@@ -31,7 +31,7 @@ from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.measures import frechet_distance
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
-from ddpm_jax.evaluation.network import NUM_FEATURES, denoiser_for, network_features
+from ddpm_jax.evaluation.network import denoiser_for, network_features
 from ddpm_jax.models.build import build_model
 from ddpm_jax.training.parallel import Parallel
 
@@ -163,7 +163,7 @@ def extractor(kind: str, reference: Source, model: str) -> Extract:
   if kind == "untrained":
     denoiser = denoiser_for(reference.image_shape)
     fresh = trained.flat(trained.fresh(denoiser.init, 0))
-    extract = trained.extractor(denoiser.forward, (NUM_FEATURES, 0), parallel, _BATCH)(fresh)
+    extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), parallel, _BATCH)(fresh)
   else:
     train = classifier_features if kind == "classifier" else network_features
     with tempfile.TemporaryDirectory() as folder:

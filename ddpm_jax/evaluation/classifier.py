@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from ddpm_jax.training.parallel import Parallel
 _NETWORK = "classifier 1, x / 127.5 - 1"
 _HOLD_OUT = 10  # one image of that many
 _RECIPE = [_NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
+_EPOCHS, _LEAST, _MOST = 5, 300, 2000  # the number of updates: that many epochs, but at least and at most
 MARKS = ("right", "asked")
 
 
@@ -74,7 +76,7 @@ def classifier_features(
     raise NoLabels(source.name)
   labels = source.labels()
   training, held_out = _divide(labels)
-  updates = updates or trained.usual_updates(len(training))
+  updates = updates or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
   model = Classifier(num_classes=int(labels.max()) + 1)
   init = init_of(model, source.image_shape)
   extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), parallel, batch_size)

@@ -27,7 +27,7 @@ from ddpm_jax.evaluation import estimate, inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, compare, look_up, see
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.network import NUM_FEATURES, network_features
+from ddpm_jax.evaluation.network import network_features
 from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
 from ddpm_jax.evaluation.results import earlier_results
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, zero_network
@@ -46,8 +46,7 @@ _LIKELIHOODS = {"bound": "bits_per_dim", "ode": "ode_bits_per_dim"}  # measure -
 _UNTRAINED_EXAMPLES = 100  # for the likelihood of an untrained network, which hardly varies
 _UNIFORM = math.log2(256)  # bits/dim of a model that finds all values of a pixel equally likely
 _SHOWN = 64  # samples in the picture
-# Known before there is an extractor.
-_WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES, "network": NUM_FEATURES}
+_WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,16 +28,16 @@ from ddpm_jax.models.build import build_model, init_params
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.training.parallel import Parallel
 
-NUM_FEATURES = 64
 _UNET = ModelConfig(channels=16, channel_multipliers=(1, 2), attention_resolutions=())
 _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16
 _LARGEST_MAP = 16  # pixels of the U-Net's input, of the side of a square of as many: large images stay cheap
 _SCHEDULE = make_schedule("cosine", 1000)
 _TIMESTEP = 100  # that of the features
+_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/measuring.md
 _ASKED = 8  # noises of each image that is held out
 _HOLD_OUT = 10  # one image of that many
 # What the features are computed by besides the weights. To be counted up when the U-Net changes.
-_NETWORK = "denoising U-Net 1, means of both levels up and deviations of the last at t = 100 of 1000, cosine, no noise"
+_NETWORK = "denoising U-Net 1, means up, deviations of the last maps and of the noise, t = 100 of 1000, cosine"
 _RECIPE = [_NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
 MARKS = ("explained",)
 
@@ -54,6 +54,11 @@ class Denoiser(NamedTuple):
   model: UNet
   patch: int
   shape: tuple[int, int, int]
+
+  @property
+  def num_features(self) -> int:
+    """D: of the maps of the lower level and twice of the full one, and twice the channels of the images."""
+    return 4 * self.model.channels + 2 * self.shape[2] // self.patch**2
 
   def init(self, key: jax.Array) -> Any:
     """Fresh parameters, a nested dict."""
@@ -89,19 +94,21 @@ class Denoiser(NamedTuple):
     return jnp.mean(self.squared_error(params, x0, t, jax.random.split(eps_key, len(x0))))
 
   def forward(self, params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(params, uint8 [B, H, W, C]) -> features [B, 64], and [B, 0] for the classes that it does not know.
+    """(params, uint8 [B, H, W, C]) -> features [B, D], and [B, 0] for the classes that it does not know.
 
-    The U-Net is given the mean of q(x_t | x_0), so that the features are a function of the image alone.
+    The U-Net is given the mean of q(x_t | x_0), so that the features are a function of the image alone. The noise that
+    it sees there all the same is what the image has more or less of than others, fine structure above all.
     """
     t = jnp.full(len(batch), _TIMESTEP, jnp.int32)
-    _, state = self.model.apply(
+    eps, state = self.model.apply(
       {"params": params},
       jnp.float32(_SCHEDULE.sqrt_alpha_bar[_TIMESTEP]) * self.scaled(batch),
       t,
       capture_intermediates=lambda module, _: module.name in _MAPS,
     )
     low, full = (state["intermediates"][name]["__call__"][0] for name in _MAPS)
-    parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2))
+    noise = eps.reshape(len(batch), -1, 1, self.shape[2] // self.patch**2)
+    parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2)), noise.mean((1, 2)), noise.std((1, 2))
     return jnp.concatenate(parts, axis=-1), jnp.zeros((len(batch), 0), jnp.float32)
 
 
@@ -124,15 +131,15 @@ def network_features(
   seed: int = 0,
   say: Callable[[str], None],
   beat: Callable[[str], None] = lambda what: None,
-  updates: int = 0,
+  updates: int = _UPDATES,
 ) -> Features:
   """Features of a network that is trained on `source` without labels, or was before.
 
-  A U-Net of 164,000 parameters or a few more learns to predict the noise of noisy images. The features are the means of
-  its maps at the end of both levels on the way up, and the standard deviations of those of the last, for an image with
-  little noise. It depends on the data set and on nothing of a run: so checkpoints, and runs on the same data, can be
-  compared, which the features of a run's own U-Net would not allow. What was measured to choose it is in
-  docs/measuring.md.
+  A U-Net of 164,000 parameters or a few more learns to predict the noise of noisy images. The features of an image are
+  the means of its maps at the end of both levels on the way up, the standard deviations of those of the last, and both
+  of the noise that it sees in each channel: 66 numbers for grey images, 70 for images in colour. It depends on the data
+  set and on nothing of a run: so checkpoints, and runs on the same data, can be compared, which the features of a run's
+  own U-Net would not allow. What was measured to choose it is in docs/measuring.md.
 
   As with the classifier, a distance between these features is not an FID, and can be compared only where `identity` is
   the same. All processes must call it, and have the same network afterwards.
@@ -146,7 +153,7 @@ def network_features(
     seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
     beat: called now and then while it trains, on every process alike; what it raises ends the training.
-    updates: of 128 images each; 0: a number that follows from that of the images.
+    updates: of 128 images each.
 
   Returns:
     'network' with "explained", the share of the variance of the noise that it predicts in the images held out (0 for
@@ -159,7 +166,6 @@ def network_features(
   number = len(source)
   is_held_out = np.arange(number) % _HOLD_OUT == _HOLD_OUT // 2
   training, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
-  updates = updates or trained.usual_updates(len(training))
   denoiser = denoiser_for(source.image_shape)
 
   def make() -> Trained:
@@ -181,7 +187,7 @@ def network_features(
     "trained_on": len(training),
     "updates": updates,
   }
-  extract = trained.extractor(denoiser.forward, (NUM_FEATURES, 0), parallel, batch_size)(found.weights)
+  extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), parallel, batch_size)(found.weights)
   return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)
 
 
@@ -212,4 +218,4 @@ def _ask(
     images = source.read(held_out[rows]).images
     for i in range(_ASKED):
       squared[i, rows] = compiled(params, images, index[i, rows], t[i, rows], size=batch_size)
-  return {"explained": 1 - float(squared.mean()) if squared.size else 0.0}
+  return {"explained": float(np.float32(1 - squared.mean())) if squared.size else 0.0}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -33,20 +32,14 @@ Forward = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 BATCH = 128
 _RATE, _WARMUP = 3e-3, 50
 TRAINING = [BATCH, _RATE, _WARMUP]  # Adam, with a cosine after the warm-up
-_EPOCHS, _LEAST, _MOST = 5, 300, 2000
 _BEAT_EVERY = 50  # updates
 
 
 class Trained(NamedTuple):
-  """A trained network, and numbers that say how well it does; the same names for all networks of one file."""
+  """A trained network, and how well it does: numbers of float32's precision, of the same names for all networks."""
 
   weights: Weights
   marks: dict[str, float]
-
-
-def usual_updates(number: int) -> int:
-  """For so many images: some epochs, but at least and at most some updates."""
-  return min(max(math.ceil(_EPOCHS * number / BATCH), _LEAST), _MOST)
 
 
 def fresh(init: Init, seed: int) -> Any:

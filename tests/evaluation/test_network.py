@@ -16,7 +16,7 @@ from ddpm_jax.evaluation.network import denoiser_for, network_features
 from ddpm_jax.training.parallel import Parallel
 
 
-def slopes(number=80, shape=(8, 8, 1), seed=0):
+def slopes(number=80, shape=(4, 4, 1), seed=0):
   """Images that grow lighter from left to right."""
   rng = np.random.default_rng(seed)
   ramp = np.linspace(20, 200, shape[1])[None, None, :, None]
@@ -46,17 +46,16 @@ def test_it_learns_to_remove_noise_without_labels(learnt):
   share = round(100 * features.about["explained"])
   assert said[1].startswith(f"it predicts {share}% of the noise in 8 other images; that took ")
   found = features.extract(source.read(np.arange(37)).images)
-  assert found.features.shape == (37, network.NUM_FEATURES) and found.probabilities.shape == (37, 0)
+  assert found.features.shape == (37, 66) and found.probabilities.shape == (37, 0)
   assert np.isfinite(found.features).all() and np.linalg.matrix_rank(found.features) > 30
 
 
-def test_before_it_is_trained_it_explains_nothing(monkeypatch):
-  """As its last layer is zero, it predicts the mean of the noise, for any size of batch."""
-  source, denoiser = slopes(), denoiser_for((8, 8, 1))
+def test_before_it_is_trained_it_explains_nothing():
+  """As its last layer is zero, it predicts the mean of the noise."""
+  source, denoiser = slopes(), denoiser_for((4, 4, 1))
   weights = trained.flat(trained.fresh(denoiser.init, 0))
-  for size in (3, 8):
-    (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, Parallel("pmap"), size).values()
-    assert share == pytest.approx(0, abs=4 * np.sqrt(2 / (64 * 64)))
+  (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, Parallel("pmap"), 16).values()
+  assert share == pytest.approx(0, abs=4 * np.sqrt(2 / (64 * 16)))  # the variance of that of 64 images of 16 pixels
 
 
 def test_features_are_means_and_deviations_of_its_maps(learnt):
@@ -66,13 +65,15 @@ def test_features_are_means_and_deviations_of_its_maps(learnt):
   f = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731  Nichol and Dhariwal 2021, eq. 17
   images = source.read(np.arange(9)).images
   x = np.sqrt(f(100) / f(0)) * (images / 127.5 - 1)
-  denoiser = denoiser_for((8, 8, 1))
+  denoiser = denoiser_for((4, 4, 1))
   with jax.default_matmul_precision("highest"):
-    _, state = denoiser.model.apply(
-      {"params": trained.nested(weights)}, x.astype(np.float32), jnp.full(9, 100), capture_intermediates=True
+    apply = jax.jit(
+      lambda x, t: denoiser.model.apply({"params": trained.nested(weights)}, x, t, capture_intermediates=True)
     )
+    noise, state = apply(x.astype(np.float32), jnp.full(9, 100))
   low, full = (np.asarray(state["intermediates"][f"up{i}_block1"]["__call__"][0], np.float64) for i in (1, 0))
-  expected = np.concatenate([low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2))], axis=1)
+  parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2)), noise.mean((1, 2)), noise.std((1, 2))
+  expected = np.concatenate(parts, axis=1)
   np.testing.assert_allclose(features.extract(images).features, expected, atol=2e-5)
 
 
@@ -103,20 +104,17 @@ def test_large_images_are_cut_into_patches(shape, patch, taken):
   np.testing.assert_array_equal(whole[:, top : top + shape[0], -1], inner[:, :, -1])
 
 
-def test_it_is_kept_and_found_again_by_what_it_depends_on(learnt, tmp_path, monkeypatch):
+def test_it_is_kept_and_found_again_by_what_it_depends_on(tmp_path, monkeypatch):
   source = slopes()
   first = features_of(source, tmp_path)
-  other = features_of(slopes(seed=1), tmp_path)
-  assert first.identity != other.identity and len(list(tmp_path.iterdir())) == 2
-  assert features_of(source, tmp_path / "elsewhere").identity == first.identity, "of the data set and nothing else"
   monkeypatch.setattr(trained, "train", lambda *_, **__: pytest.fail("it trains"))
   again = features_of(source, tmp_path)
   assert json.dumps(again[:3]) == json.dumps(first[:3])
   images = source.read(np.arange(9)).images
   np.testing.assert_array_equal(again.extract(images).features, first.extract(images).features)
-  for changed in (dict(updates=4), dict(seed=1)):
+  for other, changed in ((slopes(seed=1), {}), (source, dict(updates=4)), (source, dict(seed=1))):
     with pytest.raises(pytest.fail.Exception, match="it trains"):
-      features_of(source, tmp_path, **changed)
+      features_of(other, tmp_path, **changed)
   monkeypatch.setattr(network, "_RECIPE", [*network._RECIPE, "another"])
   with pytest.raises(pytest.fail.Exception, match="it trains"):
     features_of(source, tmp_path)
@@ -144,3 +142,21 @@ def test_it_can_be_stopped(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     features_of(slopes(), tmp_path, beat=beat)
   assert not list(tmp_path.iterdir())
+
+
+def test_the_noise_of_each_channel_is_told_apart():
+  """Over all pixels, wherever a pixel of the U-Net's is a patch of the image."""
+  denoiser, source = denoiser_for((18, 18, 3)), slopes(shape=(18, 18, 3))
+  params = trained.fresh(denoiser.init, 0)
+  params["conv_out"]["kernel"] = jax.random.normal(jax.random.key(0), params["conv_out"]["kernel"].shape)
+  images = source.read(np.arange(2)).images
+  x = np.float32(network._SCHEDULE.sqrt_alpha_bar[100]) * denoiser.scaled(images)
+  (found, _), noise = jax.jit(
+    lambda: (denoiser.forward(params, images), denoiser.model.apply({"params": params}, x, jnp.full(2, 100)))
+  )()
+  noise = np.asarray(noise)
+  assert found.shape == (2, 70) and denoiser.shape == (10, 10, 12)
+  for channel in range(3):
+    pixels = noise[..., channel::3].reshape(2, -1)
+    np.testing.assert_allclose(found[:, 64 + channel], pixels.mean(1), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found[:, 67 + channel], pixels.std(1), rtol=1e-3)
