@@ -41,7 +41,7 @@ def classifier_features(
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
-  beat: Callable[[str], None] = lambda what: None,
+  counted: trained.Counted = trained.uncounted,
   updates: int = 0,
 ) -> Features:
   """Features and class probabilities of a classifier that is trained on `source`, or was before.
@@ -62,7 +62,7 @@ def classifier_features(
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights and of the order of the images.
     say: takes a line about what is done.
-    beat: called now and then while it trains, on every process alike; what it raises ends the training.
+    counted: is told of the updates, on every process alike; what it raises ends the training.
     updates: of 128 images each; 0: a number that follows from that of the images.
 
   Returns:
@@ -84,7 +84,7 @@ def classifier_features(
   def make() -> Trained:
     say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {updates} updates")
     began = time.perf_counter()
-    weights = _train(model, init, source, labels, training, updates, seed, beat)
+    weights = _train(model, init, source, labels, training, updates, seed, counted)
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
     found = found._replace(marks=_ask(source, labels, held_out, extract(found.weights), batch_size))
     took = time.perf_counter() - began
@@ -143,7 +143,7 @@ def _train(
   training: np.ndarray,
   updates: int,
   seed: int,
-  beat: Callable[[str], None],
+  counted: trained.Counted,
 ) -> trained.Weights:
   """The weights after training on the images `training` int [N] of the source, on the first device of this process."""
 
@@ -160,7 +160,7 @@ def _train(
     loss_of,
     updates=updates,
     seed=seed,
-    beat=beat,
+    counted=counted,
     columns=lambda indices: {"label": labels[indices]},
   )
 

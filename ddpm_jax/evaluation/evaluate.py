@@ -407,7 +407,7 @@ def _features(config: Config, parallel: Parallel, train: Source, around: Surroun
         parallel=parallel,
         batch_size=options.evaluate_batch_size,
         say=around.say,
-        beat=around.beat,
+        counted=around.counted,
       )
     case name:
       raise ValueError(f"unknown features {name!r}")

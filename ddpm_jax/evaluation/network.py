@@ -106,7 +106,7 @@ class Denoiser(NamedTuple):
       t,
       capture_intermediates=lambda module, _: module.name in _MAPS,
     )
-    low, full = (state["intermediates"][name]["__call__"][0] for name in _MAPS)
+    low, full = (jnp.asarray(state["intermediates"][name]["__call__"][0]) for name in _MAPS)
     noise = eps.reshape(len(batch), -1, 1, self.shape[2] // self.patch**2)
     parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2)), noise.mean((1, 2)), noise.std((1, 2))
     return jnp.concatenate(parts, axis=-1), jnp.zeros((len(batch), 0), jnp.float32)
@@ -130,7 +130,7 @@ def network_features(
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
-  beat: Callable[[str], None] = lambda what: None,
+  counted: trained.Counted = trained.uncounted,
   updates: int = _UPDATES,
 ) -> Features:
   """Features of a network that is trained on `source` without labels, or was before.
@@ -152,7 +152,7 @@ def network_features(
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
-    beat: called now and then while it trains, on every process alike; what it raises ends the training.
+    counted: is told of the updates, on every process alike; what it raises ends the training.
     updates: of 128 images each.
 
   Returns:
@@ -171,7 +171,7 @@ def network_features(
   def make() -> Trained:
     say(f"training a network for the features on {len(training)} images without labels, {updates} updates")
     began = time.perf_counter()
-    weights = trained.train(denoiser.init, source, training, denoiser.loss, updates=updates, seed=seed, beat=beat)
+    weights = trained.train(denoiser.init, source, training, denoiser.loss, updates=updates, seed=seed, counted=counted)
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
     found = found._replace(marks=_ask(denoiser, source, held_out, found.weights, parallel, batch_size))
     took = time.perf_counter() - began

@@ -26,13 +26,15 @@ Extract = Callable[[np.ndarray], Extracted]
 # (params, {"image": uint8 [B, H, W, C], "replaced": bool [B], ...}, key) -> the mean loss, a scalar
 Loss = Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
 Init = Callable[[jax.Array], Any]  # key -> fresh parameters, a nested dict
+# (of what, how many) -> a context with a function that is told how many are done. What that raises ends the training.
+Counted = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 # (params, uint8 [B, H, W, C]) -> features float32 [B, D], probabilities float32 [B, K]
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 
 BATCH = 128
 _RATE, _WARMUP = 3e-3, 50
 TRAINING = [BATCH, _RATE, _WARMUP]  # Adam, with a cosine after the warm-up
-_BEAT_EVERY = 50  # updates
+_TELL_EVERY = 10  # updates
 
 
 class Trained(NamedTuple):
@@ -40,6 +42,12 @@ class Trained(NamedTuple):
 
   weights: Weights
   marks: dict[str, float]
+
+
+def uncounted(what: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+  """A `Counted` that nobody hears."""
+  del what, total
+  return contextlib.nullcontext(lambda number: None)
 
 
 def fresh(init: Init, seed: int) -> Any:
@@ -70,7 +78,7 @@ def train(
   *,
   updates: int,
   seed: int,
-  beat: Callable[[str], None],
+  counted: Counted,
   columns: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {},
 ) -> Weights:
   """The weights after training on the images `training` int [N] of the source, on the first device of this process.
@@ -82,7 +90,7 @@ def train(
     loss_of: what is minimised.
     updates: how many.
     seed: of the first weights, the order of the images, and the keys.
-    beat: called now and then; what it raises ends the training.
+    counted: is told of the updates, on every process alike.
     columns: what else is known of the images at int [B] of the source, for the loss.
   """
   optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, _RATE, min(_WARMUP, updates // 2), updates))
@@ -101,14 +109,16 @@ def train(
     params = jax.jit(lambda: fresh(init, seed))()
     state, loss = optimizer.init(params), jnp.zeros(())
     batches = pipeline.batches(part, batch_size=BATCH, seed=shuffle, start_step=0)
-    with contextlib.closing(batches):
+    with contextlib.closing(batches), counted("update of the features' network", updates) as done:
       for step, batch in zip(range(updates), batches, strict=False):
         batch |= columns(training[order[step]])
         before = loss
         params, state, loss = update(params, state, batch, np.int32(step))
         before.block_until_ready()  # one update runs ahead, and no more batches wait on the device
-        if step % _BEAT_EVERY == 0:
-          beat(f"update {step} of the features' network")
+        if step % _TELL_EVERY == 0:
+          done(step)  # not `step` + 1: the first call begins the clock, after the compilation
+      loss.block_until_ready()
+      done(updates)
   return {name: np.asarray(leaf) for name, leaf in flat(params).items()}
 
 

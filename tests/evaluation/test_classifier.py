@@ -149,7 +149,7 @@ def test_the_number_of_updates_follows_from_that_of_the_images(tmp_path, monkeyp
   class Stop(Exception):
     pass
 
-  def stop(model, init, source, labels, training, updates, seed, beat):
+  def stop(model, init, source, labels, training, updates, seed, counted):
     asked.append(updates)
     raise Stop
 

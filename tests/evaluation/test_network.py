@@ -1,5 +1,6 @@
 """The network without labels: what it learns, what is kept of it, and that it needs no labels."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -135,12 +136,21 @@ def test_of_a_few_images_none_is_held_out(tmp_path):
   assert features.about["explained"] == 0 and "0% of the noise in 0 other images" in said[1]
 
 
-def test_it_can_be_stopped(tmp_path):
-  def beat(what):
-    raise KeyboardInterrupt
+def test_it_tells_how_far_it_is_and_can_be_stopped(tmp_path):
+  heard = []
+
+  @contextlib.contextmanager
+  def counted(what, total):
+    def done(number):
+      heard.append((what, total, number))
+      if number == 20:
+        raise KeyboardInterrupt
+
+    yield done
 
   with pytest.raises(KeyboardInterrupt):
-    features_of(slopes(), tmp_path, beat=beat)
+    features_of(slopes(), tmp_path, updates=20, counted=counted)
+  assert heard == [("update of the features' network", 20, number) for number in (0, 10, 20)]
   assert not list(tmp_path.iterdir())
 
 

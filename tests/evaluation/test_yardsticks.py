@@ -10,6 +10,7 @@ from ddpm_jax.evaluation import measures, yardsticks
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.reference import measure_reference
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks
+from ddpm_jax.keys import seeded
 from ddpm_jax.sampling import draw as draw_lib
 from tests.evaluation.test_evaluate import config_of, pictures, summary_features, weights_of
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_run
@@ -87,10 +88,9 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
     draw_lib.table_of(config.sample, weights.run.schedule, "fixed_large"),
     image_shape=IMAGE_SHAPE,
     parallel=weights.run.parallel,
-    seed=0,
     stream="sample",
   )
-  drawn = draw(tiny_run(config).initial_state().params, np.arange(40, dtype=np.int32))
+  drawn = draw(seeded(tiny_run(config).initial_state().params, 0), np.arange(40, dtype=np.int32))
   value = found["untrained"]["values"]["classifier_distance"]
   assert value == pytest.approx(distance(drawn, images), rel=1e-3)
   assert set(found["noise"]["values"]) == set(found["untrained"]["values"]) < set(found["data"]["values"])
@@ -130,3 +130,16 @@ def test_of_a_few_images_only_what_halves_are_enough_for(config, tmp_path):
     *("set_size", "near_duplicates_pixels", "near_duplicates_features"),
   }
   assert "coverage" in found["noise"]["values"]
+
+
+def test_against_a_file_of_statistics(data, found, tmp_path):
+  """The data itself has what halves of the features in the file have; without features nothing, but the rest stays."""
+  _, (source, reference, _) = data
+  config = config_of(measures=("frechet", "score"), evaluate_samples=40, random_flip=False)
+  whole = measure(config, Data(source, reference, "a"), tmp_path)
+  for kind in ("data", "noise", "untrained"):
+    assert whole[kind]["values"].items() <= found[kind]["values"].items()
+  bare = reference._replace(features=reference.features[:0], index=reference.index[:0])
+  less = measure(config, Data(source, bare, "b"), tmp_path)
+  assert less["data"] == {"number": 0, "values": {}}
+  assert less["noise"] == whole["noise"] and len(list(tmp_path.iterdir())) == 2, "kept apart by the file"
