@@ -3,11 +3,11 @@
   python -m benchmarks.features --dataset=folder:PATH --image_size=32
   python -m benchmarks.features --dataset=digits --kinds=untrained,network --images=500
 
-The kinds are those of `--features`; `untrained`, the network of `network` before it is trained; and `unet`, the middle of
-a run's own U-Net. One half of the data set is the reference, on which the features are trained as an evaluation does;
-images of the other half are damaged in ways and sizes that are known. Told is the Fréchet distance of these to the
-reference, divided by that of the same images without damage, for each size of a damage; and Spearman's rank correlation
-between distance and size: 1 if more damage is always farther away. Missing classes need labels.
+The kinds are those of `--features`; `untrained`, the network of `network` before it is trained; and `unet`, the middle
+of a run's own U-Net. One half of the data set is the reference, on which the features are trained as an evaluation
+does; images of the other half are damaged in ways and sizes that are known. Told is the Fréchet distance of these to
+the reference, divided by that of the same images without damage, for each size of a damage; and Spearman's rank
+correlation between distance and size: 1 if more damage is always farther away. Missing classes need labels.
 """
 
 from __future__ import annotations

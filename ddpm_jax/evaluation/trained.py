@@ -109,7 +109,7 @@ def train(
     params = jax.jit(lambda: fresh(init, seed))()
     state, loss = optimizer.init(params), jnp.zeros(())
     batches = pipeline.batches(part, batch_size=BATCH, seed=shuffle, start_step=0)
-    with contextlib.closing(batches), counted("update of the features' network", updates) as done:
+    with contextlib.closing(batches), counted("update", updates) as done:
       for step, batch in zip(range(updates), batches, strict=False):
         batch |= columns(training[order[step]])
         before = loss

@@ -114,7 +114,7 @@ def yardsticks(evaluation: Evaluation) -> dict[str, dict[str, float]]:
         values[f"{measure}_{split}"] = part(evaluation, measure, split, "yardsticks").get(kind)
     for name, value in values.items():
       amount = finite(value)
-      if amount is not None:
+      if amount is not None and direction(name):  # of a spread, or a number of images, there is no better or worse
         found.setdefault(name, {})[kind] = amount
   return found
 
@@ -252,7 +252,7 @@ def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
   beside = [_beside(column, evaluations) for column in shown]
   for kind, (_, words) in _YARDSTICKS.items():
     if any(kind in others for others in beside):
-      cells = [tag("td", tag("small", words))]
+      cells = [tag("small", words)]
       for column, others in zip(shown, beside, strict=True):
         digits = decimals(value for value, _, _ in column.values.values())
         cells.append(tag("td", tag("small", f"{others[kind]:.{digits}f}") if kind in others else None))
@@ -260,8 +260,8 @@ def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
   text = "↓ lower is better, ↑ higher is better."
   if any(beside):
     text += (
-      " Below, the same measures of the data itself (images of the data set against the others of it: the best that "
-      "samples can reach), of pure noise, and of a network that was not trained."
+      " The last rows are the same measures of the data itself (images of the data set against the others of it: the "
+      "best that samples can reach), of pure noise, and of a network that was not trained."
     )
   if not all(beside):
     text += (

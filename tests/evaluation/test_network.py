@@ -150,7 +150,7 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(tmp_path):
 
   with pytest.raises(KeyboardInterrupt):
     features_of(slopes(), tmp_path, updates=20, counted=counted)
-  assert heard == [("update of the features' network", 20, number) for number in (0, 10, 20)]
+  assert heard == [("update", 20, number) for number in (0, 10, 20)]
   assert not list(tmp_path.iterdir())
 
 

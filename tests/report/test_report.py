@@ -40,6 +40,7 @@ class Page(html.parser.HTMLParser):
     if tag not in VOID:
       self.open.append(tag)
     if tag in ("td", "th"):
+      assert not {"td", "th"} & set(self.open[:-1]), "a cell in a cell, of which browsers make two"
       self.cells.append((dict(attrs).get("class"), ""))
 
   def handle_endtag(self, tag):
