@@ -206,6 +206,19 @@ def file_of_statistics(small_parts, tmp_path_factory):
   return folder / "own.npz"
 
 
+def test_statistics_are_of_the_features_that_an_evaluation_takes(small_parts, tmp_path, monkeypatch):
+  asked = []
+
+  def features(config, *_):
+    asked.append(config.evaluate.features)
+    return summary_features()
+
+  monkeypatch.setattr(evaluate_lib, "_features", features)
+  for i, source in enumerate((pictures(), dataclasses.replace(pictures(), labels=None))):
+    evaluate_lib.write_reference(config_of(features="auto"), source, tmp_path / f"{i}.npz", around(tmp_path))
+  assert asked == ["classifier", "network"]
+
+
 OF_SAMPLES = OPTIONS["measures"][:6]
 
 

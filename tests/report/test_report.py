@@ -16,6 +16,7 @@ from PIL import Image
 from ddpm_jax import grids
 from ddpm_jax.config import Config, override, to_flagfile, to_json
 from ddpm_jax.report import charts
+from ddpm_jax.report.measures import yardsticks
 from ddpm_jax.report.page import VOID, number
 from ddpm_jax.report.report import write_report
 
@@ -432,6 +433,8 @@ def test_a_measure_is_never_told_without_its_yardsticks(workdir):
   ):
     assert rows[rows.index(head) + 1 :][:3] == numbers
   assert "; the data itself 0.0231; pure noise 8.91" in page.text, "on the tile too"
+  spread = {"data": {"values": {"set_size": 9, "classifier_kid_std": 0.2, "classifier_kid": 0.1}}}
+  assert yardsticks({"yardsticks": spread}) == {"classifier_kid": {"data": 0.1}}, "no better or worse, no yardstick"
   told = "was measured by a release that did not say what the data itself, noise and an untrained network have"
   assert told not in page.text
   evaluate(workdir, 10, **samples(**values))
