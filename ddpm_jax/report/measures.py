@@ -253,9 +253,7 @@ def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
   for kind, (_, words) in _YARDSTICKS.items():
     if any(kind in others for others in beside):
       cells = [tag("small", words)]
-      for column, others in zip(shown, beside, strict=True):
-        digits = decimals(value for value, _, _ in column.values.values())
-        cells.append(tag("td", tag("small", f"{others[kind]:.{digits}f}") if kind in others else None))
+      cells += [tag("td", tag("small", number(others[kind], 3)) if kind in others else None) for others in beside]
       rows.append(cells)
   text = "↓ lower is better, ↑ higher is better."
   if any(beside):

@@ -206,6 +206,24 @@ def file_of_statistics(small_parts, tmp_path_factory):
   return folder / "own.npz"
 
 
+def test_only_features_that_are_needed_are_part_of_the_estimate(file_of_statistics, tmp_path, monkeypatch):
+  """Where samples are compared with a file, those of the data are not, but for the nearest images."""
+
+  def settle(config, weights, train, needed, *_):
+    asked.append(sum(map(len, needed)))
+    raise Abandoned
+
+  asked, both = [], ("frechet", "neighbours")
+  monkeypatch.setattr(evaluate_lib, "_settle", settle)
+  for changes in ({}, {"reference_split": "test"}, {"reference_stats": str(file_of_statistics)}):
+    for measures in (("frechet",), both):
+      config = config_of(measures=measures, **changes)
+      with pytest.raises(Abandoned):
+        evaluate(config, weights_of(config), pictures(), around(tmp_path))
+  test = len(open_split(DataConfig(split="test")))
+  assert asked == [37, 37, test, test + 37, 0, 37]
+
+
 def test_statistics_are_of_the_features_that_an_evaluation_takes(small_parts, tmp_path, monkeypatch):
   asked = []
 
