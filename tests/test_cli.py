@@ -149,7 +149,8 @@ def bad_evaluations(folder):
   for number in range(16):
     Image.fromarray(np.full((8, 8), number * 15, np.uint8)).save(pictures / f"{number}.png")
   (folder / "junk").write_bytes(b"no weights at all")
-  bare = [f"--dataset=folder:{pictures}", "--num_steps=2", "--evaluate_every=1", "--features=classifier"]
+  bare = [f"--dataset=folder:{pictures}", "--preset=none", "--num_steps=2", "--evaluate_every=1"]
+  bare.append("--features=classifier")
   return {
     "badsplits": (["--mode=evaluate", "--measures=bound", "--likelihood_splits=train,tset"], "split: 'tset'"),
     "badweights": (
