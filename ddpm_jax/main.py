@@ -172,7 +172,10 @@ def _for_own_images(mode: str, config: Config, folder: pathlib.Path | None) -> t
   name = preset_for_own_images(mode, given, folder, platform)
   if not name:
     return config, ""
-  config = resolve_config(mode, flags.of_preset(name) | given, folder)
+  try:
+    config = resolve_config(mode, flags.of_preset(name) | given, folder)
+  except UserError as error:  # over what the command does not name
+    raise UserError(f"{error} (own images take --preset={name}; --preset=none leaves the defaults)") from None
   size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
   return config, (
     f"own images, chosen for {'a CPU' if platform == 'cpu' else 'an accelerator'}: --preset={name} (images {size}, "

@@ -17,6 +17,7 @@ STEPS = 24
 TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ", re.MULTILINE)  # with which lines of a log begin
 # Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
 FLAGS = [
+  "--preset=none",  # also where the data are a folder
   *("--channels=8", "--channel_multipliers=1", "--attention_resolutions=", "--dropout=0.2", "--random_flip"),
   *(
     "--batch_size=16",

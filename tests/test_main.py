@@ -286,6 +286,9 @@ def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, co
     assert config == expected, words
     line = runs.said[-1] or capsys.readouterr().out
     assert said in line if said else not line, words
+  assert command(new, images, "--beta_end=0.4") == 2
+  assert "beta_end: 0.4 has no effect with beta_schedule=cosine" in (line := one_line(capsys))
+  assert "own images take --preset=images32" in line
   stored = config_lib.override(Config(), folder | {"channels": 64})
   workdir.create(tmp_path / "run", stored)
   assert command(f"--workdir={tmp_path / 'run'}", images) == 0

@@ -7,14 +7,17 @@ import signal
 import statistics
 from concurrent.futures import Future
 
+import chex
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from ddpm_jax import grids, plots
+from ddpm_jax.config import SampleConfig
+from ddpm_jax.sampling.draw import table_of
 from ddpm_jax.stop import StopRequest
-from ddpm_jax.training import loop, reports
+from ddpm_jax.training import loop, preview, reports
 from ddpm_jax.training.preview import EarlyGrids, Preview
 from tests.command import digests
 from tests.training.test_loop import LITTLE, metrics, noise, poisoned
@@ -113,6 +116,14 @@ def test_a_vote_of_one_process_is_heard_by_all(mode):
     order = parallel.put_order(stop=votes[0], grid=votes[1])
     _, _, heard = step(jax.device_put(state, parallel.state_shardings(state)), rows, order)
     assert tuple(map(bool, np.asarray(heard))) == votes
+
+
+def test_a_grid_has_the_timesteps_that_the_command_draws_with(monkeypatch):
+  run, tables = tiny_run(tiny_config(**OPTIONS)), []
+  monkeypatch.setattr(preview, "make_draw", lambda predictor, table, **options: tables.append(table))
+  Preview(run, None)
+  drawn_alike = SampleConfig(sampler="dpmpp", sampling_steps=run.config.train.preview_steps)
+  chex.assert_trees_all_equal(*tables, table_of(drawn_alike, run.schedule, run.config.diffusion.variance))
 
 
 # In a run.

@@ -22,7 +22,7 @@ PAPER_32, PAPER_256 = 35_746_307, 113_673_219
 PRESETS = {  # what the data set delivers, and the size of the network
   "digits": ((8, 8, 1), 701_345),
   "fashion_mnist": ((28, 28, 1), 1_112_801),
-  "images32": ((32, 32, 3), 2_736_099),
+  "images32": ((32, 32, 3), 2_688_179),
   "images64": ((64, 64, 3), PAPER_32),
   "cifar10": ((32, 32, 3), PAPER_32),
   "celebahq256": ((256, 256, 3), PAPER_256),
