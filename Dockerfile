@@ -2,11 +2,13 @@
 #
 #   docker build --tag=ddpm_jax .
 #   docker build --tag=ddpm_jax:cuda --build-arg=EXTRA=cuda .
+#   mkdir -p runs  # else Docker makes it, and it is root's
 #   docker run --rm --user="$(id -u):$(id -g)" --volume="$PWD/runs:/runs" ddpm_jax --workdir=/runs/digits
 #   docker run --rm --user="$(id -u):$(id -g)" --volume="$PWD/runs:/runs" --gpus=all --shm-size=8g ddpm_jax:cuda \
 #     --workdir=/runs/cifar10 --flagfile=experiments/cifar10.flags --data_dir=/runs/tensorflow_datasets
 #
-# The second image brings CUDA as Python packages: the host needs NVIDIA's driver and its container toolkit.
+# The second image brings CUDA as Python packages: the host needs NVIDIA's driver and its container toolkit. CIFAR-10
+# must lie prepared in --data_dir (README.md, "Ahead of time"); with --build-arg=EXTRA=cuda,prepare the image can do so.
 #
 # Any user may run it, with or without an entry in /etc/passwd: nothing but what the flags name and /tmp is written, so
 # also with --read-only --tmpfs=/tmp. Compiled programs are kept in /tmp/cache; to keep them for the next container,

@@ -137,10 +137,11 @@ def profiled(profile_steps: str, num_steps: int) -> range:
   first, colon, last = profile_steps.partition(":")
   if not (colon and all(part.isascii() and part.isdigit() for part in (first, last))):
     raise UserError(f"profile_steps: {profile_steps!r} is not A:B; name training steps, such as 100:110")
-  if not 1 <= int(first) <= int(last) <= num_steps:
+  if int(first) > int(last):
+    raise UserError(f"profile_steps: {profile_steps} runs backwards; use {last}:{first}")
+  if not (int(first) >= 1 and int(last) <= num_steps):
     raise UserError(
-      f"profile_steps: {profile_steps} does not lie in 1:{num_steps}, the steps of --num_steps, or runs backwards; "
-      "name others"
+      f"profile_steps: {profile_steps} does not lie in 1:{num_steps}, the steps of --num_steps; use others"
     )
   return range(int(first), int(last) + 1)
 

@@ -271,7 +271,7 @@ class PlanConfig:
 
   topology: str = knob("cpu", "The devices: KIND:AxB or KIND:AxBxC chips of a TPU, such as 'v5e:4x4' or 'v5p:2x2x2', "
                        "or a slice as Cloud TPU calls it, such as 'v5e-16' or 'v5p-128', which need not be here; or "
-                       "'cpu', the CPU of this machine. GPUs cannot be planned where none is.", may_change=True)
+                       "'cpu', the CPU of this machine. GPUs cannot be planned.", may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)

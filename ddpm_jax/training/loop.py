@@ -198,7 +198,8 @@ def _resume_or_start(
     )
     with contextlib.closing(reports), contextlib.closing(profile), contextlib.closing(Compiler()) as compiler:
       make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
-      state = restored.state if restored else run.initial_state(params)
+      with progress.compiling():
+        state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       preview = Preview(run, compiler if trains_first else None)

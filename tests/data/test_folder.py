@@ -301,10 +301,10 @@ def test_what_is_no_folder_of_images(tmp_path):
   refuse(tmp_path, r"holds no .*\.png.* file")
   write(tmp_path / "a.png", plain("red"))
   for split, message in (
-    ("test", r"split: 'test' is none of a folder \(Unknown split .*; use 'train' or slices of it, such as 'train"),
-    ("train[", r"split: 'train\[' is none of a folder"),
-    ("train[:x]", "is none of a folder"),
-    ("train[:2]", r"is none of a folder \(Requested slice"),
+    ("test", r"split: 'test' is no part of a folder \(Unknown split .*; use 'train' or slices of it, such as 'train"),
+    ("train[", r"split: 'train\[' is no part of a folder"),
+    ("train[:x]", "is no part of a folder"),
+    ("train[:2]", r"is no part of a folder \(Requested slice"),
     ("train[1:]", "of 1 images, is empty"),
   ):
     refuse(tmp_path, message, split=split)

@@ -281,8 +281,8 @@ def test_what_the_image_installs_is_valid_and_locked():
       removed = re.findall(r"pip uninstall --yes ([\w. -]+)", rest)
       assert set(" ".join(removed).split()) <= named
   said = (ROOT / "Dockerfile").read_text()
-  (extra,) = re.findall(r"--build-arg=EXTRA=(\w+)", said)
-  assert extra in project["optional-dependencies"]
+  extras = re.findall(r"--build-arg=EXTRA=([\w,]+)", said)
+  assert extras and set(",".join(extras).split(",")) <= project["optional-dependencies"].keys()
   assert "--build-arg=EXTRA=cuda" in comments(MANIFEST)
 
 
