@@ -26,7 +26,10 @@ DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("READM
 README, WORKSPACE = DOCUMENTS.values()
 OTHERS = (
   "SECURITY.md",
-  *(f"docs/{name}.md" for name in ("derivatives", "learning_rate", "measuring", "precision", "reliability")),
+  *(
+    f"docs/{name}.md"
+    for name in ("derivatives", "learning_rate", "measuring", "own_images", "precision", "reliability")
+  ),
   *(f"docs/{name}.md" for name in ("several_runs", "time_grids")),
 )
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}

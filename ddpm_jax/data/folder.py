@@ -114,8 +114,8 @@ def split_of(data: DataConfig, names: Sequence[str]) -> np.ndarray:
     parts = tfds.core.ReadInstruction.from_spec(data.split).to_absolute(whole)
   except (ValueError, NotImplementedError) as error:
     raise UserError(
-      f"split: {data.split!r} is no part of a folder ({' '.join(str(error).split())}); use 'train' or slices of it, such "
-      "as 'train[:90%]', or name the folder of that split in --dataset=folder:PATH"
+      f"split: {data.split!r} is no part of a folder ({' '.join(str(error).split())}); use 'train' or slices of it, "
+      "such as 'train[:90%]', or name the folder of that split in --dataset=folder:PATH"
     ) from None
   if all(part.from_ is None and part.to is None for part in parts):
     order = np.arange(len(names))  # nothing is cut: no digests
