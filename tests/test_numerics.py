@@ -24,7 +24,7 @@ from ddpm_jax.run import Run, build_run, make_train_step
 from ddpm_jax.sampling.drawn import Drawn, settings
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.training import resume
-from ddpm_jax.training.parallel import ByRows, Parallel
+from ddpm_jax.training.parallel import ByRows, ByStretches, Parallel
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, tiny_config
 
@@ -70,15 +70,19 @@ def training(run: Run, platform: str) -> str:
 
 
 def rows_of(monkeypatch, platform: str, call) -> str:
-  """What `call` lowers by `Parallel.by_rows`."""
-  texts, init = [], ByRows.__init__
+  """What `call` lowers by `Parallel.by_rows`, or of the loop of `Parallel.by_stretches`."""
+  texts: list[str] = []
 
-  def recording(self, *arguments, **options):
-    init(self, *arguments, **options)
-    self._jitted = Lowered(self._jitted, platform, texts)
+  def recorded(init, name):
+    def recording(self, *arguments, **options):
+      init(self, *arguments, **options)
+      setattr(self, name, Lowered(getattr(self, name), platform, texts))
+
+    return recording
 
   with monkeypatch.context() as patch, contextlib.suppress(StopAfterLowering):
-    patch.setattr(ByRows, "__init__", recording)
+    patch.setattr(ByRows, "__init__", recorded(ByRows.__init__, "_jitted"))
+    patch.setattr(ByStretches, "__init__", recorded(ByStretches.__init__, "_advance"))
     call()
   return texts[0]
 

@@ -107,7 +107,7 @@ def test_a_run_that_is_stopped_in_every_phase_is_never_stopped(folder, whole, la
 def test_a_stop_while_it_measures(folder, whole, launch):
   """The checkpoint is there, so it ends at once; the same command measures it."""
   flags = ["--evaluate_every=200", "--measures=bound", "--best_measure=bound", "--bound_timesteps=0"]
-  heard = launch("measured", *flags)
+  heard = launch("measured", *flags, "--likelihood_examples=0")
   heard.wait_for("bound: bits/dim of 1797 images of digits")
   out, err = stop(heard, signal.SIGTERM)
   assert "stopped; everything was saved before" in err and TRAINING in out

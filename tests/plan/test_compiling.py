@@ -65,7 +65,7 @@ def test_memory_by_kind_is_that_of_the_arrays(mode):
   assert memory.average == memory.parameters
   assert memory.optimizer == on_one(state.opt_state) >= 2 * memory.parameters
   assert memory.counters == 16
-  assert memory.batch == 2 * (64 + 4 + 1) + 8  # two images, their indices, whether replaced; the order
+  assert memory.batch == 2 * (64 + 4 + 1) + 12  # two images, their indices, whether replaced; the order
   assert memory.padding == 0
   whole = 4 * num_params(run.abstract_state.params)
   assert memory.parameters == whole if mode == "pmap" else memory.parameters < whole / 7
@@ -100,15 +100,15 @@ def twins(params) -> int:
 
 
 def test_pmap_sends_the_gradients_in_one_all_reduce():
-  """Parameters times 4 bytes, and the loss; beside it the images replaced, and the order, which has two numbers."""
+  """Parameters times 4 bytes, and the loss; beside it the images replaced, and the order, which has three numbers."""
   step, run = planned("pmap")
   params = run.abstract_state.params
   sizes = sorted(c.bytes for c in step.collectives)
   assert {(c.kind, c.group, c.times) for c in step.collectives} == {("all-reduce", 8, 1)}
-  assert sizes == [4, 8, 4 * (num_params(params) - twins(params)) + 4]
+  assert sizes == [4, 12, 4 * (num_params(params) - twins(params)) + 4]
   assert step.sent == pytest.approx(2 * 7 / 8 * sum(sizes))
   parts, _ = planned("pmap", grad_accum_steps=2)  # summed over the parts before they are sent: nothing is merged
-  assert sorted(c.bytes for c in parts.collectives) == [4, 8, 4 * num_params(params) + 4]
+  assert sorted(c.bytes for c in parts.collectives) == [4, 12, 4 * num_params(params) + 4]
 
 
 def test_fsdp_gathers_the_parameters_once_and_reduces_the_gradients():

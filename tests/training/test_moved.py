@@ -13,7 +13,7 @@ from ddpm_jax import flags, main
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import run as evaluation_run
-from ddpm_jax.evaluation import trained
+from ddpm_jax.evaluation.network import network_features
 from ddpm_jax.sampling import run as sampling_run
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
@@ -133,7 +133,7 @@ def test_other_images_in_another_place_are_refused_and_not_kept(place):
 
 def test_unlabelled_images_while_training(place, monkeypatch):
   """By the features of a network that needs no labels; part of the folder is held out."""
-  monkeypatch.setattr(trained, "_LEAST", 2)
+  monkeypatch.setitem(network_features.__kwdefaults__, "updates", 2)
   every = ["--evaluate_every=1", "--bound_timesteps=2", "--evaluate_samples=6", "--sampling_steps=2"]
   held_out = ["--split=train[:75%]", "--likelihood_splits=train[:75%],train[75%:]"]
   with pytest.raises(UserError, match=r"has none; use --features=network, or inception .*, or --best_measure=bound"):
