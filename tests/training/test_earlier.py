@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from ddpm_jax.sampling.weights import load_weights
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop
 from tests.command import checkpoints, digests
-from tests.training.test_loop import LITTLE, metrics, noise, train
+from tests.training.test_loop import LITTLE, metrics, noise, signal_with, train
 
 # Of 10 steps the last 4 decay, of 20 the last 8; the warm-up is longer than the shorter run.
 DECAY = LITTLE | dict(dropout=0.3, lr_schedule="constant_then_decay", decay_fraction=0.4, warmup_steps=11)
@@ -42,16 +41,7 @@ def short_and_long(tmp_path_factory):
 
 def stop_after(monkeypatch, step, workdir, **options):
   """Trains until a signal arrives with that step."""
-  real = loop.batches
-
-  def interrupt(*args, **kwargs):
-    for number, batch in enumerate(real(*args, **kwargs), start=kwargs["start_step"] + 1):
-      if number == step:
-        os.kill(os.getpid(), signal.SIGTERM)
-      yield batch
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, "batches", interrupt)
+  with signal_with(monkeypatch, step):
     train(workdir, **options)
   assert checkpoints(workdir)[-1] == step
 

@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import os
-import signal
 import statistics
 from concurrent.futures import Future
 
@@ -20,7 +18,7 @@ from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import loop, preview, reports
 from ddpm_jax.training.preview import EarlyGrids, Preview
 from tests.command import digests
-from tests.training.test_loop import LITTLE, metrics, noise, poisoned
+from tests.training.test_loop import LITTLE, metrics, noise, poisoned, signal_with
 from tests.training.tiny import tiny_config, tiny_run
 
 OPTIONS = LITTLE | dict(num_steps=12, checkpoint_every=12, log_every=4, steps_per_dispatch=2)
@@ -245,16 +243,7 @@ def every(tmp_path_factory):
 
 
 def stop_after(monkeypatch, step, workdir, **options):
-  real = loop.batches
-
-  def interrupt(*args, **kwargs):
-    for number, batch in enumerate(real(*args, **kwargs), start=kwargs["start_step"] + 1):
-      if number == step:
-        os.kill(os.getpid(), signal.SIGTERM)
-      yield batch
-
-  with monkeypatch.context() as patch:
-    patch.setattr(loop, "batches", interrupt)
+  with signal_with(monkeypatch, step):
     train(workdir, **options)
 
 

@@ -70,6 +70,22 @@ def restore(workdir, step=None, **changes):
   return host(state)
 
 
+@contextlib.contextmanager
+def signal_with(monkeypatch, step):
+  """While it lasts, a SIGTERM arrives with the batch of that step."""
+  real = loop.batches
+
+  def interrupt(*args, **kwargs):
+    for number, batch in enumerate(real(*args, **kwargs), start=kwargs["start_step"] + 1):
+      if number == step:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "batches", interrupt)
+    yield
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
   """Eight updates in one go, with grids."""
