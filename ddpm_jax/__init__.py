@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from ddpm_jax.api import Model, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["Model", "load"]
 
 

@@ -34,6 +34,22 @@ class _TupleParser(flags.ArgumentParser):
       raise ValueError("expected integers separated by commas, such as 1,2,2,2") from None
 
 
+class _IntegerParser(flags.IntegerParser):
+  def convert(self, argument: Any) -> int:
+    try:
+      return super().convert(argument)
+    except (TypeError, ValueError):
+      raise ValueError("expected a whole number in digits, such as 2000") from None
+
+
+class _FloatParser(flags.FloatParser):
+  def convert(self, argument: Any) -> float:
+    try:
+      return super().convert(argument)
+    except (TypeError, ValueError):
+      raise ValueError("expected a number, such as 0.5 or 1e-4") from None
+
+
 class _TupleSerializer(flags.ArgumentSerializer):
   def serialize(self, value: tuple) -> str:
     return config_lib.flag_text(value)
@@ -77,9 +93,9 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     elif isinstance(default, bool):
       flags.DEFINE_boolean(field.name, default, text, flag_values=registry)
     elif isinstance(default, int):
-      flags.DEFINE_integer(field.name, default, text, flag_values=registry)
+      flags.DEFINE(_IntegerParser(), field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, float):
-      flags.DEFINE_float(field.name, default, text, flag_values=registry)
+      flags.DEFINE(_FloatParser(), field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, tuple):
       flags.DEFINE(_TupleParser(int), field.name, default, text, registry, _TupleSerializer())
     else:
@@ -154,8 +170,20 @@ def _lines_of(path: str, within: tuple[str, ...]) -> list[str]:
 
 
 def one_line(error: flags.Error) -> str:
-  """What absl says of a wrong flag."""
-  return " ".join(str(error).split()).removeprefix("ERROR:: ")
+  """What absl says of a wrong flag, with the flags that may have been meant by an unknown one."""
+  text = " ".join(str(error).split()).removeprefix("ERROR:: ")
+  if not isinstance(error, flags.UnrecognizedFlagError) or "Did you mean" in text:
+    return text
+  near = _meant_by(error.flagname)
+  return f"{text.rstrip('.')}. Did you mean: --{', --'.join(near)} ?" if near else text
+
+
+def _meant_by(word: str) -> list[str]:
+  """The flags that have an unknown one as initials or as one of their words: --lr, --schedule, --steps."""
+  names = ["preset", "workdir", *config_lib.values(Config())]
+  initials = [name for name in names if len(word) > 1 and word == "".join(part[0] for part in name.split("_"))]
+  words = [name for name in names if set(word.split("_")) <= set(name.split("_"))]
+  return list(dict.fromkeys([*initials, *words]))
 
 
 # Where the data of a run lie: kept in its workdir, and looked for again by commands from other working directories.

@@ -74,18 +74,16 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   return config
 
 
-def preset_for_own_images(mode: str, given: dict, folder: pathlib.Path | None, platform: str) -> str | None:
-  """The preset of a command that trains on a folder of images and says nothing of how, or None.
+def trains_on_own_images(mode: str, given: dict, folder: pathlib.Path | None) -> bool:
+  """Whether a command begins a run on a folder of images: if it says nothing of how, a preset does.
 
   Args:
     mode: of the command; a plan is made as the run would be.
     given: its flags.
     folder: of the run.
-    platform: 'cpu', 'gpu' or 'tpu': what it trains on.
   """
   new = not (folder and workdir.holds_run(folder)) and mode in ("train", "plan")
-  own = str(given.get("dataset")).startswith(config_lib.FOLDER) and not given.get("init_from")
-  return presets.for_own_images(platform) if new and own else None
+  return new and str(given.get("dataset")).startswith(config_lib.FOLDER) and not given.get("init_from")
 
 
 def _runs_the_network(mode: str, config: Config) -> bool:
@@ -135,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
         terminal.quiet()
       folder = flags.workdir() if _needs_workdir(mode) or flags.has_workdir() else None
       compilation.set_xla_flags()
-      config = resolve_config(mode, flags.given(), folder)
+      config = _before_jax(mode, folder)
       if mode == "train":
         stop.exit_code = config.train.stop_exit_code
       from ddpm_jax import distributed, numerics  # with JAX: after what can be said without it
@@ -144,7 +142,8 @@ def main(argv: Sequence[str]) -> int:
       compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
       together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
-      config, chosen = _for_own_images(mode, config, folder)
+      config, preset = _for_own_images(mode, config, folder)
+      chosen = _choices(mode, config, preset, folder)
     except (UserError, RunError) as error:
       return _exit_code(error)
     stop.again()
@@ -152,6 +151,8 @@ def main(argv: Sequence[str]) -> int:
     try:
       code = _run(mode, config, folder, stop, job, chosen)
     except (UserError, RunError, NonFiniteError) as error:
+      if preset and isinstance(error, UserError) and str(error).partition(":")[0] in flags.of_preset(preset):
+        error = _with_preset(error, preset)
       job.wait_for_verdict(root_cause(error))
       code = _exit_code(error)
       job.leave(code)
@@ -160,27 +161,62 @@ def main(argv: Sequence[str]) -> int:
   return code
 
 
+def _before_jax(mode: str, folder: pathlib.Path | None) -> Config:
+  """`resolve_config` of this command; with own images by a preset whose settings go with the flags.
+
+  Which preset it will be is for the device to say, and what is read before JAX is imported is the same in all.
+  """
+  given = flags.given()
+  if flags.preset() is not None or not trains_on_own_images(mode, given, folder):
+    return resolve_config(mode, given, folder)
+  refused = []
+  for name in presets.OWN_IMAGES:
+    try:
+      return resolve_config(mode, flags.of_preset(name) | given, folder)
+    except UserError as error:
+      refused.append(_with_preset(error, name))
+  raise refused[0]
+
+
+def _with_preset(error: UserError, name: str) -> UserError:
+  """The same of a setting that the command may not have named."""
+  return UserError(f"{error} (own images take --preset={name} on {_device(name)}; --preset=none leaves the defaults)")
+
+
+def _device(preset: str) -> str:
+  """Where own images take it."""
+  return "a CPU" if preset == presets.for_own_images("cpu") else "an accelerator"
+
+
 def _for_own_images(mode: str, config: Config, folder: pathlib.Path | None) -> tuple[Config, str]:
-  """`config`, over the preset for this device where a new run on own images leaves it open, and a line that says so."""
+  """`config`, over the preset for this device where a new run on own images leaves it open, and that preset's name."""
   import jax
 
-  if flags.preset() is not None or mode not in ("train", "plan"):
-    return config, ""
   given = flags.given()
+  if flags.preset() is not None or not trains_on_own_images(mode, given, folder):
+    return config, ""
   planned = "cpu" if config.plan.topology == "cpu" else "tpu"
   platform = planned if mode == "plan" else jax.default_backend()  # a plan leaves the devices of this machine alone
-  name = preset_for_own_images(mode, given, folder, platform)
-  if not name:
-    return config, ""
+  name = presets.for_own_images(platform)
   try:
-    config = resolve_config(mode, flags.of_preset(name) | given, folder)
-  except UserError as error:  # over what the command does not name
-    raise UserError(f"{error} (own images take --preset={name}; --preset=none leaves the defaults)") from None
-  size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
-  return config, (
-    f"own images, chosen for {'a CPU' if platform == 'cpu' else 'an accelerator'}: --preset={name} (images {size}, "
-    f"batches of {config.data.batch_size}, {config.train.num_steps:,} training steps); flags win over it"
-  )
+    return resolve_config(mode, flags.of_preset(name) | given, folder), name
+  except UserError as error:
+    raise _with_preset(error, name) from None
+
+
+def _choices(mode: str, config: Config, preset: str, folder: pathlib.Path | None) -> str:
+  """A line on what the command leaves open, or nothing. A name that was misspelt begins a run, too."""
+  if preset:
+    size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
+    return (
+      f"own images, chosen for {_device(preset)}: --preset={preset} (images {size}, batches of "
+      f"{config.data.batch_size}, {config.train.num_steps:,} training steps); flags win over it"
+    )
+  if mode == "train" and folder and not workdir.holds_run(folder) and flags.preset() is None:
+    given = flags.given()
+    if not (given.get("dataset") or given.get("init_from")):
+      return f"{folder} holds no run yet: a new one begins there, on the digits (see --dataset, --preset)"
+  return ""
 
 
 def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopRequest, job: Job, chosen: str) -> int:

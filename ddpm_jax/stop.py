@@ -82,6 +82,8 @@ class StopRequest:
       if self.requested is not None:
         if number == signal.SIGHUP or by_hand < 2:
           continue
+        console.note(f"{signal.Signals(number).name}: ended at once; what came after the newest checkpoint is lost")
+        console.drain()
         os._exit(128 + number)
       name = signal.Signals(number).name
       if not self._deferred:
@@ -89,7 +91,10 @@ class StopRequest:
         console.drain()
         os._exit(128 + number if self.exit_code is None else self.exit_code)
       self.requested = number
-      console.note(f"{name}: saving, then stopping; a second SIGTERM or Ctrl-C ends at once, without a checkpoint")
+      console.note(
+        f"{name}: saving after the training steps under way, then stopping; a second SIGTERM or Ctrl-C ends at once, "
+        "without it"
+      )
 
 
 def _heard(_number: int, _frame) -> None:

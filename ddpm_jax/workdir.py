@@ -33,7 +33,8 @@ def load_config(workdir: pathlib.Path) -> Config:
       _check_links(workdir)
     if not path.is_file():
       raise UserError(
-        f"workdir: {workdir} holds no run (no config.json); train one with {paths.command(f'--workdir={workdir}')}"
+        f"workdir: {workdir} holds no run (no config.json); name the folder of a run, or train one there first, such "
+        f"as {paths.command(f'--workdir={workdir}')} on the digits"
       )
     text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:

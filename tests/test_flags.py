@@ -109,12 +109,22 @@ def test_an_unknown_word_in_a_list_is_refused_with_those_that_are_known(registry
 
 @pytest.mark.parametrize(
   "argument",
-  ["--channels=a", "--channels=1.5", "--batch_size=", "--dropout=none", "--random_flip=perhaps", "--mode=dance"],
+  [
+    "--channels=a",
+    "--channels=1.5",
+    "--num_steps=10k",
+    "--learning_rate=1e-",
+    "--batch_size=",
+    "--dropout=none",
+    "--random_flip=perhaps",
+    "--mode=dance",
+  ],
 )
 def test_bad_values_name_the_flag(registry, argument):
   name, value = argument.removeprefix("--").split("=")
-  with pytest.raises(absl_flags.IllegalFlagValueError, match=f"{name}={value}"):
+  with pytest.raises(absl_flags.IllegalFlagValueError, match=f"{name}={value}") as refused:
     parse(registry, argument)
+  assert "literal" not in str(refused.value) and "convert" not in str(refused.value)  # Python's words
 
 
 def test_enum_lists_what_is_known(registry):
@@ -125,6 +135,10 @@ def test_enum_lists_what_is_known(registry):
 def test_unknown_flag_suggests_the_near_one(registry):
   with pytest.raises(absl_flags.UnrecognizedFlagError, match=r"chanels.*channels"):
     parse(registry, "--chanels=64")
+  for word, meant in (("lr", "--learning_rate"), ("schedule", "--beta_schedule, --lr_schedule"), ("zzz", "")):
+    with pytest.raises(absl_flags.UnrecognizedFlagError) as refused:
+      parse(registry, f"--{word}=1")
+    assert meant in flags.one_line(refused.value) and ("Did you mean" in flags.one_line(refused.value)) == bool(meant)
 
 
 def test_every_default_survives_its_own_text(registry):
@@ -233,7 +247,10 @@ REFUSED = [  # words of a command -> what the error says
   ("--flagfile={circle}", "flagfile: .*circle includes itself"),
   ("--flagfile={latin}", "flagfile: .*latin is not UTF-8"),
   ("--flagfile=~nobody_here/x", "flagfile: '~nobody_here/x' begins with the home of nobody here"),
-  ("--preset=imges32", "preset: 'imges32' is unknown; use one of celebahq256, cifar10, .*, or none"),
+  (
+    "--preset=imges32",
+    r"preset: 'imges32' is unknown \(did you mean images32\?\); use one of celebahq256, cifar10, .*, or none",
+  ),
   ("--preset", "preset: '' is unknown"),
 ]
 

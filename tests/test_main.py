@@ -17,7 +17,7 @@ import ddpm_jax.plan
 import ddpm_jax.sampling
 import ddpm_jax.training
 from ddpm_jax import config as config_lib
-from ddpm_jax import distributed, flags, main, workdir
+from ddpm_jax import distributed, flags, main, presets, workdir
 from ddpm_jax.config import Config
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
@@ -293,8 +293,31 @@ def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, co
   workdir.create(tmp_path / "run", stored)
   assert command(f"--workdir={tmp_path / 'run'}", images) == 0
   assert runs.calls[-1][1] == stored and not runs.said[-1]
-  assert main.preset_for_own_images("train", folder, tmp_path / "new", "gpu") == "images64"
-  assert main.preset_for_own_images("train", folder | {"init_from": "x"}, tmp_path / "new", "cpu") is None
+  assert presets.for_own_images("gpu") == presets.for_own_images("tpu") == "images64"
+  assert not main.trains_on_own_images("train", folder | {"init_from": "x"}, tmp_path / "new")
+
+
+def test_flags_are_checked_with_the_preset_for_own_images_and_not_with_the_defaults(runs, command, capsys, tmp_path):
+  """A value that fits the preset and not the defaults is no error; an error over the preset names it, late ones too."""
+  images, new = f"--dataset=folder:{tmp_path / 'images'}", f"--workdir={tmp_path / 'new'}"
+  for flag in ("--norm_groups=32", "--norm_groups=8"):  # of 32 channels by default, 128 and 16 in the presets
+    assert command(images, "--mode=plan", "--topology=v5e:4x4", flag) == 0, flag
+  capsys.readouterr()
+  assert command(images, "--mode=plan", "--topology=v5e:4x4", "--norm_groups=48") == 2
+  assert "does not divide" in (line := one_line(capsys)) and "own images take --preset=" in line
+  for error, named in (("image_size: 30 cannot be halved", True), ("dataset: no such folder", False)):
+    runs.error = UserError(error)
+    assert command(new, images) == 2
+    assert (line := one_line(capsys)).startswith(f"error: {error}") and ("--preset=images32" in line) == named
+
+
+def test_a_command_that_names_only_a_new_workdir_says_that_it_begins_a_run(runs, command, tmp_path):
+  """A name that was misspelt does, too."""
+  for words, said in ((["--num_steps=3"], True), (["--dataset=digits"], False), (["--preset=digits"], False)):
+    assert command(f"--workdir={tmp_path / 'runs'}", *words) == 0
+    assert (f"{tmp_path / 'runs'} holds no run yet: a new one begins there" in runs.said[-1]) == said, words
+  workdir.create(tmp_path, Config())
+  assert command(f"--workdir={tmp_path}") == 0 and not runs.said[-1]
 
 
 def test_attention_that_fits_the_images_is_that_of_the_run(tmp_path):

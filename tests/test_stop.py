@@ -51,7 +51,10 @@ def send(script, *numbers, before=0.0, apart=0.3):
 def test_the_first_signal_asks(number):
   code, out, err, _ = send(SAVES.replace("BODY", "pass"), number)
   assert (code, out) == (0, f"saved {int(number)}\n")
-  assert f"{number.name}: saving, then stopping; a second SIGTERM or Ctrl-C ends at once" in err
+  assert (
+    f"{number.name}: saving after the training steps under way, then stopping; a second SIGTERM or Ctrl-C ends at once"
+    in err
+  )
 
 
 def test_a_closed_terminal_is_ignored_where_it_is_ignored():
@@ -64,8 +67,9 @@ def test_a_closed_terminal_is_ignored_where_it_is_ignored():
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_ends_at_once_wherever_the_main_thread_is(second):
-  code, _, _, seconds = send(SAVES.replace("BODY", "compute()"), signal.SIGTERM, second)
+  code, _, err, seconds = send(SAVES.replace("BODY", "compute()"), signal.SIGTERM, second)
   assert code == 128 + second
+  assert err.endswith(f"{second.name}: ended at once; what came after the newest checkpoint is lost\n")
   assert seconds < 5
 
 
@@ -158,7 +162,7 @@ def test_after_the_rest_the_first_only_asks_again(inside):
   script = AT_REST.replace("EXIT", "0").replace("INSIDE", inside).replace("AFTER", DEFERRED)
   code, out, err, _ = send(script, signal.SIGTERM)
   assert (code, out) == (0, f"saved {int(signal.SIGTERM)}\n")
-  assert "SIGTERM: saving, then stopping" in err
+  assert "SIGTERM: saving after the training steps under way" in err
 
 
 def test_a_rest_before_anything_was_saved_leaves_nothing_to_save():

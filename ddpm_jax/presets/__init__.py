@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import pathlib
 
 from ddpm_jax.errors import UserError
@@ -18,8 +19,16 @@ def names() -> list[str]:
 def path(name: str) -> str:
   """The flagfile of a preset. Raises UserError if there is none of that name."""
   if name not in names():
-    raise UserError(f"preset: {name!r} is unknown; use one of {', '.join(names())}, or {NONE} for the plain defaults")
+    near = difflib.get_close_matches(name, names(), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise UserError(
+      f"preset: {name!r} is unknown{hint}; use one of {', '.join(names())}, or {NONE} for the plain defaults"
+    )
   return str(_FOLDER / f"{name}.flags")
+
+
+# For a folder of images on a CPU, and on an accelerator.
+OWN_IMAGES = ("images32", "images64")
 
 
 def for_own_images(platform: str) -> str:
@@ -28,4 +37,4 @@ def for_own_images(platform: str) -> str:
   Args:
     platform: 'cpu', 'gpu' or 'tpu', as JAX names it.
   """
-  return "images32" if platform == "cpu" else "images64"
+  return OWN_IMAGES[platform != "cpu"]

@@ -405,7 +405,7 @@ def _headline(
   if start:
     return what + f"resuming {workdir} after update {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
-  return what + f"training {total} updates{first} in {workdir}; compiling"
+  return what + f"a new run: training {total} updates{first} in {workdir}; compiling"
 
 
 def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:

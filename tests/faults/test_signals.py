@@ -32,7 +32,7 @@ def stop_and_save(heard, number, workdir):
   """Stops a run that has made updates. Returns the number of the update after which it stopped."""
   out, err = stop(heard, number)
   step = int(re.search(r"stopped on request after update (\d+) of", out)[1])
-  assert "saving, then stopping" in err
+  assert "saving after the training steps under way" in err
   assert checkpoints(workdir)[-1] == step == metrics(workdir)[-1]["step"], "a stop saves where it is"
   return step
 
