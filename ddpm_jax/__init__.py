@@ -1,6 +1,11 @@
 """Denoising diffusion probabilistic models (Ho et al. 2020) in JAX: training, sampling, exact resume.
 
-In Python, `ddpm_jax.load(path)` gives a trained model, see `ddpm_jax.api`.
+In Python, `ddpm_jax.load(path)` returns a trained model, a `ddpm_jax.Model`, which draws and denoises:
+
+  model = ddpm_jax.load("runs/digits")
+  images = model.sample(16, steps=50)  # uint8 [16, H, W, C]
+
+What a user can mend raises `ddpm_jax.errors.UserError`. Training is the command: python -m ddpm_jax.main --help
 """
 
 from __future__ import annotations
@@ -21,3 +26,8 @@ def __getattr__(name: str) -> Any:
   from ddpm_jax import api
 
   return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+  """What dir(), help() and tab completion show: the API before it is imported, too."""
+  return sorted({*globals(), *__all__} - {"Any", "TYPE_CHECKING", "annotations", "__dir__", "__getattr__"})

@@ -31,6 +31,8 @@ from ddpm_jax.errors import RunError, UserError
 _EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")  # JAX reads them
 _GKE_TPU = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_PROCESS_ADDRESSES_PATH")  # JAX reads them
+# Where one of these is set there is a cluster, so that a job may have been meant, also where none is found.
+_OF_CLUSTERS = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "KUBERNETES_SERVICE_HOST", *_GKE_TPU)
 _FOUND_BY = {
   "explicit": "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set",
   "slurm": "a Slurm step of several tasks",
@@ -140,7 +142,7 @@ def initialize(mode: str, heartbeat_timeout: int = 100, *, join_timeout: int = 3
     return Job("off", text="1 process (--distributed=off)")
   found = detect(os.environ)
   if found == "single":
-    return Job(found, text=f"1 process (no job found; {', '.join(_EXPLICIT)} would describe one)")
+    return Job(found, text=_alone(os.environ))
   too_late = threading.Timer(join_timeout, _not_joined, [found, join_timeout])
   too_late.daemon = True
   try:
@@ -167,6 +169,15 @@ def initialize(mode: str, heartbeat_timeout: int = 100, *, join_timeout: int = 3
   text = f"{number} ({found}: {_FOUND_BY[found]}); --distributed=off trains alone"
   peers = _Peers(state, heartbeat_timeout) if state.num_processes > 1 else None
   return Job(found, state.num_processes, state.process_id, text, peers)
+
+
+def _alone(environment: Mapping[str, str]) -> str:
+  """The line of a process that found no job: on a cluster with how to describe one."""
+  marks = [name for name in _OF_CLUSTERS if environment.get(name)]
+  if not marks:
+    return "1 process, on this machine alone"
+  described = f"{', '.join(_EXPLICIT[:-1])} and {_EXPLICIT[-1]}"
+  return f"1 process: no job of several was found, although {', '.join(marks)} is set; {described} would describe one"
 
 
 def _jax_state() -> Any:

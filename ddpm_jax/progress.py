@@ -7,12 +7,16 @@ import datetime
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple, Protocol
 
 from ddpm_jax import console
 
 _FIRST_LINE_S, _LONGEST_S = 5.0, 300.0  # off a terminal: to the first line, and the most between two
 _TICK_S = 1.0  # of what a bar says of a compilation
 _COMPILING_S = 20.0  # off a terminal: to the first line that says so
+
+# Of a bar that says what is done in words.
+_BAR = "{desc}{postfix} |{bar}| {percentage:3.0f}% [{elapsed}<{remaining}]"
 
 _shown: list[Progress] = []  # what is open, the innermost last
 
@@ -23,18 +27,26 @@ class Progress:
   def __init__(self, what: str, *, total: int, done: int = 0, quiet: bool = False):
     """Args: a word for the unit, such as 'step'; how many in all; how many already; print nothing at all."""
     self._what, self._total, self._quiet = what, total, quiet
+    self._text = ""
     self.left_out_s = 0.0  # seconds that are no part of the speed, such as compilations
     self._bar = None
     if not quiet and console.columns() > 0:
       self._bar = console.bar(total=total, initial=done, unit=what, dynamic_ncols=True, smoothing=0.05)
     _shown.append(self)
 
-  def advance(self, by: int = 1) -> None:
+  def describe(self, text: str) -> None:
+    """From now on the bar and the lines say `text`, and not how many units of how many."""
+    self._text = text
+    if self._bar is not None:
+      self._bar.bar_format = _BAR
+      self._bar.set_description_str(text, refresh=False)
+
+  def advance(self, by: float = 1) -> None:
     """Moves the bar."""
     if self._bar is not None:
       self._bar.update(by)
 
-  def begin(self, done: int) -> None:
+  def begin(self, done: float) -> None:
     """Sets the bar to `done`; the speed is that of what comes after."""
     if self._bar is not None:
       self._bar.initial = self._bar.n = self._bar.last_print_n = done
@@ -74,7 +86,7 @@ class Progress:
         self._bar.set_postfix_str("", refresh=False)
         self._bar.unpause()
 
-  def report(self, done: int, facts: Mapping[str, float], rate: float) -> None:
+  def report(self, done: float, facts: Mapping[str, float], rate: float) -> None:
     """Shows facts at a point of interest. rate: units a second, for the time left; 0 if unknown."""
     text = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
     if self._bar is not None:
@@ -84,7 +96,7 @@ class Progress:
       if rate:
         left = datetime.timedelta(seconds=round((self._total - done) / rate))
         speed = f"  {rate:.3g} {self._what}s/s  {left} left"
-      console.say(f"{self._what} {done}/{self._total}{text and '  ' + text}{speed}")
+      console.say(f"{self._text or f'{self._what} {done}/{self._total}'}{text and '  ' + text}{speed}")
 
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
@@ -111,8 +123,35 @@ def _growing(first: float, longest: float) -> Iterator[float]:
     first = min(2 * first, longest)
 
 
+class Drawing(NamedTuple):
+  """How far a draw of images is, which are drawn batch by batch, each by so many evaluations of the network."""
+
+  number: int  # images in all
+  first: int  # images before those of this batch, all of them drawn
+  count: int  # images of this batch
+  made: int  # network evaluations of this batch
+  evaluations: int  # how many it takes
+
+  @property
+  def images(self) -> float:
+    """How many images that is, parts of images included."""
+    return self.first + self.count * self.made / self.evaluations
+
+  def __str__(self) -> str:
+    which = f"{self.number} images"
+    if self.count < self.number:
+      which = f"images {self.first + 1} to {self.first + self.count} of {self.number}"
+    return f"drawing: {which}, network evaluation {self.made}/{self.evaluations}"
+
+
+class Done(Protocol):
+  """Is told how many units are done, and in which words to say it, if not as so many of how many."""
+
+  def __call__(self, number: float, text: str = "") -> None: ...
+
+
 @contextlib.contextmanager
-def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[int], None], Callable[[str], None]]]:
+def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Done, Callable[[str], None]]]:
   """Progress of something that counts: yields a function that is told how many are done, and one that takes a line.
 
   Where there is no terminal lines are printed at growing distances, and one at the end. The speed is measured from the
@@ -120,10 +159,12 @@ def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Callable[[i
   """
   with contextlib.closing(Progress(what, total=total, quiet=quiet)) as progress:
     waits = _growing(_FIRST_LINE_S, _LONGEST_S)
-    before, at_first, began, due = 0, None, 0.0, 0.0
+    before, at_first, began, due = 0.0, None, 0.0, 0.0
 
-    def done(number: int) -> None:
+    def done(number: float, text: str = "") -> None:
       nonlocal before, at_first, began, due
+      if text:
+        progress.describe(text)
       now = time.perf_counter() - progress.left_out_s
       if at_first is None:
         at_first, began, due = number, now, now + next(waits)

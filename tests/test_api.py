@@ -47,10 +47,16 @@ def refusal(function, *arguments, **options) -> str:
 
 
 def test_the_package_imports_no_jax_until_it_loads():
+  """And shows its API all the same: to dir(), and to help(), which imports it."""
   code = """
+import pydoc
 import sys
 import ddpm_jax
+shown = dir(ddpm_jax)
+assert {*ddpm_jax.__all__, "__version__"} <= set(shown) and "TYPE_CHECKING" not in shown
 assert "jax" not in sys.modules and "numpy" not in sys.modules
+page = pydoc.plain(pydoc.render_doc(ddpm_jax))
+assert "class Model(" in page and "Reads a trained model." in page and "__getattr__" not in page
 assert callable(ddpm_jax.load) and "jax" in sys.modules
 try:
   ddpm_jax.lode

@@ -42,7 +42,7 @@ def joined(monkeypatch) -> list[dict]:
   state = types.SimpleNamespace(num_processes=1, process_id=0, coordinator_address="", client=None)
   monkeypatch.setattr(distributed, "_jax_state", lambda: state)  # of one process, whatever was asked for
   monkeypatch.setattr(type(jax.config), "update", lambda self, name, value: None)
-  for name in (*EXPLICIT, *SLURM_STEP, *OPEN_MPI, *KUBERNETES):
+  for name in (*EXPLICIT, *SLURM_STEP, *OPEN_MPI, *KUBERNETES, *distributed._OF_CLUSTERS):
     monkeypatch.delenv(name, raising=False)
   return calls
 
@@ -131,11 +131,19 @@ def test_off_joins_nothing(joined, monkeypatch):
 
 def test_alone_joins_nothing(joined):
   job = distributed.initialize("auto")
-  assert (job.kind, job.processes) == ("single", 1)
-  assert all(name in job.text for name in EXPLICIT)
+  assert (job.kind, job.processes, job.text) == ("single", 1, "1 process, on this machine alone")
   assert joined == []
   job.wait_for_verdict(RuntimeError("Gloo: connection closed"))  # nobody to wait for
   assert job.leave(0) is None and job.leave(3) is None
+
+
+@pytest.mark.parametrize("mark", ["SLURM_JOB_ID", "KUBERNETES_SERVICE_HOST", "PMI_SIZE"])
+def test_on_a_cluster_a_job_that_was_not_found_is_said(joined, monkeypatch, mark):
+  monkeypatch.setenv(mark, "7")
+  job = distributed.initialize("auto")
+  assert (job.kind, job.processes, joined) == ("single", 1, [])
+  assert "no job of several was found" in job.text and mark in job.text
+  assert all(name in job.text for name in EXPLICIT)
 
 
 LIMITS = {"initialization_timeout": 330, "heartbeat_timeout_seconds": 210}

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from ddpm_jax import progress as progress_lib
-from ddpm_jax.progress import Progress, counted
+from ddpm_jax.progress import Drawing, Progress, counted
 
 
 class Terminal(io.StringIO):
@@ -119,6 +119,35 @@ def test_counting_off_a_terminal(capsys, clock):
     "image 1000/1000  2.5 images/s  0:00:00 left",
   ]
   assert err == ""
+
+
+def drawn(clock, evaluations=20):
+  """Draws 10 images in batches of 6 and 4, each evaluation in 2 seconds."""
+  with counted("image", total=10, quiet=False) as (done, _):
+    for first, count in ((0, 6), (6, 4)):
+      for made in range(evaluations + 1):
+        at = Drawing(10, first, count, made, evaluations)
+        done(at.images, str(at))
+        clock[0] += 2
+
+
+def test_drawing_is_said_in_images_and_network_evaluations(capsys, clock, monkeypatch):
+  """Off a terminal with the speed and the time left; a bar says the same."""
+  drawn(clock)
+  assert capsys.readouterr().out.splitlines() == [
+    "drawing: images 1 to 6 of 10, network evaluation 3/20  0.15 images/s  0:01:01 left",
+    "drawing: images 1 to 6 of 10, network evaluation 8/20  0.15 images/s  0:00:51 left",
+    "drawing: images 1 to 6 of 10, network evaluation 18/20  0.15 images/s  0:00:31 left",
+    "drawing: images 7 to 10 of 10, network evaluation 17/20  0.124 images/s  0:00:05 left",
+    "drawing: images 7 to 10 of 10, network evaluation 20/20  0.122 images/s  0:00:00 left",
+  ]
+  assert str(Drawing(64, 0, 64, 12, 20)) == "drawing: 64 images, network evaluation 12/20"
+  terminal = Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  drawn(clock)
+  bar = terminal.getvalue()
+  assert "drawing: images 1 to 6 of 10, network evaluation 0/20 |" in bar and "evaluation/s" not in bar
+  assert "drawing: images 7 to 10 of 10, network evaluation 20/20 |" in bar and "100%" in bar
 
 
 def test_the_distance_of_lines_does_not_grow_for_ever(capsys, clock):

@@ -33,7 +33,7 @@ from ddpm_jax.evaluation.results import earlier_results
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, zero_network
 from ddpm_jax.models.build import Network, Params, build_model, network_of
 from ddpm_jax.models.classifier import FEATURES
-from ddpm_jax.progress import counted
+from ddpm_jax.progress import Done, counted
 from ddpm_jax.run import noise_warning
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.sampling.weights import Weights
@@ -80,13 +80,14 @@ class Surroundings:
       console.say(line)
 
   @contextlib.contextmanager
-  def counted(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar that also beats: a function that is told how many are done."""
+  def counted(self, task: str, what: str, total: int) -> Iterator[Done]:
+    """A progress bar that also beats: a function that is told how many of `what` are done in which task."""
     with counted(what, total=total, quiet=self.quiet) as (done, _):
 
-      def done_and_beat(number: int) -> None:
-        done(number)
-        self.beat(f"{what} {number} of {total}")
+      def done_and_beat(number: float, text: str = "") -> None:
+        text = text or f"{task}: {what} {number}/{total}"
+        done(number, text)
+        self.beat(text)
 
       yield done_and_beat
 
@@ -307,11 +308,11 @@ def _samples(
   options, size, number = config.evaluate, config.evaluate.evaluate_batch_size, config.evaluate.evaluate_samples
   reference, told = _compared_with(config, source, features, train, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
-  with around.counted("evaluation", number * drawn.evaluations) as done:
-    drawn.draw(number, done=done, say=around.say)
+  with around.counted("drawing", "image", number) as done:
+    drawn.draw(number, done=lambda at: done(at.images, str(at)), say=around.say)
   multihost_utils.sync_global_devices("the images are on disk")
   images = drawn.images(number)
-  with around.counted("feature vector", number) as done:
+  with around.counted("features of the samples", "image", number) as done:
     seen = see(features, images, size, done)
   pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
   result: dict[str, Any] = {
@@ -328,7 +329,7 @@ def _samples(
     same = source is train and "file" not in told
     own = data if same else Data(train, _reference(train, features, size, around), train.fingerprint)
     around.say(f"looking for the samples' nearest images among {len(train)}")
-    with around.counted("training image", len(train)) as done:
+    with around.counted("nearest images", "training image", len(train)) as done:
       result["neighbours"], pictures["neighbours"] = look_up(
         images, seen, train, own.reference, features, size, flips=config.data.random_flip, done=done
       )
@@ -360,7 +361,7 @@ def _compared_with(
 
 
 def _reference(source: Source, features: Features, size: int, around: Surroundings) -> Reference:
-  with around.counted("feature vector", len(source)) as done:
+  with around.counted("features of the data", "image", len(source)) as done:
     reference = measure_reference(source, features, cache=around.cache, batch_size=size, say=around.say, done=done)
   around.beat("the statistics of the data set")
   return reference
@@ -407,7 +408,7 @@ def _features(config: Config, parallel: Parallel, train: Source, around: Surroun
         parallel=parallel,
         batch_size=options.evaluate_batch_size,
         say=around.say,
-        counted=around.counted,
+        counted=functools.partial(around.counted, "training the features"),
       )
     case name:
       raise ValueError(f"unknown features {name!r}")
@@ -456,7 +457,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
 
   number = min(options.likelihood_examples or len(source), len(source))
   around.say(f"{name}: bits/dim of {number} images of {source.name}")
-  with around.counted("image", number) as done:
+  with around.counted(f"bits/dim ({name})", "image", number) as done:
     found = measure(network_of(build_model(exact, run.image_shape)), weights.params, number, done)
   beat = lambda done: around.beat(f"image {done} of an untrained network")  # noqa: E731
   untrained = measure(zero_network, {}, min(number, _UNTRAINED_EXAMPLES), beat)

@@ -21,6 +21,7 @@ _EMBED_AS_IS = 1 << 20  # bytes of a picture; a larger one is embedded as a JPEG
 _LONGEST_SIDE = {True: 1600, False: 640}  # if it is shown large, and if not
 _LARGEST_ANIMATION = 4 << 20  # bytes
 _ROOM = 1150, 600  # pixels; a large picture is enlarged by a whole factor as far as this has room
+_WIDE = 640  # pixels; what is at least so wide is not made to fit a narrow screen, where it could not be made out
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f6f3; --card: #ffffff; --ink: #1c2230; --soft: #626b7a; --line: #e2e4e8;
@@ -98,6 +99,13 @@ td.best { background: var(--mark); font-weight: 650; }
 pre { margin: 8px 0; padding: 12px 14px; border: 1px solid var(--line); border-radius: 8px; background: var(--card);
   overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 summary { cursor: pointer; color: var(--soft); }
+@media (max-width: 640px) {
+  main { padding: 20px 12px 48px; }
+  .card { padding: 10px 12px; }
+  .scroll, .settings .card { padding: 0; }
+  .settings h3 { margin-top: 10px; }
+  .pan { overflow-x: auto; }
+  .pan img { width: 180%; max-width: none; } }
 @media print { body { background: #ffffff; } .card, tr { break-inside: avoid; } }
 """
 
@@ -197,6 +205,8 @@ def picture(data: bytes, alt: str, caption: str, large: bool) -> Html:
     height=height * times,
     class_="pixel" if large and kind != "JPEG" else None,
   )
+  if width >= _WIDE:
+    shown = tag("div", shown, class_="pan")
   return tag("figure", tag("figcaption", caption), shown, class_="card large" if large else "card")
 
 

@@ -88,8 +88,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     OSError: if the page cannot be written.
   """
   run = read_run(workdir)
-  sections = [*_grids(run), *_drawn(run), *_training(run), *measured(run.evaluations), *_measured_pictures(run)]
-  sections += _settings(run)
+  sections = [*_samples(run), *_training(run), *measured(run.evaluations), *_measured_pictures(run), *_settings(run)]
   dataset = run.config.data.dataset if run.config else "unknown data"
   name = workdir.resolve().name
   body = [tag("h1", f"{dataset}: {name}"), tag("p", _lead(run), class_="lead"), *_tiles(run), *_notes(run), *sections]
@@ -231,22 +230,31 @@ def _picture(run: RunFiles, name: str, alt: str, caption: str, large: bool = Tru
     return None
 
 
+def _samples(run: RunFiles) -> list[Html]:
+  """What was drawn by command and while it trained, the newest first: of the same update, what was asked for."""
+  files = [run.workdir / "samples" / f"{name}.png" for name in _DRAWN]
+  drawn = max((step for step in map(_step_of, map(grids.facts_of, files)) if step is not None), default=0)
+  previews = [path.stem.removeprefix("step_") for path in (run.workdir / "samples").glob("step_*.png")]
+  newest = max((int(step) for step in previews if step.isdecimal()), default=0)
+  return [*_grids(run), *_drawn(run)] if newest > drawn else [*_drawn(run), *_grids(run)]
+
+
 def _grids(run: RunFiles) -> list[Html]:
-  """Sample grids over the run, the last one large."""
-  paths = sorted((run.workdir / "samples").glob("step_*.png"))
+  """Sample grids over the run from the newest back, that one large."""
+  paths = sorted((run.workdir / "samples").glob("step_*.png"), reverse=True)
   if len(paths) > _MOST_GRIDS:
     paths = [paths[round(i * (len(paths) - 1) / (_MOST_GRIDS - 1))] for i in range(_MOST_GRIDS)]
   shown = []
   for path in paths:
     step = path.stem.removeprefix("step_")
     at = f"Update {int(step):,}" if step.isdecimal() else path.stem
-    large = path is paths[-1]
+    large = path is paths[0]
     caption = at + (run.older(int(step)) if large and step.isdecimal() else "")
     shown.append(_picture(run, f"samples/{path.name}", f"Sample grid, {at.lower()}", caption, large))
   if not any(shown):
     return []
-  last = shown.pop()
-  earlier = tag("div", *shown, class_="grid") if any(shown) else None
+  last, *before = shown
+  earlier = tag("div", *before, class_="grid wide") if any(before) else None
   text = "Drawn during training from the same noise each time, with the moving average of the weights (EMA) and raw."
   return [tag("h2", "Samples over the run"), tag("p", text, class_="soft"), join([last, "\n", earlier])]
 
@@ -262,10 +270,16 @@ def _drawn(run: RunFiles) -> list[Html]:
   return [tag("h2", "Drawn with the trained weights"), tag("div", *found, class_="row")] if found else []
 
 
+def _step_of(facts: dict[str, Any]) -> int | None:
+  """The update of the weights that drew a picture, if it says so."""
+  step = facts.get("checkpoint")
+  return step if isinstance(step, int) and not isinstance(step, bool) else None
+
+
 def _of(run: RunFiles, facts: dict[str, Any]) -> str:
   """What a picture is of, as far as it says."""
-  step = facts.get("checkpoint")
-  if not isinstance(step, int) or isinstance(step, bool):
+  step = _step_of(facts)
+  if step is None:
     return "it does not say of which update"
   how = [f"{facts[name]}{unit}" for name, unit in (("sample_weights", " weights"), ("sampler", "")) if name in facts]
   return f"{', '.join([f'update {step:,}', *how])}{run.older(step)}"

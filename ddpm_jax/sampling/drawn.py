@@ -19,6 +19,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import Seeded, seeded
+from ddpm_jax.progress import Drawing
 from ddpm_jax.sampling.draw import fit_batch, make_long_draw, make_predictor, table_of
 from ddpm_jax.sampling.weights import Weights
 from ddpm_jax.storage import Records, size_text
@@ -61,13 +62,13 @@ class Drawn:
         raise cannot_write(folder, error) from error
     self._done = int(from_all_processes(np.asarray(self._done))[0])
 
-  def draw(self, number: int, *, done: Callable[[int], None], say: Callable[[str], None]) -> None:
+  def draw(self, number: int, *, done: Callable[[Drawing], None], say: Callable[[str], None]) -> None:
     """Draws until there are `number` images.
 
     Args:
       number: of images.
-      done: called with how many of the `number` * `evaluations` evaluations are made: first, about twice a second, and
-        after each batch. What it raises ends the draw, which can go on after the last whole batch.
+      done: called with how far the draw is: first, about twice a second, and after each batch. What it raises ends the
+        draw, which can go on after the last whole batch.
       say: takes a line.
 
     Raises:
@@ -79,7 +80,7 @@ class Drawn:
     if before:
       say(f"{before} of them were drawn before")
     if before == number:
-      done(number * self.evaluations)
+      done(Drawing(number, 0, number, self.evaluations, self.evaluations))
       return
     run = self._weights.run
     draw = make_long_draw(
@@ -91,13 +92,13 @@ class Drawn:
     )
     size = self._batch_size(draw, constants, number - before)
     say(f"{size} images at once")
-    done(before * self.evaluations)
+    done(Drawing(number, before, min(size, number - before), 0, self.evaluations))
     for first in range(before, number, size):
       index = np.arange(first, min(first + size, number), dtype=np.int32)
 
       def made(rows: int, first: int = first, count: int = len(index)) -> None:
         if rows < self.evaluations:  # the last one counts once the images are on disk
-          done(first * self.evaluations + count * rows)
+          done(Drawing(number, first, count, rows, self.evaluations))
 
       images = draw(constants, index, size=size, done=made)
       if self._records is not None:
@@ -107,7 +108,7 @@ class Drawn:
         except OSError as error:
           raise cannot_write(self.path.parent, error) from error
       self._done = first + len(index)
-      done(self._done * self.evaluations)
+      done(Drawing(number, first, len(index), self.evaluations, self.evaluations))
 
   def _batch_size(self, draw: ByStretches, constants: Seeded, number: int) -> int:
     asked = self._config.sample.sample_batch_size

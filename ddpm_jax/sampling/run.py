@@ -60,10 +60,9 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   adopt(config, workdir)
   drawn = Drawn(weights, config, folder)
   quiet = jax.process_index() != 0
-  total = options.num_samples * drawn.evaluations
-  with contextlib.closing(drawn), counted("evaluation", total=total, quiet=quiet) as (done, say):
+  with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
     say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.evaluations))
-    drawn.draw(options.num_samples, done=done, say=say)
+    drawn.draw(options.num_samples, done=lambda at: done(at.images, str(at)), say=say)
   if jax.process_index() == 0:
     images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
     _write(

@@ -33,7 +33,7 @@ from ddpm_jax.diffusion.samplers import (
 )
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
-from ddpm_jax.progress import counted
+from ddpm_jax.progress import Drawing, counted
 from ddpm_jax.run import Run
 from ddpm_jax.sampling.draw import Predictor, by_stretches, fit_batch, make_predictor, table_of
 
@@ -80,7 +80,7 @@ class Parts(NamedTuple):
     *columns: np.ndarray,
     end: Callable[..., Any] = lambda x0, _: images.to_uint8(x0),
   ) -> Any:
-    """Draws in batches, under a bar that counts network evaluations.
+    """Draws in batches, and shows how far it is.
 
     Args:
       table: that of the trajectory.
@@ -95,16 +95,17 @@ class Parts(NamedTuple):
     shared = by_stretches(self.run.parallel, evaluations, trajectory, end)
     constants = seeded(self.params, self.options.sample_seed)
     batches, asked = [], self.options.sample_batch_size
-    with counted("evaluation", total=number * evaluations, quiet=self.quiet) as (done, _):
+    with counted("image", total=number, quiet=self.quiet) as (done, _):
+
+      def tell(first: int, count: int, made: int) -> None:
+        at = Drawing(number, first, count, made, evaluations)
+        done(at.images, str(at))
+
       size = min(asked, number) if asked else fit_batch(shared, constants, *columns, number=number)
-      done(0)
+      tell(0, size, 0)
       for first in range(0, number, size):
         batch = [column[first : first + size] for column in columns]
-
-        def made(rows: int, first: int = first, count: int = len(batch[0])) -> None:
-          done(first * evaluations + count * rows)
-
-        batches.append(shared(constants, *batch, size=size, done=made))
+        batches.append(shared(constants, *batch, size=size, done=functools.partial(tell, first, len(batch[0]))))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 

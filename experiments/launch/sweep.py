@@ -8,7 +8,8 @@ The seed is no part of the compiled programs: what the first run compiles the ot
 (With JAX 0.11 and newer a CPU's programs cannot be kept, unless XLA_FLAGS=--xla_cpu_use_onednn=false is set.)
 
 To sweep something else, such as a learning rate, change `settings`. To stop: SIGTERM or Ctrl-C saves a checkpoint of
-the run that trains. To resume: the same command; runs that are finished do nothing. At the end each run has a line.
+the run that trains, and the sweep ends with 75 (or another --stop_exit_code). To resume: the same command; runs that
+are finished do nothing. At the end each run has a line.
 """
 
 import json
@@ -22,7 +23,7 @@ from absl import flags as absl_flags
 from ddpm_jax import compilation, console, flags, main
 from ddpm_jax.errors import UserError
 
-STOPPED = 75  # the exit code of a run that was asked to stop
+STOPPED = 75  # the exit code of a run that was asked to stop, unless the command names another
 LAST = 10  # lines of metrics over whose losses a summary takes the mean
 
 
@@ -41,12 +42,17 @@ def sweep(argv: Sequence[str]) -> int:
     if not values.seeds:
       raise UserError("seeds: empty; name some, such as --seeds=0,1,2")
     runs = {
-      name: [*words, f"--workdir={folder / name}", f"--stop_exit_code={STOPPED}", *own]
+      name: [argv[0], f"--stop_exit_code={STOPPED}", *words[1:], f"--workdir={folder / name}", *own]
       for name, own in settings(values.seeds).items()
     }
     for own in runs.values():  # all of them are looked at before the first trains
       values.unparse_flags()
       values(own)
+      if values.stop_exit_code == 0:
+        raise UserError(
+          "stop_exit_code: 0 is also the exit code of a finished run, after which the next one begins; leave it out "
+          f"for {STOPPED}, or use one of 4 to 125"
+        )
   except absl_flags.Error as error:
     console.error(flags.one_line(error))
     return 2

@@ -5,7 +5,7 @@
 #   export WORKDIR=/mnt/shared/runs/cifar10 DATA_DIR=/mnt/shared/tensorflow_datasets FLAGFILE=experiments/cifar10.flags
 #   experiments/launch/tpu_pod.sh install   # once for each slice: the clone at REVISION, and its packages
 #   experiments/launch/tpu_pod.sh train     # starts one process a worker, then returns
-#   experiments/launch/tpu_pod.sh log       # the last lines of each worker
+#   experiments/launch/tpu_pod.sh log       # the last lines of each worker; the very last says how it ended, if it has
 #   experiments/launch/tpu_pod.sh stop      # SIGTERM: every process takes part in one last checkpoint, then exits
 #
 # It creates and deletes nothing in the cloud: no TPU, no disk, no bucket. On each worker it owns one folder,
@@ -19,7 +19,8 @@
 #     process writes its part of a checkpoint there, process 0 everything else; a worker's own disk will not do.
 #
 # To resume after a stop, a failure or a pre-emption: the same `train`. It goes on at the last checkpoint, on this slice
-# or on one of another size.
+# or on one of another size. `log` tells them apart: its last line is `exit code 0: finished`, `exit code 75: stopped
+# before it was finished` (--stop_exit_code), or another code, of a failure.
 set -euo pipefail
 
 : "${TPU_NAME:?name the TPU slice}"
@@ -49,9 +50,18 @@ case "${1:-}" in
     : "${FLAGFILE:?name the experiment, such as experiments/cifar10.flags}"
     on_every_worker "$(printf 'cd ~/ddpm_jax
       if kill -0 "$(cat train.pid 2>/dev/null)" 2>/dev/null; then echo "already training" >&2; exit 1; fi
-      nohup .venv/bin/python -m ddpm_jax.main --flagfile=%q --workdir=%q --data_dir=%q \
-        >>train.log 2>&1 </dev/null &
-      echo $! >train.pid' "$FLAGFILE" "$WORKDIR" "$DATA_DIR")"
+      (
+        trap "" HUP # the connection ends before the training
+        .venv/bin/python -m ddpm_jax.main --flagfile=%q --workdir=%q --data_dir=%q --stop_exit_code=75 &
+        echo $! >train.pid
+        wait $!
+        code=$?
+        case $code in
+          0) echo "exit code 0: finished" ;;
+          75) echo "exit code 75: stopped before it was finished; train resumes it" ;;
+          *) echo "exit code $code: failed" ;;
+        esac
+      ) >>train.log 2>&1 </dev/null &' "$FLAGFILE" "$WORKDIR" "$DATA_DIR")"
     ;;
   log) on_every_worker 'tail -n 5 ~/ddpm_jax/train.log' ;;
   stop) on_every_worker 'kill -TERM "$(cat ~/ddpm_jax/train.pid)"' ;;

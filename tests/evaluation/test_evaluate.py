@@ -102,6 +102,9 @@ def weights_of(config, parallel=None):
   return Weights(run, params, 5, "ema", "some identity")
 
 
+DRAWN_20 = "drawing: images 11 to 20 of 21, network evaluation 2/2"
+
+
 def around(workdir, beat=lambda what: None):
   return Surroundings(workdir, beat, quiet=True)
 
@@ -161,10 +164,12 @@ def test_all_of_it(whole):
 def test_it_beats_in_every_part(whole):
   """A part that says nothing for long would count as stuck, and could not be stopped."""
   _, _, heard, _ = whole
-  for what in ("feature vector 37 of 37", "feature vector 21 of 21", "training image 37 of 37"):
+  for what in ("features of the data: image 37/37", "features of the samples: image 21/21"):
     assert heard.count(what) == 1
-  assert {f"evaluation {n} of 42" for n in (0, 20, 40, 42)} <= set(heard), "of the network, two for each image"
-  assert heard.count("image 11 of 11") >= 4, "two likelihoods of two splits"
+  assert heard.count("nearest images: training image 37/37") == 1
+  batches = ("1 to 10", "11 to 20", "21 to 21")
+  assert {f"drawing: images {batch} of 21, network evaluation 2/2" for batch in batches} <= set(heard)
+  assert [heard.count(f"bits/dim ({name}): image 11/11") for name in ("bound", "ode")] == [2, 2], "of two splits"
 
 
 @pytest.mark.parametrize("changes", [dict(evaluate_batch_size=37), "one device"])
@@ -342,7 +347,7 @@ def test_only_what_is_asked_for(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("phase", ["evaluation 40 of 42", "feature vector 18 of 21", "image 11 of 11"])
+@pytest.mark.parametrize("phase", [DRAWN_20, "features of the samples: image 18/21", "bits/dim (bound): image 11/11"])
 def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
   """Whatever it was doing after the draw: what was drawn is taken over."""
 
@@ -354,8 +359,8 @@ def test_abandoned_it_goes_on(whole, tmp_path, monkeypatch, phase):
   with pytest.raises(Abandoned):
     evaluate(config, weights_of(config), pictures(), around(tmp_path, beat))
   (kept,) = (tmp_path / "samples").iterdir()
-  assert kept.stat().st_size == (20 if phase == "evaluation 40 of 42" else 21) * 64
-  if phase != "evaluation 40 of 42":
+  assert kept.stat().st_size == (20 if phase == DRAWN_20 else 21) * 64
+  if phase != DRAWN_20:
     monkeypatch.setattr(drawn, "make_long_draw", lambda *args, **options: pytest.fail("drawn again"))
   found, _ = evaluate(config, weights_of(config), pictures(), around(tmp_path))
   assert found["measures"]["classifier_distance"] == whole[0]["measures"]["classifier_distance"]

@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 import tomllib
 
 import pytest
@@ -133,6 +134,58 @@ def test_tpu_script_sends_one_command_to_every_worker(tmp_path):
   assert "kill -TERM" in sent["stop"]
 
 
+def script(path: pathlib.Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f"#!/bin/sh\n{text}\n")
+  path.chmod(0o755)
+
+
+def test_tpu_script_tells_a_stop_from_an_end(tmp_path):
+  """The log of a worker, which is this machine here, ends with how the training ended."""
+  script(tmp_path / "bin/gcloud", 'for last; do :; done; exec bash -c "${last#--command=}"')
+  python = tmp_path / "ddpm_jax/.venv/bin/python"
+  names = {"TPU_NAME": "slice", "ZONE": "zone", "WORKDIR": "/w", "DATA_DIR": "/d", "FLAGFILE": "f"}
+  environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "HOME": str(tmp_path), **names}
+  log = tmp_path / "ddpm_jax/train.log"
+
+  def act(action: str) -> str:
+    command = ["bash", LAUNCH / "tpu_pod.sh", action]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
+
+  def last_line(begins: str) -> str:
+    for _ in range(600):
+      if log.exists() and (last := act("log").rpartition("\n")[0].rpartition("\n")[2]).startswith(begins):
+        return last
+      time.sleep(0.05)
+    raise AssertionError(f"no line {begins!r}: {log.read_text()}")
+
+  script(python, "trap 'exit 75' TERM; echo \"$@\"; while :; do sleep 0.05; done")
+  act("train")
+  assert "--stop_exit_code=75" in last_line("-m ddpm_jax.main")
+  with pytest.raises(subprocess.CalledProcessError):  # it trains already
+    act("train")
+  act("stop")
+  assert last_line("exit code 75") == "exit code 75: stopped before it was finished; train resumes it"
+  for code, how in ((0, "finished"), (3, "failed")):
+    script(python, f"exit {code}")
+    act("train")
+    assert last_line(f"exit code {code}") == f"exit code {code}: {how}"
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 75, 137])
+def test_slurm_job_requeues_itself_only_if_it_was_stopped(tmp_path, code):
+  """Also where that is refused, as after Requeue=0, its exit code is that of the training."""
+  script(tmp_path / "srun", f'echo srun "$@"; exit {code}')
+  script(tmp_path / "scontrol", 'echo scontrol "$@"; exit 1')
+  names = {"WORKDIR": "/w", "DATA_DIR": "/d", "FLAGFILE": "f", "VENV": "/venv", "SLURM_JOB_ID": "17"}
+  environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **names}
+  done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == code
+  ran, *after = done.stdout.splitlines()
+  assert ran.startswith("srun ") and "--stop_exit_code=75" in ran and "--kill-on-bad-exit=0" in ran
+  assert after == (["scontrol requeue 17"] if code == 75 else [])
+
+
 def test_slurm_job_has_a_task_for_each_gpu_and_warning_before_it_ends():
   directives = re.findall(r"^#SBATCH (\S+)", text("slurm.sbatch"), re.MULTILINE)
   assert "--signal=TERM@60" in directives
@@ -226,6 +279,11 @@ def test_a_sweep_refuses_what_is_wrong_in_one_line(tmp_path):
     (["--seeds=1"], "workdir: missing"),
     (["--seeds=1", "--workdir=x", "--chanels=3"], "Unknown command line flag 'chanels'"),
     (["--seeds=a", "--workdir=x"], "flag --seed=a"),
+    (["--seeds=1", "--workdir=x", "--dataset=folder:x", "--stop_exit_code=0"], "stop_exit_code: 0 is also"),
+    (
+      ["--seeds=1", "--workdir=x", "--dataset=folder:x", "--stop_exit_code=2"],
+      "stop_exit_code: 2 says",
+    ),  # not replaced
   ):
     command = [sys.executable, LAUNCH / "sweep.py", *words]
     done = subprocess.run(

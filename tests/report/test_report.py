@@ -461,8 +461,29 @@ def test_at_most_eight_grids_spread_over_the_run(workdir):
   for step in range(100, 10001, 100):
     picture(workdir / f"samples/step_{step:08d}.png")
   steps = [int(image["alt"].split()[-1].replace(",", "")) for image in Page(write_report(workdir)).all("img")]
-  assert len(steps) == 8 and steps[0] == 10000 and steps[1] == 100
-  assert max(np.diff(sorted(steps))) <= 1500 and min(np.diff(sorted(steps))) >= 1400
+  assert len(steps) == 8 and steps[0] == 10000 and steps[-1] == 100
+  assert max(np.diff(steps)) <= -1400 and min(np.diff(steps)) >= -1500  # back from the newest
+
+
+def test_a_wide_picture_can_be_panned_on_a_narrow_screen(workdir):
+  for step, side in ((1, 639), (2, 640)):
+    picture(workdir / f"samples/step_{step:08d}.png", side=side)
+  picture(workdir / "samples/samples.png", side=640)
+  page = Page(write_report(workdir))
+  widths = re.findall(r'<div class="pan"><img [^>]*width="(\d+)"', page.source)
+  assert widths == ["640", "640"] and len(page.all("img")) == 3
+  narrow = page.source.partition("@media (max-width: 640px)")[2].partition("@media")[0]
+  assert ".pan { overflow-x: auto; }" in narrow
+
+
+@pytest.mark.parametrize(("drawn", "first"), [(99, "Update 100"), (100, "Samples, as"), (101, "Samples, as")])
+def test_the_newest_samples_come_first(workdir, drawn, first):
+  black = np.zeros((8, 8, 3), np.uint8)
+  (workdir / "samples").mkdir()
+  grids.save_png(workdir / "samples/step_00000100.png", black, {"checkpoint": 100})
+  grids.save_png(workdir / "samples/samples.png", black, {"checkpoint": drawn})
+  found = captions(write_report(workdir))
+  assert len(found) == 2 and found[0].startswith(first)
 
 
 def captions(path):
@@ -489,11 +510,11 @@ def test_a_picture_of_another_update_says_so(workdir):
     (workdir / "checkpoints" / name).mkdir(parents=True)
   older = "; older than the newest checkpoint, 601"
   assert captions(write_report(workdir)) == [
-    f"Update 139{older}",
-    "Update 100",
     f"Samples, as --mode=sample drew them last: update 139, ema weights, ddpm{older}",
     "Interpolation between pairs of noises: it does not say of which update",
     "Inpainting: update 601, raw weights",
+    f"Update 139{older}",
+    "Update 100",
     f"Samples that were measured, update 139{older}",
   ]
 

@@ -153,8 +153,8 @@ class Killed(BaseException):
 def stop_after(perfect, config, folder, number, images):
   """Begins to draw `number` images and is killed when there are `images`."""
 
-  def done(evaluations):
-    if evaluations >= images * drawn.evaluations:
+  def done(at):
+    if at.images >= images:
       raise Killed
 
   drawn = Drawn(perfect, config, folder)
@@ -208,16 +208,20 @@ def test_nothing_is_drawn_twice(perfect, config, twenty, tmp_path, monkeypatch):
 
   monkeypatch.setattr(drawn_lib, "make_long_draw", watched)
   counts, drawn = [], Drawn(perfect, config, tmp_path)
-  drawn.draw(20, done=counts.append, say=nothing)
-  assert asked == [16, 17, 18, 19] and counts[0] == 16 * 4 and counts[-1] == 20 * 4  # evaluations, four for each
+
+  def done(at):
+    counts.append(at.images)
+
+  drawn.draw(20, done=done, say=nothing)
+  assert asked == [16, 17, 18, 19] and counts[0] == 16 and counts[-1] == 20
   assert counts == sorted(counts) and len(counts) > 2, "nothing is told on the way"
   np.testing.assert_array_equal(drawn.images(20), twenty)
   del counts[:]
-  drawn.draw(20, done=counts.append, say=nothing)  # all there: no network
-  drawn.draw(5, done=counts.append, say=nothing)
-  assert len(asked) == 4 and counts == [20 * 4, 5 * 4]
+  drawn.draw(20, done=done, say=nothing)  # all there: no network
+  drawn.draw(5, done=done, say=nothing)
+  assert len(asked) == 4 and counts == [20, 5]
   np.testing.assert_array_equal(drawn.images(5), twenty[:5])
-  drawn.draw(22, done=counts.append, say=nothing)
+  drawn.draw(22, done=done, say=nothing)
   assert asked[4:] == [20, 21]
   drawn.forget()
   assert list(tmp_path.iterdir()) == []
@@ -402,7 +406,7 @@ def test_a_draw_leaves_images_their_settings_and_a_picture(quick, twenty, capsys
     np.testing.assert_array_equal(np.asarray(picture)[2:66:8, 2:66:8, 0], twenty[0, :, :, 0])
   out, err = capsys.readouterr()
   assert "drawing 3 images 8x8x1 with the ema weights after update 5: ddim, 4 network evaluations each" in out
-  assert "evaluation 12/12" in out
+  assert "drawing: 3 images, network evaluation 4/4" in out
   assert out.endswith(f"done: {quick.samples / 'samples.npz'} and {quick.samples / 'samples.png'}\n") and err == ""
 
 

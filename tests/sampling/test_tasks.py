@@ -233,7 +233,7 @@ def test_tasks_do_not_depend_on_the_size_of_a_batch(quick, task):
 
 def test_the_evaluations_of_a_task_are_counted(quick, capsys):
   draw(quick, sample_task="slerp", num_samples=2, sample_batch_size=8)
-  assert "evaluation 72/72" in capsys.readouterr().out  # 18 images of 4
+  assert "drawing: images 17 to 18 of 18, network evaluation 4/4  " in capsys.readouterr().out
 
 
 def test_colours(quick, perfect, monkeypatch, tmp_path):

@@ -208,7 +208,10 @@ def test_measuring_changes_nothing(whole, tmp_path):
   assert not (tmp_path / "run" / "eval").exists() and not (tmp_path / "run" / "best").exists()
 
 
-@pytest.mark.parametrize(("step", "phase", "drawn"), [(3, "evaluation 16 of 40", 8), (8, "image 10 of 10", 20)])
+@pytest.mark.parametrize(
+  ("step", "phase", "drawn"),
+  [(3, "drawing: images 1 to 8 of 20, network evaluation 2/2", 8), (8, "bits/dim (bound): image 10/10", 20)],
+)
 def test_stopped_while_it_measures(whole, tmp_path, monkeypatch, capsys, step, phase, drawn):
   """In the draw and after it: the checkpoint is there, and the same command measures without drawing again."""
   workdir = tmp_path / "run"
