@@ -82,7 +82,7 @@ def test_a_checkpoint_that_is_not_there(trained):
 def test_none_at_all_says_whether_the_run_is_training(trained):
   """A run that was never trained, one that trains now, and one that ended too early; in Python as on the command line.
 
-  The first checkpoint is the earliest of: --checkpoint_every, --evaluate_every, where the rate begins to decay, the end.
+  The first checkpoint is the earliest of --checkpoint_every, --evaluate_every, the beginning of a decay, and the end.
   """
   path = trained.path
   begin = f"python -m ddpm_jax.main --workdir={path}"
@@ -106,15 +106,17 @@ def test_none_at_all_says_whether_the_run_is_training(trained):
       text = refusal(trained)
       with pytest.raises(UserError) as caught:
         ddpm_jax.load(path)
-    assert text.startswith(f"workdir: {path} holds no checkpoint yet, as it is being trained, by process {os.getpid()} ")
+    assert text.startswith(
+      f"workdir: {path} holds no checkpoint yet, as it is being trained, by process {os.getpid()} "
+    )
     assert text.endswith(
       f": the first is written after step {first}; wait for it, or stop the training, which saves one, and give its "
       "command again with a smaller --checkpoint_every"
     )
     assert str(caught.value) == text
     assert refusal(trained) == (
-      f"workdir: {path} holds no checkpoint: training has ended before there was one, or they were deleted; the first is "
-      f"written after step {first}; begin anew with {begin}, with a smaller --checkpoint_every if need be"
+      f"workdir: {path} holds no checkpoint: training has ended before there was one, or they were deleted; the first "
+      f"is written after step {first}; begin anew with {begin}, with a smaller --checkpoint_every if need be"
     )
 
 
