@@ -73,6 +73,23 @@ class Lock:
       self._file = -1
 
 
+def holder(workdir: pathlib.Path) -> str | None:
+  """Which process trains in a workdir at this moment, in words; None if none does, or if that cannot be seen."""
+  try:
+    file = os.open(workdir / NAME, os.O_RDONLY | os.O_NOFOLLOW)
+  except OSError:
+    return None
+  try:
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for an instant: a trainer that starts just then tries again
+  except BlockingIOError:
+    return _holder(file)
+  except OSError:
+    pass  # a file system without locks
+  finally:
+    os.close(file)
+  return None
+
+
 def _acquire(workdir: pathlib.Path, path: pathlib.Path) -> int:
   """The open and locked file, which is the one at `path`."""
   patience = time.monotonic() + _PATIENCE

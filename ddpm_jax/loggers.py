@@ -110,7 +110,7 @@ def _imported(name: str) -> Any:
   module, _, attribute = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), attribute)
-  except Exception as error:  # code of somebody else, which raises what it likes
+  except (Exception, SystemExit) as error:  # code of somebody else, which raises what it likes
     raise UserError(f"writers: {name} cannot be imported ({_line(error)}); mend it, or leave it out") from error
   if not callable(found):
     raise UserError(f"writers: {name} is a {type(found).__name__} and no class; name one")

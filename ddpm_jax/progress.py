@@ -98,6 +98,11 @@ class Progress:
         speed = f"  {rate:.3g} {self._what}s/s  {left} left"
       console.say(f"{self._text or f'{self._what} {done}/{self._total}'}{text and '  ' + text}{speed}")
 
+  def estimate(self, done: int, rate: float) -> None:
+    """Says how long the rest takes, where there are no facts yet. A bar says so anyway. rate: units a second."""
+    if self._bar is None:
+      self.report(done, {}, rate)
+
   def say(self, text: str) -> None:
     """Prints a line without breaking the bar."""
     if not self._quiet:

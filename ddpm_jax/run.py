@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import Config
+from ddpm_jax.config import FOLDER, Config
 from ddpm_jax.diffusion.schedules import (
   NoiseSchedule,
   betas_that_reach_noise,
@@ -23,6 +23,8 @@ from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.parallel import Parallel
 from ddpm_jax.training.state import TrainState, create_state
 from ddpm_jax.training.step import make_loss, train_step
+
+_MANY_IMAGES, _MANY_PASSES = 5000, 100  # see `copies_warning`
 
 
 class Run(NamedTuple):
@@ -84,6 +86,25 @@ def noise_warning(run: Run) -> str | None:
     f"the noise schedule does not reach pure noise, from which sampling starts: at t = {d.num_timesteps}, the last "
     f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T up to "
     f"{largest_prior_kl(run.schedule):.2g} bits/dim); in a new run, use {' or '.join(remedies or ['more timesteps'])}"
+  )
+
+
+def copies_warning(config: Config, images: int) -> str | None:
+  """A line if a model of this many own images is likely to learn them by heart; else None.
+
+  The number of steps after which a diffusion model draws copies grows with the number of images, so that the number of
+  passes says most (Favero et al. 2025, "Bigger Isn't Always Memorizing"; Bonnaire et al. 2025, "Why Diffusion Models
+  Don't Memorize"); with many images it never does. The two bounds are no more than rules of thumb: --preset=images32
+  makes 77 passes over the 3,754 images by which it was chosen.
+  """
+  passes = config.train.num_steps * config.data.batch_size / images
+  if not config.data.dataset.startswith(FOLDER) or images >= _MANY_IMAGES or passes <= _MANY_PASSES:
+    return None
+  flips = "" if config.data.random_flip else ", or --random_flip if a mirrored image is as good"
+  return (
+    f"{config.train.num_steps:,} training steps of {config.data.batch_size} images are {passes:,.0f} passes over this "
+    f"small set of {images}, which the model may learn by heart and draw copies of; use more images, or a smaller "
+    f"--num_steps{flips}; 'neighbours' of --mode=evaluate measures it"
   )
 
 

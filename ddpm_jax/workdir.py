@@ -65,6 +65,11 @@ def has_checkpoints(workdir: pathlib.Path, folders: Sequence[str] = ("checkpoint
     raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
 
 
+def has_begun(workdir: pathlib.Path) -> bool:
+  """Whether training was started there, if not as far as a checkpoint. Raises UserError if that cannot be seen."""
+  return paths.exists("workdir", workdir / "metrics.jsonl")
+
+
 def changed(
   workdir: pathlib.Path, stored: Config, config: Config, *, once_trained: bool = False
 ) -> list[tuple[str, Any, Any]]:
@@ -91,8 +96,7 @@ def history(workdir: pathlib.Path, stored: Config) -> str:
 
 def _was_trained(workdir: pathlib.Path, stored: Config) -> bool:
   """False only where it holds weights of --init_from with which no training has begun."""
-  begun = paths.exists("workdir", workdir / "metrics.jsonl")
-  return not stored.exchange.init_from or begun or has_checkpoints(workdir)
+  return not stored.exchange.init_from or has_begun(workdir) or has_checkpoints(workdir)
 
 
 def check(workdir: pathlib.Path, config: Config) -> bool:

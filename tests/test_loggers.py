@@ -95,6 +95,7 @@ def test_whatever_fails_is_told_once_and_the_others_go_on(capsys):
 def test_names_of_nothing_are_one_line(tmp_path, monkeypatch):
   (tmp_path / "wrong_module.py").write_text("def f(:\n")
   (tmp_path / "failing_module.py").write_text("raise RuntimeError('at import')\n")
+  (tmp_path / "script_module.py").write_text("import sys\nsys.exit(0)\n")
   (tmp_path / "wandb").mkdir()
   monkeypatch.syspath_prepend(tmp_path)
   for name, reason in (
@@ -103,6 +104,7 @@ def test_names_of_nothing_are_one_line(tmp_path, monkeypatch):
     ("tests.test_loggers:NO_CLASS", "is a int and no class"),
     ("wrong_module:Class", "SyntaxError: "),
     ("failing_module:Class", "RuntimeError: at import"),
+    ("script_module:Class", "SystemExit: 0"),
   ):
     with pytest.raises(UserError) as caught:
       find([name])

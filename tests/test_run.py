@@ -6,7 +6,7 @@ import re
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedules import make_schedule
-from ddpm_jax.run import Run, noise_warning
+from ddpm_jax.run import Run, copies_warning, noise_warning
 from tests.test_documents import preset
 from tests.training.tiny import tiny_config, tiny_run
 
@@ -39,3 +39,18 @@ def test_the_flags_that_the_warning_names_silence_it():
   assert not wrong
   presets = sorted(EXPERIMENTS.glob("*.flags"))
   assert presets and not [path.name for path in presets if noise_warning(with_diffusion(run, preset(path)))]
+
+
+def test_a_small_set_of_own_images_and_many_passes_are_warned_of():
+  """60 and 300 images with the preset for own images; not the set by which it was chosen, nor the embedded one."""
+  own = config_lib.override(preset(EXPERIMENTS / "images32.flags"), {"dataset": "folder:images"})
+  for images, passes in ((60, "4,800"), (300, "960")):
+    text = str(copies_warning(own, images))
+    told = f"9,000 training steps of 32 images are {passes} passes over this small set of {images}, which the model may"
+    assert text.startswith(told)
+    assert "--random_flip" not in text and "'neighbours' of --mode=evaluate" in text
+  assert "--random_flip" in str(copies_warning(config_lib.override(own, {"random_flip": False}), 60))
+  assert copies_warning(own, 3754) is None and copies_warning(own, 50_000) is None
+  assert copies_warning(config_lib.override(own, {"num_steps": 100}), 60) is None
+  assert copies_warning(config_lib.override(own, {"num_steps": 1_000_000}), 5000) is None
+  assert copies_warning(config_lib.override(own, {"dataset": "digits"}), 60) is None

@@ -21,14 +21,13 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.arrays import arrays_sha256
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.trained import TRAINING, Extract, Trained
+from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Extract, Trained
 from ddpm_jax.models.classifier import FEATURES, Classifier
 from ddpm_jax.training.parallel import Parallel
 
 # What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
 _NETWORK = "classifier 1, x / 127.5 - 1"
-_HOLD_OUT = 10  # one image of that many
-_RECIPE = [_NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
+_RECIPE = [_NETWORK, *TRAINING, HOLD_OUT, "adam, cosine"]
 _EPOCHS, _LEAST, _MOST = 5, 300, 2000  # the number of updates: that many epochs, but at least and at most
 MARKS = ("right", "asked")
 
@@ -75,7 +74,7 @@ def classifier_features(
   if source.labels is None:
     raise NoLabels(source.name)
   labels = source.labels()
-  training, held_out = _divide(labels)
+  training, held_out = trained.divide(np.argsort(labels, kind="stable"))  # so that no class is left out
   updates = updates or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
   model = Classifier(num_classes=int(labels.max()) + 1)
   init = init_of(model, source.image_shape)
@@ -115,17 +114,6 @@ def forward_of(model: Classifier) -> trained.Forward:
     return jnp.asarray(features), jax.nn.softmax(jnp.asarray(logits))
 
   return forward
-
-
-def _divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """The images to train on and those to hold out: every tenth in the order of the classes, so that none is left out.
-
-  labels: int [N], N >= 2. Returns int [..] each, in rising order.
-  """
-  by_class = np.argsort(labels, kind="stable")
-  is_held_out = np.zeros(len(labels), bool)
-  is_held_out[by_class[_HOLD_OUT // 2 :: _HOLD_OUT] if len(labels) > _HOLD_OUT else by_class[:1]] = True
-  return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def _task(source: Source, labels: np.ndarray, seed: int, updates: int) -> str:

@@ -147,8 +147,12 @@ def _choose_features(config: Config, train: Source) -> tuple[Config, str]:
   return config_lib.override(config, {"features": "classifier"}), ""
 
 
-def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
-  """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training."""
+def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
+  """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training.
+
+  Returns:
+    The settings with what can be measured.
+  """
   config, _ = measurable(config, train)
   options = config.evaluate
   if _needs_samples(config):
@@ -170,6 +174,7 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> None:
   if any(name in options.measures for name in _LIKELIHOODS):
     for _ in _splits(config, train):
       pass
+  return config
 
 
 def _check_labels(source: Source) -> None:

@@ -22,7 +22,7 @@ from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.arrays import arrays_sha256
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.trained import TRAINING, Trained
+from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Trained
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import build_model, init_params
 from ddpm_jax.models.unet import UNet
@@ -35,10 +35,9 @@ _SCHEDULE = make_schedule("cosine", 1000)
 _TIMESTEP = 100  # that of the features
 _UPDATES = 300  # of any data set, which twice as many hardly change, see docs/measuring.md
 _ASKED = 8  # noises of each image that is held out
-_HOLD_OUT = 10  # one image of that many
 # What the features are computed by besides the weights. To be counted up when the U-Net changes.
 _NETWORK = "denoising U-Net 1, means up, deviations of the last maps and of the noise, t = 100 of 1000, cosine"
-_RECIPE = [_NETWORK, *TRAINING, _HOLD_OUT, "adam, cosine"]
+_RECIPE = [_NETWORK, *TRAINING, HOLD_OUT, "adam, cosine"]
 MARKS = ("explained",)
 
 
@@ -163,9 +162,7 @@ def network_features(
   Raises:
     UserError: an image cannot be read.
   """
-  number = len(source)
-  is_held_out = np.arange(number) % _HOLD_OUT == _HOLD_OUT // 2
-  training, held_out = np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+  training, held_out = trained.divide(np.arange(len(source)))
   denoiser = denoiser_for(source.image_shape)
 
   def make() -> Trained:

@@ -43,12 +43,11 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
       f"dataset: the images of {train.name} are not of the size that the model draws, "
       f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
     )
-  evaluate_lib.check(config, workdir, train)
+  measured = evaluate_lib.check(config, workdir, train).evaluate.measures
   keep_place(config, workdir, weights, train)
   adopt(config, workdir)
   quiet = jax.process_index() != 0
   around = evaluate_lib.Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
-  measured = evaluate_lib.measurable(config, train)[0].evaluate.measures
   around.say(f"evaluating {weights.text}: {', '.join(measured)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:

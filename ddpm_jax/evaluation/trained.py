@@ -34,6 +34,7 @@ Forward = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
 BATCH = 128
 _RATE, _WARMUP = 3e-3, 50
 TRAINING = [BATCH, _RATE, _WARMUP]  # Adam, with a cosine after the warm-up
+HOLD_OUT = 10  # one image of that many
 _TELL_EVERY = 10  # updates
 
 
@@ -48,6 +49,16 @@ def uncounted(what: str, total: int) -> contextlib.AbstractContextManager[Callab
   """A `Counted` that nobody hears."""
   del what, total
   return contextlib.nullcontext(lambda number: None)
+
+
+def divide(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The images to train on and those to hold out, every tenth in some order; of ten or fewer the first, of one none.
+
+  order: int [N], a permutation of 0..N-1. Returns int [..] each, in rising order.
+  """
+  is_held_out = np.zeros(len(order), bool)
+  is_held_out[order[HOLD_OUT // 2 :: HOLD_OUT] if len(order) > HOLD_OUT else order[: min(1, len(order) - 1)]] = True
+  return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 def fresh(init: Init, seed: int) -> Any:

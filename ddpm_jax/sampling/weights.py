@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import console
+from ddpm_jax import console, lock, paths
 from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
@@ -23,6 +23,7 @@ from ddpm_jax.training import resume
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.manifest import Manifest
 from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.saver import first_checkpoint
 from ddpm_jax.training.state import TrainState
 
 
@@ -50,10 +51,8 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   """
   name = config.sample.checkpoint
   folder = workdir / ("best" if name == "best" else "checkpoints")
-  remedy = "let training keep one with --evaluate_every" if name == "best" else "train first"
-  missing = UserError(f"workdir: {workdir} holds no {'best ' * (name == 'best')}checkpoint yet; {remedy}")
   if not folder.is_dir():
-    raise missing
+    raise UserError(_missing(name, workdir))
   parallel, runs = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision), {}
 
   def expect(manifest: Manifest) -> TrainState:
@@ -65,7 +64,7 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     only = int(name) if name.isdecimal() else None
     restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt, only=only)
   if restored is None:
-    raise missing
+    raise UserError(_missing(name, workdir))
   if jax.process_index() == 0:
     for number, reason in restored.damaged.items():
       console.warn(f"checkpoint {number} is damaged: {reason}; using {restored.step}")
@@ -78,6 +77,26 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   }
   params, number = getattr(restored.state, field), restored.step
   return Weights(runs[number], params, number, which, identity_of(leaves), restored.manifest)
+
+
+def _missing(name: str, workdir: pathlib.Path) -> str:
+  """Why a workdir has no checkpoint of this name, and what to do."""
+  if name == "best":
+    return f"workdir: {workdir} holds no best checkpoint yet; let training keep one with --evaluate_every"
+  stored, begin = workdir_lib.load_config(workdir), paths.command(f"--workdir={workdir}")
+  every, total = stored.train.checkpoint_every, stored.train.num_steps
+  first = f"the first is written after step {first_checkpoint(stored)} of {total} (--checkpoint_every={every})"
+  if trainer := lock.holder(workdir):
+    return (
+      f"workdir: {workdir} holds no checkpoint yet, as it is being trained, by {trainer}: {first}; wait for it, or "
+      "stop the training, which saves one, and give its command again with a smaller --checkpoint_every"
+    )
+  if workdir_lib.has_begun(workdir):
+    return (
+      f"workdir: {workdir} holds no checkpoint: training has ended before there was one, or they were deleted; "
+      f"{first}; begin anew with {begin}, with a smaller --checkpoint_every if need be"
+    )
+  return f"workdir: {workdir} holds no checkpoint yet, as it was never trained; train first, with {begin}"
 
 
 def keep_place(config: Config, workdir: pathlib.Path, weights: Weights, source: Source) -> None:

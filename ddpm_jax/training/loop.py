@@ -32,7 +32,7 @@ from ddpm_jax.exchange.file import settings_of_run
 from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, fitted, num_params
 from ddpm_jax.progress import Progress
-from ddpm_jax.run import Run, build_run, make_train_step, noise_warning
+from ddpm_jax.run import Run, build_run, copies_warning, make_train_step, noise_warning
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import earlier, resume
 from ddpm_jax.training.checkpoint import Checkpoints, NoneInCommonError, Restored
@@ -67,7 +67,7 @@ def train(
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
     chosen: a line for the user on settings that the command left open, printed once the images are found.
-    clock: seconds, for the early sample grids.
+    clock: seconds since any moment, by which the training is timed.
 
   Returns:
     Whether the run is finished; if not, it was asked to stop.
@@ -159,14 +159,13 @@ def _resume_or_start(
   if finished:
     return True
   if lock:
-    if warning := noise_warning(run):
+    for warning in filter(None, (noise_warning(run), copies_warning(run.config, len(source)))):
       console.warn(warning)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
     _renew(workdir, config_lib.beyond_init_from(run.config) if restored else run.config)
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-  so_far = (restored.manifest if restored else {}).get("so_far", {})
   with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
     size, seed = run.config.data.batch_size, run.config.train.seed
     reports = Reports(
@@ -177,7 +176,8 @@ def _resume_or_start(
       batch_size=size,
       images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
       settings=settings_of_run(run.config),
-      losses=so_far.get("losses", ()),
+      so_far=(restored.manifest if restored else {}).get("so_far", {}),
+      clock=clock,
     )
     saver = Saver(
       checkpoints,
@@ -203,7 +203,7 @@ def _resume_or_start(
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
       preview = Preview(run, compiler if trains_first else None)
-      early = EarlyGrids(wanted=run.config.train.sample_every > 0, before_s=so_far.get("trained_s", 0.0), clock=clock)
+      early = EarlyGrids(reports.seconds, wanted=run.config.train.sample_every > 0)
       around = _Around(reports, saver, evaluations, preview, early, profile, progress, stop, watchdog)
       end, stopped = _train(run, source, state, start, make_updates, around)
   if lock:
@@ -291,7 +291,6 @@ def _train(
       in_flight.append((steps, *outputs))
       if first:
         reports.compiled(steps)
-        early.begin()
         compilation.look_for_garbage_as_usual()
       else:
         progress.advance(len(steps))
@@ -312,8 +311,7 @@ def _train(
         # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
         picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
         if save_now:
-          so_far = {"losses": list(reports.losses), "trained_s": round(early.trained_s, 1)}
-          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": so_far})
+          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": reports.so_far(step)})
           watchdog.beat(f"checkpoint {step}")
         if picture:
           reports.samples(step, picture(), preview.settings)

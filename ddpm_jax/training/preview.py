@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -76,28 +75,18 @@ class EarlyGrids:
   they compute. Of several processes that of the first one counts, and they hear of it with the votes of the step.
   """
 
-  def __init__(self, *, wanted: bool, before_s: float = 0.0, clock: Callable[[], float] = time.monotonic):
+  def __init__(self, seconds: Callable[[], float], *, wanted: bool):
     """Args:
+    seconds: of training so far, those before a stop among them.
     wanted: whether there are to be grids at all.
-    before_s: seconds that the run had trained when it was stopped.
-    clock: seconds.
     """
-    self._clock, self._before, self._began = clock, before_s, math.nan
-    self._due = max(_FIRST_S, 2 * before_s) if wanted else math.inf
+    self._seconds = seconds
+    self._due = max(_FIRST_S, 2 * seconds()) if wanted else math.inf
     self._asked = False
-
-  def begin(self) -> None:
-    """The first training steps are done, and what they need is compiled."""
-    self._began = self._clock()
-
-  @property
-  def trained_s(self) -> float:
-    """Seconds of training so far, those before a stop among them, without the compilation of the step."""
-    return self._before + (0.0 if math.isnan(self._began) else self._clock() - self._began)
 
   def due(self, *, compiling: bool = False) -> bool:
     """Whether a grid is to be drawn. compiling: see `Preview`; where that takes long, it is waited for."""
-    return self.trained_s >= self._due + (_PATIENCE_S if compiling else 0.0)
+    return self._seconds() >= self._due + (_PATIENCE_S if compiling else 0.0)
 
   def ask(self) -> bool:
     """Whether to ask all processes for a grid: once, until it is drawn. Of the first process."""
@@ -107,4 +96,4 @@ class EarlyGrids:
 
   def drawn(self) -> None:
     """A grid was drawn."""
-    self._due, self._asked = max(self._due, 2 * self.trained_s), False
+    self._due, self._asked = max(self._due, 2 * self._seconds()), False

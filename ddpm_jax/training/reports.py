@@ -7,7 +7,8 @@ import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +25,8 @@ from ddpm_jax.training.parallel import to_host
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.writers import MetricsWriter
 
+_FIRST_LINE_S = 20.0  # of training, until the time left is told at the latest
+
 
 class Reports:
   """Reads metrics from the device and passes them on. Every process reads, so that all see bad news; one writes."""
@@ -38,7 +41,8 @@ class Reports:
     batch_size: int,
     images: Callable[[int], np.ndarray],
     settings: Settings,
-    losses: Sequence[float] = (),
+    so_far: Mapping[str, Any] = types.MappingProxyType({}),
+    clock: Callable[[], float] = time.monotonic,
   ):
     """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten.
 
@@ -50,7 +54,8 @@ class Reports:
       batch_size: B, over all processes.
       images: update -> int [B], the indices of its images in the data set.
       settings: of the run, for others to read: no folder of this machine is named.
-      losses: what `losses` was at `start_step`.
+      so_far: what `so_far` returned at `start_step`; {} for a new run, and for checkpoints of release 0.1.0.
+      clock: seconds since any moment.
 
     Raises:
       UserError: one of --writers cannot be imported.
@@ -59,17 +64,19 @@ class Reports:
     writers = writer_names(options.writers)
     loggers = find(writers)
     self._workdir = workdir
-    self.losses = list(losses)  # of the updates since the last line of the metrics, those that are finite
+    self._losses = list(so_far.get("losses", ()))  # since the last line of the metrics, those that are finite
     self._pages: Future[None] | None = None  # of `write_pages`, beside the training
     self._beside = ThreadPoolExecutor(1, thread_name_prefix="pages")
     self._progress = progress
     self._batch_size, self._images = batch_size, images
     self._max_nonfinite = options.max_nonfinite if options.on_nonfinite == "skip" else 1
-    self._writer, self._loggers, before = None, None, (start_step, 0.0)
+    self._writer, self._loggers, before = None, None, (start_step, so_far.get("seconds", 0.0))
     if jax.process_index() == 0:
       self._writer = MetricsWriter(workdir, resume_step=start_step, tensorboard="tensorboard" in writers)
-      self._loggers, before = Loggers(loggers, workdir, settings, start_step), self._writer.trained_before
-    self._clock = _Clock(*before)
+      self._loggers = Loggers(loggers, workdir, settings, start_step)
+      before = before if "seconds" in so_far else self._writer.trained_before
+    self._clock = _Clock(*before, clock)
+    self._due = self._clock.now + _FIRST_LINE_S  # of the time left, until there are metrics
     self._failing = False
 
   def compiled(self, steps: range) -> None:
@@ -85,11 +92,14 @@ class Reports:
       NonFiniteError: if one was not, and no more such updates are put up with.
     """
     in_row, losses = (np.atleast_1d(to_host(metrics[name])) for name in ("nonfinite_in_row", "loss"))
-    self.losses += [loss for loss in losses[: len(steps)].tolist() if math.isfinite(loss)]
+    self._losses += [loss for loss in losses[: len(steps)].tolist() if math.isfinite(loss)]
     for i, step in enumerate(steps):
       if in_row[i]:
         loss, norm = (_of_update(i, metrics[name]) for name in ("loss", "grad_norm"))
         self._nonfinite(step, int(in_row[i]), loss, norm)
+    if self._clock.now >= self._due and (rate := self._clock.rate(steps[-1])):
+      self._progress.estimate(steps[-1], rate)
+      self._due = math.inf
 
   def _nonfinite(self, step: int, in_row: int, loss: float, norm: float) -> None:
     what = f"update {step}: loss {loss}, gradient norm {norm}"
@@ -110,12 +120,13 @@ class Reports:
     """
     step = steps[-1]
     values = {name: _of_update(len(steps) - 1, value) for name, value in metrics.items()}
-    values["loss"] = statistics.fmean(self.losses) if self.losses else math.nan
-    self.losses = []
-    rate = self._clock.rate(step)
+    values["loss"] = statistics.fmean(self._losses) if self._losses else math.nan
+    self._losses = []
+    rate, seconds = self._clock.lap(step)
     if rate:
+      self._due = math.inf
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
-    values |= {"images": step * self._batch_size, "seconds": round(self._clock.trained, 3)}
+    values |= {"images": step * self._batch_size, "seconds": round(seconds, 3)}
     if self._writer and self._loggers:
       with self._told(f"the metrics of update {step} wait to be written"):
         self._writer.write(step, values | {"time": round(time.time(), 3)})
@@ -123,6 +134,14 @@ class Reports:
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
     self._progress.report(step, facts, rate)
+
+  def seconds(self) -> float:
+    """Seconds of training so far, as `ddpm_jax.metrics` defines them."""
+    return self._clock.now
+
+  def so_far(self, step: int) -> dict[str, Any]:
+    """What a run that goes on from `step`, which has ended just now, must know: JSON values for the manifest."""
+    return {"losses": list(self._losses), "seconds": round(self._clock.at(step), 3)}
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
     """Adds what was measured of the model after update `step` to its metrics. Then nobody else writes the report."""
@@ -206,31 +225,53 @@ def _of_update(i: int, metric: jax.Array) -> float:
 
 
 class _Clock:
-  """Updates a second between two points, and the seconds of training in all."""
+  """Seconds of training in all, and training steps a second. What is paused, such as checkpoints, is no part of them.
 
-  def __init__(self, step: int, trained: float):
-    """`trained`: seconds that the updates up to `step` took."""
-    self._time, self._step, self._pause = time.perf_counter(), 0, 0.0
-    self._counted, self.trained = step, trained
+  The first call of the step compiles; it counts as long as those after it take on average.
+  """
+
+  def __init__(self, step: int, seconds: float, clock: Callable[[], float]):
+    """`seconds`: that the steps up to `step` took, in earlier processes. `clock`: seconds since any moment."""
+    self._clock, self._made = clock, clock()
+    self._seconds, self._since = seconds, None  # until a moment since when it runs; None: it does not
+    self._uncounted = -step  # steps of the first call
+    self._lap = self._first = step, seconds
 
   def start(self, step: int) -> float:
-    """Begins to count at `step`. Returns the seconds since the clock was made."""
-    before, self._time, self._step = self._time, time.perf_counter(), step
-    return self._time - before
+    """The first call, which ends at `step`, is over. Returns the seconds since the clock was made."""
+    self._uncounted += step
+    self._since = self._clock()
+    self._lap = self._first = step, self._seconds
+    return self._since - self._made
+
+  @property
+  def now(self) -> float:
+    """Seconds of training so far."""
+    return self._seconds + (0.0 if self._since is None else self._clock() - self._since)
+
+  def at(self, step: int) -> float:
+    """The same, where `step` has ended just now, so that the first call can be counted."""
+    first, seconds = self._first
+    if self._uncounted and step > first:
+      took = (self.now - seconds) / (step - first) * self._uncounted
+      self._seconds, self._uncounted = self._seconds + took, 0
+      self._lap = self._lap[0], self._lap[1] + took
+    return self.now
 
   def rate(self, step: int) -> float:
-    """Updates a second since the last call; 0 if there was none."""
-    now = time.perf_counter()
-    rate = (step - self._step) / (now - self._time - self._pause)
-    self._time, self._step, self._pause = now, step, 0.0
-    if rate:  # the first call, which compiles, takes as long as those after it
-      self.trained += (step - self._counted) / rate
-      self._counted = step
-    return rate
+    """Steps a second between the last lap and `step`, which has ended just now; 0 if that is not known."""
+    steps, seconds = step - self._lap[0], self.now - self._lap[1]
+    return steps / seconds if steps and seconds else 0.0
+
+  def lap(self, step: int) -> tuple[float, float]:
+    """Begins a lap. Returns the rate of the one that ends, and the seconds of training up to `step`."""
+    if rate := self.rate(step):
+      self._lap = step, self.at(step)
+    return rate, self._lap[1]
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Leaves out the time spent inside."""
-    began = time.perf_counter()
+    runs, self._seconds, self._since = self._since is not None, self.now, None
     yield
-    self._pause += time.perf_counter() - began
+    self._since = self._clock() if runs else None

@@ -9,11 +9,19 @@ from typing import Any
 import jax
 
 from ddpm_jax import console
-from ddpm_jax.config import TrainConfig
+from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.errors import RunError
 from ddpm_jax.lock import Lock
 from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.state import TrainState
+
+
+def first_checkpoint(config: Config) -> int:
+  """The training step after which a run writes its first checkpoint, unless it is stopped before."""
+  options = config.train
+  steps = options.checkpoint_every, options.evaluate_every, decay_start(config.optimizer, options.num_steps)
+  return min(step for step in (*steps, options.num_steps) if step)
 
 
 class Saver:

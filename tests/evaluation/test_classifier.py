@@ -164,20 +164,21 @@ def test_the_number_of_updates_follows_from_that_of_the_images(tmp_path, monkeyp
 def test_what_is_held_out():
   labels = np.tile(np.arange(10), 60)  # every tenth image is of one class
   labels[:3] = 10
-  training, held_out = classifier._divide(labels)
+  training, held_out = trained.divide(np.argsort(labels, kind="stable"))
   np.testing.assert_array_equal(np.sort(np.concatenate([training, held_out])), np.arange(600))
   assert len(held_out) == 60
   np.testing.assert_array_equal(np.abs(np.bincount(labels[held_out], minlength=11)[:10] - 6) <= 1, True)
   assert set(labels[training]) == set(range(11))
+  assert [len(part) for part in trained.divide(np.arange(1))] == [1, 0]
   for number in (2, 3, 10, 11, 12):
-    parts = classifier._divide(np.arange(number))
+    parts = trained.divide(np.arange(number))
     assert min(map(len, parts)) >= 1
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(number))
 
 
 def test_images_held_out_are_not_learnt_from(tmp_path):
   source = classes_of_grey(200)
-  training, held_out = classifier._divide(source.labels())
+  training, held_out = trained.divide(np.argsort(source.labels(), kind="stable"))
   seen = set()
 
   def read(indices):
@@ -206,14 +207,14 @@ def test_images_that_stand_for_bad_ones_are_left_out(tmp_path):
   dark, light = (train(source(value), tmp_path / f"{value}") for value in (0, 255))
   assert dark.identity == light.identity
   assert dark.about == light.about
-  held_out = classifier._divide(source(0).labels())[1]
+  held_out = trained.divide(np.argsort(source(0).labels(), kind="stable"))[1]
   everything_held_out_is_bad = classes_of_grey(60, replaced=held_out)
   assert train(everything_held_out_is_bad, tmp_path / "c").about["accuracy"] == 0
 
 
 def test_the_accuracy_is_of_the_images_held_out(tmp_path):
   source = classes_of_grey(300)
-  held_out = classifier._divide(source.labels())[1]
+  held_out = trained.divide(np.argsort(source.labels(), kind="stable"))[1]
   features = train(source, tmp_path / "a", updates=20)
   answers = features.extract(source.read(held_out).images).probabilities.argmax(1)
   right = int((answers == source.labels()[held_out]).sum())

@@ -559,7 +559,7 @@ def test_what_the_run_refuses_leaves_no_trace(workdir, tmp_path, monkeypatch):
   assert listing(workdir) == before
   workdir_lib.create(tmp_path / "empty", tiny_config(**LITTLE))
   before = listing(tmp_path)
-  with pytest.raises(UserError, match="holds no checkpoint yet; train first"):
+  with pytest.raises(UserError, match="holds no checkpoint yet, as it was never trained; train first"):
     evaluation_run.evaluate(config_of(), tmp_path / "empty")
   assert listing(tmp_path) == before
 

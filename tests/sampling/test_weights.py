@@ -1,13 +1,18 @@
 """Which checkpoint is drawn from, and with the network as it was trained."""
 
+import contextlib
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
+import ddpm_jax
 from ddpm_jax import config as config_lib
+from ddpm_jax import workdir as workdir_lib
 from ddpm_jax.errors import UserError
+from ddpm_jax.lock import Lock
 from ddpm_jax.sampling import run as sampling
 from ddpm_jax.sampling.weights import load_weights
 from tests.command import digests
@@ -72,12 +77,47 @@ def test_the_best_is_that_of_its_own_folder(trained):
 def test_a_checkpoint_that_is_not_there(trained):
   assert refusal(trained, checkpoint="7") == f"checkpoint: {trained.path / 'checkpoints'} has no 7, only 3, 5"
   assert "has no 0, only 3, 5" in refusal(trained, checkpoint="0")
-  shutil.rmtree(trained.path / "checkpoints")
+
+
+def test_none_at_all_says_whether_the_run_is_training(trained):
+  """A run that was never trained, one that trains now, and one that ended too early; in Python as on the command line.
+
+  The first checkpoint is the earliest of --checkpoint_every, --evaluate_every, the beginning of a decay, and the end.
+  """
+  path = trained.path
+  begin = f"python -m ddpm_jax.main --workdir={path}"
+  shutil.rmtree(path / "checkpoints")
+  never = f"workdir: {path} holds no checkpoint yet, as it was never trained; train first, with {begin}"
   for name in ("newest", "5"):
-    assert refusal(trained, checkpoint=name) == f"workdir: {trained.path} holds no checkpoint yet; train first"
-  (trained.path / "checkpoints").mkdir()
-  for name in ("newest", "5"):
-    assert refusal(trained, checkpoint=name) == f"workdir: {trained.path} holds no checkpoint yet; train first"
+    assert refusal(trained, checkpoint=name) == never
+  (path / "checkpoints").mkdir()
+  assert refusal(trained, checkpoint="5") == never
+  decay = dict(lr_schedule="constant_then_decay", decay_fraction=0.9, num_steps=20)
+  for changes, first in (
+    (dict(checkpoint_every=30, num_steps=70), "30 of 70 (--checkpoint_every=30)"),
+    (dict(checkpoint_every=30, num_steps=20), "20 of 20 (--checkpoint_every=30)"),
+    (dict(checkpoint_every=30, num_steps=70, evaluate_every=7), "7 of 70 (--checkpoint_every=30)"),
+    (dict(checkpoint_every=5, **decay), "2 of 20 (--checkpoint_every=5)"),
+    (dict(checkpoint_every=5, **decay | dict(decay_fraction=1.0)), "5 of 20 (--checkpoint_every=5)"),
+  ):
+    workdir_lib.create(path, trained.having(**changes))
+    with contextlib.closing(Lock(path)):
+      (path / "metrics.jsonl").touch()
+      text = refusal(trained)
+      with pytest.raises(UserError) as caught:
+        ddpm_jax.load(path)
+    assert text.startswith(
+      f"workdir: {path} holds no checkpoint yet, as it is being trained, by process {os.getpid()} "
+    )
+    assert text.endswith(
+      f": the first is written after step {first}; wait for it, or stop the training, which saves one, and give its "
+      "command again with a smaller --checkpoint_every"
+    )
+    assert str(caught.value) == text
+    assert refusal(trained) == (
+      f"workdir: {path} holds no checkpoint: training has ended before there was one, or they were deleted; the first "
+      f"is written after step {first}; begin anew with {begin}, with a smaller --checkpoint_every if need be"
+    )
 
 
 @pytest.mark.parametrize("name", ["last", "", "-5", "5.0", " 5", "٥", "bests"])

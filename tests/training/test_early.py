@@ -41,15 +41,14 @@ class Clock:
 # When.
 
 
-def moments(seconds_of_a_step, until, regular=(), **options):
+def moments(seconds_of_a_step, until, regular=(), before=0, wanted=True):
   """The seconds at which grids are drawn, asked after every step."""
   clock, drawn = Clock(), []
-  early = EarlyGrids(**({"wanted": True, "clock": clock} | options))
-  clock.now = 1000.0  # a long compilation
+  clock.now = before
+  early = EarlyGrids(clock, wanted=wanted)
   assert not early.due()
-  early.begin()
   for seconds in range(seconds_of_a_step, until + 1, seconds_of_a_step):
-    clock.now = 1000.0 + seconds
+    clock.now = before + seconds
     if early.due() or seconds in regular:
       drawn.append(seconds)
       early.drawn()
@@ -73,9 +72,9 @@ def test_no_other_where_the_regular_ones_come_often():
 
 
 def test_after_a_stop_they_go_on_where_they_were():
-  assert moments(1, 1000, before_s=100.0) == [100, 300, 700]  # of 200, 400 and 800 seconds of training
-  assert moments(1, 1000, before_s=20.0)[:2] == [40, 100]
-  assert moments(1, 1000, before_s=10_000.0) == []
+  assert moments(1, 1000, before=100) == [100, 300, 700]  # of 200, 400 and 800 seconds of training
+  assert moments(1, 1000, before=20)[:2] == [40, 100]
+  assert moments(1, 1000, before=10_000) == []
 
 
 def test_none_where_none_is_wanted():
@@ -84,8 +83,7 @@ def test_none_where_none_is_wanted():
 
 def test_what_compiles_is_waited_for_while_two_minutes_are_not_over():
   clock = Clock()
-  early = EarlyGrids(wanted=True, clock=clock)
-  early.begin()
+  early = EarlyGrids(clock, wanted=True)
   due = []
   for clock.now in range(0, 130, 10):
     due.append((early.due(), early.due(compiling=True)))
@@ -94,8 +92,7 @@ def test_what_compiles_is_waited_for_while_two_minutes_are_not_over():
 
 def test_processes_are_asked_once_for_a_grid():
   clock = Clock()
-  early = EarlyGrids(wanted=True, clock=clock)
-  early.begin()
+  early = EarlyGrids(clock, wanted=True)
   asked = []
   for clock.now in range(0, 200, 10):
     asked.append(early.ask())
@@ -161,8 +158,8 @@ def test_grids_of_a_run_come_with_the_clock_and_change_nothing(plain, tmp_path, 
   workdir = tmp_path / "run"
   train(workdir, clock, sample_every=1000)
   drawn = [int(path.stem.removeprefix("step_")) for path in sorted((workdir / "samples").iterdir())]
-  # The first call ends at 60 seconds, from which on time is counted; each takes 60; the last grid is that of the end.
-  assert drawn == [4, 6, 10, 12]
+  # Each call of two steps takes 60 seconds, the first one counts as much from step 4 on; the last grid is of the end.
+  assert drawn == [4, 8, 12]
   assert digests(workdir) == digests(plain) and metrics(workdir) == metrics(plain)
   for step in drawn:
     assert grids.facts_of(workdir / f"samples/step_{step:08d}.png") == {

@@ -1,8 +1,10 @@
 """The order of the loop: what is written when, exact resume, stopping on request, bad news."""
 
 import contextlib
+import datetime
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -21,7 +23,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
 from ddpm_jax.metrics import TIMES
 from ddpm_jax.stop import StopRequest
-from ddpm_jax.training import loop
+from ddpm_jax.training import loop, reports
 from ddpm_jax.training.checkpoint import Checkpoints
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.writers import MetricsWriter
@@ -40,14 +42,14 @@ def noise_images(monkeypatch):
   monkeypatch.setattr(loop, "open_source", lambda data: noise())
 
 
-def train(workdir, **changes):
+def train(workdir, clock=lambda: 0.0, **changes):  # no grid because of the time
   with StopRequest() as stop:
-    return loop.train(tiny_config(**changes), workdir, stop, clock=lambda: 0.0)  # no grid because of the time
+    return loop.train(tiny_config(**changes), workdir, stop, clock=clock)
 
 
-def train_little(workdir, **changes):
+def train_little(workdir, clock=lambda: 0.0, **changes):
   """The same with a network that is built in a moment, where it does not matter which."""
-  return train(workdir, **(LITTLE | changes))
+  return train(workdir, clock, **(LITTLE | changes))
 
 
 DECAY = dict(lr_schedule="constant_then_decay", decay_fraction=0.3)
@@ -133,7 +135,7 @@ def test_a_line_says_images_and_time_over_all_resumes(tmp_path):
   """Seconds of training are the steps at the speed of their line, whether the run was stopped or not."""
   began = time.time()
   for num_steps in (3, 5, 8):
-    train_little(tmp_path / "run", num_steps=num_steps, log_every=2)
+    train_little(tmp_path / "run", time.monotonic, num_steps=num_steps, log_every=2)
   rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [(row["step"], row["images"]) for row in rows] == [(step, 16 * step) for step in (2, 3, 4, 5, 6, 8)]
   times = [row["time"] for row in rows]
@@ -146,14 +148,72 @@ def test_a_line_says_images_and_time_over_all_resumes(tmp_path):
   assert 0 < seconds < time.time() - began
 
 
-def test_a_workdir_of_release_0_1_0_counts_its_seconds(tmp_path):
+class Ticks:
+  """A clock in whose time a training step takes so many seconds, but for the first call, which compiles."""
+
+  def __init__(self, monkeypatch, seconds):
+    self.now, real, known = 0.0, loop.Reports.check, []
+
+    def check(reports, steps, metrics):
+      self.now += seconds * len(steps) * (reports in known)
+      known.append(reports)
+      real(reports, steps, metrics)
+
+    monkeypatch.setattr(loop.Reports, "check", check)
+
+  def __call__(self):
+    return self.now
+
+
+@pytest.mark.parametrize(("stops", "size"), [((), 5), ((5,), 1), ((1, 2, 6), 1)])
+def test_seconds_are_exact_across_stops(tmp_path, monkeypatch, stops, size):
+  """A step takes 7 s. A checkpoint, which takes 100 s, and the time between two processes count for nothing.
+
+  The first call of a process counts as the steps after it do; where there are none, nothing is known of it.
+  """
+  clock, real = Ticks(monkeypatch, 7.0), Checkpoints.save
+
+  def slowly(*args, **kwargs):
+    clock.now += 100.0
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(Checkpoints, "save", slowly)
+  for num_steps in (*stops, 12):
+    train_little(tmp_path / "run", clock, num_steps=num_steps, log_every=4, checkpoint_every=3, steps_per_dispatch=size)
+    clock.now += 1000.0
+  rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+  alone = [step for step in stops if step <= 2]
+  seconds = {row["step"]: row["seconds"] for row in rows}
+  for step in (4, 8, 12):
+    assert seconds[step] == pytest.approx(7 * (step - len(alone)))
+
+
+@pytest.mark.parametrize(
+  ("seconds", "log_every", "told"), [(6.0, 10, [5, 10]), (50.0, 10, [2, 10]), (6.0, 2, [2, 4, 6, 8, 10])]
+)
+def test_the_time_left_is_told_early_however_far_the_first_metrics_are(
+  tmp_path, monkeypatch, capsys, seconds, log_every, told
+):
+  """Off a terminal: after the first step by which 20 seconds of training are over, by the speed of the steps so far."""
+  clock = Ticks(monkeypatch, seconds)
+  options = dict(num_steps=10, log_every=log_every, checkpoint_every=10, steps_per_dispatch=1)
+  train_little(tmp_path / "run", clock, **options)
+  lines = [line for line in capsys.readouterr().out.splitlines() if re.match(r"step \d+/10 ", line)]
+  assert [int(re.split("[ /]", line)[1]) for line in lines] == told
+  if log_every == 10:
+    left = datetime.timedelta(seconds=seconds * (10 - told[0]))
+    assert lines[0] == f"step {told[0]}/10  {1 / seconds:.3g} steps/s  {left} left"
+
+
+def test_a_workdir_of_release_0_1_0_counts_its_seconds(tmp_path, monkeypatch):
+  monkeypatch.setattr(reports.Reports, "so_far", lambda self, step: {})  # its checkpoints have none
   train_little(tmp_path / "run", num_steps=4)
   path = tmp_path / "run" / "metrics.jsonl"
   rows = [json.loads(line) for line in path.read_text().splitlines()]
   old = [{k: v for k, v in row.items() if k not in ("images", "seconds", "time")} for row in rows]
   path.write_text("".join(json.dumps(row | {"steps_per_second": 0.5}) + "\n" for row in old))
   train_little(tmp_path / "run", num_steps=6)
-  assert json.loads(path.read_text().splitlines()[4])["seconds"] >= 8
+  assert json.loads(path.read_text().splitlines()[4])["seconds"] == 8
   assert json.loads(path.read_text().splitlines()[5])["images"] == 96
 
 
