@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import pathlib
 from collections.abc import Sequence
@@ -172,18 +173,19 @@ def _lines_of(path: str, within: tuple[str, ...]) -> list[str]:
 def one_line(error: flags.Error) -> str:
   """What absl says of a wrong flag, with the flags that may have been meant by an unknown one."""
   text = " ".join(str(error).split()).removeprefix("ERROR:: ")
-  if not isinstance(error, flags.UnrecognizedFlagError) or "Did you mean" in text:
+  if not isinstance(error, flags.UnrecognizedFlagError):
     return text
-  near = _meant_by(error.flagname)
-  return f"{text.rstrip('.')}. Did you mean: --{', --'.join(near)} ?" if near else text
+  text, near = text.partition(" Did you mean: ")[0], _meant_by(error.flagname)
+  return f"{text.rstrip('.')}, did you mean --{' or --'.join(near[:3])}?" if near else text
 
 
 def _meant_by(word: str) -> list[str]:
-  """The flags that have an unknown one as initials or as one of their words: --lr, --schedule, --steps."""
+  """The flags that have an unknown one as initials or as one of their words (--lr, --steps), or that read alike."""
   names = ["preset", "workdir", *config_lib.values(Config())]
   initials = [name for name in names if len(word) > 1 and word == "".join(part[0] for part in name.split("_"))]
   words = [name for name in names if set(word.split("_")) <= set(name.split("_"))]
-  return list(dict.fromkeys([*initials, *words]))
+  words.sort(key=lambda name: not name.startswith("num_"))
+  return list(dict.fromkeys([*initials, *words])) or difflib.get_close_matches(word, names, n=2, cutoff=0.7)
 
 
 # Where the data of a run lie: kept in its workdir, and looked for again by commands from other working directories.

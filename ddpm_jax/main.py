@@ -210,7 +210,8 @@ def _choices(mode: str, config: Config, preset: str, folder: pathlib.Path | None
     size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
     return (
       f"own images, chosen for {_device(preset)}: --preset={preset} (images {size}, batches of "
-      f"{config.data.batch_size}, {config.train.num_steps:,} training steps); flags win over it"
+      f"{config.data.batch_size}, {config.train.num_steps:,} training steps"
+      f"{', mirrored at random, see --norandom_flip' if config.data.random_flip else ''}); flags win over it"
     )
   if mode == "train" and folder and not workdir.holds_run(folder) and flags.preset() is None:
     given = flags.given()

@@ -86,15 +86,22 @@ class Progress:
         self._bar.set_postfix_str("", refresh=False)
         self._bar.unpause()
 
-  def report(self, done: float, facts: Mapping[str, float], rate: float) -> None:
-    """Shows facts at a point of interest. rate: units a second, for the time left; 0 if unknown."""
+  def report(self, done: float, facts: Mapping[str, float], rate: float, mean_rate: float = 0.0) -> None:
+    """Shows facts at a point of interest.
+
+    Args:
+      done: how many units.
+      facts: name -> value.
+      rate: units a second, lately; 0 if unknown.
+      mean_rate: the same of a longer time, by which the time left is estimated; 0: `rate`.
+    """
     text = "  ".join(f"{name} {value:.4g}" for name, value in facts.items())
     if self._bar is not None:
       self._bar.set_postfix_str(text)
     elif not self._quiet:
       speed = ""
       if rate:
-        left = datetime.timedelta(seconds=round((self._total - done) / rate))
+        left = datetime.timedelta(seconds=round((self._total - done) / (mean_rate or rate)))
         speed = f"  {rate:.3g} {self._what}s/s  {left} left"
       console.say(f"{self._text or f'{self._what} {done}/{self._total}'}{text and '  ' + text}{speed}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import os
 import pathlib
 import re
@@ -33,8 +35,8 @@ def load_config(workdir: pathlib.Path) -> Config:
       _check_links(workdir)
     if not path.is_file():
       raise UserError(
-        f"workdir: {workdir} holds no run (no config.json); name the folder of a run, or train one there first, such "
-        f"as {paths.command(f'--workdir={workdir}')} on the digits"
+        f"workdir: {workdir} holds no run (no config.json){_run_near(workdir)}; name the folder of a run, or train "
+        f"one there first, such as the digits, by {paths.command(f'--workdir={workdir}')}"
       )
     text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
@@ -43,6 +45,13 @@ def load_config(workdir: pathlib.Path) -> Config:
     return config_lib.from_json(text)
   except UserError as error:
     raise UserError(f"workdir: {path}: {error}") from None
+
+
+def _run_near(workdir: pathlib.Path) -> str:
+  """The run that may have been meant, by its name, as part of a message."""
+  beside = [path.parent.name for path in workdir.parent.glob("*/config.json")]
+  near = difflib.get_close_matches(workdir.name, beside, n=1)
+  return f" (did you mean {workdir.parent / near[0]}?)" if near else ""
 
 
 def holds_run(workdir: pathlib.Path) -> bool:
@@ -157,6 +166,15 @@ def create(workdir: pathlib.Path, config: Config) -> None:
       write_whole(workdir / name, text.encode())
   except OSError as error:
     raise UserError(f"workdir: cannot write {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def discard(workdir: pathlib.Path) -> None:
+  """Removes what `create` and the lock made, before a run wrote anything else there; the folder too, if it is empty."""
+  with contextlib.suppress(OSError):
+    for name in ("config.json", "flags.txt", lock.NAME):
+      (workdir / name).unlink(missing_ok=True)
+    (workdir / "samples").rmdir()
+    workdir.rmdir()
 
 
 def check_space(

@@ -135,10 +135,16 @@ def test_enum_lists_what_is_known(registry):
 def test_unknown_flag_suggests_the_near_one(registry):
   with pytest.raises(absl_flags.UnrecognizedFlagError, match=r"chanels.*channels"):
     parse(registry, "--chanels=64")
-  for word, meant in (("lr", "--learning_rate"), ("schedule", "--beta_schedule, --lr_schedule"), ("zzz", "")):
+  for word, meant in (
+    ("lr", "--learning_rate"),
+    ("schedule", "--beta_schedule or --lr_schedule"),
+    ("steps", "mean --num_steps or"),
+    ("chanels", "mean --channels?"),
+    ("zzz", ""),
+  ):
     with pytest.raises(absl_flags.UnrecognizedFlagError) as refused:
       parse(registry, f"--{word}=1")
-    assert meant in flags.one_line(refused.value) and ("Did you mean" in flags.one_line(refused.value)) == bool(meant)
+    assert meant in flags.one_line(refused.value) and ("did you mean" in flags.one_line(refused.value)) == bool(meant)
 
 
 def test_every_default_survives_its_own_text(registry):

@@ -195,6 +195,9 @@ def test_a_folder_without_a_run_cannot_be_loaded(tmp_path):
     UserError, match=f"workdir: {tmp_path} holds no run .*python -m ddpm_jax.main --workdir={tmp_path}"
   ):
     workdir.load_config(tmp_path)
+  workdir.create(tmp_path / "digits", Config())
+  with pytest.raises(UserError, match=rf"\(no config.json\) \(did you mean {tmp_path}/digits\?\); name"):
+    workdir.load_config(tmp_path / "digit")
 
 
 def test_a_config_that_was_cut_short(tmp_path):

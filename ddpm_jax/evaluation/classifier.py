@@ -87,7 +87,10 @@ def classifier_features(
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
     found = found._replace(marks=_ask(source, labels, held_out, extract(found.weights), batch_size))
     took = time.perf_counter() - began
-    say(f"it knows {found.marks['right']:.0f} of {found.marks['asked']:.0f} other images; that took {took:.0f} s")
+    say(
+      f"it classifies {found.marks['right']:.0f} of {found.marks['asked']:.0f} images held out correctly; training it "
+      f"took {took:.0f} s"
+    )
     return found
 
   path = cache / f"classifier-{_task(source, labels, seed, updates)}.safetensors"

@@ -16,7 +16,7 @@ import numpy as np
 from ddpm_jax import grids
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
-from ddpm_jax.report.measures import yardsticks
+from ddpm_jax.report.measures import columns, yardsticks
 from ddpm_jax.report.report import write_report
 from ddpm_jax.storage import write_whole
 
@@ -112,6 +112,12 @@ def measure_of(result: Result, measure: str) -> float:
   return scalars(result)[f"evaluation/{_name_of(result, measure)}"]
 
 
+def _conditions_of(result: Result, measure: str) -> str:
+  """How that number was measured: two are comparable if this is equal."""
+  name, step = _name_of(result, measure), result["step"]
+  return next((column.values[step][2] for column in columns([result]) if column.name == name), "")
+
+
 def yardsticks_of(result: Result, measure: str) -> dict[str, float]:
   """What that number is held against: kind -> value."""
   return yardsticks(result).get(_name_of(result, measure), {})
@@ -127,6 +133,9 @@ def _name_of(result: Result, measure: str) -> str:
 def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
   """Copies the checkpoint of a result to `best/` if no earlier one was better. Returns whether it did.
 
+  Values that were measured in different ways, such as from another number of samples, are not compared: then the best
+  begins anew.
+
   Raises:
     RunError: if it cannot be copied.
   """
@@ -134,10 +143,11 @@ def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
   note, value = workdir / "eval" / "best.json", measure_of(result, measure)
   if not math.isfinite(value):
     return False
-  earlier = read_result(note)
+  earlier, conditions = read_result(note), _conditions_of(result, measure)
   if (
     earlier
     and earlier.get("measure") == measure
+    and earlier.get("conditions", conditions) == conditions  # notes of release 0.1.0 have none
     and earlier["value"] <= value
     and (best / str(earlier["step"])).is_dir()
   ):
@@ -153,7 +163,7 @@ def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
     if (best / str(step)).exists():  # of a run that was shorter, or that a kill left without its note
       shutil.rmtree(best / str(step))
     os.replace(copy, best / str(step))
-    write_whole(note, json.dumps({"measure": measure, "value": value, "step": step}).encode())
+    write_whole(note, json.dumps({"measure": measure, "value": value, "step": step, "conditions": conditions}).encode())
     for path in best.iterdir():
       if path.name != str(step):
         shutil.rmtree(path)

@@ -153,6 +153,8 @@ def _opened(path: str) -> Iterator[Any]:
     raise UserError(f"reference_stats: there is no file {path}; {_REMEDY}") from error
   except _UNREADABLE as error:
     reason = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+    if "contains pickled" in reason:  # so NumPy says of whatever is no array, and how to load it all the same
+      reason = "it is no archive of arrays"
     raise UserError(f"reference_stats: {path} is no npz file that can be read ({reason}); {_REMEDY}") from error
 
 

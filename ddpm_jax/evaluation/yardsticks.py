@@ -2,7 +2,7 @@
 
 A number by itself says little: in some features noise has a precision of 0.86. So each is told beside three others:
 
-- data: images of the data set against the others of it, the best that samples can reach;
+- data: images of the data set against the others of it, what a perfect model would have, but for chance;
 - noise: pixels that are drawn uniformly from 0..255;
 - untrained: images that the same sampler draws with the network as it is initialised.
 """
@@ -37,6 +37,7 @@ from ddpm_jax.training.parallel import on_any_process
 DRAWN = ("noise", "untrained")
 MOST = 1_000  # images of noise, of an untrained network, and whose nearest images are looked for
 _DRAWN_AT_ONCE = 200
+_VERSION = 2  # to be counted up when something else is computed
 
 Yardsticks = dict[str, dict[str, Any]]  # kind -> {"number": of images, "values": {name of a measure: value}}
 
@@ -91,7 +92,8 @@ def measure_yardsticks(
   schedule = dataclasses.asdict(config.diffusion)
   known = [(part.identity, part.source.fingerprint, len(part.source)) for part in (data, train or data)]
   task = json.dumps(
-    [known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST], sort_keys=True
+    [_VERSION, known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST],
+    sort_keys=True,
   )
   path = cache / f"yardsticks-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
   found = _from_cache(path, task, say)
@@ -154,7 +156,9 @@ def _data_against_itself(
   names = [name for name in names if len(ours.index) >= LEAST_IMAGES.get(name, 1)]  # of a few images halves are too few
   probabilities = np.zeros((0, 0))
   if "score" in names:  # of classes, which are not kept
-    images = data.source.read(_halves(len(data.source), min(number, MOST))[0]).images
+    rows = _halves(len(data.source), min(number, MOST))[0]
+    # Not in the order of the data set, which may be that of the classes: the score is a mean over runs of rows.
+    images = data.source.read(np.random.default_rng(0).permutation(rows)).images
     probabilities = see(features, images, batch_size, lambda done: None).probabilities
   seen = Seen(ours.moments, probabilities, np.arange(len(ours.index)), ours.features)
   return {"number": len(ours.index), "values": compare(names, features.name, others, seen)}

@@ -13,6 +13,7 @@ from ddpm_jax.evaluation.results import read_result, scalars
 from ddpm_jax.exchange.file import without_paths
 from ddpm_jax.models.build import num_params
 from ddpm_jax.report.measures import yardsticks
+from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.sampling.weights import Weights
 
 PICTURE = "samples.png"
@@ -63,7 +64,8 @@ def find_samples(workdir: pathlib.Path, weights: Weights) -> tuple[pathlib.Path,
 def how_to_draw(config: Config, weights: Weights) -> str:
   """The flags that draw a picture of weights."""
   checkpoint = "best" if config.sample.checkpoint == "best" else weights.step
-  return f"--mode=sample --checkpoint={checkpoint} --sample_weights={weights.which}"
+  quick = f"--sampler=dpmpp --sampling_steps={min(QUICK, config.diffusion.num_timesteps)}"
+  return f"--mode=sample --checkpoint={checkpoint} --sample_weights={weights.which} {quick}"
 
 
 def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples: str) -> str:

@@ -16,6 +16,7 @@ from jax import export
 
 from ddpm_jax import numerics
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import UserError
 from ddpm_jax.exchange.names import from_flat, to_flat
 from ddpm_jax.keys import Seeded
@@ -147,6 +148,7 @@ def _readme(config: Config, weights: Weights, exported: dict[str, export.Exporte
   sizes = config.exchange.export_batch_sizes
   table = table_of(config.sample, weights.run.schedule, config.diffusion.variance)
   settings = {name: getattr(config.sample, name) for name in _SETTINGS} | {
+    "time_grid": grid_name(config.sample.sampler, config.sample.time_grid),
     "network evaluations for each image": len(table.t),
     "timesteps": config.diffusion.num_timesteps,
     "dtype": config.model.dtype,

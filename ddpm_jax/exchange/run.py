@@ -55,7 +55,8 @@ def _write_diffusers(folder: pathlib.Path, config: Config, weights: Weights, wor
   found = find_samples(trained, weights) if trained else None
   if trained and not found:
     console.say(
-      f"no picture: nothing is drawn of {weights.text} yet; {how_to_draw(config, weights)} does, then export again"
+      f"no picture: nothing is drawn of {weights.text} yet; {how_to_draw(config, weights)} does, then export into "
+      "another --export_dir"
     )
   if found:
     shutil.copyfile(found[0], folder / PICTURE)

@@ -102,7 +102,7 @@ def find(name: str) -> Topology:
   if not parts and _GPUS.search(name):
     raise UserError(
       f"topology: {name!r} has GPUs, and XLA compiles for those only where they are; run there, with these flags but "
-      "without --mode and --topology: python -m benchmarks.train_step"
+      "without --mode and --topology, in the root of a clone: python -m benchmarks.train_step"
     )
   if not parts:
     raise UserError(f"topology: {name!r} is no name of a topology; use one such as {EXAMPLES}")

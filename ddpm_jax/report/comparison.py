@@ -251,7 +251,7 @@ def _differences(conditions: str, all_of_them: Sequence[str]) -> str:
   """In what these conditions differ from others of the same measure, as text."""
   mine, *others = (_flat(json.loads(text)) for text in (conditions, *all_of_them))
   names = [name for name in mine if any(other.get(name) != mine[name] for other in others)]
-  return ", ".join(f"{name} {str(mine[name])[:24]}" for name in names)
+  return ", ".join(f"no {name}" if mine[name] is None else f"{name} {str(mine[name])[:24]}" for name in names)
 
 
 def _flat(tree: Any, name: str = "") -> dict[str, Any]:

@@ -127,7 +127,7 @@ def direction(name: str) -> str:
 
 
 def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -> str:
-  """A measure and what it is held against, as a sentence; says where noise is as good, so that it tells nothing.
+  """A measure and what it is held against, as a sentence; says where noise is better, so that it tells nothing.
 
   Args:
     title: what the measure is called.
@@ -138,7 +138,10 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
   better = direction(name)
   told = ", ".join(f"{words} {number(others[kind], 3)}" for kind, (words, _) in _YARDSTICKS.items() if kind in others)
   sentence = f"{title} {number(value, 3)}: {told}{f'; {better} is better' if better else ''}."
-  if "noise" in others and others["noise"] != value and better == ("lower" if others["noise"] < value else "higher"):
+  rivals = [value, *(others[kind] for kind in ("data",) if kind in others)]
+  if "noise" in others and any(
+    others["noise"] != rival and better == ("lower" if others["noise"] < rival else "higher") for rival in rivals
+  ):
     sentence += " Noise does better than that: here this measure tells nothing."
   return sentence
 
@@ -259,7 +262,7 @@ def _by_checkpoint(evaluations: Sequence[Evaluation]) -> list[Html]:
   if any(beside):
     text += (
       " The last rows are the same measures of the data itself (images of the data set against the others of it: the "
-      "best that samples can reach), of pure noise, and of a network that was not trained."
+      "what a perfect model would have, but for chance), of pure noise, and of a network that was not trained."
     )
   if not all(beside):
     text += (

@@ -33,6 +33,7 @@ from ddpm_jax.lock import Lock
 from ddpm_jax.models.build import Params, fitted, num_params
 from ddpm_jax.progress import Progress
 from ddpm_jax.run import Run, build_run, copies_warning, make_train_step, noise_warning
+from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.stop import StopRequest
 from ddpm_jax.training import earlier, resume
 from ddpm_jax.training.checkpoint import Checkpoints, NoneInCommonError, Restored
@@ -47,8 +48,6 @@ from ddpm_jax.training.saver import Saver
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.watchdog import Watchdog
-
-_QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
 
 
 def train(
@@ -103,7 +102,12 @@ def train(
       if chosen:
         console.say(chosen)
     multihost_utils.sync_global_devices("the workdir exists")
-    resume.check_shared(workdir)
+    try:
+      resume.check_shared(workdir)
+    except UserError:
+      if lock and not exists:
+        workdir_lib.discard(workdir)
+      raise
     # Until everything is closed, as that waits for what is being saved.
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
@@ -407,7 +411,7 @@ def _headline(
 
 
 def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
-  done, quick = step >= total, min(_QUICK, num_timesteps)
+  done, quick = step >= total, min(QUICK, num_timesteps)
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   board = shlex.join(["tensorboard", f"--logdir={workdir}"])

@@ -133,7 +133,7 @@ class Reports:
       self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
-    self._progress.report(step, facts, rate)
+    self._progress.report(step, facts, rate, self._clock.mean_rate(step))
 
   def seconds(self) -> float:
     """Seconds of training so far, as `ddpm_jax.metrics` defines them."""
@@ -235,6 +235,7 @@ class _Clock:
     self._clock, self._made = clock, clock()
     self._seconds, self._since = seconds, None  # until a moment since when it runs; None: it does not
     self._uncounted = -step  # steps of the first call
+    self._first_call_s = 0.0  # how long they count, once that is known
     self._lap = self._first = step, seconds
 
   def start(self, step: int) -> float:
@@ -254,7 +255,7 @@ class _Clock:
     first, seconds = self._first
     if self._uncounted and step > first:
       took = (self.now - seconds) / (step - first) * self._uncounted
-      self._seconds, self._uncounted = self._seconds + took, 0
+      self._seconds, self._uncounted, self._first_call_s = self._seconds + took, 0, took
       self._lap = self._lap[0], self._lap[1] + took
     return self.now
 
@@ -262,6 +263,12 @@ class _Clock:
     """Steps a second between the last lap and `step`, which has ended just now; 0 if that is not known."""
     steps, seconds = step - self._lap[0], self.now - self._lap[1]
     return steps / seconds if steps and seconds else 0.0
+
+  def mean_rate(self, step: int) -> float:
+    """Steps a second of this process up to `step`, which has ended just now; 0 if that is not known."""
+    first, seconds = self._first
+    steps, took = step - first, self.now - seconds - self._first_call_s
+    return steps / took if steps and took > 0 else 0.0
 
   def lap(self, step: int) -> tuple[float, float]:
     """Begins a lap. Returns the rate of the one that ends, and the seconds of training up to `step`."""

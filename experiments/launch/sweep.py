@@ -82,4 +82,7 @@ if __name__ == "__main__":
   compilation.seldom_look_for_garbage()
   flags.define()
   absl_flags.DEFINE_list("seeds", None, "Seeds of the runs, separated by commas.")
+  if {"--help", "-help", "--helpfull", "-h"} & set(sys.argv[1:]):
+    print(f"{__doc__}\n  --seeds: {absl_flags.FLAGS['seeds'].help}\n\nAll others: python -m ddpm_jax.main --help")
+    sys.exit(0)
   sys.exit(sweep(sys.argv))

@@ -30,6 +30,10 @@ on_every_worker() {
   gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command="$1"
 }
 
+# The number in the file may be that of any process once the machine was started anew.
+# shellcheck disable=SC2016  # for the shell of the worker
+IS_TRAINING='is_training() { ps -o args= -p "$(cat train.pid 2>/dev/null)" 2>/dev/null | grep -q ddpm_jax.main; }'
+
 case "${1:-}" in
   install)
     : "${REPOSITORY:?name the git URL to clone}"
@@ -48,14 +52,16 @@ case "${1:-}" in
     : "${WORKDIR:?name the folder of this run, on storage that all workers share}"
     : "${DATA_DIR:?name the folder of the prepared TFDS data sets}"
     : "${FLAGFILE:?name the experiment, such as experiments/cifar10.flags}"
-    on_every_worker "$(printf 'cd ~/ddpm_jax
-      if kill -0 "$(cat train.pid 2>/dev/null)" 2>/dev/null; then echo "already training" >&2; exit 1; fi
+    on_every_worker "$(printf 'cd ~/ddpm_jax && test -x .venv/bin/python || { echo "not installed" >&2; exit 1; }
+      '"$IS_TRAINING"'
+      if is_training; then echo "already training" >&2; exit 1; fi
       (
         trap "" HUP # the connection ends before the training
         .venv/bin/python -m ddpm_jax.main --flagfile=%q --workdir=%q --data_dir=%q --stop_exit_code=75 &
         echo $! >train.pid
         wait $!
         code=$?
+        rm -f train.pid
         case $code in
           0) echo "exit code 0: finished" ;;
           75) echo "exit code 75: stopped before it was finished; train resumes it" ;;
@@ -64,7 +70,11 @@ case "${1:-}" in
       ) >>train.log 2>&1 </dev/null &' "$FLAGFILE" "$WORKDIR" "$DATA_DIR")"
     ;;
   log) on_every_worker 'tail -n 5 ~/ddpm_jax/train.log' ;;
-  stop) on_every_worker 'kill -TERM "$(cat ~/ddpm_jax/train.pid)"' ;;
+  stop)
+    on_every_worker "cd ~/ddpm_jax || exit 1
+      $IS_TRAINING
+      if is_training; then kill -TERM \"\$(cat train.pid)\"; else echo 'not training' >&2; fi"
+    ;;
   *)
     echo "usage: $0 install|train|log|stop" >&2
     exit 2

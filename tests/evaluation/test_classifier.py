@@ -63,7 +63,9 @@ def test_it_learns_the_digits(digits):
   assert features.about["accuracy"] > 0.9
   assert len(said) == 2
   assert said[0] == "training a classifier of 10 classes on 1617 images, 120 updates"
-  assert said[1].startswith(f"it knows {round(180 * features.about['accuracy'])} of 180 other images; that took ")
+  assert said[1].startswith(
+    f"it classifies {round(180 * features.about['accuracy'])} of 180 images held out correctly; training it took "
+  )
   found = features.extract(source.read(np.arange(1797)).images)
   assert (found.probabilities.argmax(1) == source.labels()).mean() > 0.9
   np.testing.assert_allclose(found.probabilities.sum(1), 1.0, rtol=1e-5)

@@ -193,6 +193,7 @@ def best(workdir):
   assert (path / "state" / "data").read_text() == f"state {path.name}"
   note = read(workdir / "eval" / "best.json")
   assert note["step"] == int(path.name)
+  assert note.pop("conditions")
   return note
 
 
@@ -222,6 +223,18 @@ def test_by_another_measure_it_begins_anew(saved):
   keep_best(saved, of_model(2, train=3.0), "bound")
   assert keep_best(saved, of_samples(4, classifier_distance=90.0), "frechet")
   assert best(saved) == {"measure": "frechet", "value": 90.0, "step": 4}
+
+
+def test_measured_in_another_way_it_begins_anew(saved):
+  """From more samples every distance is lower: no later one of few would ever be the best."""
+  many = of_samples(2, classifier_distance=8.0)
+  many["samples"] = {"number": 256}
+  assert keep_best(saved, many, "frechet")
+  assert keep_best(saved, of_samples(4, classifier_distance=13.0), "frechet")
+  assert not keep_best(saved, of_samples(6, classifier_distance=14.0), "frechet")
+  note = saved / "eval" / "best.json"  # as release 0.1.0 wrote it
+  note.write_text(json.dumps({"measure": "frechet", "value": 8.0, "step": 4}))
+  assert not keep_best(saved, of_samples(6, classifier_distance=9.0), "frechet")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -78,6 +78,23 @@ def test_the_data_against_itself(config, data, found):
   assert [len(part) for part in yardsticks._halves(37, 50)] == [18, 19]
 
 
+def test_the_score_of_the_data_is_not_that_of_its_order(config, tmp_path):
+  """Of four classes one after the other, as subfolders are: runs of one class each have a score of 1."""
+  grey = np.repeat(np.array([10, 80, 160, 240], np.uint8), 50)
+  images = np.broadcast_to(grey[:, None, None, None], (200, *IMAGE_SHAPE))
+
+  def extract(images):
+    levels = np.asarray(images).mean((1, 2, 3))
+    return summary_features().extract(images)._replace(probabilities=np.eye(4)[(levels / 80).round().astype(int)])
+
+  source = dataclasses.replace(pictures(number=200), read=Rows(images, np.zeros(200, bool)).take)
+  features = Features(*summary_features()[:3], extract)
+  reference = measure_reference(source, features, cache=tmp_path, batch_size=50, say=lambda line: None)
+  config = config_of(measures=("score",), evaluate_samples=100, random_flip=False)
+  found = measure(config, Data(source, reference, source.fingerprint), tmp_path, features=features)
+  assert found["data"]["values"]["classifier_score"] > 2.5
+
+
 def test_noise_and_an_untrained_network_are_far_away(config, data, found):
   images, _ = data
   uniform = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), np.uint8)

@@ -159,6 +159,12 @@ def test_tpu_script_tells_a_stop_from_an_end(tmp_path):
       time.sleep(0.05)
     raise AssertionError(f"no line {begins!r}: {log.read_text()}")
 
+  with pytest.raises(subprocess.CalledProcessError):  # it is not installed, and nothing is written
+    act("train")
+  assert not (tmp_path / "train.log").exists() and not log.exists()
+  python.parent.mkdir(parents=True)
+  (tmp_path / "ddpm_jax/train.pid").write_text(f"{os.getpid()}\n")  # of before a reboot: today another process
+  act("stop")
   script(python, "trap 'exit 75' TERM; echo \"$@\"; while :; do sleep 0.05; done")
   act("train")
   assert "--stop_exit_code=75" in last_line("-m ddpm_jax.main")

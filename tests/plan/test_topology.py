@@ -171,7 +171,7 @@ def test_gpus_cannot_be_planned_and_what_can_be_run_is_named():
     with pytest.raises(UserError) as caught:
       topology.find(name)
     assert str(caught.value).startswith(f"topology: {name!r} has GPUs, "), name
-    assert str(caught.value).endswith("without --mode and --topology: python -m benchmarks.train_step")
+    assert str(caught.value).endswith("in the root of a clone: python -m benchmarks.train_step")
 
 
 @pytest.mark.parametrize("name", ["", "v5e", "v5e:", "v5e:4", "v5e:axb", "v9-8", "n2-standard-4", "v5e:2x2x2x2", "CPU"])

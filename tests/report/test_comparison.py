@@ -98,7 +98,7 @@ def test_only_what_was_measured_alike_shares_a_column(tmp_path):
   ]
   assert "samples number 1000" in head[2] and "samples number 500" in head[3]
   assert "data dataset digits" in head[5] and "data dataset fashion_mnist" in head[6], "bounds of other images"
-  assert f"reference sha256 {'f' * 24}" in head[4] and "reference sha256 None" in head[2]
+  assert f"reference sha256 {'f' * 24}" in head[4] and "no reference sha256" in head[2]
   numbers = [[cell.partition(" ")[0] for cell in row] for row in rows]
   assert numbers == [
     ["a", "10", "3.000", "", "", "3.700", ""],

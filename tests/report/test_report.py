@@ -16,7 +16,7 @@ from PIL import Image
 from ddpm_jax import grids
 from ddpm_jax.config import Config, override, to_flagfile, to_json
 from ddpm_jax.report import charts
-from ddpm_jax.report.measures import yardsticks
+from ddpm_jax.report.measures import in_words, yardsticks
 from ddpm_jax.report.page import VOID, number
 from ddpm_jax.report.report import write_report
 
@@ -408,6 +408,12 @@ def beside(**values):
   return {
     kind: {"number": 900, "values": {name: three[i] for name, three in values.items()}} for i, kind in enumerate(kinds)
   }
+
+
+def test_a_score_of_noise_above_that_of_the_data_tells_nothing():
+  others = {"data": 1.8, "noise": 2.9}
+  assert "tells nothing" in in_words("Score", "classifier_score", 3.4, others)
+  assert "tells nothing" not in in_words("Score", "classifier_score", 3.4, {"data": 3.9, "noise": 2.9})
 
 
 def test_a_measure_is_never_told_without_its_yardsticks(workdir):

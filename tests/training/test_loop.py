@@ -98,6 +98,17 @@ def uninterrupted(tmp_path_factory):
   return workdir
 
 
+def test_a_workdir_that_is_not_shared_is_not_begun(tmp_path, monkeypatch):
+  def refuse(workdir):
+    assert (workdir / "config.json").exists() and (workdir / "lock").exists()
+    raise UserError("workdir: is not the same folder for all processes")
+
+  monkeypatch.setattr(loop.resume, "check_shared", refuse)
+  with pytest.raises(UserError, match="not the same folder"):
+    train_little(tmp_path / "run")
+  assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_run_leaves(uninterrupted):
   assert {path.name for path in uninterrupted.iterdir()} == {
     "config.json",
