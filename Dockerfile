@@ -20,7 +20,7 @@ FROM python:${PYTHON}-slim AS build
 ARG EXTRA=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/ddpm_jax
-# The tested versions, with their hashes; among them are tools of the developers.
+# Tested versions, with their hashes (CI itself runs on Python 3.11, with the JAX of that); among them are tools of the developers.
 COPY requirements.lock ./
 RUN python -m venv .venv \
   && .venv/bin/pip install --require-hashes --requirement=requirements.lock \

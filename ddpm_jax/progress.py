@@ -59,14 +59,14 @@ class Progress:
       self._bar.unpause()
 
   @contextlib.contextmanager
-  def compiling(self) -> Iterator[None]:
-    """Says, while it lasts, that something compiles and for how long. That time is no part of the speed."""
+  def compiling(self, what: str = "") -> Iterator[None]:
+    """Says, while it lasts, that something compiles, what, and for how long. That time is no part of the speed."""
     began, over = time.perf_counter(), threading.Event()
 
     def tick() -> None:
       waits = _growing(_COMPILING_S, _LONGEST_S)
       while not over.wait(_TICK_S if self._bar is not None else next(waits)):
-        text = f"compiling, {time.perf_counter() - began:.0f} s"
+        text = f"compiling{what and ' ' + what}, {time.perf_counter() - began:.0f} s"
         if self._bar is not None:
           self._bar.set_postfix_str(text)
         else:

@@ -240,7 +240,8 @@ class EvaluateConfig:
                                may_change=True)
   evaluate_samples: int = knob(0, "Samples to measure (0: as many as for the last evaluation; for the first one as "
                                "many, from 1,000 to 50,000, as are drawn in about seven minutes, in less while "
-                               "training, on a CPU by dpmpp with 20 network evaluations unless a sampler is named).",
+                               "training, on a CPU by dpmpp with 20 network evaluations unless a sampler is named). "
+                               "A number is drawn by --sampler in --sampling_steps.",
                                minimum=0, may_change=True)
   reference_split: str = knob("", "Split that samples are compared with (empty: that of the training).",
                               may_change=True)

@@ -72,15 +72,20 @@ def test_prepared_data_sets_lie_in_the_home(no_entry, monkeypatch, tmp_path):
   assert paths.expanded("data_dir", "~/data") == str(tmp_path / "data")
 
 
-def test_printed_commands_can_be_pasted():
-  workdir = pathlib.Path("/runs/it's a $run; #1")
+def test_printed_commands_can_be_pasted(tmp_path, monkeypatch):
+  workdir = tmp_path / "it's a $run; #1"
   assert shlex.split(paths.command(f"--workdir={workdir}")) == ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}"]
   assert paths.command("--workdir=/runs/a-b_1.2") == "python -m ddpm_jax.main --workdir=/runs/a-b_1.2"
   farewell = loop._farewell(workdir, 1, 2, 1000)
   quickly = ["--mode=sample", "--sampler=dpmpp", "--sampling_steps=20", f"--workdir={workdir}"]
   assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[3:] == quickly
   assert " --sampling_steps=7 " in loop._farewell(workdir, 1, 2, 7)  # more than T is refused
-  assert shlex.split(farewell.partition("and tensorboard ")[2].splitlines()[0]) == [f"--logdir={workdir}"]
+  assert "tensorboard" not in farewell  # it wrote nothing
+  (workdir / "tensorboard").mkdir(parents=True)
+  for installed in (None, "a specification"):
+    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name, found=installed: found)
+    board = loop._farewell(workdir, 1, 2, 1000).partition("and tensorboard ")[2]
+    assert shlex.split(board.partition("\n")[0]) == ([f"--logdir={workdir}"] if installed else [])
 
 
 def test_a_locale_that_cannot_spell_a_path_is_named():

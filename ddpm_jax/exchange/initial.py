@@ -97,6 +97,8 @@ def _look(place: pathlib.Path) -> Origin:
     return Origin(place, "diffusers", knobs | ({"preview_steps": knobs["num_timesteps"]} if few else {}), image_shape)
   if (place / "config.json").exists():
     return Origin(place, "workdir", _knobs_of(workdir_lib.load_config(place)), None)
+  if (place / file.NAME).exists():
+    raise UserError(f"{place} holds {file.NAME}; name that file")
   raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import importlib.util
 import pathlib
 import shlex
 import time
@@ -202,7 +203,7 @@ def _resume_or_start(
     )
     with contextlib.closing(reports), contextlib.closing(profile), contextlib.closing(Compiler()) as compiler:
       make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
-      with progress.compiling():
+      with progress.compiling("the initial state"):
         state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
@@ -282,7 +283,7 @@ def _train(
       order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
       first = steps[0] == start + 1
       profile.before(steps, state)
-      with progress.compiling() if first else contextlib.nullcontext():
+      with progress.compiling("the training step") if first else contextlib.nullcontext():
         with (
           jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
           jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
@@ -414,10 +415,12 @@ def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) 
   done, quick = step >= total, min(QUICK, num_timesteps)
   end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
-  board = shlex.join(["tensorboard", f"--logdir={workdir}"])
+  metrics = f"{workdir / 'metrics.jsonl'}, loss.png and report.html beside it"
+  if importlib.util.find_spec("tensorboard") and (workdir / "tensorboard").is_dir():
+    metrics += f", and {shlex.join(['tensorboard', f'--logdir={workdir}'])}"
   draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}
-  metrics       {workdir / "metrics.jsonl"}, loss.png and report.html beside it, and {board}
+  metrics       {metrics}
 {again}  draw images   {draw}"""
