@@ -12,12 +12,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import numbers
 import operator
 import os
 import pathlib
+import re
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -131,9 +134,10 @@ class Model:
     }
     knobs = config_lib.values(Config())
     given = {KNOBS.get(name, name): value for name, value in asked.items() if value is not None}
-    given = {name: _as_knob(name, value, type(knobs[name])) for name, value in given.items()}
-    config = config_lib.override(self.config, given)
-    config_lib.check_variance(given, config)
+    with _parameters_named():
+      given = {name: _as_knob(name, value, type(knobs[name])) for name, value in given.items()}
+      config = config_lib.override(self.config, given)
+      config_lib.check_variance(given, config)
     num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
     draw, constants = self._draw(config), seeded(self.params, config.sample.sample_seed)
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, np.zeros(1, np.int32), number=num)
@@ -212,6 +216,18 @@ def _array(name: str, values: ArrayLike) -> np.ndarray:
     return np.asarray(values)
   except ValueError as error:
     raise UserError(f"{name}: its rows are not of one length, so it is no array; make it one") from error
+
+
+@contextlib.contextmanager
+def _parameters_named() -> Iterator[None]:
+  """A UserError about a flag names the parameter of `Model.sample` instead."""
+  try:
+    yield
+  except UserError as error:
+    text = str(error)
+    for parameter, flag in KNOBS.items():
+      text = re.sub(rf"(--)?\b{flag}\b", parameter, text)
+    raise UserError(re.sub(r"--(?=[a-z])", "", text)) from None
 
 
 def _as_knob(name: str, value: object, kind: type) -> object:
