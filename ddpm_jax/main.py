@@ -25,7 +25,7 @@ from absl import app
 from absl import flags as absl_flags
 
 import ddpm_jax
-from ddpm_jax import compilation, console, flags, hugepages, presets, terminal, workdir
+from ddpm_jax import compilation, console, flags, hugepages, presets, terminal, watchdog, workdir
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
@@ -33,6 +33,9 @@ from ddpm_jax.stop import StopRequest
 
 if TYPE_CHECKING:
   from ddpm_jax.distributed import Job
+
+
+_FAREWELL_S = 30.0  # from the line that says why a process ends to its end, at the latest
 
 
 def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Config:
@@ -294,7 +297,10 @@ def _command(argv: Sequence[str]) -> int:
   """`main` of a process of its own. Its output is a log, unless it is a plan, which is a page of tables."""
   if absl_flags.FLAGS.mode != "plan":
     console.add_times()
-  return main(argv)
+  code = main(argv)
+  if code:
+    watchdog.exit_within(_FAREWELL_S, code)  # a save that was under way may hold the interpreter up for ever
+  return code
 
 
 if __name__ == "__main__":

@@ -212,11 +212,17 @@ class Reports:
 
 def write_pages(workdir: pathlib.Path) -> None:
   """Writes `loss.png` and `report.html` anew, of what the other files of a workdir say. Raises OSError."""
-  if (workdir / "metrics.jsonl").stat().st_size:
-    from ddpm_jax import plots  # Matplotlib takes long to import
+  pages = workdir / "loss.png", workdir / "report.html"
+  try:
+    if (workdir / "metrics.jsonl").stat().st_size:
+      from ddpm_jax import plots  # Matplotlib takes long to import
 
-    plots.loss_curve(workdir / "metrics.jsonl", workdir / "loss.png")
-  write_report(workdir)
+      plots.loss_curve(workdir / "metrics.jsonl", pages[0])
+    write_report(workdir)
+  finally:
+    if not (workdir / "config.json").exists():  # deleted meanwhile, and made anew by a save that was under way
+      for page in pages:
+        page.unlink(missing_ok=True)
 
 
 def _of_update(i: int, metric: jax.Array) -> float:

@@ -148,7 +148,7 @@ def test_sampling_that_is_stopped_while_it_writes_leaves_no_half_file(drawn, lau
   before, number = set(drawn.iterdir()), 40_000
   several = ["--sampling_steps=1", "--sample_batch_size=4000"]
   heard = launch("whole", "--mode=sample", f"--num_samples={number}", *several)
-  heard.wait_for(f"evaluation {number}/")
+  heard.wait_for(f"to {number} of {number}, network evaluation 1/1")
   heard.wait_until(lambda: set(drawn.iterdir()) - before)
   heard.process.send_signal(signal.SIGTERM)
   heard.process.wait(60)
