@@ -35,20 +35,24 @@ class _TupleParser(flags.ArgumentParser):
       raise ValueError("expected integers separated by commas, such as 1,2,2,2") from None
 
 
-class _IntegerParser(flags.IntegerParser):
-  def convert(self, argument: Any) -> int:
+class _NumberParser(flags.ArgumentParser):
+  """Parses as another parser does, and says in its own words what it expects."""
+
+  def __init__(self, parser: flags.ArgumentParser, expected: str):
+    self._parser, self._expected, self.syntactic_help = parser, expected, parser.syntactic_help
+
+  def parse(self, argument: Any) -> Any:
     try:
-      return super().convert(argument)
+      return self._parser.parse(argument)
     except (TypeError, ValueError):
-      raise ValueError("expected a whole number in digits, such as 2000") from None
+      raise ValueError(f"expected {self._expected}") from None
+
+  def flag_type(self) -> str:
+    return self._parser.flag_type()
 
 
-class _FloatParser(flags.FloatParser):
-  def convert(self, argument: Any) -> float:
-    try:
-      return super().convert(argument)
-    except (TypeError, ValueError):
-      raise ValueError("expected a number, such as 0.5 or 1e-4") from None
+_INTEGER = _NumberParser(flags.IntegerParser(), "a whole number in digits, such as 2000")
+_FLOAT = _NumberParser(flags.FloatParser(), "a number, such as 0.5 or 1e-4")
 
 
 class _TupleSerializer(flags.ArgumentSerializer):
@@ -94,9 +98,9 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     elif isinstance(default, bool):
       flags.DEFINE_boolean(field.name, default, text, flag_values=registry)
     elif isinstance(default, int):
-      flags.DEFINE(_IntegerParser(), field.name, default, text, registry, flags.ArgumentSerializer())
+      flags.DEFINE(_INTEGER, field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, float):
-      flags.DEFINE(_FloatParser(), field.name, default, text, registry, flags.ArgumentSerializer())
+      flags.DEFINE(_FLOAT, field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, tuple):
       flags.DEFINE(_TupleParser(int), field.name, default, text, registry, _TupleSerializer())
     else:

@@ -138,7 +138,7 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
   better = direction(name)
   told = ", ".join(f"{words} {number(others[kind], 3)}" for kind, (words, _) in _YARDSTICKS.items() if kind in others)
   sentence = f"{title} {number(value, 3)}: {told}{f'; {better} is better' if better else ''}."
-  rivals = [value, *(others[kind] for kind in ("data",) if kind in others)]
+  rivals = value, others.get("data", value)
   if "noise" in others and any(
     others["noise"] != rival and better == ("lower" if others["noise"] < rival else "higher") for rival in rivals
   ):

@@ -241,7 +241,6 @@ class _Clock:
     self._clock, self._made = clock, clock()
     self._seconds, self._since = seconds, None  # until a moment since when it runs; None: it does not
     self._uncounted = -step  # steps of the first call
-    self._first_call_s = 0.0  # how long they count, once that is known
     self._lap = self._first = step, seconds
 
   def start(self, step: int) -> float:
@@ -261,8 +260,8 @@ class _Clock:
     first, seconds = self._first
     if self._uncounted and step > first:
       took = (self.now - seconds) / (step - first) * self._uncounted
-      self._seconds, self._uncounted, self._first_call_s = self._seconds + took, 0, took
-      self._lap = self._lap[0], self._lap[1] + took
+      self._seconds, self._uncounted = self._seconds + took, 0
+      self._lap, self._first = ((step, seconds + took) for step, seconds in (self._lap, self._first))
     return self.now
 
   def rate(self, step: int) -> float:
@@ -273,8 +272,8 @@ class _Clock:
   def mean_rate(self, step: int) -> float:
     """Steps a second of this process up to `step`, which has ended just now; 0 if that is not known."""
     first, seconds = self._first
-    steps, took = step - first, self.now - seconds - self._first_call_s
-    return steps / took if steps and took > 0 else 0.0
+    steps, took = step - first, self.now - seconds
+    return steps / took if steps and took else 0.0
 
   def lap(self, step: int) -> tuple[float, float]:
     """Begins a lap. Returns the rate of the one that ends, and the seconds of training up to `step`."""

@@ -78,11 +78,11 @@ def summary(workdir: pathlib.Path) -> str:
 
 if __name__ == "__main__":
   console.protect_streams()
-  console.add_times()
   compilation.seldom_look_for_garbage()
   flags.define()
   absl_flags.DEFINE_list("seeds", None, "Seeds of the runs, separated by commas.")
   if {"--help", "-help", "--helpfull", "-h"} & set(sys.argv[1:]):
-    print(f"{__doc__}\n  --seeds: {absl_flags.FLAGS['seeds'].help}\n\nAll others: python -m ddpm_jax.main --help")
+    console.say(f"{__doc__}\n  --seeds: {absl_flags.FLAGS['seeds'].help}\n\nAll others: python -m ddpm_jax.main --help")
     sys.exit(0)
+  console.add_times()
   sys.exit(sweep(sys.argv))
