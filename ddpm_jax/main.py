@@ -250,7 +250,8 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      return 0 if loop.train(config, folder, stop, job, chosen) else config.train.stop_exit_code
+      finished = loop.train(config, folder, stop, job, chosen, frozenset(flags.given()))
+      return 0 if finished else config.train.stop_exit_code
     case "sample":
       from ddpm_jax.sampling import run
 

@@ -34,7 +34,7 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   def run(mode):
     def called(config, folder, *others):
       record.calls.append((mode, config, folder))
-      record.said.append(others[-1] if mode == "train" else "")
+      record.said.append(others[2] if mode == "train" else "")
       record.more = others
       if record.error:
         raise record.error
@@ -93,15 +93,17 @@ def test_train(runs, command, tmp_path):
 
 def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, monkeypatch):
   """And no other end; a stop that comes while the settings are not known yet has it, too."""
-  stops, finished = [], [False, False, True, True, False]
+  stops, named, finished = [], [], [False, False, True, True, False]
 
-  def train(config, folder, stop, job, chosen):
+  def train(config, folder, stop, job, chosen, given):
     stops.append(stop.exit_code)
+    named.append(given)
     return finished.pop(0)
 
   monkeypatch.setattr(ddpm_jax.training.loop, "train", train)
   codes = [command(f"--workdir={tmp_path}", *flags) for flags in ([], ["--stop_exit_code=75"]) * 2]
   assert codes == [0, 75, 0, 0] and stops == [0, 75] * 2
+  assert named == [frozenset(), frozenset({"stop_exit_code"})] * 2
   workdir.create(tmp_path, config_lib.override(Config(), {"stop_exit_code": 99}))
   assert command(f"--workdir={tmp_path}") == 99 and stops[-1] == 99
   monkeypatch.setattr(ddpm_jax.training.loop, "train", lambda *_: True)

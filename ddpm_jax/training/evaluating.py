@@ -59,10 +59,12 @@ class Evaluations:
     reports: Reports,
     stop: StopRequest,
     beat: Callable[[str], None],
+    *,
+    given: frozenset[str] = frozenset(),
   ):
-    """Nothing is measured yet. `beat`: hears what was done, after each batch."""
+    """Nothing is measured yet. `beat` hears what was done, after each batch; `given` are flags of the command."""
     self._run, self._source, self._workdir, self._reports = run, source, workdir, reports
-    self._stop, self._beat = stop, beat
+    self._stop, self._beat, self._given = stop, beat, given
 
   def due(self, step: int) -> bool:
     """Whether the state after `step` updates is to be measured."""
@@ -93,7 +95,7 @@ class Evaluations:
       if asked if alone else on_any_process(asked):
         raise evaluate_lib.Abandoned
 
-    around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S)
+    around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S, given=self._given)
     around.say(f"evaluating update {step}")
     try:
       if alone:

@@ -57,6 +57,7 @@ def train(
   stop: StopRequest,
   job: Job | None = None,
   chosen: str = "",
+  given: frozenset[str] = frozenset(),
   clock: Callable[[], float] = time.monotonic,
 ) -> bool:
   """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
@@ -67,6 +68,7 @@ def train(
     stop: hears the signals.
     job: the processes that take part; this one alone if None.
     chosen: a line for the user on settings that the command left open, printed once the images are found.
+    given: names of the flags of this command, for evaluations: a number or a sampler that it names is not chosen anew.
     clock: seconds since any moment, by which the training is timed.
 
   Returns:
@@ -129,7 +131,7 @@ def train(
       if lock:
         console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
     return _resume_or_start(
-      run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog, clock
+      run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog, given, clock
     )
 
 
@@ -145,6 +147,7 @@ def _resume_or_start(
   stop: StopRequest,
   job: Job,
   watchdog: Watchdog,
+  given: frozenset[str],
   clock: Callable[[], float],
 ) -> bool:
   """Says what is going to happen, and lets it. Returns whether the run is finished.
@@ -206,7 +209,7 @@ def _resume_or_start(
       with progress.compiling("the initial state"):
         state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
-      evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat)
+      evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat, given=given)
       preview = Preview(run, compiler if trains_first else None)
       early = EarlyGrids(reports.seconds, wanted=run.config.train.sample_every > 0)
       around = _Around(reports, saver, evaluations, preview, early, profile, progress, stop, watchdog)

@@ -368,3 +368,18 @@ def test_a_result_that_cannot_be_read_counts_as_none(tmp_path):
     False,
     True,
   ]
+
+
+def test_flags_of_the_command_reach_the_evaluation(tmp_path, monkeypatch):
+  """A sampler or a number that the command itself names is not chosen by the speed of the machine."""
+  heard = []
+
+  def evaluate(config, weights, source, around):
+    heard.append(around.given)
+    raise evaluate_lib.Abandoned
+
+  monkeypatch.setattr(evaluate_lib, "evaluate", evaluate)
+  given = frozenset({"sampler", "likelihood_examples"})
+  with StopRequest() as stop:
+    assert not loop.train(tiny_config(**EVALUATED | {"num_steps": 3}), tmp_path / "run", stop, given=given)
+  assert heard == [given]
