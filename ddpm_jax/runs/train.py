@@ -26,7 +26,8 @@ from ddpm_jax.checkpoint.saver import Saver
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.devices.parallel import Parallel, to_host
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.models.build import Params, fitted, num_params
@@ -81,13 +82,13 @@ def train(
     RunError: if what must be kept cannot be written.
     NonFiniteError: if the loss or the gradient is not finite, as often as is not put up with.
   """
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   exists = layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
   source = open_source(config.data)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
-  run = build_run(config, source.image_shape, parallel)
+  run = build_run(config, source.image_shape, mesh)
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
     check_evaluation(config, workdir, source)
@@ -206,7 +207,7 @@ def _resume_or_start(
       paused=reports.paused,
     )
     with contextlib.closing(reports), contextlib.closing(profile), contextlib.closing(Compiler()) as compiler:
-      make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
+      run_steps = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
       with progress.compiling("the initial state"):
         state = restored.state if restored else run.initial_state(params)
       own = run._replace(config=config_lib.beyond_init_from(run.config))
@@ -214,7 +215,7 @@ def _resume_or_start(
       preview = Preview(run, compiler if trains_first else None)
       early = EarlyGrids(reports.seconds, wanted=run.config.train.sample_every > 0)
       around = _Around(reports, saver, evaluations, preview, early, profile, progress, stop, watchdog)
-      end, stopped = _train(run, source, state, start, make_updates, around)
+      end, stopped = _train(run, source, state, start, run_steps, around)
   if lock:
     try:
       _renew(workdir, config_lib.beyond_init_from(run.config))
@@ -248,14 +249,14 @@ class _Around(NamedTuple):
 
 
 def _train(
-  run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around
+  run: Run, source: Source, state: TrainState, start: int, run_steps: StepProgram, around: _Around
 ) -> tuple[int, bool]:
   """Makes the updates after `start`.
 
   Returns:
     The number of updates in the last checkpoint, and whether a request to stop came before the run was finished.
   """
-  parallel, options, step = run.parallel, run.config.train, start
+  mesh, options, step = run.mesh, run.config.train, start
   reports, saver, evaluations, preview, early, profile, progress, stop, watchdog = around
   if evaluations.missing(start) and evaluations.make(state, start):
     return start, True
@@ -283,8 +284,8 @@ def _train(
 
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step = steps[-1]
-      placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
-      order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
+      placed = mesh.put_batches([next(host_batches) for _ in steps], max_steps=options.steps_per_dispatch)
+      command = mesh.put_step_command(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
       first = steps[0] == start + 1
       profile.before(steps, state)
       with progress.compiling("the training step") if first else contextlib.nullcontext():
@@ -292,7 +293,7 @@ def _train(
           jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
           jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
         ):
-          state, *outputs = make_updates(state, placed, order)
+          state, *outputs = run_steps(state, placed, command)
         if first:
           stop.defer()  # from now on there is something to save
           jax.block_until_ready(outputs)
@@ -318,9 +319,9 @@ def _train(
       last = save_now and (stopping or step == options.num_steps)
       with reports.paused():
         # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
-        picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
+        picture = preview(mesh.to_global_array(state)) if preview_now and not stopping else None
         if save_now:
-          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": reports.so_far(step)})
+          saver.save(mesh.to_global_array(state), step, last=last, so_far={"so_far": reports.so_far(step)})
           watchdog.beat(f"checkpoint {step}")
         if picture:
           reports.samples(step, picture(), preview.settings)
@@ -328,7 +329,7 @@ def _train(
           early_grid = False
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
-          stopping = evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          stopping = evaluations.make(mesh.to_global_array(state), step)  # stopped: it is made when the run goes on
           last |= stopping
       if last:
         break
@@ -398,7 +399,7 @@ def _headline(
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
     f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
-    f"({run.parallel.mode})\n{job.text}\n"
+    f"({run.mesh.strategy})\n{job.text}\n"
   )
   if finished:
     return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"

@@ -18,7 +18,7 @@ from ddpm_jax.checkpoint.manifest import Manifest
 from ddpm_jax.checkpoint.saver import first_checkpoint
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime import console, paths
@@ -53,11 +53,11 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   folder = workdir / ("best" if name == "best" else "checkpoints")
   if not folder.is_dir():
     raise UserError(_missing(name, workdir))
-  parallel, runs = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision), {}
+  mesh, runs = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision), {}
 
   def expect(manifest: Manifest) -> TrainState:
     resume.check_config(manifest, config, workdir, once_trained=True)
-    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
+    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), mesh)
     return run.abstract_state
 
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
