@@ -17,7 +17,7 @@ from ddpm_jax.checkpoint.manifest import Manifest, OtherPastError
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint, shuffle
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import from_all_processes
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import numerics
 from ddpm_jax.training.optimizer import decay_start
@@ -189,7 +189,7 @@ def check_hosts(run: Run, source: Source) -> None:
     flags["dataset"] = config_lib.FOLDER
   for what, facts in (("flags", flags), ("images", source.fingerprint)):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
-    for process, other in enumerate(from_all_processes(np.frombuffer(digest, np.uint8))):
+    for process, other in enumerate(all_gather_host(np.frombuffer(digest, np.uint8))):
       if other.tobytes() != digest:
         raise UserError(
           f"distributed: the {what} of process {process} differ from those of process {jax.process_index()}; give "
@@ -203,7 +203,7 @@ def check_shared(workdir: pathlib.Path) -> None:
     text = (workdir / lock.NAME).read_bytes()
   except OSError:
     text = b""
-  digests = from_all_processes(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+  digests = all_gather_host(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
   if np.any(digests != digests[0]):
     raise UserError(
       f"workdir: {workdir} is not the same folder for all processes; name one that every host has mounted there"

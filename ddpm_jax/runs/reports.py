@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.config import TrainConfig, writer_names
-from ddpm_jax.devices.parallel import to_host
+from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import NonFiniteError
 from ddpm_jax.report.report import write_report
 from ddpm_jax.runtime import console

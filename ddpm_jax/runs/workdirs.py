@@ -130,7 +130,7 @@ def _headline(
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
     f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
-    f"({run.parallel.mode})\n{job.text}\n"
+    f"({run.mesh.strategy})\n{job.text}\n"
   )
   if finished:
     return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"

@@ -14,7 +14,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier, trained
 from ddpm_jax.models.classifier import Classifier
@@ -36,7 +36,7 @@ def train(source, cache, *, said=None, batch_size=16, updates=3, **options):
   return classifier.classifier_features(
     source,
     cache=cache,
-    parallel=Parallel("pmap"),
+    mesh=make_mesh("pmap"),
     batch_size=batch_size,
     say=(said if said is not None else []).append,
     updates=updates,

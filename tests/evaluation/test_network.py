@@ -11,7 +11,7 @@ import pytest
 
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.evaluation import network, trained
 from ddpm_jax.evaluation.network import denoiser_for, network_features
 from ddpm_jax.weights.arrays import load_arrays
@@ -27,10 +27,8 @@ def slopes(number=80, shape=(4, 4, 1), seed=0):
 
 def features_of(source, cache, *, said=None, batch_size=16, updates=3, **options):
   say = (said if said is not None else []).append
-  parallel = Parallel("pmap")
-  return network_features(
-    source, cache=cache, parallel=parallel, batch_size=batch_size, say=say, updates=updates, **options
-  )
+  mesh = make_mesh("pmap")
+  return network_features(source, cache=cache, mesh=mesh, batch_size=batch_size, say=say, updates=updates, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def test_before_it_is_trained_it_explains_nothing():
   """As its last layer is zero, it predicts the mean of the noise."""
   source, denoiser = slopes(), denoiser_for((4, 4, 1))
   weights = trained.flat(trained.fresh(denoiser.init, 0))
-  (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, Parallel("pmap"), 16).values()
+  (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, make_mesh("pmap"), 16).values()
   assert share == pytest.approx(0, abs=4 * np.sqrt(2 / (64 * 16)))  # the variance of that of 64 images of 16 pixels
 
 

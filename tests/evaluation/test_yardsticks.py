@@ -104,7 +104,7 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
     draw_lib.make_predictor(weights.run.network, weights.run.schedule, "eps", config.sample),
     draw_lib.table_of(config.sample, weights.run.schedule, "fixed_large"),
     image_shape=IMAGE_SHAPE,
-    parallel=weights.run.parallel,
+    mesh=weights.run.mesh,
     stream="sample",
   )
   drawn = draw(seeded(tiny_run(config).initial_state().params, 0), np.arange(40, dtype=np.int32))

@@ -92,7 +92,7 @@ def two_checkpoints(directory: pathlib.Path, run) -> None:
   state = run.initial_state()
   for step in (1, 2):
     state = jax.tree.map(lambda x: x + jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), state)
-    state = jax.device_put(state, run.parallel.state_shardings(run.abstract_state))
+    state = jax.device_put(state, run.mesh.state_shardings(run.abstract_state))
     checkpoints.save(state, step, {"image_shape": list(run.image_shape)})
   checkpoints.close()
 

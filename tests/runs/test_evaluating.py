@@ -12,7 +12,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.pmap import PmapMesh
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import yardsticks
@@ -99,7 +99,7 @@ def small_parts():
     patch.setattr(
       yardsticks, "_untrained", lambda config, weights, number, beat: noise().read(np.arange(number)).images
     )
-    patch.setattr(Parallel, "compile", once("update", Parallel.compile))
+    patch.setattr(PmapMesh, "compile", once("update", PmapMesh.compile))
     yield
 
 
