@@ -8,6 +8,8 @@
   python -m ddpm_jax.main --flagfile=experiments/cifar10.flags --mode=plan --topology=v5e:4x4
 
 The same command goes on where it stopped, and so does --workdir alone: flags win over the settings of the workdir.
+Installed, it is also the command `ddpm`: `ddpm sample ...` is --mode=sample; `ddpm compare RUN RUN` makes one page of
+several runs, and `ddpm prepare --dataset=NAME` a data set of TFDS.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import platform
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from absl import app
 from absl import flags as absl_flags
@@ -29,7 +31,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import flags, presets
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
-from ddpm_jax.runtime import compilation, console, hugepages, terminal, watchdog
+from ddpm_jax.runtime import compilation, console, hugepages, paths, terminal, watchdog
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.workdir import layout
 
@@ -309,10 +311,17 @@ def _command(argv: Sequence[str]) -> int:
   return code
 
 
-if __name__ == "__main__":
-  console.protect_streams()
+def start() -> NoReturn:
+  """The whole program. Ends the process with the exit code."""
   hugepages.restart_with_huge_pages("ddpm_jax.main")
   compilation.seldom_look_for_garbage()
   flags.define()
-  absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
-  app.run(_command, flags_parser=_parse_flags)
+  for flag in absl_flags.FLAGS.get_flags_for_module(flags.__name__):  # what --help lists, after this docstring
+    absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  sys.modules["__main__"].__doc__ = str(__doc__).replace("python -m ddpm_jax.main", paths.command())
+  sys.exit(app.run(_command, flags_parser=_parse_flags))
+
+
+if __name__ == "__main__":
+  console.protect_streams()
+  start()
