@@ -57,6 +57,7 @@ def importers(*names: str) -> set[str]:
 ROOMS = (
   ("command",),
   ("main", "api", "compare"),
+  ("resolve",),
   ("runs",),
   ("report", "export", "plan", "plots"),
   ("evaluation",),
@@ -208,8 +209,8 @@ def test_no_cycle_at_import_time():
 
 def test_main_imports_a_run_only_when_it_starts():
   """So that a wrong flag is refused in a moment."""
-  names = at_import(TREES["main.py"])
-  light = {"config", "flags", "presets", "errors", "runtime", "workdir", "absl"}
+  names = at_import(TREES["main.py"]) | at_import(TREES["resolve.py"])
+  light = {"config", "flags", "resolve", "presets", "errors", "runtime", "workdir", "absl"}
   assert {room(name) for name in names if room(name) != "ddpm_jax"} <= light | set(sys.stdlib_module_names)
   assert "runs" in {room(name) for name in ours("main.py")}
 

@@ -107,7 +107,7 @@ def changed(
 _FOR_ONE_COMMAND = ("allow_data_change", "profile_steps")
 
 
-def for_a_later_command(config: Config) -> Config:
+def without_one_time_options(config: Config) -> Config:
   """The settings of a workdir as a later command takes them up.
 
   Nor are classes among --writers: a workdir may be somebody else's, and nothing that it names is imported.
@@ -150,7 +150,7 @@ def profiled(profile_steps: str, num_steps: int) -> range:
 NAMES_WEIGHTS = ("checkpoint", "sample_weights")
 
 
-def beyond_init_from(config: Config) -> Config:
+def reset_weight_selectors(config: Config) -> Config:
   """The settings once a run has weights of its own: with --init_from, what named weights named those of elsewhere."""
   if not config.exchange.init_from:
     return config

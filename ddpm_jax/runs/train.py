@@ -171,7 +171,7 @@ def _resume_or_start(
     for warning in filter(None, (noise_warning(run), copies_warning(run.config, len(source)))):
       console.warn(warning)
     # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
-    _renew(workdir, config_lib.beyond_init_from(run.config) if restored else run.config)
+    _renew(workdir, config_lib.reset_weight_selectors(run.config) if restored else run.config)
   facts = resume.facts(run, source, restored.manifest if restored else None)
   if not restored and params is None and run.config.exchange.init_from:
     raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
@@ -209,7 +209,7 @@ def _resume_or_start(
       make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
       with progress.compiling("the initial state"):
         state = restored.state if restored else run.initial_state(params)
-      own = run._replace(config=config_lib.beyond_init_from(run.config))
+      own = run._replace(config=config_lib.reset_weight_selectors(run.config))
       evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat, given=given)
       preview = Preview(run, compiler if trains_first else None)
       early = EarlyGrids(reports.seconds, wanted=run.config.train.sample_every > 0)
@@ -217,7 +217,7 @@ def _resume_or_start(
       end, stopped = _train(run, source, state, start, make_updates, around)
   if lock:
     try:
-      _renew(workdir, config_lib.beyond_init_from(run.config))
+      _renew(workdir, config_lib.reset_weight_selectors(run.config))
       write_pages(workdir)
     except OSError as error:  # all that matters is saved
       console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")

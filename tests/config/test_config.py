@@ -537,9 +537,9 @@ def test_once_trained_the_arithmetic_may_change_too():
 
 def test_what_is_for_one_command_is_not_taken_up_again():
   given = make(allow_data_change=True, profile_steps="3:5", on_bad_record="skip")
-  assert config_lib.for_a_later_command(given) == make(on_bad_record="skip")
+  assert config_lib.without_one_time_options(given) == make(on_bad_record="skip")
   for given, taken_up in (("wandb, a.b:C,tensorboard", "wandb,tensorboard"), ("a:B", ""), ("", "")):
-    assert config_lib.for_a_later_command(make(writers=given)) == make(writers=taken_up)
+    assert config_lib.without_one_time_options(make(writers=given)) == make(writers=taken_up)
 
 
 def test_steps_to_be_profiled():

@@ -15,7 +15,7 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax import main
+from ddpm_jax import resolve
 from ddpm_jax.evaluation.results import read_result
 from ddpm_jax.report.report import write_report
 from ddpm_jax.runs import export as exchange
@@ -39,14 +39,14 @@ def old(tmp_path):
 
 
 def weights_of(folder, **changes):
-  config = config_lib.override(main.resolve_config("sample", {}, folder), changes)
+  config = config_lib.override(resolve.resolve_config("sample", {}, folder), changes)
   return load_weights(config, folder)
 
 
 def test_what_it_stored_are_the_settings(old):
   """And a setting that it did not know means what it did."""
   for name in NAMES:
-    config = main.resolve_config("train", {}, old / name)
+    config = resolve.resolve_config("train", {}, old / name)
     stored = json.loads((old / name / "config.json").read_text())
     values = config_lib.values(config)
     for section in stored.values():
@@ -87,7 +87,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch(old):
     theirs += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
   keep.rename(old / "kept")
   lines = (folder / "metrics.jsonl").read_text().splitlines()
-  config = main.resolve_config("train", {}, folder)
+  config = resolve.resolve_config("train", {}, folder)
   with StopRequest() as stop:
     assert train_lib.train(config, folder, stop)
   for weights in ("raw", "ema"):
@@ -109,10 +109,10 @@ def test_it_is_drawn_from_exported_reported_and_begun_with(old, monkeypatch):
     assert images.shape == (4, 8, 8, 1) and images.std() > 20
     target = old / f"exported_{name}"
     given = {"export_format": "safetensors", "export_dir": str(target)}
-    exchange.export(main.resolve_config("export", given, old / name), old / name)
+    exchange.export(resolve.resolve_config("export", given, old / name), old / name)
     begun = ddpm_jax.load(target / "model.safetensors")
     np.testing.assert_array_equal(begun.sample(4, sampler="dpmpp", steps=5), images)
-    config = initial.beginning(str(old / name), None, config_lib.Config())
+    config = initial.base_config(str(old / name))
     assert config.model.channels == 8 and config.diffusion.num_timesteps == 50
     assert "150" in write_report(old / name).read_text()
     assert read_result(old / name / "eval/150.json") is None
