@@ -178,7 +178,7 @@ def test_a_worker_with_pytorch_needs_nothing_else():
       todo += sorted({name for each in found for name in (each, each.rpartition(".")[0])})
   assert {file for file in seen if not file.endswith("__init__.py")} == {
     *("benchmarks/torch_loop.py", "benchmarks/worker.py", "benchmarks/hardware.py"),
-    *("config/sections.py", "config/option.py", "errors.py"),
+    *("config/config.py", "config/text.py", "config/sections.py", "config/option.py", "errors.py"),
     *("runtime/paths.py", "runtime/compilation.py", "runtime/hugepages.py"),
   }
 

@@ -16,6 +16,7 @@ import pytest
 import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax import resolve
+from ddpm_jax.config.text import WITHOUT_THE_OPTION
 from ddpm_jax.evaluation.results import read_result
 from ddpm_jax.report.report import write_report
 from ddpm_jax.runs import export as exchange
@@ -54,6 +55,24 @@ def test_what_it_stored_are_the_settings(old):
         assert values[key] == (tuple(value) if isinstance(value, list) else value), key
     assert config.optimizer.lr_schedule == "cosine" and config.model.matmul_precision == "default"
     assert layout.check(old / name, config)
+
+
+def test_what_an_old_file_lacks_is_what_that_release_did(old):
+  """An option that is added must say so in `WITHOUT_THE_OPTION`: its default may be another, now or later."""
+  stored = json.loads((old / "pmap" / "config.json").read_text())
+  names = {name for section in stored.values() for name in section}
+  added = config_lib.values(config_lib.Config()).keys() - names
+  assert set(WITHOUT_THE_OPTION) == added, "say what release 0.1.0 did in place of each option that was added since"
+  config = layout.load_config(old / "pmap")
+  assert {name: config_lib.values(config)[name] for name in added} == WITHOUT_THE_OPTION
+
+
+def test_a_default_of_today_is_none_of_an_old_run(old, monkeypatch):
+  """Whatever it becomes: here as if plain float32 products were no longer what a new run has."""
+  monkeypatch.setitem(WITHOUT_THE_OPTION, "matmul_precision", "high")
+  assert layout.load_config(old / "pmap").model.matmul_precision == "high"
+  layout.create(old / "new", config_lib.Config())
+  assert layout.load_config(old / "new").model.matmul_precision == "default"
 
 
 def test_the_same_bits_are_restored(old):
