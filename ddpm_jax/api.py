@@ -271,11 +271,11 @@ def load(
   place = initial.absolute(os.fspath(path))
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
-  if initial.look(place).kind == "workdir":
+  if initial.inspect_source(place).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     with terminal.errors_alone():
       return Model(config, initial.find_weights(config, pathlib.Path(place)))
   if weights != "ema":
     raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
-  config = config_lib.override(initial.beginning(place, None), asked | {"init_from": place})
+  config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
   return Model(config, initial.find_weights(config, None))

@@ -144,7 +144,7 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
 
   once_trained: its weights are only used, see `config.changed`.
   """
-  stored = config_lib.from_json(json.dumps(manifest["config"]))
+  stored = _config(manifest)
   for name, before, now in config_lib.changed(stored, config, on_resume=True, once_trained=once_trained):
     raise UserError(
       f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
@@ -152,9 +152,14 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
     )
 
 
+def _config(manifest: Manifest) -> Config:
+  """The settings of the run that saved a checkpoint."""
+  return config_lib.from_json(json.dumps(manifest["config"]))
+
+
 def _num_steps(manifest: Manifest) -> int:
   """The --num_steps that a checkpoint was trained with."""
-  return manifest["config"]["train"]["num_steps"]
+  return _config(manifest).train.num_steps
 
 
 def _check_past(manifest: Manifest, config: Config, workdir: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import Result, scalars, write_result
 from ddpm_jax.report.measures import in_words, title_of, yardsticks
 from ddpm_jax.runtime import console, paths
-from ddpm_jax.weights.initial import adopt, find_weights
+from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import keep_place
 
 
@@ -45,7 +45,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
     )
   measured = evaluate_lib.check(config, workdir, train).evaluate.measures
   keep_place(config, workdir, weights, train)
-  adopt(config, workdir)
+  ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
   around = evaluate_lib.Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
   around.say(f"evaluating {weights.text}: {', '.join(measured)}")

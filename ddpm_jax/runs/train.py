@@ -89,13 +89,12 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   run, source = prepare(config, workdir)
   config = run.config
   params = None
-  if config.exchange.init_from and not layout.has_checkpoints(workdir):
+  if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
     params, _ = initial.read_params(config, run.image_shape)
 
   with contextlib.ExitStack() as cleanup:
-    lock = workdirs.take(
-      run, workdir, job, cleanup, invocation.note
-    )  # None in all processes but the first, which says everything
+    # None in all processes but the first, which is the one that prints.
+    lock = workdirs.take(run, workdir, job, cleanup, invocation.note)
     # Entered first, so that it watches while everything below is closed, which waits for what is being saved.
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
@@ -122,7 +121,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     if lock:
       workdirs.warn(run, source)
       # What may change has changed. Until there is a checkpoint, a restart must know which weights are the first.
-      workdirs.renew(workdir, config_lib.beyond_init_from(config) if start.state else config)
+      workdirs.renew(workdir, config_lib.reset_weight_selectors(config) if start.state else config)
 
     place = Place(workdir, checkpoints, lock)
     with open_services(run, source, place, start, watchdog, invocation) as services:
@@ -183,7 +182,7 @@ def open_services(
   """Opens the files of the run and begins to compile its step; closes all of them at the end."""
   (workdir, checkpoints, lock), stop = place, invocation.stop
   options, batch_size, seed = run.config.train, run.config.data.batch_size, run.config.train.seed
-  after_init = run._replace(config=config_lib.beyond_init_from(run.config))
+  after_init = run._replace(config=config_lib.reset_weight_selectors(run.config))
   with contextlib.ExitStack() as cleanup:
     closed = lambda service: cleanup.enter_context(contextlib.closing(service))  # noqa: E731
     progress = closed(Progress("step", total=options.num_steps, done=start.step, quiet=not lock))
