@@ -28,30 +28,30 @@ class Rows(NamedTuple):
   Attributes:
     images: uint8 [N, H, W, C].
     replaced: bool [N], whether the row holds a later image, as its own is bad.
+    skipped: the bad images met on the way that are still to be reported: index, name and reason of each.
   """
 
   images: np.ndarray
   replaced: np.ndarray
+  skipped: Sequence[tuple[int, str]] = ()
 
   def take(self, indices: np.ndarray) -> Rows:
     """Copies of the rows at `indices` [M]."""
     return Rows(self.images[indices], self.replaced[indices])
 
 
-Skips = list[tuple[int, str]]  # bad images that were skipped: the index of each, and which it is and why
-Tell = Callable[[int, str], None]  # called with each of them
+Tell = Callable[[int, str], None]  # takes index, name and reason of a bad image that is skipped
 
 
 class Elsewhere(NamedTuple):
   """How another process reads images for this one.
 
   Attributes:
-    read: is sent there, so it can be pickled; as `Source.read`, but with the rows come the bad images that were skipped
-      for them, each as (index, which and why).
-    tell: says of such a one here, on standard error, unless this process has said so before.
+    read: is sent there, so it can be pickled; as `Source.read`, but `skipped` is filled.
+    tell: reports a skipped image on standard error, once however often it is called for it.
   """
 
-  read: Callable[[np.ndarray], tuple[Rows, Skips]]
+  read: Callable[[np.ndarray], Rows]
   tell: Tell
 
 
@@ -143,9 +143,9 @@ def elsewhere(encoded: EncodedImages, *, skip: bool, tell: Tell) -> Elsewhere:
   return Elsewhere(functools.partial(_read_and_note, dataclasses.replace(encoded, classes=None), skip), tell)
 
 
-def _read_and_note(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> tuple[Rows, Skips]:
-  skipped: Skips = []
-  return _read(encoded, indices, skip=skip, tell=lambda *bad: skipped.append(bad)), skipped
+def _read_and_note(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> Rows:
+  skipped: list[tuple[int, str]] = []
+  return _read(encoded, indices, skip=skip, tell=lambda *bad: skipped.append(bad))._replace(skipped=skipped)
 
 
 def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, tell: Tell) -> Rows:

@@ -8,13 +8,12 @@ goes on where it stopped on any number of hosts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
 import grain
 import numpy as np
 
-from ddpm_jax.data.encoded import Rows, Skips, Tell
+from ddpm_jax.data.encoded import Elsewhere, Rows
 from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
 from ddpm_jax.data.workers import read_ahead
@@ -65,16 +64,10 @@ def batch_at(
   source: Source, step: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> Batch:
   """Batch `step` (counted from 0), without its predecessors. For the arguments and the result see `batches`."""
-  batch = _dataset(
-    _reading(source.read),
-    len(source),
-    batch_size=batch_size,
-    seed=seed,
-    process_index=process_index,
-    process_count=process_count,
-  )[step]
-  assert batch is not None  # only a filtered dataset has gaps
-  return batch
+  share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
+  element = _dataset(source.read, len(source), **share)[step]
+  assert element is not None  # only a filtered dataset has gaps
+  return element[0]
 
 
 def batches(
@@ -114,16 +107,13 @@ def batches(
   Whatever else `source.read` raises in a thread is raised here too, in place of the batch that it was reading.
   """
   share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
-  if workers and source.elsewhere:
-    dataset = _dataset(_noting(source.elsewhere.read), len(source), **share)[start_step:]
-    return _telling(read_ahead(dataset, workers=workers, threads=threads), source.elsewhere.tell)
-  dataset = _dataset(_reading(source.read), len(source), **share)[start_step:]
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  return _closing(dataset.to_iter_dataset(options))
+  remote = source.elsewhere if workers else None
+  dataset = _dataset(remote.read if remote else source.read, len(source), **share)[start_step:]
+  return _yield_batches(read_ahead(dataset, workers=workers if remote else 0, threads=threads), remote)
 
 
 def _dataset(
-  read: Callable[[np.ndarray], dict[str, Any]],
+  read: Callable[[np.ndarray], Rows],
   length: int,
   *,
   batch_size: int,
@@ -131,46 +121,31 @@ def _dataset(
   process_index: int,
   process_count: int,
 ) -> grain.MapDataset:
-  """What `read` makes of the images of each batch, and their places in it, for one process."""
+  """Each element: one process's share of a batch, and the bad images that are still to be reported."""
   share = batch_size // process_count
   index = process_index * share + np.arange(share, dtype=np.int32)
+
+  def load(indices: np.ndarray) -> tuple[Batch, Sequence[tuple[int, str]]]:
+    try:
+      rows = read(indices)
+    except StopIteration as error:  # as it is, it would pass for the end of the data, or of one worker's part
+      raise RuntimeError("reading images raised StopIteration") from error
+    return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced}, rows.skipped
+
   return order(length, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count).map(
-    lambda indices: read(indices) | {"index": index.copy()}
+    load
   )
 
 
-def _reading(read: Callable[[np.ndarray], Rows]) -> Callable[[np.ndarray], Batch]:
-  def of(indices: np.ndarray) -> Batch:
-    rows = read(indices)
-    return {"image": rows.images, "replaced": rows.replaced}
-
-  return of
-
-
-def _noting(read: Callable[[np.ndarray], tuple[Rows, Skips]]) -> Callable[[np.ndarray], dict[str, Any]]:
-  """As `_reading`, in another process: "skipped" has the bad images that are to be told of here."""
-
-  def of(indices: np.ndarray) -> dict[str, Any]:
-    rows, skipped = read(indices)
-    return {"image": rows.images, "replaced": rows.replaced, "skipped": skipped}
-
-  return of
-
-
-def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
-  """Iterates, and stops the threads when the consumer does."""
-  iterator = iter(dataset)
-  try:
-    while True:
-      yield next(iterator)  # not `yield from`: a StopIteration out of a reader would pass for the end of the data
-  finally:
-    iterator.close()
-
-
-def _telling(elements: Generator[dict[str, Any], None, None], tell: Tell) -> Generator[Batch, None, None]:
-  """The batches of other processes, and in this one a line for each image that was skipped there."""
+def _yield_batches(
+  elements: Generator[tuple[Batch, Sequence[tuple[int, str]]], None, None], remote: Elsewhere | None
+) -> Generator[Batch, None, None]:
   with contextlib.closing(elements):
-    for element in elements:
-      for index, what in element.pop("skipped"):
-        tell(index, what)
-      yield element
+    for batch, skipped in elements:
+      if remote is None:
+        yield batch
+        continue
+      for index, what in skipped:
+        remote.tell(index, what)
+      # Arrays of this process: the memory that it shares with the worker is free again at once.
+      yield {name: np.array(value) for name, value in batch.items()}
