@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir.storage import write_whole
 
 
 def loss_curve(metrics: pathlib.Path, picture: pathlib.Path) -> None:

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import grids
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
 from ddpm_jax.report.measures import columns, yardsticks
 from ddpm_jax.report.report import write_report
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.storage import write_whole
 
 Result = dict[str, Any]  # JSON values
 # What belongs together: measured on the same samples.

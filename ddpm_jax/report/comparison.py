@@ -12,12 +12,12 @@ from typing import Any
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics import training_seconds
 from ddpm_jax.report import measures
 from ddpm_jax.report import report as report_lib
 from ddpm_jax.report.charts import Series, line_chart, running_mean
 from ddpm_jax.report.page import COLOURS, Html, decimals, document, finite, join, number, picture, table, tag
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir.metrics import training_seconds
+from ddpm_jax.workdir.storage import write_whole
 
 # Settings without which a loss is of something else.
 _OF_LOSS = ("dataset", "split", "image_size", "num_timesteps", "beta_schedule", "beta_start", "beta_end")
@@ -264,7 +264,7 @@ def _flat(tree: Any, name: str = "") -> dict[str, Any]:
 def _settings(entries: Sequence[_Entry]) -> list[Html]:
   """The settings in which the runs differ."""
   rows = []
-  for group in zip(*(config_lib.knobs(entry.config) for entry in entries), strict=True):
+  for group in zip(*(config_lib.options(entry.config) for entry in entries), strict=True):
     (section, field, _), told = group[0], [value for _, _, value in group]
     if any(value != told[0] for value in told):
       texts = [config_lib.flag_text(value) or "empty" for value in told]

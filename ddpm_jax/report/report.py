@@ -13,14 +13,14 @@ import statistics
 from typing import Any
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.metrics import training_seconds
 from ddpm_jax.report.charts import Series, line_chart, running_mean
 from ddpm_jax.report.measures import completed, measured, part, tiles
 from ddpm_jax.report.page import Html, document, finite, join, number, picture, tag, tile
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.metrics import training_seconds
+from ddpm_jax.workdir.storage import write_whole
 
 NAME = "report.html"
 
@@ -303,7 +303,7 @@ def _settings(run: RunFiles) -> list[Html]:
     sections: dict[str, list[Html]] = {}
     changed = 0
     for (section, field, value), (_, _, default) in zip(
-      config_lib.knobs(run.config), config_lib.knobs(Config()), strict=True
+      config_lib.options(run.config), config_lib.options(Config()), strict=True
     ):
       differs = value != default
       changed += differs
