@@ -147,14 +147,16 @@ def main(argv: Sequence[str]) -> int:
       )
 
       numerics.check_options(config.model.matmul_precision)
-      compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
+      compilation.enable_compilation_cache(
+        "off" if mode == "plan" else config.train.compilation_cache
+      )  # writes no file
       together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
       config, preset = _for_own_images(mode, config, folder)
       chosen = _choices(mode, config, preset, folder)
     except (UserError, RunError) as error:
       return _exit_code(error)
-    stop.again()
+    stop.reinstall()
     sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
     try:
       code = _run(mode, config, folder, stop, job, chosen)
@@ -312,7 +314,7 @@ def _command(argv: Sequence[str]) -> int:
 if __name__ == "__main__":
   console.protect_streams()
   hugepages.restart_with_huge_pages("ddpm_jax.main")
-  compilation.seldom_look_for_garbage()
+  compilation.relax_gc()
   flags.define()
   absl_flags.adopt_module_key_flags(flags)  # so that --help lists them
   app.run(_command, flags_parser=_parse_flags)

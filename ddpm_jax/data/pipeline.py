@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 import grain
 import numpy as np
 
-from ddpm_jax.data.encoded import Elsewhere, Rows
+from ddpm_jax.data.encoded import DecodedRows, RemoteReader
 from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
 from ddpm_jax.data.workers import read_ahead
@@ -27,7 +27,7 @@ _WITHOUT_END = 2**40  # batches
 def order(
   length: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
-  """Which images are in which batch: `order(...)[k]` is int [B/n], this process's share of batch k.
+  """The images of each batch: `order(...)[k]` is int [B/n], this process's share of batch k.
 
   Args:
     length: number of images in the data set; may be smaller than a batch.
@@ -54,20 +54,10 @@ def order(
 
 
 def images_of(source: Source, step: int, *, batch_size: int, seed: int) -> np.ndarray:
-  """int [B]: which images of the data set are in batch `step` (counted from 0), over all processes."""
+  """int [B]: the images of batch `step` (counted from 0), over all processes."""
   indices = order(len(source), batch_size=batch_size, seed=seed)[step]
   assert indices is not None  # only a filtered dataset has gaps
   return indices
-
-
-def batch_at(
-  source: Source, step: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-) -> Batch:
-  """Batch `step` (counted from 0), without its predecessors. For the arguments and the result see `batches`."""
-  share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
-  element = _dataset(source.read, len(source), **share)[step]
-  assert element is not None  # only a filtered dataset has gaps
-  return element[0]
 
 
 def batches(
@@ -81,10 +71,9 @@ def batches(
   threads: int = 2,
   workers: int = 0,
 ) -> Generator[Batch, None, None]:
-  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads, here or in processes apart.
+  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads of this process or by workers.
 
-  They start with the first `next` and stop with the generator's `close()`. Neither their number nor where they are
-  changes a batch.
+  They start with the first `next` and stop with the generator's `close()`. Their number does not change a batch.
 
   Args:
     source: the images.
@@ -93,8 +82,8 @@ def batches(
     start_step: number of batches that came before.
     process_index: p, in 0..n-1.
     process_count: n.
-    threads: how many read and decode; at most twice as many batches wait to be used.
-    workers: processes that read, with as many threads each; not for a source that cannot be read elsewhere. 0: none.
+    threads: number that read and decode; at most twice as many batches wait to be used.
+    workers: number of processes that read instead, with as many threads each; unused for images in memory.
 
   Yields:
     "image": uint8 [B/n, H, W, C]; "index": int32 [B/n], the position of each row in the global batch; "replaced": bool
@@ -104,16 +93,16 @@ def batches(
     UserError: the processes cannot share a batch evenly, or an image cannot be decoded.
     RunError: a worker was killed.
 
-  Whatever else `source.read` raises in a thread is raised here too, in place of the batch that it was reading.
+  Any other error of `source.read` is raised in place of the batch that was read.
   """
   share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
-  remote = source.elsewhere if workers else None
+  remote = source.remote if workers else None
   dataset = _dataset(remote.read if remote else source.read, len(source), **share)[start_step:]
   return _yield_batches(read_ahead(dataset, workers=workers if remote else 0, threads=threads), remote)
 
 
 def _dataset(
-  read: Callable[[np.ndarray], Rows],
+  read: Callable[[np.ndarray], DecodedRows],
   length: int,
   *,
   batch_size: int,
@@ -138,7 +127,7 @@ def _dataset(
 
 
 def _yield_batches(
-  elements: Generator[tuple[Batch, Sequence[tuple[int, str]]], None, None], remote: Elsewhere | None
+  elements: Generator[tuple[Batch, Sequence[tuple[int, str]]], None, None], remote: RemoteReader | None
 ) -> Generator[Batch, None, None]:
   with contextlib.closing(elements):
     for batch, skipped in elements:
@@ -146,6 +135,6 @@ def _yield_batches(
         yield batch
         continue
       for index, what in skipped:
-        remote.tell(index, what)
+        remote.report(index, what)
       # Arrays of this process: the memory that it shares with the worker is free again at once.
       yield {name: np.array(value) for name, value in batch.items()}

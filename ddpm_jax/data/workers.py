@@ -14,7 +14,6 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
-from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -39,7 +38,7 @@ def read_ahead(dataset: grain.MapDataset, *, workers: int, threads: int) -> Gene
   Raises:
     RunError: a worker has died.
 
-  Whatever else is raised while an element is read is raised here, in place of that element.
+  Any other error is raised in place of the element that was read.
   """
   ahead = dataset.to_iter_dataset(
     grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else 2 * threads)
@@ -59,13 +58,11 @@ def read_ahead(dataset: grain.MapDataset, *, workers: int, threads: int) -> Gene
 
 def _start(iterator: grain.DatasetIterator) -> None:
   """Starts all workers with the signals of a terminal blocked from their first moment on: they inherit the mask."""
-  # Python's resource tracker frees the shared memory that a killed process leaves, and should do so silently. It
-  # unblocks signals in this thread when it starts, so it starts first.
+  # Python's resource tracker frees the shared memory that a killed process leaves, and should do so silently.
   silence = "ignore:resource_tracker:UserWarning"
   if silence not in sys.warnoptions:
     sys.warnoptions.append(silence)
-  resource_tracker.ensure_running()
-  iterator.get_state()  # makes the iterators that `start_prefetch` starts
+  iterator.get_state()  # makes what `start_prefetch` starts; and the tracker, whose start unblocks signals
   blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
   try:
     iterator.start_prefetch()

@@ -1,4 +1,4 @@
-"""Writing that neither a kill nor a full disk can leave half done."""
+"""Atomic replacement of files, and files that grow by whole records, also on a full disk or after a kill."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def size_text(number: int) -> str:
 
 
 def sync_file(path: pathlib.Path) -> None:
-  """Waits until a loss of power cannot take what a file holds. Raises OSError."""
+  """Flushes a file to the disk. Raises OSError."""
   file = os.open(path, os.O_RDONLY)
   try:
     os.fsync(file)
@@ -63,7 +63,7 @@ class Records:
     Args:
       path: of the file.
       flags: more of `os.open`.
-      unit: records are whole multiples of that many bytes; what a kill cut short is taken off.
+      unit: size of a record in bytes, or a divisor of it; a part of one that a kill left at the end is cut off.
       exclusive: lock the file against other processes that ask for this, where the file system has locks.
 
     Raises:

@@ -32,11 +32,11 @@ class MetricsWriter:
   """Appends to a workdir's metrics; each step at most once, also after a crash and a resume, or on a full disk."""
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = True):
-    """Opens the files, forgetting what was written after `resume_step`: those updates are about to be made again.
+    """Opens the files and drops what was written after `resume_step`: those training steps are about to be repeated.
 
     Args:
-      workdir: where they are.
-      resume_step: the number of training steps made before.
+      workdir: their folder.
+      resume_step: number of training steps done.
       tensorboard: write TensorBoard's files too.
 
     Raises:
@@ -76,7 +76,7 @@ class MetricsWriter:
     _call_all(file.write for file in self._files)
 
   def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds what became known later to the line of `step`, which is the last; one is written if there is none.
+    """Adds later metrics, of an evaluation, to the line of `step`, which is the last; writes one if there is none.
 
     Raises:
       OSError: if it cannot be written; the line is then as it was.
@@ -99,7 +99,7 @@ class MetricsWriter:
       events.write_or_drop(_record(Event(wall_time=time.time(), step=step, summary=image)))
 
   def flush(self) -> None:
-    """Returns once everything is where a loss of power cannot take it. Raises OSError, and keeps what is left."""
+    """Flushes everything to the disk. Raises OSError, and keeps what is left."""
     _call_all(file.sync for file in self._files)
 
   def close(self) -> None:

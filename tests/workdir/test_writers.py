@@ -433,16 +433,21 @@ def test_a_file_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
   with files_of_at_most(8), pytest.raises(OSError, match=FULL):
     records.rewrite(b"FIRST, and much more of it\n")
   assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"first\n"
-  records.rewrite(b"FIRST\n2\n")
-  records.add(b"third\n")
 
-  def failing(file):
-    (tmp_path / "a").write_bytes(b"FIRST\n2\n" + bytes(9))
+  def failing(_):
     raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
   monkeypatch.setattr(os, "fsync", failing)
   with pytest.raises(OSError, match="quota"):
+    records.rewrite(b"FIRST\n")
+  assert (tmp_path / "a").read_bytes() == b"first\n"
+  monkeypatch.setattr(os, "fsync", fsync)
+  records.rewrite(b"FIRST\n2\n")
+  records.add(b"third\n")
+  monkeypatch.setattr(os, "fsync", failing)
+  with pytest.raises(OSError, match="quota"):
     records.sync()
+  (tmp_path / "a").write_bytes(b"FIRST\n2\n" + bytes(9))
   monkeypatch.setattr(os, "fsync", fsync)
   records.sync()
   assert len(open_files(tmp_path)) == 1
