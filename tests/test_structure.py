@@ -241,7 +241,7 @@ def test_only_named_errors_are_caught():
   boundaries = [
     ("data/images.py", ["_pillow"]),
     ("workdir/loggers.py", ["_imported"]),
-    ("workdir/loggers.py", ["_tried"]),
+    ("workdir/loggers.py", ["_try"]),
   ]
   assert [entry[:2] for entry in found] == boundaries, found
 

@@ -13,7 +13,7 @@ import pytest
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import DataConfig, EvaluateConfig
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
@@ -45,7 +45,7 @@ PROJECT = np.random.default_rng(1).normal(size=(64, 4)) / 255
 
 def pictures(split="train", number=37):
   images = np.random.default_rng(len(split)).integers(0, 256, (number, *IMAGE_SHAPE), dtype=np.uint8)
-  read = Rows(images, np.zeros(number, bool)).take
+  read = DecodedRows(images, np.zeros(number, bool)).take
   return Source("pictures", IMAGE_SHAPE, number, read, {"split": split}, lambda: np.arange(number, dtype=np.int32) % 2)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.diffusion.schedules import at, make_schedule
@@ -24,7 +24,7 @@ def source_of(images):
 
   def read(indices):
     asked.extend(indices.tolist())
-    return Rows(images[indices], np.zeros(len(indices), bool))
+    return DecodedRows(images[indices], np.zeros(len(indices), bool))
 
   return Source("pictures", images.shape[1:], len(images), read), asked
 

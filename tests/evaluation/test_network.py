@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.evaluation import network, trained
@@ -22,7 +22,7 @@ def slopes(number=80, shape=(4, 4, 1), seed=0):
   rng = np.random.default_rng(seed)
   ramp = np.linspace(20, 200, shape[1])[None, None, :, None]
   pixels = (ramp + rng.integers(0, 50, (number, *shape))).astype(np.uint8)
-  return Source("slopes", shape, number, Rows(pixels, np.zeros(number, bool)).take, {"seed": seed})
+  return Source("slopes", shape, number, DecodedRows(pixels, np.zeros(number, bool)).take, {"seed": seed})
 
 
 def features_of(source, cache, *, said=None, batch_size=16, updates=3, **options):
@@ -123,7 +123,7 @@ def test_images_held_out_are_not_learnt_from(tmp_path):
   source = slopes()
   pixels = source.read(np.arange(80)).images
   pixels[5::10] = 255 - pixels[5::10]
-  other = dataclasses.replace(source, read=Rows(pixels, np.zeros(80, bool)).take)
+  other = dataclasses.replace(source, read=DecodedRows(pixels, np.zeros(80, bool)).take)
   first, second = features_of(source, tmp_path / "a"), features_of(other, tmp_path / "b")
   assert first.identity == second.identity and first.about["explained"] != second.about["explained"]
 

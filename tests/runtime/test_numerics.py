@@ -14,7 +14,7 @@ import pytest
 import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import resume
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.batched import BatchedFn, BatchedLoop
@@ -58,7 +58,7 @@ def weights_of(run: Run) -> Weights:
 
 def pictures() -> Source:
   images = np.random.default_rng(0).integers(0, 256, (8, *IMAGE_SHAPE), dtype=np.uint8)
-  return Source("pictures", IMAGE_SHAPE, 8, Rows(images, np.zeros(8, bool)).take, {"split": "train"}, None)
+  return Source("pictures", IMAGE_SHAPE, 8, DecodedRows(images, np.zeros(8, bool)).take, {"split": "train"}, None)
 
 
 def training(run: Run, platform: str) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs import export as exchange_run
@@ -142,7 +142,7 @@ def test_what_an_unsupported_folder_says(tmp_path):
 @pytest.fixture
 def noise_images(monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.zeros(40, bool))
+  rows = DecodedRows(images, np.zeros(40, bool))
   source = Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": "0" * 64})
   monkeypatch.setattr(train_lib, "open_source", lambda data: source)
 
