@@ -11,10 +11,10 @@ import numpy as np
 from benchmarks.step_work import device_facts, memory_used
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.keys import seeded
-from ddpm_jax.run import build_run
 from ddpm_jax.sampling.draw import make_long_draw, make_predictor, table_of
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.setup import build_run
 
 
 def with_sampler(config: Config, case: str) -> Config:

@@ -26,6 +26,7 @@ from benchmarks import command, report
 from ddpm_jax.api import Model
 from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source, open_source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import trained
@@ -34,7 +35,6 @@ from ddpm_jax.evaluation.measures import frechet_distance
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
 from ddpm_jax.evaluation.network import denoiser_for, network_features
 from ddpm_jax.models.build import build_model
-from ddpm_jax.training.parallel import Parallel
 
 KINDS = ("untrained", "classifier", "network", "unet")
 _USUAL = "untrained,classifier,network"

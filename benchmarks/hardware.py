@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from ddpm_jax.compilation import cores
+from ddpm_jax.runtime.compilation import cores
 
 
 class Peak(NamedTuple):

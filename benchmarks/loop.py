@@ -36,7 +36,7 @@ from benchmarks.worker import ROOT, last_words
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.training.loop import dispatches
+from ddpm_jax.runs.train import dispatches
 from ddpm_jax.training.optimizer import decay_start
 
 _COMPILED = "compiled and made update"

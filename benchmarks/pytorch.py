@@ -7,7 +7,7 @@
 The opponent is the fastest of PyTorch eager, with channels_last, compiled, and both; on a CPU also with one thread,
 which is faster where other processes want the cores, and with --grad_accum_steps also in as many parts. There are two
 opponents: one with the memory allocator as glibc has it by default, and one with all the settings of it that the
-program gives itself (`ddpm_jax/hugepages.py`). The speed that counts is the one over the faster of them.
+program gives itself (`ddpm_jax/runtime/hugepages.py`). The speed that counts is the one over the faster of them.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import Any
 from benchmarks import command, report
 from benchmarks.alternate import block_size, cpu_seconds, rates, run_blocks, speed_ratio
 from benchmarks.torch_loop import VARIANTS
-from ddpm_jax import hugepages
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.exchange.options import unet_options
+from ddpm_jax.runtime import hugepages
+from ddpm_jax.weights.options import unet_options
 
 _SAME = {"prediction": "eps", "loss": "l2", "loss_weighting": "constant", "remat": "none"}
 # The opponents, and the tunables of glibc's malloc that each process begins with.

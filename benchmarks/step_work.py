@@ -18,10 +18,10 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.data.sources import open_source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.models.build import num_params
-from ddpm_jax.run import build_run, make_train_step
-from ddpm_jax.training.loop import calls_ahead
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.runs.train import calls_ahead
+from ddpm_jax.training.setup import build_run, make_train_step
 
 _BATCHES = 8  # different ones, used again and again
 

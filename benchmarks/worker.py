@@ -19,8 +19,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ddpm_jax import compilation, hugepages
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.runtime import compilation, hugepages
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What a worker can do: modules of this folder with prepare(job) -> (facts, block), block(case, count) -> measurement.

@@ -27,19 +27,20 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import terminal, workdir
 from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.devices.parallel import ByRows
 from ddpm_jax.diffusion.prediction import to_eps
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.exchange import initial
 from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, num_params
+from ddpm_jax.runtime import terminal
 from ddpm_jax.sampling.draw import Predictor, fit_batch, make_draw, make_predictor, table_of
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.training.parallel import ByRows
+from ddpm_jax.weights import initial
+from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir import layout
 
-# Parameters of `Model.sample` that are shorter than the knobs that they are; the others have the same names.
+# Parameters of `Model.sample` that are shorter than the options that they are; the others have the same names.
 KNOBS = {"num": "num_samples", "seed": "sample_seed", "steps": "sampling_steps", "batch_size": "sample_batch_size"}
 
 
@@ -132,10 +133,10 @@ class Model:
       "threshold_quantile": threshold_quantile,
       "batch_size": batch_size,
     }
-    knobs = config_lib.values(Config())
+    options = config_lib.values(Config())
     given = {KNOBS.get(name, name): value for name, value in asked.items() if value is not None}
     with _parameters_named():
-      given = {name: _as_knob(name, value, type(knobs[name])) for name, value in given.items()}
+      given = {name: _as_option(name, value, type(options[name])) for name, value in given.items()}
       config = config_lib.override(self.config, given)
       config_lib.check_variance(given, config)
     num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
@@ -230,8 +231,8 @@ def _parameters_named() -> Iterator[None]:
     raise UserError(re.sub(r"--(?=[a-z])", "", text)) from None
 
 
-def _as_knob(name: str, value: object, kind: type) -> object:
-  """A value as a knob of this type is: Python's own numbers in the place of NumPy's. Ranges are for the knob."""
+def _as_option(name: str, value: object, kind: type) -> object:
+  """A value as an option of this type is: Python's own numbers in the place of NumPy's. Ranges are for the option."""
   if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
     return float(value)
   if kind is not int:
@@ -271,7 +272,7 @@ def load(
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
   if initial.look(place).kind == "workdir":
-    config = config_lib.override(workdir.load_config(pathlib.Path(place)), asked)
+    config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     with terminal.errors_alone():
       return Model(config, initial.find_weights(config, pathlib.Path(place)))
   if weights != "ema":

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ddpm_jax import console, paths
 from ddpm_jax.errors import UserError
 from ddpm_jax.report.comparison import write_comparison
+from ddpm_jax.runtime import console, paths
 
 
 def main() -> int:

@@ -11,9 +11,10 @@ from typing import Any
 from absl import flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import paths, presets
+from ddpm_jax import presets
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import paths
 
 MODES = ("train", "sample", "evaluate", "export", "plan")
 
@@ -61,7 +62,7 @@ class _TupleSerializer(flags.ArgumentSerializer):
 
 
 def define(registry: flags.FlagValues = flags.FLAGS) -> None:
-  """Registers --workdir, --mode, --version and a flag for every knob. Call once for each registry."""
+  """Registers --workdir, --mode, --version and a flag for every option. Call once for each registry."""
   flags.DEFINE_string(
     "workdir",
     None,
@@ -89,7 +90,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "defaults. Empty: those too, but for a new run on a folder of images, see --dataset.",
     flag_values=registry,
   )
-  for _, field, default in config_lib.knobs(Config()):
+  for _, field, default in config_lib.options(Config()):
     text = field.metadata["help"]
     if field.metadata["choices"] and isinstance(default, tuple):
       flags.DEFINE(_TupleParser(str), field.name, default, text, registry, _TupleSerializer())
@@ -197,7 +198,7 @@ _PLACES = ("data_dir", "manual_dir", "inception_weights", "reference_stats")
 
 
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
-  """The knobs that the command line or a flagfile names, with their values; places of data as absolute paths.
+  """The options that the command line or a flagfile names, with their values; places of data as absolute paths.
 
   Raises:
     UserError: if a path begins with the home of nobody.

@@ -25,14 +25,16 @@ from absl import app
 from absl import flags as absl_flags
 
 import ddpm_jax
-from ddpm_jax import compilation, console, flags, hugepages, presets, terminal, watchdog, workdir
 from ddpm_jax import config as config_lib
+from ddpm_jax import flags, presets
 from ddpm_jax.config import Config
 from ddpm_jax.errors import NonFiniteError, RunError, UserError, root_cause
-from ddpm_jax.stop import StopRequest
+from ddpm_jax.runtime import compilation, console, hugepages, terminal, watchdog
+from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.workdir import layout
 
 if TYPE_CHECKING:
-  from ddpm_jax.distributed import Job
+  from ddpm_jax.runtime.distributed import Job
 
 
 _FAREWELL_S = 30.0  # from the line that says why a process ends to its end, at the latest
@@ -47,19 +49,19 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   Raises:
     UserError: if a flag would change what the workdir was trained with, or --init_from cannot be read.
   """
-  run = folder if folder is not None and workdir.holds_run(folder) else None
+  run = folder if folder is not None and layout.holds_run(folder) else None
   if run and given.get("attention_resolutions") == config_lib.AUTO_ATTENTION:
     given = {name: value for name, value in given.items() if name != "attention_resolutions"}  # it is settled there
   defaults = _stored(run) if run and mode in ("train", "plan") else Config()
   if given.get("init_from"):
-    from ddpm_jax.exchange import initial  # with JAX
+    from ddpm_jax.weights import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
     defaults = initial.beginning(given["init_from"], folder, defaults)
   if mode != "evaluate" and given.get("write_reference"):
     raise UserError("write_reference: is for --mode=evaluate; add that")
   if mode == "train" and run and "writers" not in given:
-    before = workdir.load_config(run).train.writers
+    before = layout.load_config(run).train.writers
     if ":" in before:
       console.warn(f"writers: {before} names a class, which counts for the command that names it; give --writers again")
   if mode in ("train", "plan"):
@@ -71,7 +73,7 @@ def resolve_config(mode: str, given: dict, folder: pathlib.Path | None) -> Confi
   else:
     config = config_lib.override(defaults, given)
     if folder is not None:
-      workdir.check(folder, config)
+      layout.check(folder, config)
   if _runs_the_network(mode, config):
     config_lib.check_variance(given, config)
   return config
@@ -85,7 +87,7 @@ def trains_on_own_images(mode: str, given: dict, folder: pathlib.Path | None) ->
     given: its flags.
     folder: of the run.
   """
-  new = not (folder and workdir.holds_run(folder)) and mode in ("train", "plan")
+  new = not (folder and layout.holds_run(folder)) and mode in ("train", "plan")
   return new and str(given.get("dataset")).startswith(config_lib.FOLDER) and not given.get("init_from")
 
 
@@ -96,16 +98,16 @@ def _runs_the_network(mode: str, config: Config) -> bool:
 
 def _stored(folder: pathlib.Path) -> Config:
   """The settings of a workdir, as a later command takes them up."""
-  stored = config_lib.for_a_later_command(workdir.load_config(folder))
-  return config_lib.beyond_init_from(stored) if workdir.has_checkpoints(folder) else stored
+  stored = config_lib.for_a_later_command(layout.load_config(folder))
+  return config_lib.beyond_init_from(stored) if layout.has_checkpoints(folder) else stored
 
 
 def _over_stored_run(mode: str, given: dict, folder: pathlib.Path) -> Config:
   stored = _stored(folder)
   config = config_lib.override(stored, given)
-  for name, old, new in workdir.changed(folder, stored, config, once_trained=_runs_the_network(mode, config)):
+  for name, old, new in layout.changed(folder, stored, config, once_trained=_runs_the_network(mode, config)):
     raise UserError(
-      f"{name}: {workdir.history(folder, stored)} {config_lib.flag_text(old)!r}, not "
+      f"{name}: {layout.history(folder, stored)} {config_lib.flag_text(old)!r}, not "
       f"{config_lib.flag_text(new)!r}; leave --{name} out"
     )
   return config
@@ -114,7 +116,7 @@ def _over_stored_run(mode: str, given: dict, folder: pathlib.Path) -> Config:
 def _check_one_model(given: dict, folder: pathlib.Path | None, run: pathlib.Path | None) -> None:
   """Raises UserError unless an export is of a run, with what it began with or not, or of weights of elsewhere."""
   path = given.get("init_from")
-  began_with_it = path and run and workdir.load_config(run).exchange.init_from == path
+  began_with_it = path and run and layout.load_config(run).exchange.init_from == path
   if not began_with_it and (folder is None) == (not path):
     raise UserError("workdir: name either a run to export, --workdir, or weights of elsewhere, --init_from")
 
@@ -139,7 +141,10 @@ def main(argv: Sequence[str]) -> int:
       config = _before_jax(mode, folder)
       if mode == "train":
         stop.exit_code = config.train.stop_exit_code
-      from ddpm_jax import distributed, numerics  # with JAX: after what can be said without it
+      from ddpm_jax.runtime import (
+        distributed,
+        numerics,  # with JAX: after what can be said without it
+      )
 
       numerics.check_options(config.model.matmul_precision)
       compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
@@ -216,7 +221,7 @@ def _choices(mode: str, config: Config, preset: str, folder: pathlib.Path | None
       f"{config.data.batch_size}, {config.train.num_steps:,} training steps"
       f"{', mirrored at random, see --norandom_flip' if config.data.random_flip else ''}); flags win over it"
     )
-  if mode == "train" and folder and not workdir.holds_run(folder) and flags.preset() is None:
+  if mode == "train" and folder and not layout.holds_run(folder) and flags.preset() is None:
     given = flags.given()
     if not (given.get("dataset") or given.get("init_from")):
       return f"{folder} holds no run yet: a new one begins there, on the digits (see --dataset, --preset)"
@@ -227,35 +232,35 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
   """Returns the exit code."""
   match mode:
     case "plan":
-      from ddpm_jax.plan import run as plan_run
+      from ddpm_jax.runs import plan
 
       if chosen:
         console.say(chosen)
-      plan_run.plan(config)
+      plan.plan(config)
       return 0
     case "export":
-      from ddpm_jax.exchange import run as exchange_run
+      from ddpm_jax.runs import export
 
-      exchange_run.export(config, folder)
+      export.export(config, folder)
       return 0
     case "evaluate":
-      from ddpm_jax.evaluation import run as evaluation_run
+      from ddpm_jax.runs import evaluate
 
-      evaluation_run.evaluate(config, folder, flags.given())
+      evaluate.evaluate(config, folder, flags.given())
       return 0
   assert folder  # the others do not go without
   match mode:
     case "train":
-      from ddpm_jax.training import loop
+      from ddpm_jax.runs import train
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      finished = loop.train(config, folder, stop, job, chosen, frozenset(flags.given()))
+      finished = train.train(config, folder, stop, job, chosen, frozenset(flags.given()))
       return 0 if finished else config.train.stop_exit_code
     case "sample":
-      from ddpm_jax.sampling import run
+      from ddpm_jax.runs import sample
 
-      run.sample(config, folder)
+      sample.sample(config, folder)
   return 0
 
 

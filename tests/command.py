@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 
-from ddpm_jax.metrics import TIMES
+from ddpm_jax.workdir.metrics import TIMES
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24

@@ -6,7 +6,7 @@ import pathlib
 
 import pytest
 
-from ddpm_jax import compilation
+from ddpm_jax.runtime import compilation
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
 

@@ -15,8 +15,8 @@ import ddpm_jax
 from ddpm_jax import api
 from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
-from ddpm_jax.exchange import run as exchange
-from ddpm_jax.sampling import run as sampling
+from ddpm_jax.runs import export as exchange
+from ddpm_jax.runs import sample as sampling
 from tests.sampling.conftest import Trained, make_workdir, noise
 from tests.training.tiny import IMAGE_SHAPE, host
 
@@ -90,7 +90,7 @@ def test_the_weights_that_were_asked_for(trained, options, step, seed):
 
 
 @pytest.mark.parametrize(
-  ("asked", "knobs"),
+  ("asked", "options"),
   [
     ({}, {}),
     ({"seed": 2**32 - 1}, {"sample_seed": 2**32 - 1}),
@@ -114,10 +114,10 @@ def test_the_weights_that_were_asked_for(trained, options, step, seed):
     ),
   ],
 )
-def test_draws_what_the_command_draws(trained, model, tmp_path, asked, knobs):
+def test_draws_what_the_command_draws(trained, model, tmp_path, asked, options):
   shutil.copytree(trained.path, tmp_path / "run")
   copy = Trained(tmp_path / "run", trained.config)
-  sampling.sample(copy.having(num_samples=11, **knobs), copy.path)
+  sampling.sample(copy.having(num_samples=11, **options), copy.path)
   got, theirs = model.sample(11, **asked), copy.load()["images"]  # in batches of 8
   assert got.shape == theirs.shape and got.dtype == theirs.dtype == np.uint8
   assert np.abs(got.astype(int) - theirs).max() <= 1  # equal but for the rounding to uint8
@@ -188,8 +188,8 @@ NOT_IN_API = {
 
 def test_the_api_has_what_the_command_draws_with():
   """All flags of the group, and what else may differ from the training."""
-  rules = {field.name: field.metadata for _, field, _ in config_lib.knobs(config_lib.Config())}
-  command = {field.name for section, field, _ in config_lib.knobs(config_lib.Config()) if section == "sample"}
+  rules = {field.name: field.metadata for _, field, _ in config_lib.options(config_lib.Config())}
+  command = {field.name for section, field, _ in config_lib.options(config_lib.Config()) if section == "sample"}
   command |= {name for name, rule in rules.items() if rule["may_change_once_trained"] and not rule["may_change"]}
   command |= {"variance"}
   here = {*inspect.signature(ddpm_jax.load).parameters, *inspect.signature(api.Model.sample).parameters}

@@ -33,7 +33,7 @@ OTHERS = (
   *(f"docs/{name}.md" for name in ("several_runs", "time_grids")),
 )
 PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
-KNOBS = {field.name: field for _, field, _ in config_lib.knobs(Config())}
+KNOBS = {field.name: field for _, field, _ in config_lib.options(Config())}
 
 # Flags of other programs that the documents may mention.
 OTHER_FLAGS = {
@@ -89,7 +89,7 @@ def programs(text: str) -> list[list[str]]:
 
 @functools.cache
 def parse(*arguments: str) -> tuple[str, dict]:
-  """(mode, knobs) of a command line, by a registry of its own."""
+  """(mode, options) of a command line, by a registry of its own."""
   registry = absl_flags.FlagValues()
   flags.define(registry)
   arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
@@ -128,7 +128,7 @@ def test_links_and_pictures_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_flags_exist(name):
-  switches = {f"no{knob}" for knob, field in KNOBS.items() if isinstance(field.default, bool)}
+  switches = {f"no{option}" for option, field in KNOBS.items() if isinstance(field.default, bool)}
   names = {"workdir", "mode", "preset", "version"}
   unknown = named_flags(PAGES[name]) - set(KNOBS) - names - switches - OTHER_FLAGS
   assert not unknown
@@ -195,7 +195,7 @@ def test_commands_parse():
 
 def test_what_the_sampling_section_names_may_be_given():
   named = named_flags(section(README, "Drawing samples")) - {"workdir", "mode"}
-  sampling = {field.name for part, field, _ in config_lib.knobs(Config()) if part == "sample"}
+  sampling = {field.name for part, field, _ in config_lib.options(Config()) if part == "sample"}
   only_while_training = {"may_change": False, "may_change_once_trained": True}
   arithmetic = {name for name, field in KNOBS.items() if field.metadata | only_while_training == field.metadata}
   assert named == sampling | {"variance"} | arithmetic
@@ -207,7 +207,7 @@ def test_every_flag_is_in_a_group():
   for group, names in rows:
     groups.setdefault(group, []).extend(names.removeprefix("--").split(" --"))
   wanted = {"run": ["workdir", "mode", "preset", "flagfile", "version"]}
-  for group, field, _ in config_lib.knobs(Config()):
+  for group, field, _ in config_lib.options(Config()):
     wanted.setdefault(group, []).append(field.name)
   assert groups == wanted
 
@@ -306,7 +306,7 @@ def test_what_may_change_is_what_the_code_says():
   may_change = {name for name, field in KNOBS.items() if field.metadata["may_change"]}
   table = marked(WORKSPACE, "may-change")
   assert set(re.findall(r"`(\w+)`", table)) == may_change
-  groups = {field.name for part, field, _ in config_lib.knobs(Config()) if part in ("sample", "evaluate", "plan")}
+  groups = {field.name for part, field, _ in config_lib.options(Config()) if part in ("sample", "evaluate", "plan")}
   assert named_flags(marked(README, "may-change")) == may_change - groups
   assert groups <= may_change  # README.md says so of the three groups as a whole
 

@@ -5,8 +5,9 @@ import pytest
 from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, knob, presets
+from ddpm_jax import flags, presets
 from ddpm_jax.config import Config
+from ddpm_jax.config import option as option
 from ddpm_jax.errors import UserError
 
 # People and scripts use these: they stay.
@@ -40,10 +41,10 @@ def test_names_that_stay(registry):
   assert set(registry) >= NAMES
 
 
-def test_one_flag_for_each_knob_with_its_default_and_help(registry):
-  knobs = {field.name: (default, field.metadata["help"]) for _, field, default in config_lib.knobs(Config())}
-  assert set(registry) == {"workdir", "mode", "preset", "version"} | set(knobs)
-  for name, (default, text) in knobs.items():
+def test_one_flag_for_each_option_with_its_default_and_help(registry):
+  options = {field.name: (default, field.metadata["help"]) for _, field, default in config_lib.options(Config())}
+  assert set(registry) == {"workdir", "mode", "preset", "version"} | set(options)
+  for name, (default, text) in options.items():
     assert registry[name].default == default
     assert type(registry[name].default) is type(default)
     assert text in registry[name].help
@@ -54,7 +55,7 @@ def test_defaults_are_not_given(registry):
   assert registry.mode == "train"
 
 
-def test_values_have_the_type_of_their_knob(registry):
+def test_values_have_the_type_of_their_option(registry):
   given = parse(
     registry,
     *("--channels=64", "--dropout=0", "--random_flip", "--dataset=cifar10", "--channel_multipliers=1,2,4"),
@@ -185,7 +186,7 @@ def holds(registry, tmp_path, texts) -> bool:
 
 
 def test_texts_that_a_flagfile_cannot_hold_are_refused_for_every_flag_and_no_others(registry, tmp_path):
-  fields = [f for _, f, default in config_lib.knobs(Config()) if type(default) is str and not f.metadata["choices"]]
+  fields = [f for _, f, default in config_lib.options(Config()) if type(default) is str and not f.metadata["choices"]]
   assert {"dataset", "split", "data_dir", "checkpoint", "mask", "topology", "init_from"} <= {f.name for f in fields}
   letters = [chr(code) for code in (*range(1, 0x3100), 0xD800, 0xDFFF, 0xFEFF, 0xFFFD, 0x1F600)]
   texts = [text for letter in letters for text in (f"a{letter}b", f"{letter}b", f"a{letter}")]
@@ -193,7 +194,7 @@ def test_texts_that_a_flagfile_cannot_hold_are_refused_for_every_flag_and_no_oth
 
   def refused(field, text):
     try:
-      knob.check_range(field, text)
+      option.check_range(field, text)
     except UserError as error:
       return str(error).startswith(f"{field.name}: ") and str(error).isprintable()
     return False

@@ -11,17 +11,15 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
-import ddpm_jax.evaluation
-import ddpm_jax.exchange
-import ddpm_jax.plan
-import ddpm_jax.sampling
-import ddpm_jax.training
+import ddpm_jax.runs
 from ddpm_jax import config as config_lib
-from ddpm_jax import distributed, flags, main, presets, workdir
+from ddpm_jax import flags, main, presets
 from ddpm_jax.config import Config
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
-from ddpm_jax.stop import StopRequest
+from ddpm_jax.runtime import distributed
+from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.workdir import layout
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
@@ -41,13 +39,13 @@ def runs(monkeypatch) -> types.SimpleNamespace:
 
     return called
 
-  monkeypatch.setattr(ddpm_jax.training, "loop", types.SimpleNamespace(train=run("train")), raising=False)
-  monkeypatch.setattr(ddpm_jax.sampling, "run", types.SimpleNamespace(sample=run("sample")), raising=False)
+  monkeypatch.setattr(ddpm_jax.runs, "train", types.SimpleNamespace(train=run("train")), raising=False)
+  monkeypatch.setattr(ddpm_jax.runs, "sample", types.SimpleNamespace(sample=run("sample")), raising=False)
   measured = types.SimpleNamespace(evaluate=run("evaluate"))
-  monkeypatch.setattr(ddpm_jax.evaluation, "run", measured, raising=False)
+  monkeypatch.setattr(ddpm_jax.runs, "evaluate", measured, raising=False)
   planned = types.SimpleNamespace(plan=lambda config: run("plan")(config, None))
-  monkeypatch.setattr(ddpm_jax.plan, "run", planned, raising=False)
-  monkeypatch.setattr(ddpm_jax.exchange, "run", types.SimpleNamespace(export=run("export")), raising=False)
+  monkeypatch.setattr(ddpm_jax.runs, "plan", planned, raising=False)
+  monkeypatch.setattr(ddpm_jax.runs, "export", types.SimpleNamespace(export=run("export")), raising=False)
   monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another
   monkeypatch.setattr(main.terminal, "quiet", lambda: None)
 
@@ -100,13 +98,13 @@ def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, mo
     named.append(given)
     return finished.pop(0)
 
-  monkeypatch.setattr(ddpm_jax.training.loop, "train", train)
+  monkeypatch.setattr(ddpm_jax.runs.train, "train", train)
   codes = [command(f"--workdir={tmp_path}", *flags) for flags in ([], ["--stop_exit_code=75"]) * 2]
   assert codes == [0, 75, 0, 0] and stops == [0, 75] * 2
   assert named == [frozenset(), frozenset({"stop_exit_code"})] * 2
-  workdir.create(tmp_path, config_lib.override(Config(), {"stop_exit_code": 99}))
+  layout.create(tmp_path, config_lib.override(Config(), {"stop_exit_code": 99}))
   assert command(f"--workdir={tmp_path}") == 99 and stops[-1] == 99
-  monkeypatch.setattr(ddpm_jax.training.loop, "train", lambda *_: True)
+  monkeypatch.setattr(ddpm_jax.runs.train, "train", lambda *_: True)
   monkeypatch.setattr(main, "StopRequest", lambda exit_code: stops.append(exit_code) or StopRequest(exit_code))
   command(f"--workdir={tmp_path}", "--stop_exit_code=75")
   command(f"--workdir={tmp_path}", "--stop_exit_code=75", "--mode=sample")
@@ -120,14 +118,14 @@ def test_processes_are_joined_before_the_run_and_as_asked(runs, command, tmp_pat
 
 def test_sample_takes_the_stored_config(runs, command, tmp_path):
   stored = config_lib.override(Config(), {"channels": 64, "sampler": "ddim"})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   assert command(f"--workdir={tmp_path}", "--mode=sample", "--num_samples=7") == 0
   assert runs.calls[-1] == ("sample", config_lib.override(stored, {"num_samples": 7}), tmp_path)
 
 
 def test_evaluate_takes_the_stored_config(runs, command, tmp_path):
   stored = config_lib.override(Config(), {"channels": 64, "evaluate_samples": 100})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   assert command(f"--workdir={tmp_path}", "--mode=evaluate", "--measures=bound,ode", "--checkpoint=best") == 0
   expected = config_lib.override(stored, {"measures": ("bound", "ode"), "checkpoint": "best"})
   assert runs.calls[-1] == ("evaluate", expected, tmp_path)
@@ -146,7 +144,7 @@ def test_a_plan_needs_no_workdir_joins_no_job_and_writes_nothing(runs, command, 
 
 def test_a_plan_of_a_run_may_change_all_of_it(runs, command, tmp_path):
   stored = config_lib.override(Config(), {"channels": 64, "num_steps": 777})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
   assert command("--mode=plan", f"--workdir={tmp_path}", "--batch_size=256", "--dtype=bfloat16") == 0
   assert runs.calls[-1] == ("plan", config_lib.override(stored, {"batch_size": 256, "dtype": "bfloat16"}), None)
@@ -160,7 +158,7 @@ def test_a_plan_of_a_run_may_change_all_of_it(runs, command, tmp_path):
 @pytest.mark.parametrize("mode", ["train", "sample", "evaluate", "export", "plan"])
 def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
   if mode != "train":
-    workdir.create(tmp_path, Config())
+    layout.create(tmp_path, Config())
   runs.error = error
   assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
   assert one_line(capsys) == f"error: {error}\n"
@@ -243,7 +241,7 @@ def test_bad_input_is_one_line_and_exit_code_2(runs, command, capsys, tmp_path, 
 def test_train_is_flags_over_the_stored_run(tmp_path):
   """What may not change is refused when the run starts, by `workdir.check`; a consent is for one command."""
   stored = config_lib.override(Config(), {"channels": 64, "num_steps": 777, "lr_schedule": "cosine"})
-  workdir.create(tmp_path, config_lib.override(stored, {"allow_data_change": True}))
+  layout.create(tmp_path, config_lib.override(stored, {"allow_data_change": True}))
   assert main.resolve_config("train", {}, tmp_path) == stored
   given = {"num_steps": 2000, "channels": 32}  # the defaults, but given
   assert main.resolve_config("train", given, tmp_path) == config_lib.override(stored, given)
@@ -253,17 +251,17 @@ def test_train_is_flags_over_the_stored_run(tmp_path):
 def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
   """Release 0.1.0 had a cosine by default, and knew no --decay_fraction."""
   stored = config_lib.override(Config(), {"lr_schedule": "cosine"})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   text = (tmp_path / "config.json").read_text()
   (tmp_path / "config.json").write_text(re.sub(r' *"decay_fraction": .*\n', "", text))
   assert text != (tmp_path / "config.json").read_text()
   config = main.resolve_config("train", {}, tmp_path)
-  assert config == stored and workdir.check(tmp_path, config)
+  assert config == stored and layout.check(tmp_path, config)
   assert main.resolve_config("train", {"num_steps": 4000}, tmp_path).optimizer == stored.optimizer
   with pytest.raises(
     UserError, match=r"lr_schedule: .* 'cosine', .* 'constant_then_decay'; leave --lr_schedule out, or"
   ):
-    workdir.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
+    layout.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
 
 
 def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, command, capsys, tmp_path):
@@ -292,7 +290,7 @@ def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, co
   assert "beta_end: 0.4 has no effect with beta_schedule=cosine" in (line := one_line(capsys))
   assert "own images take --preset=images32" in line
   stored = config_lib.override(Config(), folder | {"channels": 64})
-  workdir.create(tmp_path / "run", stored)
+  layout.create(tmp_path / "run", stored)
   assert command(f"--workdir={tmp_path / 'run'}", images) == 0
   assert runs.calls[-1][1] == stored and not runs.said[-1]
   assert presets.for_own_images("gpu") == presets.for_own_images("tpu") == "images64"
@@ -318,20 +316,20 @@ def test_a_command_that_names_only_a_new_workdir_says_that_it_begins_a_run(runs,
   for words, said in ((["--num_steps=3"], True), (["--dataset=digits"], False), (["--preset=digits"], False)):
     assert command(f"--workdir={tmp_path / 'runs'}", *words) == 0
     assert (f"{tmp_path / 'runs'} holds no run yet: a new one begins there" in runs.said[-1]) == said, words
-  workdir.create(tmp_path, Config())
+  layout.create(tmp_path, Config())
   assert command(f"--workdir={tmp_path}") == 0 and not runs.said[-1]
 
 
 def test_attention_that_fits_the_images_is_that_of_the_run(tmp_path):
   stored = config_lib.override(Config(), {"attention_resolutions": (4,)})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   for mode in ("train", "sample"):
     assert main.resolve_config(mode, {"attention_resolutions": (0,)}, tmp_path) == stored
 
 
 def test_sample_is_flags_over_the_stored_run(tmp_path):
   stored = config_lib.override(Config(), {"channels": 64, "num_timesteps": 100})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   for given in (
     {"sampler": "ddim", "eta": 0.5, "sampling_steps": 20, "channels": 64},
     {"sampler": "ddpm", "variance": "fixed_small", "num_samples": 3},
@@ -340,14 +338,14 @@ def test_sample_is_flags_over_the_stored_run(tmp_path):
 
 
 def test_sample_refuses_what_would_have_no_effect(tmp_path):
-  workdir.create(tmp_path, Config())
+  layout.create(tmp_path, Config())
   with pytest.raises(UserError, match=r"variance: fixed_small has no effect with sampler=ddim; .*--sampler=ddpm"):
     main.resolve_config("sample", {"sampler": "ddim", "variance": "fixed_small"}, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_what_reads_a_run_cannot_change_it(runs, command, capsys, tmp_path, mode):
-  workdir.create(tmp_path, Config())
+  layout.create(tmp_path, Config())
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
   for flag in ("--split=test", "--num_timesteps=999", "--random_flip"):
     assert command(f"--workdir={tmp_path}", f"--mode={mode}", flag) == 2
@@ -356,7 +354,7 @@ def test_what_reads_a_run_cannot_change_it(runs, command, capsys, tmp_path, mode
 
 
 def test_sample_refuses_to_change_what_was_trained(tmp_path):
-  workdir.create(tmp_path, config_lib.override(Config(), {"channel_multipliers": (1, 2)}))
+  layout.create(tmp_path, config_lib.override(Config(), {"channel_multipliers": (1, 2)}))
   with pytest.raises(UserError) as caught:
     main.resolve_config("sample", {"channel_multipliers": (1, 4)}, tmp_path)
   for part in ("channel_multipliers: ", "'1,2'", "'1,4'", "leave --channel_multipliers out"):
@@ -364,14 +362,14 @@ def test_sample_refuses_to_change_what_was_trained(tmp_path):
 
 
 def test_sample_checks_its_flags_against_the_stored_run(tmp_path):
-  workdir.create(tmp_path, config_lib.override(Config(), {"num_timesteps": 100}))
+  layout.create(tmp_path, config_lib.override(Config(), {"num_timesteps": 100}))
   with pytest.raises(UserError, match=r"sampling_steps: 200 .*num_timesteps=100"):
     main.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
 
 
 def test_no_class_that_a_workdir_names_is_imported(tmp_path, capsys):
   """It may be somebody else's."""
-  workdir.create(tmp_path, config_lib.override(Config(), {"writers": "tensorboard,a.b:C"}))
+  layout.create(tmp_path, config_lib.override(Config(), {"writers": "tensorboard,a.b:C"}))
   assert main.resolve_config("train", {}, tmp_path).train.writers == "tensorboard"
   assert capsys.readouterr().err == (
     "warning: writers: tensorboard,a.b:C names a class, which counts for the command that names it; give --writers "
@@ -387,7 +385,7 @@ def test_statistics_of_a_data_set_need_no_run(runs, command, capsys, tmp_path):
   assert main.resolve_config("evaluate", given, None) == config_lib.override(Config(), given)
   assert command("--mode=evaluate", "--write_reference=x.npz") == 0
   assert [call[0] for call in runs.calls] == ["distributed", "evaluate"]
-  workdir.create(tmp_path, config_lib.override(Config(), {"split": "test"}))
+  layout.create(tmp_path, config_lib.override(Config(), {"split": "test"}))
   assert main.resolve_config("evaluate", {"write_reference": "x.npz"}, tmp_path).data.split == "test"
   for mode in ("train", "sample"):
     assert command(f"--workdir={tmp_path}", "--write_reference=x.npz", f"--mode={mode}") == 2
@@ -402,7 +400,7 @@ def test_statistics_of_a_data_set_need_no_run(runs, command, capsys, tmp_path):
 @pytest.fixture
 def model(tmp_path) -> str:
   """A workdir that --init_from can name: its settings are all that is asked for here."""
-  workdir.create(tmp_path / "model", config_lib.override(Config(), {"channels": 48, "num_timesteps": 40} | PREVIEW))
+  layout.create(tmp_path / "model", config_lib.override(Config(), {"channels": 48, "num_timesteps": 40} | PREVIEW))
   return str(tmp_path / "model")
 
 
@@ -426,7 +424,7 @@ def test_a_path_is_kept_as_an_absolute_one(model, tmp_path, monkeypatch):
 
 def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
   config = main.resolve_config("train", {"init_from": model, "channels": 96}, tmp_path / "run")
-  workdir.create(tmp_path / "run", config)
+  layout.create(tmp_path / "run", config)
   (tmp_path / "model" / "config.json").unlink()
   assert main.resolve_config("train", {"init_from": model}, tmp_path / "run") == config
   for mode in ("train", "sample"):
@@ -438,7 +436,7 @@ def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
 def test_weights_of_elsewhere_get_their_data_set_when_they_are_measured(model, tmp_path):
   """As often as they like: each result says what it was measured on."""
   folder = tmp_path / "run"
-  workdir.create(folder, main.resolve_config("sample", {"init_from": model}, folder))
+  layout.create(folder, main.resolve_config("sample", {"init_from": model}, folder))
   for given in ({"init_from": model, "dataset": "mnist"}, {"dataset": "mnist"}):
     assert main.resolve_config("evaluate", given, folder).data.dataset == "mnist"
   with pytest.raises(UserError, match=rf"channels: {folder} was made with '48', not '64'; leave --channels out"):
@@ -452,7 +450,7 @@ def test_weights_of_elsewhere_get_their_data_set_when_they_are_measured(model, t
 
 def test_what_named_the_first_weights_names_none_of_the_run_itself(model, tmp_path):
   folder, named = tmp_path / "run", {"checkpoint": "4", "sample_weights": "raw"}
-  workdir.create(folder, main.resolve_config("train", {"init_from": model} | named, folder))
+  layout.create(folder, main.resolve_config("train", {"init_from": model} | named, folder))
   which = lambda mode, **given: main.resolve_config(mode, given, folder).sample  # noqa: E731
   assert (which("sample").checkpoint, which("sample").sample_weights) == ("4", "raw")  # nothing is trained yet
   (folder / "checkpoints" / "3").mkdir(parents=True)
@@ -464,14 +462,14 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(model, tmp_pa
 def test_a_plan_of_a_run_with_other_weights(model, tmp_path):
   """What comes with them wins over the run, and flags over both."""
   stored = config_lib.override(Config(), {"channels": 64, "batch_size": 32, "preview_steps": 7})
-  workdir.create(tmp_path / "run", stored)
+  layout.create(tmp_path / "run", stored)
   config = main.resolve_config("plan", {"init_from": model, "dropout": 0.1}, tmp_path / "run")
   theirs = {"channels": 48, "num_timesteps": 40, "preview_steps": 5, "threshold": "none", "variance": "fixed_small"}
   assert config == config_lib.override(stored, theirs | {"init_from": model, "dropout": 0.1})
 
 
 def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
-  workdir.create(tmp_path / "run", Config())
+  layout.create(tmp_path / "run", Config())
   with pytest.raises(UserError, match=r"init_from: .* was trained with '', not '.*model'; leave --init_from out"):
     main.resolve_config("sample", {"init_from": model}, tmp_path / "run")
   (tmp_path / "full").mkdir()
@@ -481,13 +479,13 @@ def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
 
 
 def test_an_export_is_of_one_model(model, tmp_path):
-  workdir.create(tmp_path / "run", Config())
+  layout.create(tmp_path / "run", Config())
   assert main.resolve_config("export", {"variance": "fixed_small", "sampler": "ddim"}, tmp_path / "run")
   for given, folder in (({"init_from": model}, tmp_path / "run"), ({}, None)):
     with pytest.raises(UserError, match="workdir: name either a run to export"):
       main.resolve_config("export", given, folder)
   began = main.resolve_config("train", {"init_from": model}, tmp_path / "tuned")
-  workdir.create(tmp_path / "tuned", began)
+  layout.create(tmp_path / "tuned", began)
   assert main.resolve_config("export", {"init_from": model}, tmp_path / "tuned") == began
   with pytest.raises(UserError, match="workdir: name either a run to export"):
     main.resolve_config("export", {"init_from": str(tmp_path / "run")}, tmp_path / "tuned")
@@ -495,7 +493,7 @@ def test_an_export_is_of_one_model(model, tmp_path):
 
 def test_weights_may_be_used_in_another_arithmetic_than_they_were_trained_in(tmp_path):
   stored = config_lib.override(Config(), {"dtype": "bfloat16", "matmul_precision": "high"})
-  workdir.create(tmp_path, stored)
+  layout.create(tmp_path, stored)
   given = {"dtype": "float32", "matmul_precision": "highest"}
   for mode, more in (("sample", {}), ("evaluate", {}), ("export", {"export_format": "jax"})):
     assert main.resolve_config(mode, given | more, tmp_path) == config_lib.override(stored, given | more)
@@ -505,7 +503,7 @@ def test_weights_may_be_used_in_another_arithmetic_than_they_were_trained_in(tmp
       main.resolve_config("export", {name: value}, tmp_path)
     resumed = main.resolve_config("train", {"dtype": "bfloat16", "matmul_precision": "high", name: value}, tmp_path)
     with pytest.raises(UserError, match=rf"^{name}: .* this command says '{value}'"):
-      workdir.check(tmp_path, resumed)
+      layout.check(tmp_path, resumed)
 
 
 def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path, capsys):
@@ -522,7 +520,7 @@ def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path,
 
 
 def test_a_variance_is_no_part_of_an_exported_sampler_that_has_none(tmp_path):
-  workdir.create(tmp_path, Config())
+  layout.create(tmp_path, Config())
   given = {"export_format": "jax", "variance": "fixed_small"}
   assert main.resolve_config("export", given, tmp_path).diffusion.variance == "fixed_small"
   with pytest.raises(UserError, match="variance: fixed_small has no effect with sampler=ddim"):

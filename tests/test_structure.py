@@ -5,8 +5,6 @@ import graphlib
 import pathlib
 import sys
 
-import pytest
-
 import ddpm_jax
 
 ROOT = pathlib.Path(ddpm_jax.__file__).parent
@@ -46,10 +44,6 @@ def ours(file: str) -> set[str]:
   return {name if name in MODULES else name.rpartition(".")[0] for name in found} - {"ddpm_jax"}
 
 
-def below(folder: str) -> list[str]:
-  return [file for file in FILES if file.startswith(folder + "/")]
-
-
 def importers(*names: str) -> set[str]:
   """The files that import one of these, or something inside it."""
   return {
@@ -59,115 +53,87 @@ def importers(*names: str) -> set[str]:
   }
 
 
-def test_there_is_something_to_look_at():
-  assert len(FILES) > 25
-  assert ours("models/build.py") == {
-    "ddpm_jax.config",
-    "ddpm_jax.errors",
-    "ddpm_jax.models.layers",
-    "ddpm_jax.models.unet",
+# Each room imports from rooms further down alone; those of one line do not import each other.
+ROOMS = (
+  ("main", "api", "compare"),
+  ("runs",),
+  ("report", "export", "plan", "plots"),
+  ("evaluation",),
+  ("sampling",),
+  ("weights",),
+  ("checkpoint",),
+  ("training",),
+  ("first_stage",),
+  ("models", "data", "devices"),
+  ("workdir",),
+  ("flags",),
+  ("runtime",),
+  ("config", "presets"),
+  ("keys",),
+  ("errors",),
+)
+HEIGHT = {room: -row for row, rooms in enumerate(ROOMS) for room in rooms}
+
+
+def room(name: str) -> str:
+  """Of 'models/unet.py' or 'ddpm_jax.models.unet' it is 'models'."""
+  return name.removeprefix("ddpm_jax.").replace("/", ".").removesuffix(".py").split(".")[0]
+
+
+def test_imports_point_down():
+  upward = [
+    f"{file} -> {name}"
+    for file in FILES
+    if file != "__init__.py"
+    for name in ours(file)
+    if room(name) != room(file) and room(file) != "diffusion" and room(name) != "diffusion"
+    if HEIGHT[room(file)] <= HEIGHT[room(name)]
+  ]
+  assert len(FILES) > 25 and not upward, upward
+
+
+def test_some_rooms_know_little_else():
+  """The mathematics knows arrays, networks know arrays and their own settings, the config the standard library."""
+  bounds = {
+    "diffusion": ({"diffusion"}, {"numpy", "jax", "chex"}),
+    "models": ({"models", "config", "errors"}, None),
+    "config": ({"config", "errors"}, set()),
+    "errors": (set(), set()),
+    "report": ({"report", "evaluation", "config", "errors", "workdir"}, None),
   }
-
-
-@pytest.mark.parametrize("file", below("diffusion"))
-def test_the_mathematics_knows_only_arrays(file):
-  third_party = {top(name) for name in imports(TREES[file])} - set(sys.stdlib_module_names)
-  assert third_party <= {"numpy", "jax", "chex", "ddpm_jax"}
-  assert all(name.startswith("ddpm_jax.diffusion") for name in ours(file))
-
-
-@pytest.mark.parametrize("file", below("models"))
-def test_the_networks_know_only_arrays(file):
-  others = {name for name in ours(file) if not name.startswith("ddpm_jax.models")}
-  assert others <= ({"ddpm_jax.config", "ddpm_jax.errors"} if file == "models/build.py" else set())
-
-
-def test_config_is_standard_library_only():
-  for file in ("config.py", "sections.py", "knob.py", "errors.py"):
-    assert {top(name) for name in imports(TREES[file]) if top(name) != "ddpm_jax"} <= set(sys.stdlib_module_names)
-  assert ours("config.py") == {"ddpm_jax.sections", "ddpm_jax.knob", "ddpm_jax.errors"}
-  assert importers("ddpm_jax.sections") == {"config.py"}
-
-
-SERVICES = [
-  "compilation",
-  "console",
-  "distributed",
-  "flags",
-  "grids",
-  "keys",
-  "lock",
-  "metrics",
-  "numerics",
-  "paths",
-  "plots",
-  "progress",
-  "stop",
-  "terminal",
-  "watchdog",
-  "watcher",
-]
-FILING = ["loggers", "storage", "workdir", "writers"]
-
-
-@pytest.mark.parametrize("name", [*SERVICES, *FILING])
-def test_services_know_at_most_the_config_and_how_files_are_written(name):
-  allowed = {"ddpm_jax.config", "ddpm_jax.console", "ddpm_jax.errors", "ddpm_jax.paths", "ddpm_jax.storage"}
-  own = {
-    "workdir": {"ddpm_jax.lock"},
-    "distributed": {"ddpm_jax.watchdog"},
-    "watchdog": {"ddpm_jax.watcher"},
-    "writers": {"ddpm_jax.metrics"},
-    "flags": {"ddpm_jax.presets"},
-    "watcher": set(),
-  }
-  assert ours(f"{name}.py") <= allowed | own.get(name, set())
-
-
-@pytest.mark.parametrize("file", below("data"))
-def test_the_data_know_no_model(file):
-  services = {"ddpm_jax.config", "ddpm_jax.console", "ddpm_jax.errors", "ddpm_jax.paths"}
-  assert {name for name in ours(file) if not name.startswith("ddpm_jax.data")} <= services
-
-
-def test_nothing_imports_main_and_only_main_starts_a_run():
-  assert importers("ddpm_jax.main") == set()
-  runs = (
-    "ddpm_jax.sampling.run",
-    "ddpm_jax.evaluation.run",
-    "ddpm_jax.plan.run",
-    "ddpm_jax.exchange.run",
-    "ddpm_jax.training.loop.train",
-  )
-  assert importers(*runs) == {"main.py"}
-  assert importers("ddpm_jax.training.loop") == {"main.py"}
-
-
-@pytest.mark.parametrize("file", below("report"))
-def test_the_report_is_made_of_files_alone(file):
-  allowed = tuple(f"ddpm_jax.{name}" for name in ("report", "config", "errors", "grids", "metrics", "storage"))
-  assert all(name.startswith(allowed) for name in ours(file))
-
-
-@pytest.mark.parametrize("name", ["measures", "moments", "neighbours"])
-def test_the_measures_know_only_numbers(name):
-  assert ours(f"evaluation/{name}.py") <= {"ddpm_jax.grids"}
+  found = []
+  for file, tree in TREES.items():
+    if room(file) in bounds:
+      rooms, libraries = bounds[room(file)]
+      third_party = {top(name) for name in imports(tree)} - set(sys.stdlib_module_names) - {"ddpm_jax"}
+      strangers = third_party - libraries if libraries is not None else set()
+      found += [f"{file} -> {name}" for name in {room(name) for name in ours(file)} - rooms | strangers]
+  assert not found, found
+  assert {file for file in FILES if room(file) == "models" and "ddpm_jax.config" in ours(file)} == {"models/build.py"}
 
 
 def test_one_module_for_each_library_behind_a_wall():
-  assert importers("absl.flags", "absl.app") <= {"main.py", "flags.py"}
-  assert importers("orbax") == {"training/checkpoint.py"}
-  assert importers("tensorboardX") == {"writers.py"}
-  assert importers("wandb") == {"loggers.py"}
-  assert importers("flax.linen") <= set(below("models"))
-  assert importers("grain", "tensorflow_datasets") <= set(below("data"))
-  assert importers("safetensors") == {"evaluation/arrays.py", "evaluation/inception.py", "exchange/tensors.py"}
+  walls = {
+    ("absl.flags", "absl.app"): {"main.py", "flags.py"},
+    ("orbax",): {"checkpoint/checkpoint.py"},
+    ("tensorboardX",): {"workdir/writers.py"},
+    ("wandb",): {"workdir/loggers.py"},
+    ("safetensors",): {"weights/arrays.py", "evaluation/inception.py", "weights/tensors.py"},
+    ("ddpm_jax.main",): set(),
+  }
+  found = {names: importers(*names) for names in walls}
+  assert found == walls
+  assert {room(file) for file in importers("flax.linen")} == {"models"}
+  assert {room(file) for file in importers("grain", "tensorflow_datasets")} == {"data"}
+  assert importers("ddpm_jax.runs") == {"main.py"} | {
+    file for file in importers("ddpm_jax.runs") if room(file) == "runs"
+  }
 
 
 def test_one_module_says_what_a_path_is():
-  """Where `~nobody` is told in one line."""
+  """There, `~nobody` becomes an error of one line."""
   texts = {file: ast.unparse(tree) for file, tree in TREES.items()}
-  assert {file for file, text in texts.items() if "expanduser" in text} == {"paths.py"}
+  assert {file for file, text in texts.items() if "expanduser" in text} == {"runtime/paths.py"}
 
 
 def test_what_nothing_imports():
@@ -186,24 +152,32 @@ def test_the_benchmarks_stand_above_the_package():
   assert not {name for names in found.values() for name in names if top(name) in ("tests", "experiments", "torch")}
 
 
+def at_import(tree: ast.AST) -> set[str]:
+  """What is imported with a module, and not only when one of its functions is called."""
+  outside = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+  lazy = {id(part) for function in outside for part in ast.walk(function)}
+  parts = [part for part in ast.walk(tree) if isinstance(part, ast.Import | ast.ImportFrom) and id(part) not in lazy]
+  return {name for part in parts for name in imports(part)}
+
+
 def test_a_worker_with_pytorch_needs_nothing_else():
   """It runs with another Python, which has no JAX."""
   todo, seen = ["benchmarks.torch_loop", "benchmarks.worker"], set()
+  files = {
+    name: file for name, file in MODULES.items() if name != "ddpm_jax"
+  }  # its API is imported when it is asked for
+  files |= {name.removesuffix(".py").replace("/", "."): name for name in BENCHMARKS}
   while todo:
-    file = todo.pop().replace(".", "/").removeprefix("ddpm_jax/") + ".py"
-    if file in ALL_TREES and file not in seen:
+    file = files.get(todo.pop(), "")
+    if file and file not in seen:
       seen.add(file)
-      outside = [node for node in ast.walk(ALL_TREES[file]) if isinstance(node, ast.FunctionDef)]
-      lazy = {id(part) for function in outside for part in ast.walk(function)}
-      found = set()
-      for part in ast.walk(ALL_TREES[file]):
-        if isinstance(part, ast.Import | ast.ImportFrom) and id(part) not in lazy:
-          found |= imports(part)
+      found = at_import(ALL_TREES[file])
       assert {top(name) for name in found} <= set(sys.stdlib_module_names) | {"ddpm_jax", "benchmarks"}, file
       todo += sorted({name for each in found for name in (each, each.rpartition(".")[0])})
-  assert seen == {
+  assert {file for file in seen if not file.endswith("__init__.py")} == {
     *("benchmarks/torch_loop.py", "benchmarks/worker.py", "benchmarks/hardware.py"),
-    *("config.py", "sections.py", "knob.py", "errors.py", "paths.py", "compilation.py", "hugepages.py"),
+    *("config/sections.py", "config/option.py", "errors.py"),
+    *("runtime/paths.py", "runtime/compilation.py", "runtime/hugepages.py"),
   }
 
 
@@ -217,7 +191,7 @@ def test_only_the_console_prints():
       name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
       first = ast.unparse(node.args[0]) if isinstance(node, ast.Call) and node.args else ""
       writes = name in ("print", "tqdm.write") or (name == "os.write" and first in ("1", "2")) or "tqdm" in name
-      if file not in ("console.py", "watcher.py") and (is_stream or writes):
+      if file not in ("runtime/console.py", "runtime/watcher.py") and (is_stream or writes):
         found.append(f"{file}:{node.lineno}")
   assert not found, f"call console.say, console.warn or console.note: {', '.join(found)}"
 
@@ -225,43 +199,32 @@ def test_only_the_console_prints():
 def test_no_cycle_at_import_time():
   graph = {}
   for module, file in MODULES.items():
-    outside = [node for node in ast.walk(TREES[file]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    lazy = {id(part) for function in outside for part in ast.walk(function)}
-    found = set()
-    for part in ast.walk(TREES[file]):
-      if isinstance(part, ast.Import | ast.ImportFrom) and id(part) not in lazy:
-        found |= imports(part)
+    found = at_import(TREES[file])
     graph[module] = {name if name in MODULES else name.rpartition(".")[0] for name in found} & set(MODULES)
-  assert graph["ddpm_jax.training.loop"] >= {"ddpm_jax.progress", "ddpm_jax.data.sources"}
+  assert graph["ddpm_jax.runs.train"] >= {"ddpm_jax.runtime.progress", "ddpm_jax.data.sources"}
   graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
 def test_main_imports_a_run_only_when_it_starts():
-  at_the_top = [node for node in TREES["main.py"].body if isinstance(node, ast.Import | ast.ImportFrom)]
-  names = {name for node in at_the_top for name in imports(node)}
-  heavy = (
-    "ddpm_jax.training",
-    "ddpm_jax.sampling",
-    "ddpm_jax.evaluation",
-    "ddpm_jax.plan",
-    "ddpm_jax.exchange",
-    "ddpm_jax.data",
-    "ddpm_jax.models",
-    "ddpm_jax.run",
-  )
-  assert not {name for name in names if name.startswith(heavy)}
-  assert {top(name) for name in names} - set(sys.stdlib_module_names) <= {"absl", "ddpm_jax"}
+  """So that a wrong flag is refused in a moment."""
+  names = at_import(TREES["main.py"])
+  light = {"config", "flags", "presets", "errors", "runtime", "workdir", "absl"}
+  assert {room(name) for name in names if room(name) != "ddpm_jax"} <= light | set(sys.stdlib_module_names)
+  assert "runs" in {room(name) for name in ours("main.py")}
 
 
-@pytest.mark.parametrize("file", ALL_FILES)
-def test_nothing_runs_text_unpickles_or_unpacks(file):
-  for node in ast.walk(ALL_TREES[file]):
-    assert not (isinstance(node, ast.Attribute) and node.attr in ("extractall", "unpack_archive")), node.lineno
-    if isinstance(node, ast.Call):
-      assert not (isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__")), node.lineno
-      for keyword in node.keywords:
-        on = not (isinstance(keyword.value, ast.Constant) and not keyword.value.value)
-        assert not (keyword.arg in ("allow_pickle", "shell") and on), node.lineno
+def test_nothing_runs_text_unpickles_or_unpacks():
+  found = []
+  for file, tree in ALL_TREES.items():
+    for node in ast.walk(tree):
+      wrong = isinstance(node, ast.Attribute) and node.attr in ("extractall", "unpack_archive")
+      if isinstance(node, ast.Call):
+        wrong |= isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "__import__")
+        on = [word.arg for word in node.keywords if not (isinstance(word.value, ast.Constant) and not word.value.value)]
+        wrong |= bool({"allow_pickle", "shell"} & set(on))
+      if wrong:
+        found.append(f"{file}:{node.lineno}")
+  assert not found, found
 
 
 def test_only_named_errors_are_caught():
@@ -273,11 +236,15 @@ def test_only_named_errors_are_caught():
       caught = {"everything"} if node.type is None else {part.id for part in ast.walk(node.type) if hasattr(part, "id")}
       if caught & {"everything", "Exception", "BaseException"}:
         found.append((file, [function.name for function in functions if node in ast.walk(function)], node.lineno))
-  boundaries = [("data/images.py", ["_pillow"]), ("loggers.py", ["_imported"]), ("loggers.py", ["_tried"])]
+  boundaries = [
+    ("data/images.py", ["_pillow"]),
+    ("workdir/loggers.py", ["_imported"]),
+    ("workdir/loggers.py", ["_tried"]),
+  ]
   assert [entry[:2] for entry in found] == boundaries, found
 
 
-@pytest.mark.parametrize("file", ALL_FILES)
-def test_every_module_says_what_it_is(file):
-  assert ast.get_docstring(ALL_TREES[file])
-  assert pathlib.PurePath(file).stem not in ("utils", "util", "helpers", "misc", "common")
+def test_every_module_says_what_it_is():
+  assert not [file for file, tree in ALL_TREES.items() if not ast.get_docstring(tree)]
+  vague = ("utils", "util", "helpers", "misc", "common")
+  assert not [file for file in ALL_FILES if pathlib.PurePath(file).stem in vague]

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ddpm_jax import console
 from ddpm_jax.data import images
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import console
 
 _CHUNK = 256  # images a task: large enough for one batched read of a record file, small enough to share out
 _MOST_IN_A_ROW = 100  # bad images; more are no accident, and a search for a good one would take ever longer

@@ -18,7 +18,7 @@ from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import fingerprint, images
 from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size
 from ddpm_jax.errors import UserError
-from ddpm_jax.paths import expanded
+from ddpm_jax.runtime.paths import expanded
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 

@@ -23,11 +23,11 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tensorflow_datasets.core.download import download_manager, downloader, extractor, util
 
-from ddpm_jax import console
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import digits, prepared
 from ddpm_jax.errors import UserError
-from ddpm_jax.paths import expanded
+from ddpm_jax.runtime import console
+from ddpm_jax.runtime.paths import expanded
 
 _OFFLINE = (requests.RequestException, util.DownloadError)
 # A full disk, a package that a builder needs, files that are to be put into manual_dir by hand (TFDS says which, in an

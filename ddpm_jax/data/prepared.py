@@ -19,13 +19,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
-from ddpm_jax import console
 from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import fingerprint, folder
 from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.paths import command, expanded, home
+from ddpm_jax.runtime import console
+from ddpm_jax.runtime.paths import command, expanded, home
 
 # Of a damaged record: the reader of ArrayRecord raises RuntimeError for whatever it finds, the rest is TFDS's parser.
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, message.DecodeError)

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from ddpm_jax import console
 from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import digits, fingerprint, folder, prepared
 from ddpm_jax.data.encoded import Elsewhere, Rows, Skipped, decode_all, elsewhere, on_demand
+from ddpm_jax.runtime import console
 
 
 @dataclasses.dataclass(frozen=True)

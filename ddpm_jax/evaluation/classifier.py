@@ -18,12 +18,12 @@ import optax
 from ddpm_jax.data import images
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.evaluation import trained
-from ddpm_jax.evaluation.arrays import arrays_sha256
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Extract, Trained
 from ddpm_jax.models.classifier import FEATURES, Classifier
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.weights.arrays import arrays_sha256
 
 # What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
 _NETWORK = "classifier 1, x / 127.5 - 1"

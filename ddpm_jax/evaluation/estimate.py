@@ -14,6 +14,7 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import from_all_processes
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
@@ -21,8 +22,7 @@ from ddpm_jax.evaluation.summary import duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
 from ddpm_jax.models.build import build_model, network_of
 from ddpm_jax.sampling.draw import fit_batch, table_of
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.training.parallel import from_all_processes
+from ddpm_jax.weights.load import Weights
 
 LEAST = 1_000  # samples of a number that is chosen here
 # Round numbers, so that a machine that is a little busier does not make results that cannot be compared.

@@ -18,10 +18,10 @@ from jax.experimental import multihost_utils
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax import console, grids, numerics
 from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
@@ -33,11 +33,12 @@ from ddpm_jax.evaluation.results import earlier_results
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, zero_network
 from ddpm_jax.models.build import Network, Params, build_model, network_of
 from ddpm_jax.models.classifier import FEATURES
-from ddpm_jax.progress import Done, counted
-from ddpm_jax.run import noise_warning
+from ddpm_jax.runtime import console, numerics
+from ddpm_jax.runtime.progress import Done, counted
 from ddpm_jax.sampling.drawn import Drawn, check_room
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.setup import noise_warning
+from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir import grids
 
 _OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
 # What the measures are defined for: the k-th neighbour of precision, recall, density and coverage is another point.

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.models.inception import NUM_CLASSES, NUM_FEATURES, SIZE, InceptionV3, tensor_shapes, variables_of
-from ddpm_jax.training.parallel import Parallel
 
 # pt_inception-2015-12-05-6726825d.pth, 95,628,359 bytes, of github.com/mseitzer/pytorch-fid/releases/tag/fid_weights.
 SOURCE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.diffusion.forward import prior_kl, q_sample
 from ddpm_jax.diffusion.likelihood import (
   bound_term,
@@ -27,7 +28,6 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import Parallel
 
 Progress = Callable[[int], None]
 PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/precision.md

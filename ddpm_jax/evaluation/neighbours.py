@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ddpm_jax.grids import captioned, framed, image_grid
+from ddpm_jax.workdir.grids import captioned, framed, image_grid
 
 _AT_ONCE = 1000  # queries, and references
 _NUMBERS = 2**22  # in one temporary array of exact differences

@@ -17,16 +17,16 @@ import numpy as np
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.evaluation import trained
-from ddpm_jax.evaluation.arrays import arrays_sha256
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Trained
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import build_model, init_params
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.weights.arrays import arrays_sha256
 
 _UNET = ModelConfig(channels=16, channel_multipliers=(1, 2), attention_resolutions=())
 _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16

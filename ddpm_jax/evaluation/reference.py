@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.devices.parallel import on_any_process
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, no_moments
-from ddpm_jax.training.parallel import on_any_process
+from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
 
 _KEPT_NUMBERS = 2**28  # of features in memory and in the cache, 1 GiB
 

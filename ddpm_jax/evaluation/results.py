@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax import grids
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
 from ddpm_jax.evaluation.summary import Result, columns, yardsticks
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.storage import write_whole
 
 # What belongs together: measured on the same samples.
 _OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours", "yardsticks")

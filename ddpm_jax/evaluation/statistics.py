@@ -29,13 +29,13 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import from_all_processes
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.comparison import MOST
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
 from ddpm_jax.evaluation.reference import Reference, evenly_spaced
-from ddpm_jax.storage import write_whole
-from ddpm_jax.training.parallel import from_all_processes
+from ddpm_jax.workdir.storage import write_whole
 
 OF_REFERENCE = ("frechet", "kid", "precision_recall", "density_coverage")  # measures between samples and data
 _OF_FEATURES = OF_REFERENCE[1:]  # those for which mean and covariance are not enough

@@ -16,10 +16,10 @@ from flax import traverse_util
 
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.devices.parallel import Parallel, from_all_processes
 from ddpm_jax.evaluation.features import Extracted
 from ddpm_jax.keys import stream_key
-from ddpm_jax.training.parallel import Parallel, from_all_processes
+from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
 
 Weights = dict[str, np.ndarray]  # path in the network -> float32 array
 Extract = Callable[[np.ndarray], Extracted]

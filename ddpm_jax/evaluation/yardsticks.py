@@ -22,7 +22,7 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
-from ddpm_jax.evaluation.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.devices.parallel import on_any_process
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, Seen, compare, look_up, near_duplicates_of, see
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import add, no_moments
@@ -31,8 +31,8 @@ from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params
 from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import settings
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.training.parallel import on_any_process
+from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.weights.load import Weights
 
 DRAWN = ("noise", "untrained")
 MOST = 1_000  # images of noise, of an untrained network, and whose nearest images are looked for

@@ -11,7 +11,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.plan import hlo, traffic
 from ddpm_jax.plan.collectives import Collective, collectives
 from ddpm_jax.plan.topology import OutOfMemory, out_of_memory
-from ddpm_jax.run import Run, make_train_step
+from ddpm_jax.training.setup import Run, make_train_step
 from ddpm_jax.training.step import abstract_batch
 
 

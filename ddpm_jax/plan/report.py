@@ -12,7 +12,7 @@ from ddpm_jax.plan.compiling import CompiledStep, Memory
 from ddpm_jax.plan.hardware import Peaks
 from ddpm_jax.plan.roofline import Roofline
 from ddpm_jax.plan.topology import OutOfMemory, Topology
-from ddpm_jax.run import Run
+from ddpm_jax.training.setup import Run
 
 _SMALLER = "try a smaller --batch_size, --remat=blocks, --grad_accum_steps, --dtype=bfloat16 or --parallel=fsdp"
 

@@ -109,7 +109,14 @@ def line_chart(
   for name, colour in _OF_PAGE.items():
     svg = svg.replace(colour, f"var(--{name})")
   hover = (f"{number(y)} at {number(x)}" for part in drawn if _marked(part) for x, y in part.points)
-  svg = re.sub(r"(<use [^>]*)/>", lambda mark: f"{mark[1]}><title>{next(hover)}</title></use>", svg)
+  svg = re.sub(r"<defs>.*?</defs>", "", svg, flags=re.DOTALL)  # what a circle is
+  svg = re.sub(
+    r'<use \S* x="([^"]*)" y="([^"]*)" style="([^"]*)"/>',
+    lambda mark: (
+      f'<circle cx="{mark[1]}" cy="{mark[2]}" r="2.8" style="{mark[3]}"><title>{next(hover)}</title></circle>'
+    ),
+    svg,
+  )
   (first_x, first), (last_x, last) = drawn[-1].points[0], drawn[-1].points[-1]
   label = f"{title}: {number(first)} at {number(first_x)}, {number(last)} at {number(last_x)} {x_label}"
   start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(*size, label)
@@ -158,6 +165,9 @@ def _figure(
   low, high = axes.dataLim.intervaly
   if not log_y and 0 <= low < 0.5 * high:
     axes.set_ylim(bottom=0)
+  low, high = axes.dataLim.intervalx
+  if not log_x and 0 <= low < 0.5 * high:
+    axes.set_xlim(left=0)
   _ticks(axes.xaxis, log_x, max(3, width // 85))
   _ticks(axes.yaxis, log_y, max(3, height // 38))
   axes.tick_params(length=0, labelsize=11, labelcolor=colours["soft"], grid_clip_on=False)

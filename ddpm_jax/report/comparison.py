@@ -10,10 +10,10 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.summary import columns, duration, finite, number
-from ddpm_jax.metrics import training_seconds
 from ddpm_jax.report.charts import COLOURS, Chart, Series, line_chart, running_mean
 from ddpm_jax.report.files import Picture, RunFiles, read_run
 from ddpm_jax.report.page import Cell, Table, measures_table, write_page
+from ddpm_jax.workdir.metrics import training_seconds
 
 # Settings without which a loss is of something else.
 _OF_LOSS = ("dataset", "split", "image_size", "num_timesteps", "beta_schedule", "beta_start", "beta_end")
@@ -156,7 +156,7 @@ def _measures(runs: _Runs) -> Table | None:
 def _settings(runs: _Runs) -> Table | None:
   """The settings in which the runs differ."""
   rows = []
-  for group in zip(*(config_lib.knobs(_config(run)) for run in runs.values()), strict=True):
+  for group in zip(*(config_lib.options(_config(run)) for run in runs.values()), strict=True):
     (section, field, first), values = group[0], [value for _, _, value in group]
     if any(value != first for value in values):
       cells = [Cell(config_lib.flag_text(value) or "empty", best=value != field.default) for value in values]

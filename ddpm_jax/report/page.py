@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jinja2
 
 from ddpm_jax.evaluation.summary import YARDSTICKS, Column, decimals, number, part
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir.storage import write_whole
 
 _ENVIRONMENT = jinja2.Environment(
   loader=jinja2.PackageLoader("ddpm_jax.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -64,5 +64,5 @@ def measures_table(
       rows.append([*first, *cells])
   for kind, (_, words) in YARDSTICKS.items():
     if any(kind in others for others in yardsticks):
-      rows.append([Cell(words), *(Cell(number(o[kind], 3) if kind in o else "") for o in yardsticks)])
+      rows.append([Cell("", words), *(Cell("", number(o[kind], 3) if kind in o else "") for o in yardsticks)])
   return Table(head, rows)

@@ -10,7 +10,6 @@ import pathlib
 from typing import Any
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import grids
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation.summary import (
   YARDSTICKS,
@@ -29,7 +28,8 @@ from ddpm_jax.report import charts
 from ddpm_jax.report.charts import Chart, Series, line_chart, smoothed
 from ddpm_jax.report.files import RunFiles, read_run
 from ddpm_jax.report.page import Cell, Table, measures_table, write_page
-from ddpm_jax.storage import write_whole
+from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.storage import write_whole
 
 NAME = "report.html"
 
@@ -249,7 +249,7 @@ def _settings(config: Config) -> dict[str, list[dict[str, Any]]]:
   """Section -> its options: name, value, default if it differs, and help."""
   shown: dict[str, list[dict[str, Any]]] = {}
   for (section, field, value), (_, _, default) in zip(
-    config_lib.knobs(config), config_lib.knobs(Config()), strict=True
+    config_lib.options(config), config_lib.options(Config()), strict=True
   ):
     row = {"name": field.name, "value": config_lib.flag_text(value), "help": field.metadata["help"]}
     row["default"] = None if value == default else config_lib.flag_text(default) or "empty"

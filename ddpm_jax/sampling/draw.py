@@ -10,11 +10,11 @@ import numpy as np
 
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
+from ddpm_jax.devices.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
 from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -42,7 +42,7 @@ def make_predictor(
 
 
 def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, first: int = 0) -> SamplerTable:
-  """The sampler that the knobs name, starting at timestep `first` (0: T)."""
+  """The sampler that the options name, starting at timestep `first` (0: T)."""
   return make_sampler(
     schedule,
     options.sampler,

@@ -16,16 +16,16 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
+from ddpm_jax.devices.parallel import ByStretches, from_all_processes
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import Seeded, seeded
-from ddpm_jax.progress import Drawing
+from ddpm_jax.runtime.progress import Drawing
 from ddpm_jax.sampling.draw import fit_batch, make_long_draw, make_predictor, table_of
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.storage import Records, size_text
-from ddpm_jax.training.parallel import ByStretches, from_all_processes
+from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir.storage import Records, size_text
 
-# Knobs of the section `sample` that do not change image i.
+# Options of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
 
 _PATHS = ("sample_png_dir", "input_images", "mask")
@@ -133,8 +133,8 @@ class Drawn:
 
 
 def settings(config: Config, weights: Weights) -> dict[str, Any]:
-  """How images are drawn, JSON values: the knobs of the section `sample` and what else they depend on."""
-  own = {field.name: value for section, field, value in config_lib.knobs(config) if section == "sample"}
+  """How images are drawn, JSON values: the options of the section `sample` and what else they depend on."""
+  own = {field.name: value for section, field, value in config_lib.options(config) if section == "sample"}
   own["time_grid"] = grid_name(config.sample.sampler, config.sample.time_grid)  # 'auto' may once mean another one
   return own | {
     "checkpoint": weights.step,

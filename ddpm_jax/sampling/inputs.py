@@ -11,7 +11,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data import folder, images
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.errors import UserError
-from ddpm_jax.paths import expanded
+from ddpm_jax.runtime.paths import expanded
 
 
 def given_images(

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax import grids
 from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data import images
 from ddpm_jax.diffusion.forward import q_sample
@@ -33,9 +32,10 @@ from ddpm_jax.diffusion.samplers import (
 )
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
-from ddpm_jax.progress import Drawing, counted
-from ddpm_jax.run import Run
+from ddpm_jax.runtime.progress import Drawing, counted
 from ddpm_jax.sampling.draw import Predictor, by_stretches, fit_batch, make_predictor, table_of
+from ddpm_jax.training.setup import Run
+from ddpm_jax.workdir import grids
 
 _SHARES = 9  # points from one end of an interpolation to the other
 _FRAMES = 50  # of the animation of a progressive draw
@@ -70,7 +70,7 @@ class Parts(NamedTuple):
 
   @property
   def options(self) -> SampleConfig:
-    """The knobs of drawing."""
+    """The options of drawing."""
     return self.config.sample
 
   def draw(

@@ -1,1 +1,1 @@
-"""The training run: state, optimiser, the step, devices, checkpoints, and the loop that orders them."""
+"""The training step and its parts: state, optimizer, average, loss."""

@@ -16,6 +16,7 @@ import optax
 
 from ddpm_jax.config import DiffusionConfig
 from ddpm_jax.data import images
+from ddpm_jax.devices.packed import unpack
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.losses import distance, loss_weights
 from ddpm_jax.diffusion.prediction import training_target
@@ -23,7 +24,6 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
 from ddpm_jax.training.optimizer import computed_once, ema_decay_at, update_ema
-from ddpm_jax.training.packed import unpack
 from ddpm_jax.training.state import Counts, TrainState
 
 # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether

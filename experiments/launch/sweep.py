@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 from absl import flags as absl_flags
 
-from ddpm_jax import compilation, console, flags, main
+from ddpm_jax import flags, main
 from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import compilation, console
 
 STOPPED = 75  # the exit code of a run that was asked to stop, unless the command names another
 LAST = 10  # lines of metrics over whose losses a summary takes the mean

@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks import command, pytorch, torch_loop
 from benchmarks.worker import ROOT
-from ddpm_jax import hugepages
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import hugepages
 from tests.benchmarks import fake
 
 LIKE_OURS = {

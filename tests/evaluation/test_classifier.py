@@ -14,10 +14,10 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier, trained
 from ddpm_jax.models.classifier import Classifier
-from ddpm_jax.training.parallel import Parallel
 from tests.models.reference import conv, group_norm, swish
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

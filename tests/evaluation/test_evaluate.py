@@ -12,20 +12,20 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import DataConfig, EvaluateConfig
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import AXIS, Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, statistics, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation import run as evaluation_run
 from ddpm_jax.evaluation.evaluate import Abandoned, Surroundings, check, evaluate, measurable
 from ddpm_jax.evaluation.features import Extracted, Features
+from ddpm_jax.runs import evaluate as evaluation_run
 from ddpm_jax.sampling import drawn
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.parallel import AXIS, Parallel
+from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir import layout
 from tests.training.tiny import IMAGE_SHAPE, tiny_config, tiny_run
 
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.3, num_timesteps=20)
@@ -477,7 +477,7 @@ def test_one_image_has_no_neighbours(tmp_path):
 def workdir(tmp_path_factory):
   """A run with a checkpoint after three updates that nobody made."""
   folder, config = tmp_path_factory.mktemp("run") / "run", tiny_config(**LITTLE)
-  workdir_lib.create(folder, config)
+  layout.create(folder, config)
   facts = {"image_shape": [8, 8, 1], "config": json.loads(config_lib.to_json(config)), "data": {}, "data_changes": []}
   checkpoints = Checkpoints(folder / "checkpoints", keep=1)
   checkpoints.save(tiny_run(config).initial_state(), 3, facts)
@@ -557,7 +557,7 @@ def test_what_the_run_refuses_leaves_no_trace(workdir, tmp_path, monkeypatch):
   with pytest.raises(UserError, match="dataset: the images of pictures are not of the size that the model draws"):
     evaluation_run.evaluate(config_of(), workdir)
   assert listing(workdir) == before
-  workdir_lib.create(tmp_path / "empty", tiny_config(**LITTLE))
+  layout.create(tmp_path / "empty", tiny_config(**LITTLE))
   before = listing(tmp_path)
   with pytest.raises(UserError, match="holds no checkpoint yet, as it was never trained; train first"):
     evaluation_run.evaluate(config_of(), tmp_path / "empty")

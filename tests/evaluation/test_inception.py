@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception
 from ddpm_jax.models.inception import tensor_shapes
-from ddpm_jax.training.parallel import Parallel
 from tests.evaluation import make_inception_golden as golden
 
 SOURCE = "0" * 64

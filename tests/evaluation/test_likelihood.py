@@ -11,10 +11,10 @@ from scipy import stats
 
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import AXIS, Parallel
 from ddpm_jax.diffusion.schedules import at, make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import likelihood
-from ddpm_jax.training.parallel import AXIS, Parallel
 
 SHAPE = (4, 4, 1)
 SCHEDULE = make_schedule("linear", 31, beta_start=1e-3, beta_end=0.3)  # 31 strata: two calls of 16, the last is padding

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from ddpm_jax import grids
 from ddpm_jax.evaluation import neighbours
 from ddpm_jax.evaluation.neighbours import near_duplicates, nearest, picture
+from ddpm_jax.workdir import grids
 
 
 def blocks(rows: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:

@@ -11,10 +11,10 @@ import pytest
 
 from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.evaluation import network, trained
-from ddpm_jax.evaluation.arrays import load_arrays
 from ddpm_jax.evaluation.network import denoiser_for, network_features
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.weights.arrays import load_arrays
 
 
 def slopes(number=80, shape=(4, 4, 1), seed=0):

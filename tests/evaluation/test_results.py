@@ -9,14 +9,13 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import grids
-from ddpm_jax import workdir as workdir_lib
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import results
 from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result
-from ddpm_jax.sampling.weights import load_weights
-from ddpm_jax.training.checkpoint import Checkpoints
+from ddpm_jax.weights.load import load_weights
+from ddpm_jax.workdir import grids, layout
 from tests.training.tiny import host, tiny_config, tiny_run
 
 PICTURE = np.full((20, 30, 3), 7, np.uint8)
@@ -49,7 +48,7 @@ def read(path):
 
 @pytest.fixture
 def workdir(tmp_path):
-  workdir_lib.create(tmp_path / "run", Config())
+  layout.create(tmp_path / "run", Config())
   return tmp_path / "run"
 
 
@@ -296,7 +295,7 @@ def test_the_copy_is_the_checkpoint(tmp_path):
   """Restored by --checkpoint=best, every bit of it, after the original is gone."""
   config = tiny_config(channels=4, channel_multipliers=(1,), attention_resolutions=())
   run = tiny_run(config)
-  workdir_lib.create(tmp_path / "run", config)
+  layout.create(tmp_path / "run", config)
   checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1)
   state = run.initial_state()
   facts = {"image_shape": [8, 8, 1], "config": json.loads(config_lib.to_json(config)), "data": {}, "data_changes": []}

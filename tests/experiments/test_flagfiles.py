@@ -77,7 +77,7 @@ PAPERS = {
 
 
 def parse(*arguments: str) -> dict:
-  """The knobs that the arguments name, by a registry of their own."""
+  """The options that the arguments name, by a registry of their own."""
   registry = absl_flags.FlagValues()
   flags.define(registry)
   rest = registry(["ddpm_jax.main", *arguments])
@@ -147,7 +147,7 @@ def test_digits_is_the_default():
 @pytest.mark.parametrize("name", PAPERS)
 def test_has_the_numbers_of_the_paper(name):
   values = config_lib.values(load(name))
-  assert {knob: values[knob] for knob in PAPERS[name]} == PAPERS[name]
+  assert {option: values[option] for option in PAPERS[name]} == PAPERS[name]
 
 
 def test_only_cifar10_samples_with_the_large_variance():

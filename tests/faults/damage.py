@@ -6,9 +6,9 @@ import random
 import shutil
 from collections.abc import Iterator
 
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
+from ddpm_jax.checkpoint.manifest import describe
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.manifest import describe
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:

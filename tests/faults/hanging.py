@@ -5,9 +5,9 @@ import time
 
 import jax
 
-from ddpm_jax.training import loop
+from ddpm_jax.runs import train as train_lib
 
-_batches = loop.batches
+_batches = train_lib.batches
 
 
 def hanging_batches(*args, **kwargs):
@@ -18,5 +18,5 @@ def hanging_batches(*args, **kwargs):
 
 
 if __name__ == "__main__":
-  loop.batches = hanging_batches
+  train_lib.batches = hanging_batches
   runpy.run_module("ddpm_jax.main", run_name="__main__")

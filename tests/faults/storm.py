@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from ddpm_jax import terminal
+from ddpm_jax.runtime import terminal
 from tests import command
 from tests.faults import damage
 

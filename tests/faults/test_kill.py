@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from ddpm_jax import workdir as workdir_lib
-from ddpm_jax.run import build_run
-from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.manifest import describe
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
+from ddpm_jax.checkpoint.manifest import describe
+from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.training.setup import build_run
+from ddpm_jax.workdir import layout
 from tests import command
 from tests.command import checkpoints, digests, metrics
 from tests.faults.conftest import PLAIN
@@ -64,7 +64,7 @@ def five(folder):
 def test_restored_on_other_devices_every_bit_is_the_same(five):
   """This process has eight devices."""
   assert jax.device_count() == 8
-  config = workdir_lib.load_config(five)
+  config = layout.load_config(five)
   for mode in ("pmap", "fsdp"):
     parallel = Parallel(mode)
     run = build_run(config, (8, 8, 1), parallel)

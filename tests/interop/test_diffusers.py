@@ -16,10 +16,10 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.prediction import to_x0
 from ddpm_jax.diffusion.samplers import make_sampler, sample, steps_table, threshold_x0, x0_predictor
 from ddpm_jax.diffusion.schedules import make_schedule, reverse_variance
-from ddpm_jax.exchange import diffusers as folders
-from ddpm_jax.exchange.options import diffusion_knobs, scheduler_options, unet_options
 from ddpm_jax.models.build import build_model, network_of, num_params
-from tests.exchange.make_diffusers_golden import (
+from ddpm_jax.weights import diffusers as folders
+from ddpm_jax.weights.options import diffusion_settings, scheduler_options, unet_options
+from tests.weights.make_diffusers_golden import (
   PUBLISHED,
   ddim_trajectory,
   image_shape,
@@ -58,8 +58,8 @@ def make_folder(folder, unet, scheduler=None):
 
 
 def open_folder(folder):
-  knobs, shape = folders.describe(folder)
-  config = config_lib.override(Config(), knobs | {"preview_steps": min(50, knobs["num_timesteps"])})
+  options, shape = folders.describe(folder)
+  config = config_lib.override(Config(), options | {"preview_steps": min(50, options["num_timesteps"])})
   return config, shape, folders.read_params(folder, config.model, shape)
 
 
@@ -118,7 +118,7 @@ def test_the_published_layout_with_older_names(tmp_path):
   import json
   import pathlib
 
-  from tests.exchange.folders import OLDER, read_tensors, write_tensors
+  from tests.weights.folders import OLDER, read_tensors, write_tensors
 
   unet = options(8, 3, [8, 16], "-A", 1, 4)
   theirs = make_folder(tmp_path / "today", unet)
@@ -166,18 +166,18 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("knobs", SCHEDULES, ids=lambda knobs: knobs["beta_schedule"])
-def test_betas(knobs):
-  config = config_lib.override(Config(), knobs)
+@pytest.mark.parametrize("options", SCHEDULES, ids=lambda options: options["beta_schedule"])
+def test_betas(options):
+  config = config_lib.override(Config(), options)
   d, theirs = config.diffusion, DDPMScheduler(**scheduler_options(config))
   ours = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
   np.testing.assert_allclose(theirs.betas.numpy(), ours.betas[1:], rtol=3e-5)
-  read = config_lib.override(Config(), diffusion_knobs(dict(theirs.config) | {"_class_name": "DDPMScheduler"}))
+  read = config_lib.override(Config(), diffusion_settings(dict(theirs.config) | {"_class_name": "DDPMScheduler"}))
   expected = {"quadratic": "scaled_linear"}.get(d.beta_schedule, d.beta_schedule)
   assert read.diffusion == config_lib.override(config, {"beta_schedule": expected}).diffusion
   if d.beta_schedule not in ("sigmoid",):
     listed = DDIMScheduler(trained_betas=[float(beta) for beta in theirs.betas], num_train_timesteps=d.num_timesteps)
-    again = diffusion_knobs(dict(listed.config) | {"_class_name": "DDIMScheduler"})
+    again = diffusion_settings(dict(listed.config) | {"_class_name": "DDIMScheduler"})
     assert (again["beta_schedule"], again["num_timesteps"]) == (expected, d.num_timesteps)
 
 
@@ -186,10 +186,10 @@ def test_betas(knobs):
 @pytest.mark.parametrize("threshold", ["static", "dynamic", "none"])
 def test_a_step_of_the_scheduler(prediction, variance, threshold):
   """The mean, the noise and the thresholding of DDPMScheduler as it is exported are those of the ancestral sampler."""
-  knobs = {"prediction": prediction, "variance": variance, "threshold": threshold}
-  config = config_lib.override(Config(), knobs | ({"threshold_quantile": 0.9} if threshold == "dynamic" else {}))
+  options = {"prediction": prediction, "variance": variance, "threshold": threshold}
+  config = config_lib.override(Config(), options | ({"threshold_quantile": 0.9} if threshold == "dynamic" else {}))
   theirs, schedule = DDPMScheduler(**scheduler_options(config)), make_schedule("linear", 1000)
-  read = config_lib.override(Config(), diffusion_knobs(dict(theirs.config) | {"_class_name": "DDPMScheduler"}))
+  read = config_lib.override(Config(), diffusion_settings(dict(theirs.config) | {"_class_name": "DDPMScheduler"}))
   assert (read.diffusion, read.sample) == (config.diffusion, config.sample)
   x, output, t = network_input("x", (8, 8, 3)), network_input("output", (8, 8, 3)), 300
   generator = torch.Generator().manual_seed(0)

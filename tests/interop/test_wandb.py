@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from ddpm_jax.loggers import Loggers, find
+from ddpm_jax.workdir.loggers import Loggers, find
 
 
 @pytest.fixture(autouse=True)

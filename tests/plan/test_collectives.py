@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from ddpm_jax.devices.parallel import AXIS, Parallel
 from ddpm_jax.plan import hlo
 from ddpm_jax.plan.collectives import Collective, collectives
-from ddpm_jax.training.parallel import AXIS, Parallel
 
 MESH = Parallel("pmap").mesh
 EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)

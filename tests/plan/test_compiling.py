@@ -14,7 +14,7 @@ from ddpm_jax.plan import compiling
 from ddpm_jax.plan.collectives import Collective
 from ddpm_jax.plan.compiling import CompiledStep, Memory, compile_step
 from ddpm_jax.plan.topology import OutOfMemory
-from ddpm_jax.run import make_train_step
+from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import grids
 from ddpm_jax.config import Config, override, to_flagfile, to_json
 from ddpm_jax.report import charts
 from ddpm_jax.report.measures import in_words, yardsticks
 from ddpm_jax.report.page import VOID, number
 from ddpm_jax.report.report import write_report
+from ddpm_jax.workdir import grids
 
 NASTY = "folder:/tmp/<script>alert('1')</script>&\"x\""
 

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import workdir
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import Config
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.diffusion.schedules import at
-from ddpm_jax.run import build_run
-from ddpm_jax.sampling import run as sampling
-from ddpm_jax.sampling.weights import Weights
-from ddpm_jax.training.checkpoint import Checkpoints
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.runs import sample as sampling
+from ddpm_jax.training.setup import build_run
+from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir import layout
 from tests.training.tiny import IMAGE_SHAPE, tiny_config
 
 
@@ -72,7 +72,7 @@ def original(tmp_path_factory) -> Trained:
 def make_workdir(folder: pathlib.Path) -> Trained:
   """A workdir `run` in a folder, with checkpoints 3 and 5 of different weights."""
   path, config = folder / "run", settings_of(folder)
-  workdir.create(path, config)
+  layout.create(path, config)
   run = build_run(config, IMAGE_SHAPE, Parallel("pmap"))
   checkpoints = Checkpoints(path / "checkpoints", keep=9)
   facts = {"image_shape": list(IMAGE_SHAPE), "config": json.loads(config_lib.to_json(config))}

@@ -12,19 +12,20 @@ import pytest
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import grids, main
+from ddpm_jax import main
 from ddpm_jax.data import images as images_lib
 from ddpm_jax.data.sources import open_source
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.keys import seeded
+from ddpm_jax.runs import sample as sampling
+from ddpm_jax.runs.preview import Preview
 from ddpm_jax.sampling import drawn as drawn_lib
-from ddpm_jax.sampling import run as sampling
 from ddpm_jax.sampling.draw import fit_batch, largest_batch, make_draw, make_long_draw, make_predictor, table_of
 from ddpm_jax.sampling.drawn import Drawn
-from ddpm_jax.sampling.weights import load_weights
-from ddpm_jax.training.parallel import Parallel
-from ddpm_jax.training.preview import Preview
+from ddpm_jax.weights.load import load_weights
+from ddpm_jax.workdir import grids
 from tests.sampling.conftest import pictures, save_pictures
 from tests.training.tiny import tiny_config, tiny_run
 

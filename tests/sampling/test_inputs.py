@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.sampling import run as sampling
+from ddpm_jax.runs import sample as sampling
 from ddpm_jax.sampling.inputs import given_images, read_mask
 from tests.sampling.conftest import pictures, save_pictures
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from ddpm_jax import grids
 from ddpm_jax.data import images as images_lib
 from ddpm_jax.diffusion.inpainting import repaint_jumps
 from ddpm_jax.diffusion.samplers import time_grid
 from ddpm_jax.diffusion.schedules import make_schedule
-from ddpm_jax.sampling import run as sampling
+from ddpm_jax.runs import sample as sampling
+from ddpm_jax.workdir import grids
 from tests.sampling.conftest import STD, pictures, save_pictures
 
 

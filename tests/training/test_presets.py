@@ -12,9 +12,9 @@ from absl import flags as absl_flags
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
+from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.models.build import num_params
-from ddpm_jax.run import build_run, make_train_step
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.training.setup import build_run, make_train_step
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"

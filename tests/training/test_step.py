@@ -10,8 +10,8 @@ import pytest
 
 from ddpm_jax.config import DiffusionConfig
 from ddpm_jax.diffusion.schedules import at, make_schedule
-from ddpm_jax.run import make_train_step
 from ddpm_jax.training import step as step_lib
+from ddpm_jax.training.setup import make_train_step
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 LINEAR = make_schedule("linear", 1000)

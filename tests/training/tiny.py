@@ -5,8 +5,8 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.run import Run, build_run
-from ddpm_jax.training.parallel import Parallel
+from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.training.setup import Run, build_run
 
 IMAGE_SHAPE = (8, 8, 1)
 

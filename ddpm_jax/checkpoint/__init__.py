@@ -1,0 +1,1 @@
+"""Checkpoints: saved, verified, restored exactly or not at all."""

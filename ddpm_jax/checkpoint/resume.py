@@ -1,0 +1,172 @@
+"""What a checkpoint is of, and whether a run may go on from it: the same settings, the same images."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.checkpoint.manifest import Manifest, OtherPastError
+from ddpm_jax.config import Config
+from ddpm_jax.data import fingerprint, shuffle
+from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import from_all_processes
+from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import numerics
+from ddpm_jax.training.optimizer import decay_start
+from ddpm_jax.training.setup import Run
+from ddpm_jax.training.state import TrainState
+from ddpm_jax.workdir import lock
+
+
+def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str, Any]:
+  """What the manifests of a run say beside the arrays: image_shape, config, data, what changed before, surroundings.
+
+  Args:
+    run: the parts of the run.
+    source: its images.
+    earlier: the manifest that it goes on from.
+  """
+  changes = list(earlier["data_changes"]) if earlier else []
+  data = _data(source)
+  if earlier and fingerprint.differences(earlier["data"], data):
+    changes.append({"after_update": earlier["step"], "before": earlier["data"]})
+  elif earlier:  # what was known of all pixels, where this run does not keep them in memory
+    data = earlier["data"] | data
+  return {
+    "image_shape": list(run.image_shape),
+    "config": json.loads(config_lib.to_json(run.config)),
+    "data": data,
+    "data_changes": changes,
+    "lr_restarts": restarts(run.config, earlier),
+    "surroundings": numerics.surroundings(),
+  }
+
+
+def restarts(config: Config, earlier: Manifest | None) -> list[int]:
+  """The steps after which the learning rate restarted, because a run with `cosine` was given another length there.
+
+  Args:
+    config: of the run.
+    earlier: the manifest that it goes on from.
+  """
+  made = list(earlier.get("lr_restarts", ())) if earlier else []
+  total = config.train.num_steps
+  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != total > earlier["step"]:
+    made.append(earlier["step"])
+  return made
+
+
+def _data(source: Source) -> fingerprint.Fingerprint:
+  """The images, and the order in which they are seen."""
+  return source.fingerprint | {"order": shuffle.KIND}
+
+
+def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manifest], TrainState]:
+  """What `Checkpoints.restore` is to expect for training to go on: manifest -> abstract state, or UserError."""
+
+  def expect(manifest: Manifest) -> TrainState:
+    check_config(manifest, run.config, workdir)
+    _check_past(manifest, run.config, workdir)
+    if not run.config.data.allow_data_change:
+      if manifest["data"].get("order") != shuffle.KIND:
+        raise UserError(
+          f"dataset: checkpoint {manifest['step']} in {workdir} is of a version of ddpm_jax that shuffles the images "
+          "in another order; go on with that version, or all the same with --allow_data_change"
+        )
+      check_images(manifest, source, workdir)
+    return run.abstract_state
+
+  return expect
+
+
+def check_images(manifest: Manifest, source: Source, workdir: pathlib.Path) -> None:
+  """Raises UserError if a checkpoint was trained with other images than those of `source`, wherever they lie."""
+  before = {name: value for name, value in manifest["data"].items() if name != "order"}
+  for field, then, now in fingerprint.differences(before, source.fingerprint):
+    raise UserError(
+      f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
+      f"{field} was {_short(then)}, is {_short(now)}; restore them, or go on all the same with --allow_data_change"
+    )
+
+
+def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:
+  """Raises UserError if a checkpoint was trained with settings that may not change, and have.
+
+  once_trained: its weights are only used, see `config.changed`.
+  """
+  stored = config_lib.from_json(json.dumps(manifest["config"]))
+  for name, before, now in config_lib.changed(stored, config, on_resume=True, once_trained=once_trained):
+    raise UserError(
+      f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
+      f"command says {config_lib.flag_text(now)!r}; use another --workdir"
+    )
+
+
+def _num_steps(manifest: Manifest) -> int:
+  """The --num_steps that a checkpoint was trained with."""
+  return manifest["config"]["train"]["num_steps"]
+
+
+def _check_past(manifest: Manifest, config: Config, workdir: pathlib.Path) -> None:
+  """Raises OtherPastError unless a run of this length would have come by this checkpoint.
+
+  That is where the learning rate decays toward another --num_steps. One that was trained so far already is finished.
+  """
+  step, before, now = manifest["step"], _num_steps(manifest), config.train.num_steps
+  their_start, our_start = (decay_start(config.optimizer, num_steps) for num_steps in (before, now))
+  if their_start is None or our_start is None or before == now or step >= now or step <= min(their_start, our_start):
+    return
+  longer = ""
+  if step <= their_start:  # a shorter run was asked for
+    enough = next(number for number in itertools.count(now) if decay_start(config.optimizer, number) >= step)
+    longer = f" or at least --num_steps={enough}"
+  raise OtherPastError(
+    f"num_steps: with {now} steps the learning rate decays from step {our_start} on, with {before} (checkpoint {step} "
+    f"in {workdir}) from step {their_start}; no checkpoint from before both is left; use "
+    f"--num_steps={before}{longer}, or another --workdir",
+    since=min(their_start, our_start),
+  )
+
+
+def check_hosts(run: Run, source: Source) -> None:
+  """Raises UserError if the processes of a job were given different flags, or hold different images; all must call it.
+
+  They would wait for each other for ever, or train on something that no seed gives again.
+  """
+  local = ("data_dir", "manual_dir")  # where a host keeps its data is its own business
+  flags = {name: value for name, value in config_lib.values(run.config).items() if name not in local}
+  if run.config.data.dataset.startswith(config_lib.FOLDER):
+    flags["dataset"] = config_lib.FOLDER
+  for what, facts in (("flags", flags), ("images", source.fingerprint)):
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    for process, other in enumerate(from_all_processes(np.frombuffer(digest, np.uint8))):
+      if other.tobytes() != digest:
+        raise UserError(
+          f"distributed: the {what} of process {process} differ from those of process {jax.process_index()}; give "
+          f"every host the same {'command' if what == 'flags' else 'data set'}"
+        )
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Raises UserError unless all processes see one workdir, with the lock of the first in it; all must call it."""
+  try:
+    text = (workdir / lock.NAME).read_bytes()
+  except OSError:
+    text = b""
+  digests = from_all_processes(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+  if np.any(digests != digests[0]):
+    raise UserError(
+      f"workdir: {workdir} is not the same folder for all processes; name one that every host has mounted there"
+    )
+
+
+def _short(value: Any) -> str:
+  return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else repr(value)

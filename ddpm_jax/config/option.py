@@ -1,0 +1,93 @@
+"""An option: a dataclass field that carries its help text, its range, and when it may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from typing import Any
+
+from ddpm_jax.errors import UserError
+
+
+def option(
+  default: Any,
+  help: str,
+  *,
+  choices: tuple[str, ...] = (),
+  minimum: float | None = None,
+  above: float | None = None,
+  maximum: float | None = None,
+  below: float | None = None,
+  may_change: bool = False,
+  may_change_once_trained: bool = False,
+) -> Any:
+  """A dataclass field that carries its help text, its range, and when it may change.
+
+  Args:
+    default: the field's default.
+    help: text of the flag.
+    choices: all values of a text, or of the parts of a tuple of texts.
+    minimum, above, maximum, below: the range of a number.
+    may_change: a resumed run may have another value.
+    may_change_once_trained: drawing, measuring and exporting may use another value than the run that trained the
+      weights; a resumed run may not.
+  """
+  return dataclasses.field(
+    default=default,
+    metadata={
+      "help": help,
+      "choices": choices,
+      "minimum": minimum,
+      "above": above,
+      "maximum": maximum,
+      "below": below,
+      "may_change": may_change,
+      "may_change_once_trained": may_change or may_change_once_trained,
+    },
+  )
+
+
+def _check_text(name: str, text: str) -> None:
+  """Raises UserError for a text that flags.txt could not give back: absl reads a flag a line, and strips the lines."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    raise UserError(f"{name}: {text!a} is not UTF-8; rename what it names") from None
+  letter = next((letter for letter in "\n\r\0" if letter in text), "")
+  if letter or text != text.rstrip():
+    problem = f"has the character {letter!a}" if letter else "ends with white space"
+    raise UserError(f"{name}: {text!a} {problem}, which a flagfile cannot hold; rename what it names")
+
+
+_LIMITS = (
+  ("minimum", operator.ge, "must be at least"),
+  ("above", operator.gt, "must be greater than"),
+  ("maximum", operator.le, "must be at most"),
+  ("below", operator.lt, "must be less than"),
+)
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+  """Raises UserError if `value` is not one of the field's choices or outside its range."""
+  rules, kind = field.metadata, type(field.default)
+  if kind is float and type(value) is int:
+    kind = int
+  parts = value if isinstance(value, tuple) else (value,)
+  item = str if rules["choices"] else int  # of a tuple
+  if type(value) is not kind or (kind is tuple and any(type(part) is not item for part in parts)):
+    raise UserError(f"{field.name}: {value!r} is not of its type, {kind.__name__}; write it like {field.default!r}")
+  for choice in parts if rules["choices"] else ():
+    if choice not in rules["choices"]:
+      raise UserError(f"{field.name}: {choice!r} is unknown; use one of {', '.join(rules['choices'])}")
+  if isinstance(value, str):
+    _check_text(field.name, value)
+  for number in parts:
+    if isinstance(number, str | bool):
+      continue
+    if not math.isfinite(number):
+      raise UserError(f"{field.name}: {number} is not a finite number")
+    for name, inside, sentence in _LIMITS:
+      limit = rules[name]
+      if limit is not None and not inside(number, limit):
+        raise UserError(f"{field.name}: {number} {sentence} {int(limit) if limit == int(limit) else limit}")

@@ -1,0 +1,1 @@
+"""The mesh of devices, the strategies pmap and fsdp, and exchange between hosts."""

@@ -1,0 +1,1 @@
+"""Exported models: the model card, and the sampler as a compiled program."""

@@ -1,0 +1,147 @@
+"""The model card of an exported folder: README.md as the Hub shows it, from what the files of a workdir say."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import ddpm_jax
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.evaluation.results import read_result, scalars
+from ddpm_jax.evaluation.summary import yardsticks
+from ddpm_jax.models.build import num_params
+from ddpm_jax.sampling.draw import QUICK
+from ddpm_jax.weights.file import without_paths
+from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir import grids
+
+PICTURE = "samples.png"
+_SECTIONS = ("data", "diffusion", "model", "optimizer", "train")
+_MAY_CHANGE_BUT_TELL = ("variance", "num_steps")
+
+_FRONT = """---
+# The licence is the author's to choose: write its name here, such as apache-2.0, before you publish this folder.
+license:
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags:
+- diffusers
+- unconditional-image-generation
+- ddpm
+- jax
+---
+"""
+_USE = """## Use
+
+```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("PATH")  # this folder
+pipeline(num_inference_steps={steps}).images[0].save("sample.png")
+```
+
+Fewer steps take less time. Their number should divide {steps}: with others diffusers begins at a lower noise level.
+
+In ddpm_jax: `python -m ddpm_jax.main --mode=sample --init_from=PATH --workdir=DIR`.
+"""
+
+
+def find_samples(workdir: pathlib.Path, weights: Weights) -> tuple[pathlib.Path, str] | None:
+  """A picture of samples of these very weights in their workdir, and what it shows; None if there is none.
+
+  What --mode=sample drew last, or the grid of the training after that update.
+  """
+  drawn, grid = workdir / "samples" / PICTURE, workdir / "samples" / f"step_{weights.step:08d}.png"
+  facts = grids.facts_of(drawn)
+  if facts.get("weights_sha256") == weights.identity:
+    return drawn, f"Drawn with these weights by the sampler {_code(facts.get('sampler'))}."
+  if grid.is_file():
+    return grid, f"Drawn after update {weights.step:,} of the training: the EMA weights beside the raw ones."
+  return None
+
+
+def how_to_draw(config: Config, weights: Weights) -> str:
+  """The flags that draw a picture of weights."""
+  checkpoint = "best" if config.sample.checkpoint == "best" else weights.step
+  quick = f"--sampler=dpmpp --sampling_steps={min(QUICK, config.diffusion.num_timesteps)}"
+  return f"--mode=sample --checkpoint={checkpoint} --sample_weights={weights.which} {quick}"
+
+
+def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples: str) -> str:
+  """The text of README.md.
+
+  Args:
+    config: of the run.
+    weights: what is exported.
+    workdir: where they were trained and measured; None if they come from elsewhere.
+    samples: what the picture beside it shows; empty if there is none, which is then said with the remedy.
+  """
+  told = without_paths(config)
+  height, width, channels = weights.run.image_shape
+  title = f"DDPM of {_code(told.data.dataset)}" if workdir is not None else "DDPM"
+  what = (
+    f"A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) that draws images "
+    f"of {height}x{width}x{channels}: a U-Net of {num_params(weights.params):,} parameters, "
+    f"T = {config.diffusion.num_timesteps:,}."
+  )
+  parts = [f"{_FRONT}\n# {title}\n", f"{what}\n"]
+  if samples:
+    parts.append(f"![Samples]({PICTURE})\n\n{samples}\n")
+  elif workdir is not None:
+    parts.append(
+      "There is no picture here, as no samples of these weights were at hand. "
+      f"`python -m ddpm_jax.main {how_to_draw(config, weights)} --workdir=DIR` draws some; then export again.\n"
+    )
+  parts.append(_USE.format(steps=config.diffusion.num_timesteps))
+  if workdir is not None:
+    parts += [_training(told, config.exchange.init_from, weights), _measures(workdir, weights), _settings(told)]
+  parts.append(f"Written by ddpm_jax {ddpm_jax.__version__}.\n")
+  return "\n".join(parts)
+
+
+def _training(config: Config, init_from: str, weights: Weights) -> str:
+  data, which = config.data, {"ema": "the moving average of the weights", "raw": "the weights themselves"}
+  first = f"- begun with the weights of {_code(pathlib.PurePath(init_from).name)}\n" if init_from else ""
+  return (
+    f"## Training\n\n- data set: {_code(data.dataset)}, split {_code(data.split)}\n{first}"
+    f"- updates: {weights.step:,} of batches of {data.batch_size:,} images\n"
+    f"- exported: {which[weights.which]} after the last of them\n"
+  )
+
+
+def _measures(workdir: pathlib.Path, weights: Weights) -> str:
+  result = read_result(workdir / "eval" / f"{weights.step}.json")
+  if result is None or result.get("weights") != weights.which:
+    return "## Measures\n\nNot measured.\n"
+  beside, kinds, rows = yardsticks(result), ("data", "noise", "untrained"), []
+  for name, value in scalars(result).items():
+    name = name.removeprefix("evaluation/")
+    others = beside.get(name, {})
+    rows.append((name, f"{value:.5g}", *(f"{others[kind]:.3g}" if kind in others else "" for kind in kinds)))
+  samples = result.get("samples", {})
+  how = (
+    f"Of {samples['number']:,} samples, {samples['sampler']} with {samples['evaluations']} steps." if samples else ""
+  )
+  head = ("measure", "value", "the data itself", "pure noise", "an untrained network")
+  return f"## Measures\n\n{_table(head, rows)}\n{how}\n"
+
+
+def _settings(config: Config) -> str:
+  rows = [
+    (_code(field.name), _code(config_lib.flag_text(value)))
+    for section, field, value in config_lib.options(config)
+    if section in _SECTIONS and (not field.metadata["may_change"] or field.name in _MAY_CHANGE_BUT_TELL)
+  ]
+  return f"## Settings\n\n{_table(('flag', 'value'), rows)}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+  lines = [head, ("---",) * len(head), *rows]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _code(text: Any) -> str:
+  """Text of users as code, so that nothing in it is markup or ends a table's cell."""
+  plain = " ".join(str(text).replace("`", "'").replace("|", "/").split())
+  return f"`{plain}`" if plain else "(empty)"

@@ -1,0 +1,1 @@
+"""The runs that a command starts: train, sample, evaluate, export, plan."""

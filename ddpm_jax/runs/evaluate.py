@@ -1,0 +1,95 @@
+"""The run `evaluate`: measures the model of a workdir."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Collection, Iterator
+
+import jax
+
+from ddpm_jax.config import Config
+from ddpm_jax.data.sources import open_source
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation.results import scalars, write_result
+from ddpm_jax.evaluation.summary import Result, in_words, title_of, yardsticks
+from ddpm_jax.runtime import console, paths
+from ddpm_jax.weights.initial import adopt, find_weights
+from ddpm_jax.weights.load import keep_place
+
+
+def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str] = ()) -> None:
+  """Writes `eval/N.json`, pictures beside it, and `report.html`; with --write_reference that file and nothing else.
+
+  Args:
+    config: the settings.
+    workdir: of the run; None: statistics are written of a data set that no run has to do with.
+    given: names of the flags of this command, as what they say is never chosen otherwise.
+
+  Raises:
+    UserError: if the workdir holds no such checkpoint, or data, labels or weights of the measures are missing.
+    RunError: if the results cannot be written.
+  """
+  if config.evaluate.write_reference:
+    _write_reference(config, workdir)
+    return
+  assert workdir is not None
+  weights = find_weights(config, workdir)
+  train = open_source(config.data)
+  if train.image_shape != weights.run.image_shape:
+    raise UserError(
+      f"dataset: the images of {train.name} are not of the size that the model draws, "
+      f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
+    )
+  measured = evaluate_lib.check(config, workdir, train).evaluate.measures
+  keep_place(config, workdir, weights, train)
+  adopt(config, workdir)
+  quiet = jax.process_index() != 0
+  around = evaluate_lib.Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
+  around.say(f"evaluating {weights.text}: {', '.join(measured)}")
+  result, pictures = evaluate_lib.evaluate(config, weights, train, around)
+  if not quiet:
+    for warning in result["warnings"]:
+      console.warn(warning)
+    path = write_result(workdir, result, pictures)
+    _write_report(workdir)
+    for line in told(result):
+      console.say(line)
+    console.say(f"done: {path} and {workdir / 'report.html'}")
+
+
+def _write_report(workdir: pathlib.Path) -> None:
+  from ddpm_jax.report.report import write_report  # Matplotlib takes long to import
+
+  try:
+    write_report(workdir)
+  except OSError as error:
+    raise RunError(f"workdir: cannot write {workdir / 'report.html'} ({error.strerror}); make room") from error
+
+
+def told(result: Result) -> Iterator[str]:
+  """The numbers of a result, a line each, beside those of the data itself, of noise and of an untrained network."""
+  beside, numbers = yardsticks(result), {name.removeprefix("evaluation/"): x for name, x in scalars(result).items()}
+  for name, value in numbers.items():
+    others = ", ".join(f"{kind} {other:.3g}" for kind, other in beside.get(name, {}).items())
+    yield f"  {name:28} {value:<10.5g}{others and f' ({others})'}".rstrip()
+  sentences = [in_words(title_of(name), name, value, beside[name]) for name, value in numbers.items() if name in beside]
+  yield from (sentence for i, sentence in enumerate(sentences) if not i or "nothing" in sentence)
+
+
+def _write_reference(config: Config, workdir: pathlib.Path | None) -> None:
+  path = paths.absolute("write_reference", config.evaluate.write_reference, "name a file on disk")
+  paths.check_name("write_reference", path)
+  if paths.exists("write_reference", path):
+    raise UserError(f"write_reference: {path} exists; name another file")
+  if not path.parent.is_dir():
+    raise UserError(f"write_reference: there is no folder {path.parent}; make it, or name another file")
+  quiet = jax.process_index() != 0
+  with contextlib.ExitStack() as cleanup:
+    # Without a run there is no cache to look into.
+    place = workdir or pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ddpm_jax-")))
+    around = evaluate_lib.Surroundings(place, beat=lambda what: None, quiet=quiet)
+    evaluate_lib.write_reference(config, open_source(config.data), path, around)
+    around.say(f"done: {path}")

@@ -1,0 +1,76 @@
+"""The run `plan`: compiles the training step for hardware that is not here, and says what it needs and could do."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import jax
+
+from ddpm_jax.config import Config
+from ddpm_jax.data.sources import image_shape
+from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.plan import report, topology
+from ddpm_jax.plan.batches import Largest, largest
+from ddpm_jax.plan.compiling import CompiledStep, compile_step
+from ddpm_jax.plan.hardware import peaks
+from ddpm_jax.plan.roofline import roofline
+from ddpm_jax.plan.topology import OutOfMemory, Topology
+from ddpm_jax.runtime import console
+from ddpm_jax.training.setup import Run, build_run
+
+
+def plan(config: Config) -> None:
+  """Prints the plan of a run on `config.plan.topology`. Trains nothing and writes no file.
+
+  Raises:
+    UserError: an unknown topology, libtpu is missing, or the command does not fit the devices or the data.
+  """
+  jax.config.update("jax_platforms", "cpu")  # other devices of this machine are left to those who use them
+  target = topology.find(config.plan.topology)
+  parallel = Parallel(config.train.parallel, target.devices, matmul_precision=config.model.matmul_precision)
+  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  run = build_run(config, image_shape(config.data), parallel)
+  best = peaks(target)
+  console.say(report.headline(run, target, best))
+  size = config.data.batch_size
+  step = _compile(run, size)
+  if isinstance(step, OutOfMemory):
+    console.say(report.refusal(step))
+  else:
+    times = roofline(step, best) if best else None
+    console.say(report.memory_table(step.memory, target))
+    console.say(report.step_table(step, best, times))
+    if times:
+      console.say(report.bound(run, step, times))
+  if target.memory is not None:
+    _say_largest(run, target, target.memory, step)
+
+
+def _say_largest(run: Run, target: Topology, limit: int, step: CompiledStep | OutOfMemory) -> None:
+  devices, parts = len(target.devices), run.config.train.grad_accum_steps
+  known = {run.config.data.batch_size: _bytes_of(step)}
+  fixed = 0.0 if isinstance(step, OutOfMemory) else float(step.memory.fixed)
+
+  def memory(size: int) -> float:
+    known[size] = _bytes_of(_compile(run, size))
+    return known[size]
+
+  found: Largest = largest(dict(known), fixed, memory, unit=devices * parts, limit=limit)
+  console.say(report.largest_text(found, devices, known, limit))
+
+
+def _bytes_of(step: CompiledStep | OutOfMemory) -> float:
+  """On each device; infinity where the compiler refuses and does not say how many."""
+  if isinstance(step, CompiledStep):
+    return float(step.memory.total)
+  return math.inf if step.needed is None else float(step.needed)
+
+
+def _compile(run: Run, size: int) -> CompiledStep | OutOfMemory:
+  """Compiles, and says so where a person waits: this takes minutes for a large network."""
+  console.note(f"compiling the step for a batch of {size} ...", end=" ")
+  start = time.monotonic()
+  step = compile_step(run, size)
+  console.note(f"{time.monotonic() - start:.0f} s")
+  return step

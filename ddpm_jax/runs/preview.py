@@ -1,0 +1,99 @@
+"""Sample grids while a run trains: what draws them, and when they are drawn beyond those of `--sample_every`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.keys import seeded
+from ddpm_jax.runs.programs import Compiler
+from ddpm_jax.sampling.draw import make_draw, make_predictor
+from ddpm_jax.training.setup import Run
+from ddpm_jax.training.state import TrainState
+from ddpm_jax.workdir import grids
+
+_FIRST_S = 60.0  # of training, until the first early grid
+_PATIENCE_S = 40.0  # longer, while what draws it compiles beside the training steps
+
+
+class Preview:
+  """Draws sample grids: the EMA weights beside the raw ones, from the same noise each time.
+
+  Attributes:
+    settings: how they are drawn, JSON values.
+  """
+
+  def __init__(self, run: Run, compiler: Compiler | None):
+    """If there will be grids, `compiler` compiles what draws them after the step, beside the first training steps.
+
+    None: the first grid waits for that.
+    """
+    options, schedule = run.config.train, run.schedule
+    self.settings: dict[str, Any] = {  # named as those of a draw
+      "sample_weights": "ema, raw",
+      "sampler": "dpmpp",
+      "sampling_steps": options.preview_steps,
+      "sample_seed": options.seed,
+    }
+    self._draw = make_draw(
+      make_predictor(run.network, schedule, run.config.diffusion.prediction),
+      make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
+      image_shape=run.image_shape,
+      parallel=run.parallel,
+      stream="preview",
+      keep=True,
+    )
+    self._seed, self._index = options.seed, np.arange(options.preview_images, dtype=np.int32)
+    self._ahead = bool(compiler and options.sample_every and run.parallel.compiles_beside_updates)
+    if compiler and self._ahead:
+      self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), self._index)
+
+  @property
+  def compiling(self) -> bool:
+    """Whether a grid would have to wait for what is being compiled beside the training steps."""
+    return self._ahead and not self._draw.is_ready(self._index)
+
+  def __call__(self, state: TrainState) -> Callable[[], np.ndarray]:
+    """Begins a grid. Returns what waits for the picture, uint8 [height, width, 3], and gives it."""
+    weights = {"EMA weights": state.ema_params, "raw weights": state.params}
+    drawn = {name: self._draw.start(seeded(params, self._seed), self._index) for name, params in weights.items()}
+    return lambda: grids.captioned(
+      {name: grids.image_grid(images(), columns=min(8, len(self._index))) for name, images in drawn.items()}
+    )
+
+
+class EarlyGrids:
+  """When a grid is drawn although `--sample_every` is far: after 1, 2, 4, 8, ... minutes of training.
+
+  More exactly, after a minute, and then when the newest grid, whyever it was drawn, is of the first half of the
+  training time so far. The clock decides at which step that is, but neither where the calls of the step end nor what
+  they compute. Of several processes that of the first one counts, and they hear of it with the votes of the step.
+  """
+
+  def __init__(self, seconds: Callable[[], float], *, wanted: bool):
+    """Args:
+    seconds: of training so far, those before a stop among them.
+    wanted: whether there are to be grids at all.
+    """
+    self._seconds = seconds
+    self._due = max(_FIRST_S, 2 * seconds()) if wanted else math.inf
+    self._asked = False
+
+  def due(self, *, compiling: bool = False) -> bool:
+    """Whether a grid is to be drawn. compiling: see `Preview`; where that takes long, it is waited for."""
+    return self._seconds() >= self._due + (_PATIENCE_S if compiling else 0.0)
+
+  def ask(self) -> bool:
+    """Whether to ask all processes for a grid: once, until it is drawn. Of the first process."""
+    ask = jax.process_index() == 0 and not self._asked and self.due()
+    self._asked |= ask
+    return ask
+
+  def drawn(self) -> None:
+    """A grid was drawn."""
+    self._due, self._asked = max(self._due, 2 * self._seconds()), False

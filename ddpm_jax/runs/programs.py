@@ -1,0 +1,59 @@
+"""What a training run compiles ahead of its first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddpm_jax.training.setup import Run
+from ddpm_jax.training.step import abstract_batch
+
+
+class Compiler:
+  """A thread that compiles one program after the other. XLA needs no Python for it, so other work goes on beside it."""
+
+  def __init__(self):
+    self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+
+  def submit(self, lowered: jax.stages.Lowered) -> Future[jax.stages.Compiled]:
+    """Compiles it when those before it are done."""
+    return self._thread.submit(lowered.compile)
+
+  def close(self) -> None:
+    """Does not wait: what ends a run early is told at once. The process ends when XLA is done with its work."""
+    self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class StepProgram:
+  """The step, for up to `steps_per_dispatch` updates in a call.
+
+  Where shapes are enough for that, it is compiled while the state, the files and the first batch are made.
+  """
+
+  def __init__(self, run: Run, train_step: Callable, compiler: Compiler, *, ahead: bool):
+    """Traces the step, and begins to compile.
+
+    Args:
+      run: the run.
+      train_step: one update, (state, batch, axis_name, seed) -> (state, metrics), as `Parallel.compile` takes it.
+      compiler: has nothing else to do yet.
+      ahead: whether it will be called soon.
+    """
+    updates = run.config.train.steps_per_dispatch
+    seed = np.uint32(run.config.train.seed)  # no part of the program: runs of other seeds need not compile another one
+    self._step = run.parallel.compile(train_step, run.abstract_state, updates=updates, scalars={"seed": seed})
+    self._compiled = None
+    if ahead and run.parallel.lowers_shapes:
+      batch = abstract_batch(run.image_shape, run.config.data.batch_size)
+      lowered = self._step.lower(run.abstract_state, *run.parallel.abstract_inputs(batch, updates=updates))
+      self._compiled = compiler.submit(lowered)  # JAX keeps the result, and the first call finds it
+
+  def __call__(self, *arguments: Any) -> Any:
+    """As what `Parallel.compile` returns."""
+    if self._compiled:
+      self._compiled.result()
+    return self._step(*arguments)

@@ -1,0 +1,194 @@
+"""The run `sample`: draws images from a workdir's checkpoint, or with the weights of --init_from, and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from ddpm_jax.config import Config
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.runtime import console
+from ddpm_jax.runtime.paths import expanded
+from ddpm_jax.runtime.progress import counted
+from ddpm_jax.sampling import inputs, tasks
+from ddpm_jax.sampling.draw import QUICK
+from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, facts_of_picture, settings
+from ddpm_jax.weights.initial import adopt, find_weights
+from ddpm_jax.weights.load import Weights, keep_place
+from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.storage import sync_file
+
+_GRID_IMAGES = 256  # more than that is no picture any more
+_FRAME_MS = 100
+_MANY = 200  # network evaluations, for which a CPU takes long
+Written = dict[str, Callable[[pathlib.Path], None]]  # suffix -> what writes that file
+
+
+def sample(config: Config, workdir: pathlib.Path) -> None:
+  """Draws what `--sample_task` names into `samples/`.
+
+  `images`: `samples.npz` (`images` uint8 [N, H, W, C], `settings` JSON) and `samples.png`; the other tasks NAME.npz
+  and NAME.png. Earlier draws are kept as samples.1.npz, samples.2.npz and so on.
+
+  Raises:
+    UserError: if the workdir holds no such checkpoint, or what a task is given does not fit.
+    RunError: if the samples cannot be written.
+  """
+  weights = find_weights(config, workdir)
+  if config.sample.sample_task == "images":
+    _draw_images(config, weights, workdir)
+  else:
+    _do_task(config, weights, workdir)
+
+
+def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
+  options, shape, folder = config.sample, weights.run.image_shape, workdir / "samples"
+  png_folder = None
+  if options.sample_png_dir:
+    png_folder = pathlib.Path(expanded("sample_png_dir", options.sample_png_dir))
+    _check_png_folder(png_folder)
+    check_room("num_samples", png_folder, shape, options.num_samples, copies=1)
+  check_room(
+    "num_samples", folder, shape, options.num_samples, copies=2
+  )  # while they are drawn, and then in the archive
+  adopt(config, workdir)
+  drawn = Drawn(weights, config, folder)
+  quiet = jax.process_index() != 0
+  with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
+    say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.evaluations))
+    drawn.draw(options.num_samples, done=lambda at: done(at.images, str(at)), say=say)
+  if jax.process_index() == 0:
+    images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
+    _write(
+      folder,
+      "samples",
+      {
+        ".npz": lambda path: _save_npz(path, {"images": images}, drawn.settings),
+        ".png": lambda path: grids.save_png(path, grids.image_grid(np.asarray(images[:_GRID_IMAGES])), facts),
+      },
+    )
+    if png_folder is not None:
+      _save_pngs(png_folder, images, facts)
+    shown = "" if len(images) <= _GRID_IMAGES else f" (the first {_GRID_IMAGES})"
+    console.say(f"done: {folder / 'samples.npz'} and {folder / 'samples.png'}{shown}")
+  drawn.forget()
+
+
+def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
+  options, run, folder = config.sample, weights.run, workdir / "samples"
+  name, number = options.sample_task, options.num_samples
+  given = {"interpolate": 2 * number, "inpaint": number, "reconstruct": number}.get(name, 0)
+  accept = functools.partial(keep_place, config, workdir, weights)
+  images = inputs.given_images(config, run.image_shape, given, accept) if given else np.empty(0)
+  mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
+  adopt(config, workdir)
+  quiet = jax.process_index() != 0
+  if not quiet:
+    rows = number * tasks.rows_for_each(name)
+    console.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
+  parts = tasks.make_parts(run, weights.params, config, quiet=quiet)
+  match name:
+    case "progressive":
+      outcome = tasks.progressive(parts)
+    case "interpolate":
+      outcome = tasks.interpolate(parts, images)
+    case "slerp":
+      outcome = tasks.slerp_noises(parts)
+    case "inpaint":
+      outcome = tasks.inpaint(parts, images, mask)
+    case "reconstruct":
+      outcome = tasks.reconstruct(parts, images)
+    case _:
+      raise ValueError(f"unknown task {name!r}")
+  if jax.process_index() == 0:
+    all_settings = settings(config, weights) | dict(outcome.told)
+    facts = facts_of_picture(all_settings, weights)
+    files: Written = {
+      ".npz": lambda path: _save_npz(path, outcome.arrays, all_settings),
+      ".png": lambda path: grids.save_png(path, outcome.picture, facts),
+    }
+    if outcome.frames:
+      files[".gif"] = lambda path: _save_gif(path, outcome.frames, facts)
+    _write(folder, name, files)
+    for fact, value in outcome.told.items():
+      console.say(f"{fact.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.4g}'}")
+    console.say("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
+
+
+def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:
+  height, width, channels = weights.run.image_shape
+  each = f", {evaluations} network evaluations each" if evaluations else ""
+  quick = ""
+  if evaluations >= _MANY and jax.default_backend() == "cpu":
+    quick = f"; --sampler=dpmpp --sampling_steps={QUICK} is about {evaluations // QUICK} times faster"
+  return f"{what} {height}x{width}x{channels} with {weights.text}: {config.sample.sampler}{each}{quick}"
+
+
+def _check_png_folder(folder: pathlib.Path) -> None:
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise UserError(f"sample_png_dir: {folder} exists and is not an empty folder; name another")
+
+
+def _save_pngs(folder: pathlib.Path, images: np.ndarray, facts: dict) -> None:
+  """Writes a folder of files, whole or not at all. Raises RunError."""
+  new = folder.with_name(f".{folder.name}.new")
+  try:
+    shutil.rmtree(new, ignore_errors=True)  # of an earlier try
+    new.mkdir(parents=True)
+    for i, image in enumerate(images):
+      grey = image[:, :, 0] if image.shape[-1] == 1 else image
+      (new / f"{i:06d}.png").write_bytes(grids.png(np.asarray(grey), facts))
+    new.replace(folder)
+  except OSError as error:
+    shutil.rmtree(new, ignore_errors=True)
+    raise RunError(f"sample_png_dir: cannot write {folder} ({error.strerror or error}); make room") from error
+  console.say(f"{len(images)} PNG files in {folder}")
+
+
+def _save_npz(path: pathlib.Path, arrays: dict[str, np.ndarray], facts: dict) -> None:
+  with path.open("wb") as file:
+    everything: Any = arrays | {"settings": np.asarray(json.dumps(facts))}
+    np.savez_compressed(file, **everything)
+
+
+def _save_gif(path: pathlib.Path, frames: list[np.ndarray], facts: dict) -> None:
+  first, *others = [Image.fromarray(frame) for frame in frames]
+  how: dict[str, Any] = {"duration": _FRAME_MS, "loop": 0, "comment": json.dumps(facts).encode()}
+  first.save(path, format="GIF", save_all=True, append_images=others, **how)
+
+
+def _write(folder: pathlib.Path, name: str, files: Written) -> None:
+  """Puts a draw where the earlier one was, which gets another name; or leaves the folder as it was. Raises RunError."""
+  new = {suffix: folder / f".{name}{suffix}.new" for suffix in files}
+  try:
+    folder.mkdir(exist_ok=True)
+    for suffix, write in files.items():
+      write(new[suffix])
+      sync_file(new[suffix])  # what was drawn is forgotten afterwards
+    _set_aside(folder, name, tuple(files))
+    for suffix, file in new.items():
+      file.replace(folder / f"{name}{suffix}")
+  except OSError as error:
+    for file in new.values():
+      with contextlib.suppress(OSError):
+        file.unlink()
+    raise cannot_write(folder, error) from error
+
+
+def _set_aside(folder: pathlib.Path, name: str, suffixes: tuple[str, ...]) -> None:
+  """Renames an earlier draw: nothing that exists is overwritten."""
+  number = 1
+  while any((folder / f"{name}.{number}{suffix}").exists() for suffix in suffixes):
+    number += 1
+  for suffix in suffixes:
+    if (folder / f"{name}{suffix}").exists():
+      (folder / f"{name}{suffix}").rename(folder / f"{name}.{number}{suffix}")

@@ -1,0 +1,133 @@
+"""What training and sampling have in common: the parts of a run, built from its Config."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ddpm_jax.config import FOLDER, Config
+from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.diffusion.schedules import (
+  NoiseSchedule,
+  betas_that_reach_noise,
+  largest_prior_kl,
+  make_schedule,
+  reaches_noise,
+)
+from ddpm_jax.keys import stream_key
+from ddpm_jax.models.build import Network, Params, build_model, init_params, network_of
+from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from ddpm_jax.training.state import TrainState, create_state
+from ddpm_jax.training.step import make_loss, train_step
+
+_MANY_IMAGES, _MANY_PASSES = 5000, 100  # see `copies_warning`
+
+
+class Run(NamedTuple):
+  """The parts of a run that never change while it runs."""
+
+  config: Config
+  image_shape: tuple[int, int, int]  # H, W, C
+  schedule: NoiseSchedule
+  network: Network
+  parallel: Parallel
+  abstract_state: TrainState  # ShapeDtypeStructs with shardings
+  lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
+
+  def initial_state(self, params: Params | None = None) -> TrainState:
+    """The state before the first update, placed.
+
+    Args:
+      params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
+    """
+    init = functools.partial(_initial_state, self.config, self.image_shape)
+    compiled = jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))
+    return compiled(np.uint32(self.config.train.seed), params)
+
+  def place(self, params: Params) -> Params:
+    """Weights, NumPy arrays that are the same on every process, placed as those of a state."""
+    return jax.tree.map(
+      lambda leaf, wanted: jax.make_array_from_callback(leaf.shape, wanted.sharding, lambda piece: leaf[piece]),
+      params,
+      self.abstract_state.params,
+    )
+
+
+def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Parallel) -> Run:
+  """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together."""
+  model = build_model(config.model, image_shape)
+  d = config.diffusion
+  schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
+  shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape), np.uint32(config.train.seed))
+  abstract_state = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    parallel.state_shardings(shapes),
+  )
+  return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
+
+
+def noise_warning(run: Run) -> str | None:
+  """A line if at t = T more of the images is left than can go unseen, with the betas that would do; else None."""
+  if reaches_noise(run.schedule):
+    return None
+  d, remedies = run.config.diffusion, []
+  if d.beta_schedule != "cosine":
+    betas = betas_that_reach_noise(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
+    if betas:
+      remedies.append("--beta_start={:g} --beta_end={:g}".format(*betas))
+    if reaches_noise(make_schedule("cosine", d.num_timesteps)):
+      remedies.append("--beta_schedule=cosine")
+  return (
+    f"the noise schedule does not reach pure noise, from which sampling starts: at t = {d.num_timesteps}, the last "
+    f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T up to "
+    f"{largest_prior_kl(run.schedule):.2g} bits/dim); in a new run, use {' or '.join(remedies or ['more timesteps'])}"
+  )
+
+
+def copies_warning(config: Config, images: int) -> str | None:
+  """A line if a model of this many own images is likely to learn them by heart; else None.
+
+  The number of steps after which a diffusion model draws copies grows with the number of images, so that the number of
+  passes says most (Favero et al. 2025, "Bigger Isn't Always Memorizing"; Bonnaire et al. 2025, "Why Diffusion Models
+  Don't Memorize"); with many images it never does. The two bounds are no more than rules of thumb: --preset=images32
+  makes 77 passes over the 3,754 images by which it was chosen.
+  """
+  passes = config.train.num_steps * config.data.batch_size / images
+  if not config.data.dataset.startswith(FOLDER) or images >= _MANY_IMAGES or passes <= _MANY_PASSES:
+    return None
+  flips = "" if config.data.random_flip else ", or --random_flip if a mirrored image is as good"
+  return (
+    f"{config.train.num_steps:,} training steps of {config.data.batch_size} images are {passes:,.0f} passes over this "
+    f"small set of {images}, which the model may learn by heart and draw copies of; use more images, or a smaller "
+    f"--num_steps{flips}; 'neighbours' of --mode=evaluate measures it"
+  )
+
+
+def make_train_step(run: Run) -> functools.partial:
+  """`step.train_step` with everything bound but (state, batch) and axis_name; another seed may be given."""
+  config = run.config
+  loss_fn = make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip)
+  return functools.partial(
+    train_step,
+    seed=config.train.seed,
+    loss_fn=run.parallel.spread(loss_fn),
+    optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
+    learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
+    ema_decay=config.optimizer.ema_decay,
+    grad_accum_steps=config.train.grad_accum_steps,
+  )
+
+
+def _initial_state(
+  config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
+) -> TrainState:
+  if params is None:
+    params = init_params(build_model(config.model, image_shape), stream_key(seed, "init"), image_shape)
+  else:
+    params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
+  return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))

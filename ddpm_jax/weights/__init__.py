@@ -1,0 +1,1 @@
+"""Weights in and out: checkpoints of workdirs, safetensors files, folders of diffusers."""

@@ -1,0 +1,191 @@
+"""Where weights come from: --init_from=PATH, or the checkpoints of a workdir.
+
+PATH is a folder of diffusers, a safetensors file that --mode=export wrote, or a workdir. It decides the architecture
+and the diffusion wherever flags say nothing, and is read before anything is written. Once a run has a checkpoint of its
+own, nobody looks at PATH any more.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.checkpoint import manifest
+from ddpm_jax.config import Config, SampleConfig, TrainConfig
+from ddpm_jax.devices.parallel import Parallel, from_all_processes, gather
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import Params
+from ddpm_jax.runtime import paths
+from ddpm_jax.training.setup import build_run
+from ddpm_jax.weights import diffusers, file
+from ddpm_jax.weights.arrays import arrays_sha256
+from ddpm_jax.weights.load import Weights, identity_of, load_weights
+from ddpm_jax.weights.names import from_flat, to_flat
+from ddpm_jax.workdir import layout
+
+ImageShape = tuple[int, int, int]  # H, W, C
+
+
+class Origin(NamedTuple):
+  """What PATH says of its model."""
+
+  path: pathlib.Path
+  kind: str  # 'diffusers', 'file' or 'workdir'
+  settings: dict[str, Any]  # the settings that come with it
+  image_shape: ImageShape | None  # None: a workdir's checkpoints say it
+
+
+def absolute(text: str) -> str:
+  """--init_from as it is kept in a workdir; the empty text stays.
+
+  Raises:
+    UserError: if it is an address, or a path that no file of a workdir can hold.
+  """
+  if not text:
+    return ""
+  path = paths.absolute("init_from", text, "get the model first and name its folder")
+  paths.check_name("init_from", path)
+  return str(path)
+
+
+def beginning(path: str, workdir: pathlib.Path | None, base: Config | None = None) -> Config:
+  """The settings that flags win over where weights come from PATH: `base` with those that come with them.
+
+  A workdir that began with PATH has them too, and PATH may be gone.
+
+  Args:
+    path: as `absolute` makes it.
+    workdir: the folder of the run, which need not exist; None: there is none.
+    base: what they are laid over; None: the defaults.
+
+  Raises:
+    UserError: if PATH is no model that can be read.
+  """
+  base = base or Config()
+  if workdir is not None and layout.holds_run(workdir):
+    stored = layout.load_config(workdir)
+    if stored.exchange.init_from == path:
+      return config_lib.override(base, _settings_of(stored))
+  try:
+    return config_lib.override(base, look(path).settings)
+  except UserError as error:
+    raise UserError(f"init_from: {error}") from None
+
+
+def look(path: str) -> Origin:
+  """Reads what PATH says of itself, and none of its weights. Raises UserError, which names the file."""
+  place = pathlib.Path(path)
+  try:
+    return _look(place)
+  except OSError as error:
+    raise UserError(f"{error.filename or place} cannot be looked at ({error.strerror}); name another path") from error
+
+
+def _look(place: pathlib.Path) -> Origin:
+  if not place.exists():
+    raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
+  if not place.is_dir():
+    config, image_shape = file.describe(place)
+    return Origin(place, "file", _settings_of(config), image_shape)
+  if diffusers.is_folder_of_diffusers(place):
+    settings, image_shape = diffusers.describe(place)
+    few = settings["num_timesteps"] < TrainConfig().preview_steps
+    return Origin(
+      place, "diffusers", settings | ({"preview_steps": settings["num_timesteps"]} if few else {}), image_shape
+    )
+  if (place / "config.json").exists():
+    return Origin(place, "workdir", _settings_of(layout.load_config(place)), None)
+  if (place / file.NAME).exists():
+    raise UserError(f"{place} holds {file.NAME}; name that file")
+  raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
+
+
+def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[Params, ImageShape]:
+  """The weights of `config.exchange.init_from`. All processes must call it.
+
+  Args:
+    config: of the run.
+    image_shape: of the images that the run draws; None: of those that the weights were trained on.
+
+  Returns:
+    A tree of float32 NumPy arrays that fits the network of `config`, and the shape of the images.
+
+  Raises:
+    UserError: if they cannot be read, do not fit (all that do not are named), or differ among the processes.
+  """
+  try:
+    params, shape = _read(config, look(config.exchange.init_from), image_shape)
+  except UserError as error:
+    raise UserError(f"init_from: {error}") from error
+  digest = np.frombuffer(bytes.fromhex(arrays_sha256(to_flat(params), "")), np.uint8)
+  if np.any(from_all_processes(digest) != digest[None]):
+    raise UserError(
+      f"init_from: {config.exchange.init_from} does not hold the same weights for all processes; give every host a copy"
+    )
+  return params, shape
+
+
+def _read(config: Config, origin: Origin, image_shape: ImageShape | None) -> tuple[Params, ImageShape]:
+  if origin.kind != "workdir":
+    for name in config_lib.NAMES_WEIGHTS:
+      value = getattr(config.sample, name)
+      if value != getattr(SampleConfig(), name):
+        raise UserError(f"{origin.path} is no workdir, so --{name}={value} has no effect; leave it out")
+  shape = image_shape or origin.image_shape
+  if origin.kind == "workdir":
+    theirs = _weights_of_workdir(config, origin.path)
+    shape = shape or theirs.run.image_shape
+    arrays = to_flat(jax.tree.map(gather, theirs.params))
+    try:
+      return from_flat(arrays, config.model, shape), shape
+    except UserError as error:
+      raise UserError(f"{origin.path}: {error}") from None
+  assert shape is not None  # the others say it
+  reader = diffusers if origin.kind == "diffusers" else file
+  return reader.read_params(origin.path, config.model, shape), shape
+
+
+def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
+  """Of another run's workdir, those that --checkpoint and --sample_weights name."""
+  how = (*config_lib.NAMES_WEIGHTS, "parallel", "on_corrupt")
+  given = {name: value for name, value in config_lib.values(config).items() if name in how}
+  return load_weights(config_lib.override(layout.load_config(workdir), given), workdir)
+
+
+def find_weights(config: Config, workdir: pathlib.Path | None) -> Weights:
+  """The weights that a command means: of the workdir's checkpoints, or, where it has none, those of --init_from.
+
+  Args:
+    config: of the run.
+    workdir: its folder; None: those of --init_from.
+
+  Raises:
+    UserError: if there are none, or they do not fit the network of `config`.
+  """
+  if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
+    return load_weights(config, workdir)
+  params, image_shape = read_params(config)
+  run = build_run(config, image_shape, Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision))
+  params = run.place(params)
+  return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)))
+
+
+def adopt(config: Config, workdir: pathlib.Path) -> None:
+  """Makes the workdir of a model that was trained elsewhere, or renews its settings, once a command is found right.
+
+  Does nothing where a run was trained, and where the settings stand already. Raises UserError if it cannot be written.
+  """
+  if not config.exchange.init_from or layout.has_checkpoints(workdir) or jax.process_index() != 0:
+    return
+  exists = layout.holds_run(workdir)
+  if not exists or config_lib.changed(layout.load_config(workdir), config, on_resume=True, once_trained=True):
+    layout.create(workdir, config)
+
+
+def _settings_of(config: Config) -> dict[str, Any]:
+  """Of a run's settings those that come with its weights."""
+  return {name: value for part in file.settings_of_weights(config).values() for name, value in part.items()}

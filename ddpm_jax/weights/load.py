@@ -1,0 +1,129 @@
+"""The weights of a workdir, for drawing and measuring: a checkpoint and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.checkpoint import resume
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
+from ddpm_jax.checkpoint.manifest import Manifest
+from ddpm_jax.checkpoint.saver import first_checkpoint
+from ddpm_jax.config import Config
+from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import Params
+from ddpm_jax.runtime import console, paths
+from ddpm_jax.training.setup import Run, build_run
+from ddpm_jax.training.state import TrainState
+from ddpm_jax.workdir import layout, lock
+
+
+class Weights(NamedTuple):
+  """What was trained, and how far."""
+
+  run: Run
+  params: Params
+  step: int  # the number of updates; 0 if nothing was trained here
+  which: str  # 'ema' or 'raw'
+  identity: str  # SHA-256, see `identity_of`
+  manifest: Manifest | None = None  # of the checkpoint that they were read from, if they were
+
+  @property
+  def text(self) -> str:
+    """What they are, for people."""
+    return f"the {self.which} weights after update {self.step}" if self.step else "the weights of --init_from"
+
+
+def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
+  """The weights that `--checkpoint` and `--sample_weights` name. Says which newer checkpoints are damaged.
+
+  Raises:
+    UserError: if the workdir holds no such checkpoint, or one of another run.
+  """
+  name = config.sample.checkpoint
+  folder = workdir / ("best" if name == "best" else "checkpoints")
+  if not folder.is_dir():
+    raise UserError(_missing(name, workdir))
+  parallel, runs = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision), {}
+
+  def expect(manifest: Manifest) -> TrainState:
+    resume.check_config(manifest, config, workdir, once_trained=True)
+    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
+    return run.abstract_state
+
+  with contextlib.closing(Checkpoints(folder)) as checkpoints:
+    only = int(name) if name.isdecimal() else None
+    restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt, only=only)
+  if restored is None:
+    raise UserError(_missing(name, workdir))
+  if jax.process_index() == 0:
+    for number, reason in restored.damaged.items():
+      console.warn(f"checkpoint {number} is damaged: {reason}; using {restored.step}")
+  which = config.sample.sample_weights
+  field = "ema_params" if which == "ema" else "params"
+  leaves = {
+    name.removeprefix(f"{field}/"): leaf
+    for name, leaf in restored.manifest["leaves"].items()
+    if name.startswith(f"{field}/")
+  }
+  params, number = getattr(restored.state, field), restored.step
+  return Weights(runs[number], params, number, which, identity_of(leaves), restored.manifest)
+
+
+def _missing(name: str, workdir: pathlib.Path) -> str:
+  """Why a workdir has no checkpoint of this name, and what to do."""
+  if name == "best":
+    return f"workdir: {workdir} holds no best checkpoint yet; let training keep one with --evaluate_every"
+  stored, begin = layout.load_config(workdir), paths.command(f"--workdir={workdir}")
+  every, total = stored.train.checkpoint_every, stored.train.num_steps
+  first = f"the first is written after step {first_checkpoint(stored)} of {total} (--checkpoint_every={every})"
+  if trainer := lock.holder(workdir):
+    return (
+      f"workdir: {workdir} holds no checkpoint yet, as it is being trained, by {trainer}: {first}; wait for it, or "
+      "stop the training, which saves one, and give its command again with a smaller --checkpoint_every"
+    )
+  if layout.has_begun(workdir):
+    return (
+      f"workdir: {workdir} holds no checkpoint: training has ended before there was one, or they were deleted; "
+      f"{first}; begin anew with {begin}, with a smaller --checkpoint_every if need be"
+    )
+  return f"workdir: {workdir} holds no checkpoint yet, as it was never trained; train first, with {begin}"
+
+
+def keep_place(config: Config, workdir: pathlib.Path, weights: Weights, source: Source) -> None:
+  """Where a command says that a run's folder of images lies elsewhere: checks that, and keeps it in the workdir.
+
+  Args:
+    config: of the command.
+    workdir: of the run.
+    weights: of the run.
+    source: the images that the command names.
+
+  Raises:
+    UserError: if they are other images, and --allow_data_change is not given, or the workdir cannot be written.
+  """
+  if not layout.holds_run(workdir):
+    return
+  stored = layout.load_config(workdir)
+  place = {name: getattr(config.data, name) for name in ("dataset", "follow_links")}
+  if config_lib.override(stored, place) == stored:
+    return
+  if weights.manifest and not config.data.allow_data_change:
+    resume.check_images(weights.manifest, source, workdir)
+  if jax.process_index() == 0 and not config.data.allow_data_change:
+    layout.create(workdir, config_lib.override(stored, place))
+
+
+def identity_of(leaves: Mapping[str, Mapping[str, Any]]) -> str:
+  """SHA-256 over weights, from what `manifest.describe` says of them."""
+  text = json.dumps({name: leaf["sha256"] for name, leaf in leaves.items()}, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,279 @@
+"""The options of diffusers' UNet2DModel and schedulers <-> our settings.
+
+Each is understood, at the one value that our network has, or refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ddpm_jax.config import Config, ModelConfig
+from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.layers import num_norm_groups
+
+Options = Mapping[str, Any]  # of a config.json
+
+# Options of UNet2DModel that our network has not: its default there, and the values that leave nothing of it.
+_ONLY = {
+  "center_input_sample": (False, (False,)),
+  "time_embedding_type": ("positional", ("positional",)),
+  "freq_shift": (0, (1,)),
+  "flip_sin_to_cos": (True, (False,)),
+  "mid_block_type": ("UNetMidBlock2D", ("UNetMidBlock2D",)),
+  "mid_block_scale_factor": (1, (1,)),
+  "downsample_padding": (1, (0,)),  # which it makes one row below and right
+  "downsample_type": ("conv", ("conv",)),
+  "upsample_type": ("conv", ("conv",)),
+  "act_fn": ("silu", ("silu", "swish")),
+  "norm_eps": (1e-5, (1e-6,)),
+  "resnet_time_scale_shift": ("default", ("default",)),
+  "add_attention": (True, (True,)),
+  "class_embed_type": (None, (None,)),
+  "num_class_embeds": (None, (None,)),
+}
+_UNDERSTOOD = {
+  *("sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "down_block_types"),
+  *("up_block_types", "dropout", "norm_num_groups", "attention_head_dim", "attn_norm_num_groups"),
+  *("time_embedding_dim", "num_train_timesteps"),  # the last is read with learned embeddings only
+}
+
+# Ours -> theirs; of two that are one formula the first is ours.
+_SCHEDULES = {
+  "linear": "linear",
+  "scaled_linear": "scaled_linear",
+  "quadratic": "scaled_linear",
+  "cosine": "squaredcos_cap_v2",
+  "sigmoid": "sigmoid",
+}
+_PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+_VARIANCES = {"fixed_small": "fixed_small", "fixed_large": "fixed_large"}
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+_SCHEDULER_ONLY = {
+  "rescale_betas_zero_snr": (False, (False,)),
+  "predict_epsilon": (True, (True,)),  # until diffusers 0.10
+  "timestep_values": (None, (None,)),  # until diffusers 0.1
+}
+_SCHEDULER_UNDERSTOOD = {
+  *("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type"),
+  *("variance_type", "clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio"),
+  *("sample_max_value",),
+  # How to draw, which is for --sampler and its flags to say, and what the scheduler's arrays were once.
+  *("timestep_spacing", "steps_offset", "set_alpha_to_one", "tensor_format"),
+}
+_NO_LIMIT = 1e30  # of dynamic thresholding: ours has none, and theirs must be a number
+
+
+# The network.
+
+
+def unet_options(model: ModelConfig, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+  """What makes of UNet2DModel the U-Net of `model` for images (H, W, C)."""
+  height, width, channels = image_shape
+  attention = [height >> level in model.attention_resolutions for level in range(len(model.channel_multipliers))]
+  return {
+    "sample_size": height if height == width else [height, width],
+    "in_channels": channels,
+    "out_channels": channels,
+    "layers_per_block": model.num_res_blocks,
+    "block_out_channels": [model.channels * multiplier for multiplier in model.channel_multipliers],
+    "down_block_types": ["AttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+    "up_block_types": ["AttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+    "attention_head_dim": None,  # as many as the block has channels: one head
+    "norm_num_groups": model.norm_groups or num_norm_groups(model.channels),
+    "dropout": model.dropout,
+    **{name: values[0] for name, (_, values) in _ONLY.items()},
+  }
+
+
+def model_settings(options: Options) -> tuple[dict[str, Any], tuple[int, int, int]]:
+  """Settings of `ModelConfig`, and the shape (H, W, C) of the images.
+
+  Raises:
+    UserError: names the option that is unknown, missing, or of a value that our network does not have.
+  """
+  _check_class(options, ("UNet2DModel",))
+  _check_known(options, _UNDERSTOOD, _ONLY)
+  widths = _whole_numbers(options, "block_out_channels", (224, 448, 672, 896))
+  channels = widths[0]
+  if any(width % channels for width in widths):
+    raise UserError(f"block_out_channels: {list(widths)} are not multiples of the first")
+  groups = _whole_number(options, "norm_num_groups", 32)
+  _check_value(options, "time_embedding_dim", None, (None, 4 * channels))
+  _check_value(options, "attn_norm_num_groups", None, (None, groups))
+  attention = _attention(options, len(widths))
+  for width in [width for width, has in zip(widths, attention, strict=True) if has] + [widths[-1]]:
+    _check_value(options, "attention_head_dim", 8, (None, width))
+  image_shape = _image_shape(options)
+  return {
+    "channels": channels,
+    "channel_multipliers": tuple(width // channels for width in widths),
+    "num_res_blocks": options.get("layers_per_block", 2),
+    "attention_resolutions": tuple(image_shape[0] >> level for level, has in enumerate(attention) if has),
+    "norm_groups": groups,
+    "dropout": options.get("dropout", 0.0),
+  }, image_shape
+
+
+def _attention(options: Options, levels: int) -> list[bool]:
+  """Which levels have attention."""
+  found = {}
+  for way, default in (("Down", "down_block_types"), ("Up", "up_block_types")):
+    kinds = options.get(default)
+    plain, attentive = f"{way}Block2D", f"Attn{way}Block2D"
+    if not isinstance(kinds, list) or len(kinds) != levels:
+      raise UserError(f"{default}: {kinds!r} is no list of {levels} blocks, as many as block_out_channels has")
+    for kind in kinds:
+      if kind not in (plain, attentive):
+        raise UserError(f"{default}: {kind!r} is not supported, only {plain} and {attentive} are")
+    found[way] = [kind == attentive for kind in kinds]
+  if found["Up"] != found["Down"][::-1]:
+    raise UserError("up_block_types: attention is not at the levels of down_block_types, which is not supported")
+  return found["Down"]
+
+
+def _image_shape(options: Options) -> tuple[int, int, int]:
+  channels = _whole_number(options, "in_channels", 3)
+  _check_value(options, "out_channels", 3, (channels,))
+  match options.get("sample_size"):
+    case [height, width] if all(type(side) is int and side > 0 for side in (height, width)):
+      return height, width, channels
+    case side if type(side) is int and side > 0:
+      return side, side, channels
+    case size:
+      raise UserError(f"sample_size: {size!r} is no size of images; write one number, or height and width")
+
+
+# The scheduler.
+
+
+def scheduler_options(config: Config) -> dict[str, Any]:
+  """A DDPMScheduler with the betas, the variance, the prediction and the clipping of a run.
+
+  Its images are free of noise with any number of steps.
+  """
+  diffusion, sample = config.diffusion, config.sample
+  return {
+    "num_train_timesteps": diffusion.num_timesteps,
+    "beta_schedule": _SCHEDULES[diffusion.beta_schedule],
+    "beta_start": diffusion.beta_start,
+    "beta_end": diffusion.beta_end,
+    "trained_betas": None,
+    "variance_type": _VARIANCES[diffusion.variance],
+    "prediction_type": _PREDICTIONS[diffusion.prediction],
+    "clip_sample": sample.threshold == "static",
+    "clip_sample_range": 1.0,
+    "thresholding": sample.threshold == "dynamic",
+    "dynamic_thresholding_ratio": sample.threshold_quantile,
+    "sample_max_value": _NO_LIMIT,
+    # Ends at their t = 0. DDPMScheduler adds no noise there, but does in a last step from any other timestep: with
+    # "trailing" and "fixed_large" of variance 1 - alpha_bar_t, left in the image.
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "rescale_betas_zero_snr": False,
+  }
+
+
+def diffusion_settings(options: Options) -> dict[str, Any]:
+  """Settings of `DiffusionConfig`, and `threshold` of `SampleConfig`. Raises UserError as `model_settings`."""
+  _check_class(options, _SCHEDULERS)
+  _check_known(options, _SCHEDULER_UNDERSTOOD, _SCHEDULER_ONLY)
+  prediction = _one_of(options, "prediction_type", "epsilon", _PREDICTIONS)
+  settings = {"prediction": prediction, **_betas(options), **_threshold(options)}
+  if options["_class_name"] == "DDPMScheduler":
+    kinds = {**_VARIANCES, "fixed_small_log": "fixed_small_log"}  # the same variance, by way of its logarithm
+    settings["variance"] = _one_of(options, "variance_type", "fixed_small", kinds).removesuffix("_log")
+  return settings
+
+
+def _betas(options: Options) -> dict[str, Any]:
+  betas = options.get("trained_betas")
+  if betas is not None:
+    return _schedule_of(betas)
+  steps = _whole_number(options, "num_train_timesteps", 1000)
+  schedule = _one_of(options, "beta_schedule", "linear", _SCHEDULES)
+  settings = {"num_timesteps": steps, "beta_schedule": schedule}
+  if schedule != "cosine":
+    settings |= {"beta_start": options.get("beta_start", 1e-4), "beta_end": options.get("beta_end", 0.02)}
+  return settings
+
+
+def _schedule_of(betas: Any) -> dict[str, Any]:
+  """Which of our schedules has these beta_1..beta_T. Raises UserError if none has."""
+  numbers = isinstance(betas, list) and betas and all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas)
+  if numbers:
+    for name in ("linear", "scaled_linear", "cosine", "sigmoid"):
+      ends = _ends_of_sigmoid(betas) if name == "sigmoid" else {"beta_start": betas[0], "beta_end": betas[-1]}
+      found = make_schedule(name, len(betas), **ends).betas[1:]
+      if np.allclose(found, betas, rtol=1e-5, atol=0):  # they may have been float32
+        return {"num_timesteps": len(betas), "beta_schedule": name, **(ends if name != "cosine" else {})}
+  raise UserError("trained_betas: they are those of no schedule of this package, which is not supported")
+
+
+def _ends_of_sigmoid(betas: Sequence[float]) -> dict[str, float]:
+  """Its beta_1 and beta_T are not the ends that it is told: it begins and ends at -6 and 6 on the logistic curve."""
+  low = 1 / (1 + np.exp(6.0))
+  rise = (betas[-1] - betas[0]) / (1 - 2 * low)
+  start = float(betas[0] - rise * low)
+  return {"beta_start": start, "beta_end": start + float(rise)}
+
+
+def _threshold(options: Options) -> dict[str, Any]:
+  if options.get("thresholding", False):
+    limit = options.get("sample_max_value", 1.0)
+    if limit == 1.0:
+      return {"threshold": "static"}  # then the quantile is never used
+    _check_value(options, "sample_max_value", 1.0, (_NO_LIMIT,))
+    return {"threshold": "dynamic", "threshold_quantile": options.get("dynamic_thresholding_ratio", 0.995)}
+  if not options.get("clip_sample", True):
+    return {"threshold": "none"}
+  _check_value(options, "clip_sample_range", 1.0, (1.0,))
+  return {"threshold": "static"}
+
+
+# Both.
+
+
+def _check_class(options: Options, known: Sequence[str]) -> None:
+  if options.get("_class_name") not in known:
+    raise UserError(f"_class_name: {options.get('_class_name')!r} is not supported, only {' and '.join(known)}")
+
+
+def _check_known(options: Options, understood: set[str], only: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+  for name in options:
+    if not name.startswith("_") and name not in understood and name not in only:
+      raise UserError(f"{name}: {options[name]!r} is an option that is not supported")
+  for name, (default, values) in only.items():
+    _check_value(options, name, default, values)
+
+
+def _check_value(options: Options, name: str, default: Any, values: Sequence[Any]) -> None:
+  value = options.get(name, default)
+  if value not in values:
+    missing = "" if name in options else " (it is missing, which means that)"
+    raise UserError(f"{name}: {value!r} is not supported, only {' or '.join(map(repr, values))}{missing}")
+
+
+def _one_of(options: Options, name: str, default: str, ours_to_theirs: Mapping[str, str]) -> str:
+  value = options.get(name, default)
+  for ours, theirs in ours_to_theirs.items():
+    if theirs == value:
+      return ours
+  raise UserError(f"{name}: {value!r} is not supported, only {', '.join(dict.fromkeys(ours_to_theirs.values()))}")
+
+
+def _whole_number(options: Options, name: str, default: int) -> int:
+  value = options.get(name, default)
+  if type(value) is not int or value < 1:
+    raise UserError(f"{name}: {value!r} is no number of at least 1")
+  return value
+
+
+def _whole_numbers(options: Options, name: str, default: Sequence[int]) -> tuple[int, ...]:
+  values = options.get(name, default)
+  if not isinstance(values, list | tuple) or not values or any(type(value) is not int or value < 1 for value in values):
+    raise UserError(f"{name}: {values!r} is no list of numbers of at least 1")
+  return tuple(values)

@@ -1,0 +1,1 @@
+"""The folder of a run: its layout, files written whole or not at all, metrics, lock."""

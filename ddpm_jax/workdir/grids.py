@@ -1,0 +1,112 @@
+"""Sample grids as pictures that say what they are of."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, PngImagePlugin
+
+from ddpm_jax.workdir.storage import write_whole
+
+_MARGIN = 2  # pixels between tiles
+_FRAME = (230, 120, 0)
+_FACTS = "ddpm_jax"  # the text chunk of a PNG that holds them
+_TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
+
+
+def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+  """Tiles images row by row.
+
+  Args:
+    images: uint8 [N, H, W, C], C 1 or 3.
+    columns: of the grid; by default about as many as rows.
+
+  Returns:
+    uint8 [height, width, 3] with a thin white margin; small images are enlarged by a whole factor.
+  """
+  number, height, width, channels = images.shape
+  columns = columns or math.ceil(math.sqrt(number))
+  rows = math.ceil(number / columns)
+  scale = max(1, _TILE // height)
+  images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
+  if channels == 1:
+    images = np.repeat(images, 3, axis=3)
+  tall, wide = height * scale + _MARGIN, width * scale + _MARGIN
+  grid = np.full((rows * tall + _MARGIN, columns * wide + _MARGIN, 3), 255, np.uint8)
+  for i, image in enumerate(images):
+    top, left = _MARGIN + i // columns * tall, _MARGIN + i % columns * wide
+    grid[top : top + height * scale, left : left + width * scale] = image
+  return grid
+
+
+def framed(grid: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+  """A grid of `image_grid` with a coloured frame in the margin around the tiles `chosen`, bool [rows, columns]."""
+  grid = grid.copy()
+  tall, wide = ((side - _MARGIN) // number for side, number in zip(grid.shape, chosen.shape, strict=False))
+  for row, column in np.argwhere(chosen):
+    top, left = row * tall, column * wide
+    tile = grid[top + _MARGIN : top + tall, left + _MARGIN : left + wide].copy()
+    grid[top : top + tall + _MARGIN, left : left + wide + _MARGIN] = _FRAME
+    grid[top + _MARGIN : top + tall, left + _MARGIN : left + wide] = tile
+  return grid
+
+
+def image_rows(images: np.ndarray, apart: tuple[int, ...] = ()) -> np.ndarray:
+  """Tiles images uint8 [rows, columns, H, W, C] as they are arranged, with a wider gap after the columns `apart`.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  _, columns, height, width, channels = images.shape
+  blocks, first = [], 0
+  for last in (*apart, columns - 1):
+    block = images[:, first : last + 1]
+    blocks.append(image_grid(block.reshape(-1, height, width, channels), columns=block.shape[1]))
+    blocks.append(np.full((blocks[0].shape[0], 6 * _MARGIN, 3), 255, np.uint8))
+    first = last + 1
+  return np.concatenate(blocks[:-1], axis=1)
+
+
+def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
+  """Sets pictures uint8 [height, width, 3] of one size side by side, each under its caption."""
+  strip, gap = 18, 12
+  tall, wide, _ = next(iter(panels.values())).shape
+  wide = max(wide, 80)  # room for the caption
+  page = Image.new("RGB", (len(panels) * (wide + gap) - gap, tall + strip), "white")
+  pen = ImageDraw.Draw(page)
+  for i, (caption, picture) in enumerate(panels.items()):
+    page.paste(Image.fromarray(picture), (i * (wide + gap), strip))
+    pen.text((i * (wide + gap) + 4, 3), caption, fill="black")
+  return np.asarray(page)
+
+
+def png(picture: np.ndarray, facts: Mapping[str, Any]) -> bytes:
+  """A PNG file of uint8 [height, width] or [height, width, 3].
+
+  facts: JSON values, which the file carries: `checkpoint`, the number of updates of the weights that drew it, and how.
+  """
+  file, text = io.BytesIO(), PngImagePlugin.PngInfo()
+  text.add_itxt(_FACTS, json.dumps(facts))
+  Image.fromarray(picture).save(file, format="PNG", pnginfo=text)
+  return file.getvalue()
+
+
+def save_png(path: pathlib.Path, picture: np.ndarray, facts: Mapping[str, Any]) -> None:
+  """Writes `png` of uint8 [height, width, 3], whole or not at all. Raises OSError."""
+  write_whole(path, png(picture, facts))
+
+
+def facts_of(path: pathlib.Path) -> dict[str, Any]:
+  """What a file of `png` carries; {} if it carries nothing, as those of release 0.1, or cannot be read."""
+  try:
+    with Image.open(path, formats=("PNG",)) as image:
+      facts = json.loads(image.info.get(_FACTS, "{}"))
+  except (OSError, SyntaxError, ValueError, TypeError, RecursionError, Image.DecompressionBombError):
+    return {}
+  return facts if isinstance(facts, dict) else {}

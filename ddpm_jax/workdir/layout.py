@@ -1,0 +1,262 @@
+"""The folder of a run: which configuration it holds, and that it is only ever one."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import paths
+from ddpm_jax.workdir import lock
+from ddpm_jax.workdir.storage import size_text, write_whole
+
+# Everything that a run writes, by name. Whatever else lies in a workdir (a log, lost+found, .DS_Store) is not touched.
+WRITTEN = re.compile(
+  r"config\.json|flags\.txt|metrics\.jsonl|loss\.png|report\.html|stuck\.\d+\.txt|"
+  r"lock|checkpoints|best|damaged|earlier|samples|eval|tensorboard|profile|wandb_id\.txt"
+)
+# Backslashes, and patterns of shells: Orbax writes elsewhere, or cannot read what it wrote, without an error.
+_NOT_IN_PATHS = "\\*?["
+
+
+def load_config(workdir: pathlib.Path) -> Config:
+  """The configuration of an existing run. Raises UserError if there is none, or a link of it leads outside."""
+  _check_name(workdir)
+  path = workdir / "config.json"
+  try:
+    if os.path.lexists(path):
+      _check_links(workdir)
+    if not path.is_file():
+      raise UserError(
+        f"workdir: {workdir} holds no run (no config.json){_run_near(workdir)}; name the folder of a run, or train "
+        f"one there first, such as the digits, by {paths.command(f'--workdir={workdir}')}"
+      )
+    text = path.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"workdir: cannot read {path} ({error}); use another --workdir") from error
+  try:
+    return config_lib.from_json(text)
+  except UserError as error:
+    raise UserError(f"workdir: {path}: {error}") from None
+
+
+def _run_near(workdir: pathlib.Path) -> str:
+  """The run that may have been meant, by its name, as part of a message."""
+  beside = [path.parent.name for path in workdir.parent.glob("*/config.json")]
+  near = difflib.get_close_matches(workdir.name, beside, n=1)
+  return f" (did you mean {workdir.parent / near[0]}?)" if near else ""
+
+
+def holds_run(workdir: pathlib.Path) -> bool:
+  """Whether there is a configuration. Raises UserError if that cannot be seen."""
+  return paths.exists("workdir", workdir / "config.json")
+
+
+def has_checkpoints(workdir: pathlib.Path, folders: Sequence[str] = ("checkpoints", "best")) -> bool:
+  """Whether a run was trained there, as far as a checkpoint in one of `folders`.
+
+  Training goes on from those in checkpoints/ alone.
+
+  Raises:
+    UserError: if that cannot be seen.
+  """
+  try:
+    found = [folder for name in folders if (folder := workdir / name).is_dir()]
+    return any(path.name.isdecimal() for folder in found for path in folder.iterdir())
+  except OSError as error:
+    raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def has_begun(workdir: pathlib.Path) -> bool:
+  """Whether training was started there, if not as far as a checkpoint. Raises UserError if that cannot be seen."""
+  return paths.exists("workdir", workdir / "metrics.jsonl")
+
+
+def changed(
+  workdir: pathlib.Path, stored: Config, config: Config, *, once_trained: bool = False
+) -> list[tuple[str, Any, Any]]:
+  """The options that a command would change of the run in `workdir`, and may not, as (name, before, after).
+
+  once_trained: the command only uses its weights, see `config.changed`.
+
+  Where the weights of --init_from were only drawn with or measured, that is the model alone: nothing was trained yet.
+
+  Raises:
+    UserError: if it cannot be seen what was trained.
+  """
+  differences = config_lib.changed(stored, config, on_resume=True, once_trained=once_trained)
+  if _was_trained(workdir, stored):
+    return differences
+  model = {field.name for section, field, _ in config_lib.options(stored) if section in ("model", "diffusion")}
+  return [difference for difference in differences if difference[0] in model | {"init_from"}]
+
+
+def history(workdir: pathlib.Path, stored: Config) -> str:
+  """How a run in `workdir` got its settings, for the message that another has others. Raises UserError as `changed`."""
+  return f"{workdir} was {'trained' if _was_trained(workdir, stored) else 'made'} with"
+
+
+def _was_trained(workdir: pathlib.Path, stored: Config) -> bool:
+  """False only where it holds weights of --init_from with which no training has begun."""
+  return not stored.exchange.init_from or has_begun(workdir) or has_checkpoints(workdir)
+
+
+def check(workdir: pathlib.Path, config: Config) -> bool:
+  """Whether `workdir` already holds this run. Writes nothing.
+
+  A folder that holds other things, and nothing under a name that a run writes, is a new workdir. Another process may
+  be about to change the answer: ask again under the `Lock`.
+
+  Raises:
+    UserError: if it holds another configuration, something that a run would write over or a link that leads outside,
+      cannot be written, or is new and lies where its pictures would be taken for images of the data set.
+  """
+  _check_name(workdir)
+  try:
+    return _check(workdir, config)
+  except OSError as error:
+    raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def _check(workdir: pathlib.Path, config: Config) -> bool:
+  if (workdir / "config.json").is_file():
+    stored = load_config(workdir)
+    differences = changed(workdir, stored, config)
+    if differences:
+      name, old, new = differences[0]
+      others = (
+        f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
+      )
+      raise UserError(
+        f"{name}: {history(workdir, stored)} {config_lib.flag_text(old)!r}, this command says "
+        f"{config_lib.flag_text(new)!r}{others}; leave --{name} out, or use another --workdir"
+      )
+    for name in ("", "checkpoints", "samples", "tensorboard"):
+      if not name or (workdir / name).exists():
+        _check_writable(workdir / name)
+    return True
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(f"workdir: {workdir} is a file; name a folder")
+  if workdir.is_dir():
+    _check_links(workdir)
+    for path in sorted(workdir.iterdir()):
+      # A kill between the lock and the end of `create` leaves a lock and an empty folder.
+      if WRITTEN.fullmatch(path.name) and path.name != lock.NAME and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(
+          f"workdir: {workdir} holds no run, but has {path.name}, which a run would overwrite; move it away, or use "
+          "another --workdir"
+        )
+  _check_outside_images(workdir, config.data.dataset)
+  _check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
+  return False
+
+
+def create(workdir: pathlib.Path, config: Config) -> None:
+  """Writes the configuration of a run, as `config.json` and as the flagfile `flags.txt`; its files may be renewed."""
+  try:
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    for name, text in (("config.json", config_lib.to_json(config)), ("flags.txt", config_lib.to_flagfile(config))):
+      write_whole(workdir / name, text.encode())
+  except OSError as error:
+    raise UserError(f"workdir: cannot write {workdir} ({error.strerror}); use another --workdir") from error
+
+
+def discard(workdir: pathlib.Path) -> None:
+  """Removes what `create` and the lock made, before a run wrote anything else there; the folder too, if it is empty."""
+  with contextlib.suppress(OSError):
+    for name in ("config.json", "flags.txt", lock.NAME):
+      (workdir / name).unlink(missing_ok=True)
+    (workdir / "samples").rmdir()
+    workdir.rmdir()
+
+
+def check_space(
+  workdir: pathlib.Path, checkpoint_bytes: int, keep: int, saves: int | None = None, *, beside: int = 0
+) -> None:
+  """Whether the checkpoints will find room beside what `workdir` holds.
+
+  Args:
+    workdir: may not exist yet.
+    checkpoint_bytes: of one checkpoint.
+    keep: that many are kept; the oldest is deleted once one more is written.
+    saves: how many this command will write, if that is known.
+    beside: checkpoints that stay, or have been there, beside those that `keep` counts.
+
+  Raises:
+    UserError: if there is too little.
+  """
+  try:
+    folder = workdir / "checkpoints"
+    held = sum(path.name.isdecimal() for path in folder.iterdir()) if folder.is_dir() else 0
+    disk = shutil.disk_usage(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
+    unfinished = [path for part in folder.glob("*.orbax-checkpoint-tmp") for path in part.rglob("*") if path.is_file()]
+    free = disk.free + sum(path.stat().st_size for path in unfinished)  # they are about to be removed
+  except OSError as error:
+    raise UserError(f"workdir: cannot look into {workdir} ({error.strerror}); use another --workdir") from error
+  number = max(1, keep + beside + 1 - held)
+  if saves is not None:
+    number = min(number, saves)
+  if disk.total and free < number * checkpoint_bytes:
+    raise UserError(
+      f"workdir: {workdir} has {size_text(free)} of free space, but {number} more checkpoints of "
+      f"{size_text(checkpoint_bytes)} are to be written before an old one is deleted, "
+      f"{size_text(number * checkpoint_bytes)}; make room, lower --keep_checkpoints={keep}, or use a --workdir on "
+      "another disk"
+    )
+
+
+def _check_outside_images(workdir: pathlib.Path, dataset: str) -> None:
+  """Raises UserError if sample grids would become images of the folder that is trained on."""
+  if not dataset.startswith(config_lib.FOLDER):
+    return
+  images = paths.expanded("dataset", dataset.removeprefix(config_lib.FOLDER))
+  inside = os.path.relpath(os.path.realpath(workdir), os.path.realpath(images)).split(os.sep)
+  if inside[0] != os.pardir and not any(part.startswith(".") for part in inside if part != os.curdir):
+    raise UserError(
+      f"workdir: {workdir} lies inside the image folder {images}, so its pictures would become training images; use "
+      "another --workdir"
+    )
+
+
+def _check_name(workdir: pathlib.Path) -> None:
+  """Refuses paths that something in this package could not write to, or not print."""
+  paths.check_name("workdir", workdir, _NOT_IN_PATHS)
+  if any(part.endswith(":") for part in workdir.parts):
+    raise UserError(f"workdir: {workdir} reads like an address; name a folder that does not end in a colon")
+
+
+def _check_links(workdir: pathlib.Path) -> None:
+  """Raises UserError for a symbolic link, at any depth, through which something outside could be overwritten."""
+  root = os.path.realpath(workdir)
+  folders = [root]
+  while folders:
+    folder = folders.pop()
+    try:
+      with os.scandir(folder) as entries:
+        for entry in entries:
+          if folder == root and not WRITTEN.fullmatch(entry.name):
+            continue
+          if entry.is_dir(follow_symlinks=False):
+            folders.append(entry.path)
+          elif entry.is_symlink() and os.path.commonpath([root, target := os.path.realpath(entry.path)]) != root:
+            link = workdir / os.path.relpath(entry.path, root)
+            raise UserError(
+              f"workdir: {link} is a link that leads outside, to {target}; remove it, or use another --workdir"
+            )
+    except FileNotFoundError:
+      continue  # an old checkpoint that a trainer deletes meanwhile
+
+
+def _check_writable(folder: pathlib.Path) -> None:
+  if not folder.is_dir():
+    raise UserError(f"workdir: {folder} is a file, not a folder; use another --workdir")
+  if not os.access(folder, os.W_OK | os.X_OK):
+    raise UserError(f"workdir: {folder} cannot be written; use another --workdir")

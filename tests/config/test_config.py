@@ -1,0 +1,584 @@
+import ast
+import dataclasses
+import json
+import pathlib
+import re
+
+import pytest
+from absl import flags as absl_flags
+
+import ddpm_jax
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags
+from ddpm_jax.config import Config
+from ddpm_jax.errors import UserError
+
+PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
+KNOBS = [(section, field) for section, field, _ in config_lib.options(Config())]
+NUMBERS = [f.name for _, f in KNOBS if isinstance(f.default, int | float) and not isinstance(f.default, bool)]
+FLOATS = [f.name for _, f in KNOBS if isinstance(f.default, float)]
+TUPLES = [f.name for _, f in KNOBS if isinstance(f.default, tuple) and not f.metadata["choices"]]
+CHOICES = [f.name for _, f in KNOBS if f.metadata["choices"] and not isinstance(f.default, tuple)]
+
+# Every number is refused at 0 but these, where 0 means something.
+ZERO_MEANS = {
+  "image_size": "as they are",
+  "cache_gib": "no cache",
+  "data_workers": "threads of this process",
+  "norm_groups": "automatic",
+  "dropout": "none",
+  "warmup_steps": "none",
+  "grad_clip": "none",
+  "ema_decay": "no average",
+  "seed": "a seed",
+  "sample_seed": "a seed",
+  "sample_every": "never",
+  "max_unsaved_steps": "twice checkpoint_every",
+  "step_timeout": "never",
+  "sampling_steps": "all T",
+  "eta": "deterministic",
+  "sample_batch_size": "what fits",
+  "interpolation_timestep": "T/2",
+  "evaluate_every": "never",
+  "likelihood_examples": "all",
+  "evaluate_samples": "as many as fit",
+  "bound_timesteps": "all T",
+  "stop_exit_code": "as when it is finished",
+}
+
+# The defaults are tuned from time to time; the tests that need numbers bring their own.
+BASE = {
+  "batch_size": 128,
+  "cache_gib": 4.0,
+  "data_threads": 2,
+  "loss": "huber",
+  "channels": 32,
+  "channel_multipliers": (1, 2, 2),
+  "num_res_blocks": 2,
+  "attention_resolutions": (4,),
+  "norm_groups": 0,
+  "dropout": 0.1,
+  "learning_rate": 1e-3,
+  "lr_schedule": "cosine",
+  "warmup_steps": 100,
+  "grad_clip": 1.0,
+  "ema_decay": 0.995,
+  "num_steps": 4000,
+  "grad_accum_steps": 1,
+  "log_every": 50,
+  "checkpoint_every": 1000,
+  "sample_every": 1000,
+  "keep_checkpoints": 3,
+  "preview_images": 16,
+  "preview_steps": 20,
+  "num_samples": 64,
+  "sample_batch_size": 64,
+}
+
+# A run in which no option is as in BASE, but those of a task that it does not have.
+OTHER = {
+  "dataset": "folder:/data/a b#c,d=e",
+  "split": "train[:90%]",
+  "data_dir": "/data/tfds",
+  "manual_dir": "/data/manual",
+  "follow_links": True,
+  "image_size": 32,
+  "batch_size": 64,
+  "random_flip": True,
+  "cache_gib": 0.1,
+  "data_threads": 3,
+  "data_workers": 2,
+  "on_bad_record": "skip",
+  "allow_data_change": True,
+  "num_timesteps": 500,
+  "beta_schedule": "sigmoid",
+  "beta_start": 1 / 3000,
+  "beta_end": 0.1 + 0.2,
+  "prediction": "v",
+  "loss": "l2",
+  "loss_weighting": "min_snr",
+  "variance": "fixed_small",
+  "channels": 128,
+  "channel_multipliers": (1, 1, 2, 2, 4, 4),
+  "num_res_blocks": 3,
+  "attention_resolutions": (),
+  "norm_groups": 32,
+  "dropout": 0.0,
+  "dtype": "bfloat16",
+  "matmul_precision": "highest",
+  "remat": "blocks",
+  "learning_rate": 2e-5,
+  "lr_schedule": "constant_then_decay",
+  "decay_fraction": 0.5,
+  "warmup_steps": 5000,
+  "grad_clip": 0.125,
+  "ema_decay": 0.9999,
+  "seed": 2**32 - 1,
+  "num_steps": 800_000,
+  "parallel": "fsdp",
+  "grad_accum_steps": 4,
+  "log_every": 7,
+  "checkpoint_every": 70,
+  "sample_every": 0,
+  "keep_checkpoints": 1,
+  "max_unsaved_steps": 900,
+  "on_corrupt": "fail",
+  "on_nonfinite": "skip",
+  "max_nonfinite": 3,
+  "step_timeout": 60,
+  "heartbeat_timeout": 10,
+  "preview_images": 9,
+  "preview_steps": 10,
+  "distributed": "off",
+  "steps_per_dispatch": 8,
+  "compilation_cache": "/data/cache dir",
+  "writers": "wandb, my.package:Writer",
+  "stop_exit_code": 75,
+  "profile_steps": "100:110",
+  "num_samples": 50_000,
+  "sampler": "ddim",
+  "sampling_steps": 100,
+  "eta": 0.5,
+  "sample_batch_size": 500,
+  "sample_seed": 3,
+  "sample_weights": "raw",
+  "sample_task": "inpaint",
+  "checkpoint": "best",
+  "time_grid": "quadratic",
+  "threshold": "dynamic",
+  "threshold_quantile": 0.9,
+  "input_images": "/data/a b,c",
+  "mask": "/data/mask#1.png",
+  "repaint_jump": 5,
+  "repaint_resamples": 3,
+  "evaluate_every": 200,
+  "best_measure": "ode",
+  "measures": ("ode", "kid"),
+  "features": "inception",
+  "inception_weights": "/data/inception.safetensors",
+  "inception_resize": "clean",
+  "evaluate_samples": 1000,
+  "reference_split": "test",
+  "likelihood_splits": "train,test",
+  "likelihood_examples": 500,
+  "bound_timesteps": 50,
+  "ode_steps": 20,
+  "ode_probes": 2,
+  "evaluate_batch_size": 40,
+  "topology": "v5e:4x4",
+  "export_format": "jax",
+  "export_dir": "/data/exported here",
+  "export_platforms": ("tpu", "cpu"),
+  "export_batch_sizes": (1, 64),
+  "init_from": "/data/weights.safetensors",
+}
+INPAINT_ALONE = ("mask", "repaint_jump", "repaint_resamples")
+# The same with another task: its own options.
+OTHER_TASKS = [
+  {k: v for k, v in OTHER.items() if k not in INPAINT_ALONE}
+  | {"sample_task": "interpolate", "interpolation_timestep": 250},
+  {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images")}
+  | {"sample_task": "progressive", "sampler": "heun", "eta": 0.0},
+  {k: v for k, v in OTHER.items() if k not in (*INPAINT_ALONE, "input_images", "sample_task")}
+  | {"sample_png_dir": "/data/png out"},
+  {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
+  OTHER | {"write_reference": "/data/out of it.npz"},
+]
+
+
+def make(**changes) -> Config:
+  return config_lib.override(Config(), BASE | changes)
+
+
+def refusal(**changes) -> str:
+  with pytest.raises(UserError) as caught:
+    make(**changes)
+  text = str(caught.value)
+  assert "\n" not in text
+  return text
+
+
+def test_default_is_the_digits_run():
+  config = Config()
+  assert (config.data.dataset, config.train.parallel) == ("digits", "pmap")
+  assert config == config_lib.override(config, {})
+
+
+def test_names_are_unique_over_the_tree():
+  names = [field.name for _, field in KNOBS]
+  assert len(names) == len(set(names))
+  assert len(names) == sum(len(part) for part in dataclasses.asdict(Config()).values())
+  assert not {"workdir", "mode"} & set(names)
+
+
+@pytest.mark.parametrize(("section", "field"), KNOBS, ids=[f.name for _, f in KNOBS])
+def test_every_option_has_help(section, field):
+  text = field.metadata["help"]
+  assert len(text) > 5
+  assert text.strip() == text
+  assert text.endswith(".")
+  assert "  " not in text, "a string joined with a space too many"
+
+
+def test_the_config_is_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    Config().data.batch_size = 1
+
+
+# Ranges.
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_negative_is_refused(name):
+  assert re.fullmatch(rf"{name}: -1 must be (at least|greater than) \d+", refusal(**{name: -1}))
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_zero_is_refused_where_it_means_nothing(name):
+  if name in ZERO_MEANS:
+    make(**{name: 0})
+  else:
+    assert re.fullmatch(rf"{name}: 0 must be (at least [125]|greater than 0)", refusal(**{name: 0}))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_is_refused(name, value):
+  assert refusal(**{name: value}) == f"{name}: {value} is not a finite number"
+
+
+@pytest.mark.parametrize("name", TUPLES)
+@pytest.mark.parametrize("value", [(-1,), (1, -2)])
+def test_each_number_of_a_list_is_checked(name, value):
+  least = 0 if name == "attention_resolutions" else 1  # 0: where it fits
+  assert refusal(**{name: value}) == f"{name}: {value[-1]} must be at least {least}"
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_unknown_choice_is_refused_with_all_that_are_known(name):
+  text = refusal(**{name: "nonsense"})
+  assert text.startswith(f"{name}: 'nonsense' is unknown; use one of ")
+  for _, field in KNOBS:
+    if field.name == name:
+      for choice in field.metadata["choices"]:
+        assert choice in text
+      assert field.default in field.metadata["choices"]
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "remedy"),
+  [
+    ("beta_start", 1.0, "less than 1"),
+    ("beta_end", 1.5, "less than 1"),
+    ("dropout", 1.0, "less than 1"),
+    ("ema_decay", 1.0, "less than 1"),
+    ("channels", 1, "at least 2"),
+    ("eta", 1.01, "at most 1"),
+    ("threshold_quantile", 1.01, "at most 1"),
+    ("stop_exit_code", 126, "at most 125"),
+    ("seed", 2**32, "less than 4294967296"),
+    ("sample_seed", 2**32, "less than 4294967296"),
+  ],
+)
+def test_upper_and_odd_limits(name, value, remedy):
+  assert refusal(**{name: value}) == f"{name}: {value} must be {remedy}"
+
+
+def test_words_of_a_list_are_checked():
+  assert refusal(measures=("kid", "fid")).startswith("measures: 'fid' is unknown; use one of frechet, kid, score, ")
+  assert "is not of its type" in refusal(measures=("kid", 3))
+  assert "is not of its type" in refusal(measures="kid")
+  assert make(measures=("ode",)).evaluate.measures == ("ode",)
+
+
+# Options that contradict each other: field, value, the other field or what to do.
+
+
+@pytest.mark.parametrize(
+  ("changes", "parts"),
+  [
+    ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
+    ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
+    ({"beta_schedule": "cosine", "beta_end": 0.03}, ("beta_end", "0.03", "beta_schedule=cosine", "leave it out")),
+    ({"loss_weighting": "min_snr", "loss": "l1"}, ("loss_weighting", "min_snr", "--loss=l2")),
+    ({"loss_weighting": "truncated_snr", "loss": "l2"}, ("loss_weighting", "truncated_snr", "--prediction=v")),
+    ({"sampling_steps": 1001}, ("sampling_steps", "1001", "num_timesteps=1000")),
+    ({"evaluate_samples": 1}, ("evaluate_samples", "1", "at least 2", "0 for as many as fit")),
+    ({"num_timesteps": 19}, ("preview_steps", "20", "num_timesteps=19")),
+    ({"eta": 0.5}, ("eta", "0.5", "sampler=ddpm", "--sampler=ddim")),
+    ({"channel_multipliers": ()}, ("channel_multipliers", "empty", "1,2,2,2")),
+    ({"channels": 33}, ("channels", "33", "even")),
+    ({"norm_groups": 32}, ("norm_groups", "32", "one channel in a group", "--norm_groups=0")),
+    ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
+    ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
+    ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
+    ({"decay_fraction": 0.5}, ("decay_fraction", "0.5", "lr_schedule=cosine", "--lr_schedule=constant_then_decay")),
+    ({"eta": 0.5, "sampler": "heun"}, ("eta", "0.5", "sampler=heun", "--sampler=ddim or dpmpp", "--eta=0")),
+    ({"mask": "m.png"}, ("mask", "'m.png'", "sample_task=images", "--sample_task=inpaint,")),
+    ({"repaint_jump": 5, "sample_task": "slerp"}, ("repaint_jump", "5", "sample_task=slerp", "=inpaint")),
+    ({"repaint_resamples": 5}, ("repaint_resamples", "5", "sample_task=images", "=inpaint")),
+    ({"input_images": "x"}, ("input_images", "'x'", "sample_task=images", "interpolate or inpaint or reconstruct")),
+    ({"input_images": "x", "sample_task": "progressive"}, ("input_images", "sample_task=progressive")),
+    ({"interpolation_timestep": 5, "sample_task": "slerp"}, ("interpolation_timestep", "5", "=interpolate")),
+    ({"sample_png_dir": "x", "sample_task": "inpaint"}, ("sample_png_dir", "sample_task=inpaint", "=images")),
+    (
+      {"interpolation_timestep": 1001, "sample_task": "interpolate"},
+      ("interpolation_timestep", "1001", "num_timesteps=1000"),
+    ),
+    ({"sample_task": "inpaint", "sampler": "dpmpp"}, ("sampler", "dpmpp", "--sampler=ddpm or ddim")),
+    ({"sample_task": "inpaint", "sampler": "heun"}, ("sampler", "heun", "--sampler=ddpm or ddim")),
+    ({"sample_task": "reconstruct"}, ("sample_task", "reconstruct", "--sampler=ddim", "--eta=0")),
+    ({"sample_task": "reconstruct", "sampler": "heun"}, ("sample_task", "reconstruct", "--sampler=ddim")),
+    ({"sample_task": "reconstruct", "sampler": "ddim", "eta": 0.1}, ("sample_task", "reconstruct", "--eta=0")),
+    ({"sample_task": "reconstruct", "sampler": "ddim", "threshold": "dynamic"}, ("sample_task", "--threshold")),
+    ({"threshold_quantile": 0.9}, ("threshold_quantile", "0.9", "threshold=static", "--threshold=dynamic")),
+    ({"threshold_quantile": 0.9, "threshold": "none"}, ("threshold_quantile", "threshold=none")),
+    ({"checkpoint": "last"}, ("checkpoint", "'last'", "newest, best, or a number")),
+    ({"checkpoint": ""}, ("checkpoint", "''", "newest, best, or a number")),
+    ({"checkpoint": "-1"}, ("checkpoint", "'-1'", "newest, best, or a number")),
+    ({"checkpoint": "1.5"}, ("checkpoint", "'1.5'", "newest, best, or a number")),
+    ({"checkpoint": "²"}, ("checkpoint", "'²'", "newest, best, or a number")),
+    ({"measures": ()}, ("measures", "empty", "frechet", "ode")),
+    ({"num_timesteps": 90, "bound_timesteps": 91}, ("bound_timesteps", "91", "num_timesteps=90")),
+    ({"num_timesteps": 90, "ode_steps": 91}, ("ode_steps", "91", "num_timesteps=90")),
+    ({"features": "inception"}, ("inception_weights", "missing", "--features=auto")),
+    ({"inception_weights": "x"}, ("inception_weights", "features=auto", "--features=inception")),
+    ({"inception_resize": "clean"}, ("inception_resize", "features=auto", "--features=inception")),
+    ({"writers": "tensorbord"}, ("writers", "'tensorbord' is unknown", "package.module:Class")),
+    ({"writers": "my.package:"}, ("writers", "'my.package:' is unknown")),
+    ({"writers": "wandb,wandb"}, ("writers", "wandb,wandb names one twice")),
+    ({"reference_stats": "x.npz", "write_reference": "y.npz"}, ("write_reference", "leave --reference_stats out")),
+    ({"reference_stats": "x.npz", "reference_split": "test"}, ("reference_split", "test", "--reference_stats")),
+    ({"write_reference": "x.np"}, ("write_reference", "x.np", ".npz")),
+    ({"evaluate_every": 5, "measures": ("kid",)}, ("best_measure", "frechet", "--measures=kid")),
+    ({"best_measure": "kid"}, ("best_measure", "kid", "--evaluate_every")),
+    *(({"stop_exit_code": code}, ("stop_exit_code", str(code), "how a run failed", "75")) for code in (1, 2, 3)),
+    *(({"profile_steps": text}, ("profile_steps", repr(text), "such as")) for text in ("5", ":", "1:", "a:b", "1:²")),
+    *(({"profile_steps": text}, ("profile_steps", text, "1:4000")) for text in ("0:5", "1:4001")),
+    ({"profile_steps": "5:4"}, ("profile_steps", "5:4", "4:5")),
+    ({"profile_steps": "1:2:3"}, ("profile_steps", "'1:2:3'", "such as")),
+  ],
+  ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_contradictions_are_refused(changes, parts):
+  text = refusal(**changes)
+  assert text.startswith(f"{parts[0]}: ")
+  for part in parts:
+    assert part in text
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"beta_schedule": "cosine"},
+    {"beta_start": 0.02},
+    {"sampling_steps": 1000},
+    {"num_timesteps": 50},
+    {"eta": 1.0, "sampler": "ddim"},
+    {"eta": 1.0, "sampler": "dpmpp"},
+    {"norm_groups": 16},
+    {"grad_accum_steps": 128},
+    {"warmup_steps": 5000},
+    {"decay_fraction": 1.0, "lr_schedule": "constant_then_decay"},
+    {"attention_resolutions": ()},
+    {"seed": 2**32 - 1},
+    {"sample_task": "interpolate", "interpolation_timestep": 1000},
+    {"sample_task": "reconstruct", "sampler": "ddim", "threshold": "none", "input_images": "x"},
+    {"sample_task": "inpaint", "sampler": "ddim", "eta": 1.0},
+    {"sample_task": "progressive", "sampler": "heun"},
+    {"sample_task": "slerp", "sampler": "dpmpp"},
+    {"threshold": "dynamic", "threshold_quantile": 1.0},
+    {"checkpoint": "0"},
+    {"checkpoint": "4000"},
+    {"num_timesteps": 50, "bound_timesteps": 100, "ode_steps": 100},
+    {"evaluate_every": 5, "best_measure": "ode", "measures": ("ode",)},
+    {"stop_exit_code": 4},
+    {"stop_exit_code": 125},
+  ],
+  ids=str,
+)
+def test_the_edge_of_each_rule_is_allowed(changes):
+  assert changes.items() <= config_lib.values(make(**changes)).items()
+
+
+# JSON and flagfiles.
+
+
+def test_the_other_run_differs_everywhere():
+  assert {name for run in (OTHER, *OTHER_TASKS) for name in run} == {field.name for _, field in KNOBS}
+  for run in (OTHER, OTHER_TASKS[0]):
+    assert {name for name, _, _ in config_lib.changed(make(), make(**run))} == set(run)
+
+
+RUNS = pytest.mark.parametrize("config", [Config(), *(make(**run) for run in (OTHER, *OTHER_TASKS))])
+
+
+@RUNS
+def test_json_round_trip(config):
+  assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+def test_json_is_plain_and_by_section():
+  tree = json.loads(config_lib.to_json(make()))
+  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan", "exchange"]
+  assert tree["model"]["channel_multipliers"] == [1, 2, 2]
+  assert tree["optimizer"]["learning_rate"] == 0.001
+
+
+def test_unknown_key_is_refused():
+  tree = json.loads(config_lib.to_json(Config()))
+  tree["model"]["num_heads"] = 4
+  with pytest.raises(UserError, match=r"model\.num_heads.*does not know"):
+    config_lib.from_json(json.dumps(tree))
+
+
+def test_known_key_in_another_section_is_refused():
+  with pytest.raises(UserError, match=r"data\.dropout"):
+    config_lib.from_json('{"data": {"dropout": 0.2}}')
+
+
+def test_missing_key_takes_its_default():
+  assert config_lib.from_json('{"model": {"channels": 96}}') == config_lib.override(Config(), {"channels": 96})
+  assert config_lib.from_json("{}") == Config()
+
+
+def test_value_out_of_range_in_json_is_refused():
+  with pytest.raises(UserError, match="batch_size: 0 must be at least 1"):
+    config_lib.from_json('{"data": {"batch_size": 0}}')
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    '{"data": {"batch_si',
+    "[1, 2]",
+    "null",
+    '{"data": 3}',
+    '{"model": {"channels": "64"}}',
+    '{"model": {"channels": 64.5}}',
+    '{"model": {"channels": null}}',
+    '{"model": {"channels": true}}',
+    '{"model": {"channel_multipliers": 2}}',
+    '{"model": {"channel_multipliers": [1, "2"]}}',
+    '{"optimizer": {"learning_rate": NaN}}',
+    '{"data": {"random_flip": "no"}}',
+    '{"data": {"dataset": 1}}',
+  ],
+)
+def test_damaged_json_is_refused_in_one_line(text):
+  with pytest.raises(UserError) as caught:
+    config_lib.from_json(text)
+  assert "\n" not in str(caught.value)
+
+
+@RUNS
+def test_flagfile_text_parses_back_to_the_same_config(config, tmp_path):
+  path = tmp_path / "flags.txt"
+  path.write_text(config_lib.to_flagfile(config))
+  registry = absl_flags.FlagValues()
+  absl_flags.DEFINE_string("flagfile", "", "", flag_values=registry)
+  flags.define(registry)
+  registry(["main", f"--flagfile={path}"])
+  given = flags.given(registry)
+  assert set(given) == {field.name for _, field in KNOBS}
+  assert config_lib.override(Config(), given) == config
+
+
+def test_override_leaves_its_argument_alone():
+  before = Config()
+  assert config_lib.override(before, {"channels": 64, "seed": 5}).train.seed == 5
+  assert before == Config()
+
+
+def test_override_refuses_a_name_that_is_no_option():
+  with pytest.raises((UserError, TypeError, ValueError, KeyError), match=r"chanels"):
+    config_lib.override(Config(), {"chanels": 64})
+
+
+# What a resumed run may change.
+
+MAY_CHANGE = {
+  *("data_dir", "manual_dir", "follow_links", "cache_gib", "data_threads", "data_workers", "variance", "remat"),
+  *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
+  *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
+  *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
+  *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
+  *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
+  *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
+  *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
+  *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
+  *("reference_stats", "write_reference"),
+  *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
+  *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
+}
+
+
+def test_changed_names_both_values_in_order():
+  before, after = make(batch_size=64), make(batch_size=32, dropout=0.2)
+  assert config_lib.changed(before, after) == [("batch_size", 64, 32), ("dropout", 0.1, 0.2)]
+  assert config_lib.changed(before, before) == []
+
+
+def test_on_resume_only_what_is_trained_must_stay():
+  differences = config_lib.changed(make(), make(**OTHER), on_resume=True)
+  assert {name for name, _, _ in differences} == set(OTHER) - MAY_CHANGE
+  assert {field.name for _, field in KNOBS if field.metadata["may_change"]} == MAY_CHANGE
+
+
+def test_once_trained_the_arithmetic_may_change_too():
+  stored, other = make(lr_schedule="constant"), make(**OTHER)
+  resumed, used = (
+    {name for name, _, _ in config_lib.changed(stored, other, on_resume=True, once_trained=once_trained)}
+    for once_trained in (False, True)
+  )
+  assert resumed - used == {"dtype", "matmul_precision"} and used < resumed
+
+
+def test_what_is_for_one_command_is_not_taken_up_again():
+  given = make(allow_data_change=True, profile_steps="3:5", on_bad_record="skip")
+  assert config_lib.for_a_later_command(given) == make(on_bad_record="skip")
+  for given, taken_up in (("wandb, a.b:C,tensorboard", "wandb,tensorboard"), ("a:B", ""), ("", "")):
+    assert config_lib.for_a_later_command(make(writers=given)) == make(writers=taken_up)
+
+
+def test_steps_to_be_profiled():
+  for text, want in (("", range(0)), ("1:1", range(1, 2)), ("30:4000", range(30, 4001))):
+    assert config_lib.profiled(text, 4000) == want
+
+
+# One option, one reader.
+
+_OWNERS = {
+  "config",
+  "options",
+  "d",
+  "data",
+  "diffusion",
+  "model",
+  "optimizer",
+  "train",
+  "sample",
+  "evaluate",
+  "plan",
+  "exchange",
+}
+
+
+def knob_reads(root: pathlib.Path) -> set[str]:
+  """Names that the code reads as an attribute of something that is called like a config or a section of it."""
+  found = set()
+  for path in root.rglob("*.py"):
+    if path.relative_to(root).as_posix() in ("config.py", "sections.py", "flags.py"):
+      continue
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1] in _OWNERS:
+        found.add(node.attr)
+  return found
+
+
+def test_every_knob_is_read_somewhere():
+  unread = {field.name for _, field in KNOBS} - knob_reads(PACKAGE)
+  assert not unread, (
+    f"options that do nothing (or are read from a variable that is none of {sorted(_OWNERS)}): {unread}"
+  )

@@ -1,0 +1,118 @@
+"""Workdirs that release 0.1.0 wrote (commit 5409a42, JAX 0.10.2): they are resumed, drawn from, measured, exported.
+
+`release_0_1_0.tar.xz` holds two of the same run, a small network on the digits: `pmap`, trained on one device, with its
+checkpoints 120 (in the second epoch) and 150 (the end), and `fsdp`, trained on two, with its last one.
+"""
+
+import hashlib
+import json
+import pathlib
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+
+import ddpm_jax
+from ddpm_jax import config as config_lib
+from ddpm_jax import main
+from ddpm_jax.evaluation.results import read_result
+from ddpm_jax.report.report import write_report
+from ddpm_jax.runs import export as exchange
+from ddpm_jax.runs import train as train_lib
+from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.weights import initial
+from ddpm_jax.weights.load import load_weights
+from ddpm_jax.workdir import layout
+from ddpm_jax.workdir.metrics import training_seconds
+
+ARCHIVE = pathlib.Path(__file__).with_name("release_0_1_0.tar.xz")
+NAMES = ("pmap", "fsdp")
+
+
+@pytest.fixture
+def old(tmp_path):
+  """The workdirs, as they were, to change."""
+  with tarfile.open(ARCHIVE) as archive:
+    archive.extractall(tmp_path, filter="data")
+  return tmp_path
+
+
+def weights_of(folder, **changes):
+  config = config_lib.override(main.resolve_config("sample", {}, folder), changes)
+  return load_weights(config, folder)
+
+
+def test_what_it_stored_are_the_settings(old):
+  """And a setting that it did not know means what it did."""
+  for name in NAMES:
+    config = main.resolve_config("train", {}, old / name)
+    stored = json.loads((old / name / "config.json").read_text())
+    values = config_lib.values(config)
+    for section in stored.values():
+      for key, value in section.items():
+        assert values[key] == (tuple(value) if isinstance(value, list) else value), key
+    assert config.optimizer.lr_schedule == "cosine" and config.model.matmul_precision == "default"
+    assert layout.check(old / name, config)
+
+
+def test_the_same_bits_are_restored(old):
+  """By the digests that it kept in its own manifest, which are those of the arrays' bytes."""
+  for name in NAMES:
+    weights = weights_of(old / name)
+    assert weights.step == 150
+    folder = old / name / "checkpoints/150/manifest"
+    kept = json.loads((folder / "metadata").read_text())
+    digests = {leaf["sha256"] for leaf in _leaves_with_digests(kept)}
+    for leaf in jax.tree.leaves(weights.params):
+      assert hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() in digests
+
+
+def _leaves_with_digests(tree):
+  if isinstance(tree, dict):
+    if isinstance(tree.get("sha256"), str):
+      yield tree
+    for part in tree.values():
+      yield from _leaves_with_digests(part)
+  if isinstance(tree, list):
+    for part in tree:
+      yield from _leaves_with_digests(part)
+
+
+def test_training_goes_on_in_the_middle_of_an_epoch(old):
+  """From its checkpoint 120 to 150, where this release comes to what that one came to."""
+  folder = old / "pmap"
+  (ours, theirs), keep = ([], []), folder / "checkpoints" / "150"
+  for weights in ("raw", "ema"):
+    theirs += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
+  keep.rename(old / "kept")
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  config = main.resolve_config("train", {}, folder)
+  with StopRequest() as stop:
+    assert train_lib.train(config, folder, stop)
+  for weights in ("raw", "ema"):
+    ours += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
+  for leaf, wanted in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(leaf, wanted, rtol=1e-3, atol=2e-5)
+  rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+  assert [row["step"] for row in rows] == list(range(10, 151, 10))
+  assert [json.loads(line) for line in lines[:12]] == rows[:12]
+  for row, line in zip(rows[12:], lines[12:], strict=True):
+    np.testing.assert_allclose(row["grad_norm"], json.loads(line)["grad_norm"], rtol=1e-3)
+  assert rows[-1]["seconds"] > training_seconds(rows[:12])[-1] > 0
+
+
+def test_it_is_drawn_from_exported_reported_and_begun_with(old, monkeypatch):
+  for name in NAMES:
+    model = ddpm_jax.load(old / name)
+    images = model.sample(4, sampler="dpmpp", steps=5)
+    assert images.shape == (4, 8, 8, 1) and images.std() > 20
+    target = old / f"exported_{name}"
+    given = {"export_format": "safetensors", "export_dir": str(target)}
+    exchange.export(main.resolve_config("export", given, old / name), old / name)
+    begun = ddpm_jax.load(target / "model.safetensors")
+    np.testing.assert_array_equal(begun.sample(4, sampler="dpmpp", steps=5), images)
+    config = initial.beginning(str(old / name), None, config_lib.Config())
+    assert config.model.channels == 8 and config.diffusion.num_timesteps == 50
+    assert "150" in write_report(old / name).read_text()
+    assert read_result(old / name / "eval/150.json") is None

@@ -1,0 +1,56 @@
+"""The parts of a run: what is said of a noise schedule that does not reach noise."""
+
+import pathlib
+import re
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config
+from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.training.setup import Run, copies_warning, noise_warning
+from tests.test_documents import preset
+from tests.training.tiny import tiny_config, tiny_run
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+
+
+def with_diffusion(run: Run, config: Config) -> Run:
+  d = config.diffusion
+  schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
+  return run._replace(config=config, schedule=schedule)
+
+
+def test_the_flags_that_the_warning_names_silence_it():
+  """For every schedule and number of timesteps; with the presets there is none."""
+  run, wrong = tiny_run(tiny_config()), []
+  assert "sqrt(alpha_bar) is 0.6 (L_T up to 0.33 bits/dim)" in str(noise_warning(run))
+  for schedule in ("linear", "quadratic", "scaled_linear", "sigmoid", "cosine"):
+    for number in (1, 3, 8, 10, 20, 100, 250, 999, 1000):
+      config = tiny_config(beta_schedule=schedule, num_timesteps=number, preview_steps=1)
+      warning = noise_warning(with_diffusion(run, config))
+      if warning is None:
+        continue
+      flags = [dict(re.findall(r"--(\w+)=(\S+?)(?=[,;\s]|$)", part)) for part in warning.split(" or ")]
+      for flag in filter(None, flags):
+        values = {name: value if name == "beta_schedule" else float(value) for name, value in flag.items()}
+        if noise_warning(with_diffusion(run, config_lib.override(config, values))):
+          wrong.append((schedule, number, flag))
+      if not any(flags) and "more timesteps" not in warning:
+        wrong.append((schedule, number, warning))
+  assert not wrong
+  presets = sorted(EXPERIMENTS.glob("*.flags"))
+  assert presets and not [path.name for path in presets if noise_warning(with_diffusion(run, preset(path)))]
+
+
+def test_a_small_set_of_own_images_and_many_passes_are_warned_of():
+  """60 and 300 images with the preset for own images; not the set by which it was chosen, nor the embedded one."""
+  own = config_lib.override(preset(EXPERIMENTS / "images32.flags"), {"dataset": "folder:images"})
+  for images, passes in ((60, "4,800"), (300, "960")):
+    text = str(copies_warning(own, images))
+    told = f"9,000 training steps of 32 images are {passes} passes over this small set of {images}, which the model may"
+    assert text.startswith(told)
+    assert "--random_flip" not in text and "'neighbours' of --mode=evaluate" in text
+  assert "--random_flip" in str(copies_warning(config_lib.override(own, {"random_flip": False}), 60))
+  assert copies_warning(own, 3754) is None and copies_warning(own, 50_000) is None
+  assert copies_warning(config_lib.override(own, {"num_steps": 100}), 60) is None
+  assert copies_warning(config_lib.override(own, {"num_steps": 1_000_000}), 5000) is None
+  assert copies_warning(config_lib.override(own, {"dataset": "digits"}), 60) is None

@@ -1,0 +1,5 @@
+"""A workdir that looks trained, shared with the tests of sampling."""
+
+from tests.sampling.conftest import original
+
+__all__ = ["original"]
