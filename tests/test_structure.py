@@ -57,7 +57,7 @@ def importers(*names: str) -> set[str]:
 ROOMS = (
   ("main", "api", "compare"),
   ("runs",),
-  ("report", "export", "plan", "plots"),
+  ("report", "export", "plan"),
   ("evaluation",),
   ("sampling",),
   ("weights",),

@@ -98,11 +98,19 @@ def line_chart(
   drawn = [part for part in drawn if part.points]
   if not drawn:
     return None
+  (first_x, first), (last_x, last) = drawn[-1].points[0], drawn[-1].points[-1]
+  label = f"{title}: {number(first)} at {number(first_x)}, {number(last)} at {number(last_x)} {x_label}"
+  start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(*size, label)
+  return Chart(title, remark, drawn, start + _svg(drawn, x_label, log_x, log_y, size) + Markup("</svg>"))
+
+
+def _svg(drawn: Sequence[Series], x_label: str, log_x: bool, log_y: bool, size: tuple[int, int]) -> Markup:
+  """The elements of a drawing."""
   file = io.StringIO()
   with matplotlib.rc_context(_STYLE):
     figure = _figure(drawn, x_label, log_x, log_y, size, _OF_PAGE)
     figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-  svg = file.getvalue().partition("</defs>")[2]  # after a style for all elements of the page
+  svg = file.getvalue().partition("</defs>")[2].removesuffix("</svg>\n")  # after a style for all of the page
   # Names and fonts that nothing refers to, and digits that nobody sees.
   svg = re.sub(r' id="[a-z0-9.]+_\d+"| font-family: [^;]*;', "", svg)
   svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]).replace("\n", ""), svg)
@@ -117,10 +125,7 @@ def line_chart(
     ),
     svg,
   )
-  (first_x, first), (last_x, last) = drawn[-1].points[0], drawn[-1].points[-1]
-  label = f"{title}: {number(first)} at {number(first_x)}, {number(last)} at {number(last_x)} {x_label}"
-  start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(*size, label)
-  return Chart(title, remark, drawn, start + Markup(svg))
+  return Markup(svg)
 
 
 def loss_png(points: Points) -> bytes:
@@ -158,6 +163,7 @@ def _figure(
       alpha=0.45 if part.faint else None,
       marker="o" if _marked(part) else None,
       markersize=5,
+      markeredgewidth=1.8,
       markerfacecolor=colours["card"],
       clip_on=False,
     )
@@ -170,7 +176,7 @@ def _figure(
     axes.set_xlim(left=0)
   _ticks(axes.xaxis, log_x, max(3, width // 85))
   _ticks(axes.yaxis, log_y, max(3, height // 38))
-  axes.tick_params(length=0, labelsize=11, labelcolor=colours["soft"], grid_clip_on=False)
+  axes.tick_params(length=0, pad=6, labelsize=11, labelcolor=colours["soft"], grid_clip_on=False)
   axes.grid(axis="y", color=colours["line"])
   figure.text(0.5 + (_LEFT - _RIGHT) / width / 2, 4 / height, x_label, size=11, color=colours["soft"], ha="center")
   return figure
