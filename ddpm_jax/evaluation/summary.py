@@ -175,10 +175,11 @@ class Column:
   how: str = ""
 
   @property
-  def best(self) -> float | None:
-    """The best of several values; None if there is only one, or no better direction."""
-    values = [value for value, _ in self.values.values()]
-    return {"lower": min, "higher": max}[self.better](values) if self.better and len(values) > 1 else None
+  def best(self) -> Any:
+    """The key of the best of several values; None if there is only one, or no better direction."""
+    if not self.better or len(self.values) < 2:
+      return None
+    return {"lower": min, "higher": max}[self.better](self.values, key=lambda key: self.values[key][0])
 
 
 def columns(results: Mapping[Any, Result]) -> list[Column]:

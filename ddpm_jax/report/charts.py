@@ -116,7 +116,9 @@ def _svg(drawn: Sequence[Series], x_label: str, log_x: bool, log_y: bool, size: 
   svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]).replace("\n", ""), svg)
   for name, colour in _OF_PAGE.items():
     svg = svg.replace(colour, f"var(--{name})")
-  hover = (f"{number(y)} at {number(x)}" for part in drawn if _marked(part) for x, y in part.points)
+  hover = (
+    f"{number(y)} at {number(x)}" for part in drawn if part.marks or len(part.points) == 1 for x, y in part.points
+  )
   svg = re.sub(r"<defs>.*?</defs>", "", svg, flags=re.DOTALL)  # what a circle is
   svg = re.sub(
     r'<use \S* x="([^"]*)" y="([^"]*)" style="([^"]*)"/>',
@@ -136,22 +138,18 @@ def loss_png(points: Points) -> bytes:
   series, file = smoothed("logged", [(x, y) for x, y in points if y > 0]), io.BytesIO()
   with matplotlib.rc_context(_STYLE):
     figure = _figure(series, "training steps", False, True, (560, 280), _OF_PNG)
-    if points:
+    if series[0].points:
       figure.axes[0].legend(title="loss")
     FigureCanvasAgg(figure)  # draws without a screen, whatever backend the environment names
     figure.savefig(file, format="png", dpi=108)
   return file.getvalue()
 
 
-def _marked(part: Series) -> bool:
-  return part.marks or len(part.points) == 1
-
-
 def _figure(
   series: Sequence[Series], x_label: str, log_x: bool, log_y: bool, size: tuple[int, int], colours: Mapping[str, str]
 ) -> Figure:
   width, height = size
-  figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+  figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor=colours["card"])
   room = _LEFT / width, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / width, 1 - (_TOP + _BOTTOM) / height
   axes = figure.add_axes(room, frame_on=False, xmargin=0, ymargin=0.06)
   for part in series:
@@ -161,7 +159,7 @@ def _figure(
       color=colours[f"c{part.colour}"],
       linewidth=0.8 if part.faint else 1.8,
       alpha=0.45 if part.faint else None,
-      marker="o" if _marked(part) else None,
+      marker="o" if part.marks or len(part.points) == 1 else None,
       markersize=5,
       markeredgewidth=1.8,
       markerfacecolor=colours["card"],

@@ -96,7 +96,7 @@ def _overview(runs: _Runs, name: str) -> list[Cell]:
   ]
 
 
-def _curves(runs: _Runs) -> list[Chart]:
+def _curves(runs: _Runs) -> list[Chart | None]:
   """The loss over training steps, images and time."""
   longest = max(run.seconds for run in runs.values())
   unit, name = (3600, "hours") if longest >= 5400 else (60, "minutes") if longest >= 180 else (1, "seconds")
@@ -108,7 +108,7 @@ def _curves(runs: _Runs) -> list[Chart]:
   ):
     series = [Series(name, running_mean(_points(run, across)), _colour(runs, name)) for name, run in runs.items()]
     drawn.append(line_chart(title, series, x_label=label))
-  return [chart for chart in drawn if chart]
+  return drawn
 
 
 def _points(run: RunFiles, across: Callable[..., float | None]) -> list[tuple[float, float]]:
@@ -135,7 +135,7 @@ def _grids(runs: _Runs) -> dict[str, Any]:
     if (step := max(grids[name], default=None) if common is None else common) is not None:
       caption = f"{name}, step {step:,}"
       shown.append(run.picture(grids[name][step], f"Sample grid of {name}", caption, colour=_colour(runs, name)))
-  return {"common_step": common, "grids": [picture for picture in shown if picture]}
+  return {"common_step": common, "grids": shown}
 
 
 def _measures(runs: _Runs) -> Table | None:

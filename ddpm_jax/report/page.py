@@ -59,7 +59,7 @@ def measures_table(
       value, spread = column.values.get(key, (None, None))
       text = "" if value is None else f"{value:.{digits}f}"
       small = "" if spread is None else f"± {number(spread, 2)}"
-      cells.append(Cell(text, small, value is not None and value == column.best))
+      cells.append(Cell(text, small, column.best is not None and value == column.values[column.best][0]))
     if any(cell.text for cell in cells):
       rows.append([*first, *cells])
   for kind, (_, words) in YARDSTICKS.items():

@@ -31,8 +31,6 @@ from ddpm_jax.report.page import Cell, Table, measures_table, write_page
 from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.storage import write_whole
 
-NAME = "report.html"
-
 _MOST_PICTURES = 8  # grids, and pictures of an evaluation
 _DRAWN = {
   "samples": "Samples, as --mode=sample drew them last",
@@ -46,31 +44,20 @@ _MEASURED = {"samples": "Samples that were measured", "neighbours": "Samples and
 _TERMS = ("total", "prior", "chain", "decoder", "rate", "distortion")
 
 
-def write_pages(workdir: pathlib.Path) -> None:
-  """Writes or replaces `loss.png` and `report.html`.
+def write_report(workdir: pathlib.Path) -> pathlib.Path:
+  """Writes or replaces `report.html`, and `loss.png` where there are metrics. Returns the path of the page.
 
-  Files that are missing, damaged, or still being written are no error: the pages show the others.
+  Files that are missing, damaged, or still being written are no error: the page shows the others.
 
   Raises:
-    OSError: if a page cannot be written.
+    OSError: if one of them cannot be written.
   """
   run = read_run(workdir)
-  if run.metrics:
-    write_whole(workdir / "loss.png", charts.loss_png(run.points("loss")))
-  _write(run)
-
-
-def write_report(workdir: pathlib.Path) -> pathlib.Path:
-  """Writes or replaces `report.html` alone, and returns its path. Raises OSError as `write_pages` does."""
-  return _write(read_run(workdir))
-
-
-def _write(run: RunFiles) -> pathlib.Path:
-  found = columns(run.results)
+  found, path = columns(run.results), workdir / "report.html"
   write_page(
-    run.workdir / NAME,
+    path,
     "report.html",
-    name=run.workdir.resolve().name,
+    name=workdir.resolve().name,
     config=run.config,
     tiles=_tiles(run, found),
     sections=_pictures(run),
@@ -80,7 +67,9 @@ def _write(run: RunFiles) -> pathlib.Path:
     flags=run.text("flags.txt"),
     notes=run.notes,  # of all of the above
   )
-  return run.workdir / NAME
+  if run.metrics:
+    write_whole(workdir / "loss.png", charts.loss_png(run.points("loss")))
+  return path
 
 
 def _tiles(run: RunFiles, found: list[Column]) -> list[tuple[str, str, str]]:
@@ -99,16 +88,10 @@ def _tiles(run: RunFiles, found: list[Column]) -> list[tuple[str, str, str]]:
     shown.append(("Loss", number(loss, 3), f"mean of the last {count} logged" if count > 1 else "last logged"))
   for column in _newest(found):
     if column.title in ("FID", "Bits/dim") or column.title.lower().endswith(("distance", "score")):
-      step = (
-        max(column.values)
-        if column.best is None
-        else min(s for s in column.values if column.values[s][0] == column.best)
-      )
-      remark = f"{column.remark}; {'best, ' if column.best is not None else ''}step {step:,}"
-      remark += "".join(
-        f"; {YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in _yardsticks(run, column).items()
-      )
-      shown.append((column.title, number(column.values[step][0]), remark))
+      step = max(column.values) if column.best is None else column.best
+      told = [column.remark, f"{'' if column.best is None else 'best, '}step {step:,}"]
+      told += [f"{YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in _yardsticks(run, column).items()]
+      shown.append((column.title, number(column.values[step][0]), "; ".join(told)))
   return shown
 
 
@@ -126,14 +109,13 @@ def _yardsticks(run: RunFiles, column: Column) -> dict[str, float]:
   return yardsticks(run.results[max(column.values)]).get(column.name, {})
 
 
-def _training(run: RunFiles) -> list[Chart]:
-  drawn = (
+def _training(run: RunFiles) -> list[Chart | None]:
+  return [
     line_chart("Loss", smoothed("logged", run.points("loss"))),
     line_chart("Gradient norm", smoothed("logged", run.points("grad_norm"))),
     line_chart("Images per second", [Series("", run.points("images_per_second"))], log_y=False),
     line_chart("Learning rate", [Series("", run.points("learning_rate"))], log_y=False),
-  )
-  return [chart for chart in drawn if chart]
+  ]
 
 
 def _pictures(run: RunFiles) -> list[dict[str, Any]]:
@@ -146,7 +128,7 @@ def _pictures(run: RunFiles) -> list[dict[str, Any]]:
     caption = f"Step {step:,}{_older(run, step) if step == steps[0] else ''}"
     shown.append(run.picture(run.grids()[step], f"Sample grid, step {step:,}", caption, step == steps[0]))
   text = "Drawn during training from the same noise each time, with the moving average of the weights (EMA) and raw."
-  during = {"title": "Samples over the run", "text": text, "pictures": [p for p in shown if p]}
+  during = {"title": "Samples over the run", "text": text, "pictures": shown}
   shown, newest = [], 0
   for name, title in _DRAWN.items():
     facts = grids.facts_of(run.workdir / "samples" / f"{name}.png")
@@ -157,7 +139,7 @@ def _pictures(run: RunFiles) -> list[dict[str, Any]]:
       how = [f"{facts[key]}{unit}" for key, unit in (("sample_weights", " weights"), ("sampler", "")) if key in facts]
       caption = f"{title}: {', '.join([f'step {step:,}', *how])}{_older(run, step)}"
     shown += [run.picture(f"samples/{name}{ending}", title, caption) for ending in (".png", ".gif")]
-  drawn = {"title": "Sampled with the trained weights", "pictures": [p for p in shown if p]}
+  drawn = {"title": "Sampled with the trained weights", "pictures": shown}
   return [during, drawn] if steps and steps[0] > newest else [drawn, during]
 
 
@@ -192,11 +174,11 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
     "bound": _terms(part(newest, "bits_per_dim")),
     "ode": _terms(part(newest, "ode_bits_per_dim")),
     "neighbours": _terms(part(newest, "neighbours")),
-    "pictures": [picture for picture in pictures if picture],
+    "pictures": pictures,
   }
 
 
-def _over_steps(found: list[Column]) -> list[Chart]:
+def _over_steps(found: list[Column]) -> list[Chart | None]:
   """A small chart for each measure of several checkpoints."""
   drawn = []
   for column in found:
@@ -204,7 +186,7 @@ def _over_steps(found: list[Column]) -> list[Chart]:
     remark = "; ".join(filter(None, (column.remark, column.how, column.better and f"{column.better} is better")))
     series = [Series(column.title, points, marks=True)]
     drawn.append(line_chart(column.title, series, remark=remark, log_y=False, size=(290, 160)) if points[1:] else None)
-  return [chart for chart in drawn if chart]
+  return drawn
 
 
 def _terms(groups: dict[str, Any]) -> Table | None:
@@ -227,7 +209,7 @@ def _terms(groups: dict[str, Any]) -> Table | None:
   return Table([Cell(), *(Cell(title_of(key)) for key in keys)], cells) if keys else None
 
 
-def _by_timestep(splits: dict[str, Any]) -> list[Chart]:
+def _by_timestep(splits: dict[str, Any]) -> list[Chart | None]:
   """The bits and the error of the predicted noise over the timesteps."""
   drawn = []
   for title, key, remark in (
@@ -242,7 +224,7 @@ def _by_timestep(splits: dict[str, Any]) -> list[Chart]:
       points = sorted((math.sqrt(a * b), y) for a, b, y in numbers if None not in (a, b, y) and 0 < a <= b)
       series.append(Series(split, points, colour=i % charts.COLOURS + 1, marks=len(points) <= 60))
     drawn.append(line_chart(title, series, x_label="timestep t", remark=remark, log_x=True, log_y=True))
-  return [chart for chart in drawn if chart]
+  return drawn
 
 
 def _settings(config: Config) -> dict[str, list[dict[str, Any]]]:

@@ -219,7 +219,7 @@ def write_pages(workdir: pathlib.Path) -> None:
   try:
     from ddpm_jax.report import report  # Matplotlib takes long to import
 
-    report.write_pages(workdir)
+    report.write_report(workdir)
   finally:
     if not (workdir / "config.json").exists():  # deleted meanwhile, and made anew by a save that was under way
       for page in pages:

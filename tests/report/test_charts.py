@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.report.charts import Series, line_chart, loss_png, running_mean
-from ddpm_jax.report.report import write_pages
+from ddpm_jax.report.report import write_report
 
 
 def places(svg) -> np.ndarray:
@@ -86,7 +86,7 @@ def test_steps_without_a_loss_are_left_out(tmp_path):
   pictures = []
   for lines in (plain, plain[:30] + others[:2] + plain[30:] + others):
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
-    write_pages(tmp_path)
+    write_report(tmp_path)
     pictures.append((tmp_path / "loss.png").read_bytes())
   assert pictures[0] == pictures[1]
 
@@ -100,6 +100,6 @@ def test_a_full_disk_leaves_the_earlier_pictures(tmp_path, monkeypatch):
 
   monkeypatch.setattr(os, "fsync", fsync)
   with pytest.raises(OSError, match="No space"):
-    write_pages(tmp_path)
+    write_report(tmp_path)
   assert (tmp_path / "loss.png").read_bytes() == b"earlier"
   assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}

@@ -151,6 +151,7 @@ def full(workdir):
 def undrawn(monkeypatch):
   """Charts without their curves, which take most of the time of a page."""
   monkeypatch.setattr(charts, "_svg", lambda *_: Markup(""))
+  monkeypatch.setattr(charts, "loss_png", lambda *_: b"")
 
 
 def test_a_full_page(full):
@@ -193,6 +194,7 @@ def test_both_schemes(full):
   variables = [set(re.findall(r"(--[a-z0-9]+):", text)) for text in (light, dark)]
   assert variables[0] == variables[1] >= set(re.findall(r"var\((--[a-z0-9]+)\)", source))
   assert source.index("prefers-color-scheme: dark") < source.index(dark)
+  assert not re.findall(r"<[^>]*(?:fill|stroke): (?!none|var)", source), "a colour that is the same in both"
 
 
 def test_every_picture_has_a_text_and_can_be_read(full):

@@ -217,7 +217,7 @@ def test_pages_that_cannot_be_written_are_told_and_the_run_goes_on(tmp_path, mon
 
   monkeypatch.setattr(reports, "ThreadPoolExecutor", AtOnce)
   with monkeypatch.context() as patch:
-    patch.setattr(report, "write_pages", full)
+    patch.setattr(report, "write_report", full)
     train(workdir, sample_every=4, log_every=2)
   out, err = capsys.readouterr()
   assert "done: 12 updates" in out
