@@ -59,7 +59,7 @@ ROOMS = (
   ("main", "api", "compare"),
   ("resolve",),
   ("runs",),
-  ("report", "export", "plan", "plots"),
+  ("report", "export", "plan"),
   ("evaluation",),
   ("sampling",),
   ("weights",),

@@ -19,10 +19,9 @@ from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.summary import duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
 from ddpm_jax.models.build import build_model, network_of
-from ddpm_jax.report.measures import part
-from ddpm_jax.report.page import finite
 from ddpm_jax.sampling.draw import fit_batch, table_of
 from ddpm_jax.weights.load import Weights
 
@@ -272,12 +271,3 @@ def _examples(config: Config, size: int) -> int:
   """Of a split of that many images, those whose likelihood is measured."""
   asked = config.evaluate.likelihood_examples
   return min(asked, size) if asked > 0 else size
-
-
-def duration(seconds: float) -> str:
-  """'40 s', '12 min', '3.5 h', '2.1 days'."""
-  if seconds < 100:
-    return f"{max(seconds, 1):.0f} s"
-  if seconds < 6000:
-    return f"{seconds / 60:.0f} min"
-  return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

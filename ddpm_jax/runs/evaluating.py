@@ -14,7 +14,8 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.results import Result, keep_best, measure_of, read_result, scalars, write_result, yardsticks_of
+from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result, yardsticks_of
+from ddpm_jax.evaluation.summary import Result
 from ddpm_jax.runs.reports import Reports
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.stop import StopRequest
@@ -110,6 +111,7 @@ class Evaluations:
     best = keep_best(self._workdir, result, measure)
     self._reports.evaluated(step, scalars(result))
     write_result(self._workdir, result, pictures)
+    self._reports.renew_pages(step)
     others = ", ".join(f"{kind} {value:.3g}" for kind, value in yardsticks_of(result, measure).items())
     console.say(
       f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{others and f' ({others})'}"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import plots
 from ddpm_jax.config import SampleConfig
+from ddpm_jax.report import report
 from ddpm_jax.runs import preview, reports
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runs.preview import EarlyGrids, Preview
@@ -217,7 +217,7 @@ def test_pages_that_cannot_be_written_are_told_and_the_run_goes_on(tmp_path, mon
 
   monkeypatch.setattr(reports, "ThreadPoolExecutor", AtOnce)
   with monkeypatch.context() as patch:
-    patch.setattr(plots, "loss_curve", full)
+    patch.setattr(report, "write_report", full)
     train(workdir, sample_every=4, log_every=2)
   out, err = capsys.readouterr()
   assert "done: 12 updates" in out
