@@ -29,7 +29,7 @@ LEAST = 1_000  # samples of a number that is chosen here
 # Round numbers, so that a machine that is a little busier does not make results that cannot be compared.
 _NUMBERS = (LEAST, 2_000, 5_000, 10_000, 20_000, 50_000)
 _EXAMPLES = (100, 200, 500, 1_000, 2_000, 5_000, 10_000)
-_FEW = {"sampler": "dpmpp", "sampling_steps": 20}  # within a few per cent of all T, see README.md
+_FEW = {"sampler": "dpmpp", "sampling_steps": 20}  # within a few per cent of all T, see docs/results/samplers.md
 _OF_A_SAMPLER = ("sampler", "sampling_steps", "eta")
 _SHARE = 2 / 3  # of the time, for the samples; the rest is for the likelihoods
 _TIMED = {True: 16, False: 64}  # images a device, on CPUs and elsewhere

@@ -31,7 +31,7 @@ from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Network, Params
 
 Progress = Callable[[int], None]
-PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/precision.md
+PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/concepts/precision.md
 _AT_ONCE = 25  # strata in one call on the devices: long enough to hide its cost, short enough to be interrupted
 _MOST_BINS = 100  # of the result by timestep
 

@@ -34,7 +34,7 @@ _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16
 _LARGEST_MAP = 16  # pixels of the U-Net's input, of the side of a square of as many: large images stay cheap
 _SCHEDULE = make_schedule("cosine", 1000)
 _TIMESTEP = 100  # that of the features
-_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/measuring.md
+_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/results/evaluation.md
 _ASKED = 8  # noises of each image that is held out
 # What the features are computed by besides the weights. To be counted up when the U-Net changes.
 _NETWORK = "denoising U-Net 1, means up, deviations of the last maps and of the noise, t = 100 of 1000, cosine"
@@ -139,7 +139,7 @@ def network_features(
   the means of its maps at the end of both levels on the way up, the standard deviations of those of the last, and both
   of the noise that it sees in each channel: 66 numbers for grey images, 70 for images in colour. It depends on the data
   set and on nothing of a run: so checkpoints, and runs on the same data, can be compared, which the features of a run's
-  own U-Net would not allow. What was measured to choose it is in docs/measuring.md.
+  own U-Net would not allow. What was measured to choose it is in docs/results/evaluation.md.
 
   As with the classifier, a distance between these features is not an FID, and can be compared only where `identity` is
   the same. All processes must call it, and have the same network afterwards.

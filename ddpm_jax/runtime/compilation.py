@@ -16,7 +16,7 @@ from ddpm_jax.runtime.paths import expanded, home
 _USUAL_GARBAGE = gc.get_threshold()
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
 
-# What makes programs faster on CPUs, by version of jaxlib: benchmarks/README.md has what it brings. XLA ends the
+# What makes programs faster on CPUs, by version of jaxlib: docs/results/speed.md has what it brings. XLA ends the
 # process at a flag that it does not know, so only what was tried is here.
 _YNNPACK = {
   # Products, element-wise operations and reductions by the library YNNPACK, as convolutions.
