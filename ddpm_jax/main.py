@@ -255,7 +255,8 @@ def _run(mode: str, config: Config, folder: pathlib.Path | None, stop: StopReque
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      finished = train.train(config, folder, stop, job, chosen, frozenset(flags.given()))
+      invocation = train.Invocation(stop, job, chosen, frozenset(flags.given()))
+      finished = train.train(config, folder, invocation)
       return 0 if finished else config.train.stop_exit_code
     case "sample":
       from ddpm_jax.runs import sample

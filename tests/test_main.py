@@ -17,6 +17,7 @@ from ddpm_jax import flags, main, presets
 from ddpm_jax.config import Config
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.runs.train import Invocation
 from ddpm_jax.runtime import distributed
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.workdir import layout
@@ -32,14 +33,15 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   def run(mode):
     def called(config, folder, *others):
       record.calls.append((mode, config, folder))
-      record.said.append(others[2] if mode == "train" else "")
+      record.said.append(others[0].note if mode == "train" else "")
       record.more = others
       if record.error:
         raise record.error
 
     return called
 
-  monkeypatch.setattr(ddpm_jax.runs, "train", types.SimpleNamespace(train=run("train")), raising=False)
+  training = types.SimpleNamespace(train=run("train"), Invocation=Invocation)
+  monkeypatch.setattr(ddpm_jax.runs, "train", training, raising=False)
   monkeypatch.setattr(ddpm_jax.runs, "sample", types.SimpleNamespace(sample=run("sample")), raising=False)
   measured = types.SimpleNamespace(evaluate=run("evaluate"))
   monkeypatch.setattr(ddpm_jax.runs, "evaluate", measured, raising=False)
@@ -93,9 +95,9 @@ def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, mo
   """And no other end; a stop that comes while the settings are not known yet has it, too."""
   stops, named, finished = [], [], [False, False, True, True, False]
 
-  def train(config, folder, stop, job, chosen, given):
-    stops.append(stop.exit_code)
-    named.append(given)
+  def train(config, folder, invocation):
+    stops.append(invocation.stop.exit_code)
+    named.append(invocation.given)
     return finished.pop(0)
 
   monkeypatch.setattr(ddpm_jax.runs.train, "train", train)

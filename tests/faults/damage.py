@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import describe
 from ddpm_jax.errors import UserError
+from tests.training.tiny import newest_intact
 
 
 def files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -54,7 +55,7 @@ class Judge:
     checkpoints = Checkpoints(self.directory)
     if step is not None:
       checkpoints.steps = lambda: [step]
-    restored = checkpoints.restore(lambda manifest: self._run.abstract_state)
+    restored = newest_intact(checkpoints, self._run.abstract_state)
     checkpoints.close()
     return restored
 

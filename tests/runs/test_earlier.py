@@ -199,7 +199,7 @@ def test_with_cosine_the_rate_begins_anew(tmp_path, monkeypatch, capsys):
 def go_on(workdir, **given):
   """What the command does with --workdir and these flags."""
   with StopRequest() as stop:
-    train_lib.train(main.resolve_config("train", given, workdir), workdir, stop)
+    train_lib.train(main.resolve_config("train", given, workdir), workdir, train_lib.Invocation(stop))
 
 
 def test_the_workdir_alone_goes_on_with_its_own_settings(short_and_long, tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_a_grid_has_the_timesteps_that_the_command_draws_with(monkeypatch):
 
 def train(workdir, clock=lambda: 0.0, **changes):
   with StopRequest() as stop:
-    train_lib.train(tiny_config(**(OPTIONS | changes)), workdir, stop, clock=clock)
+    train_lib.train(tiny_config(**(OPTIONS | changes)), workdir, train_lib.Invocation(stop, clock=clock))
 
 
 @pytest.fixture(scope="module")

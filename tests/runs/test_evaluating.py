@@ -18,7 +18,7 @@ from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import yardsticks
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.results import read_result, scalars
-from ddpm_jax.runs import evaluating
+from ddpm_jax.runs import evaluating, workdirs
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
@@ -105,7 +105,7 @@ def small_parts():
 
 def train(workdir, **changes):
   with StopRequest() as stop:
-    train_lib.train(tiny_config(**(EVALUATED | changes)), workdir, stop)
+    train_lib.train(tiny_config(**(EVALUATED | changes)), workdir, train_lib.Invocation(stop))
 
 
 def metrics(workdir):
@@ -227,7 +227,7 @@ def test_stopped_while_it_measures(whole, tmp_path, monkeypatch, capsys, step, p
 
   monkeypatch.setattr(Watchdog, "beat", beat)
   with stop:
-    train_lib.train(tiny_config(**EVALUATED), workdir, stop)
+    train_lib.train(tiny_config(**EVALUATED), workdir, train_lib.Invocation(stop))
   monkeypatch.setattr(Watchdog, "beat", real)
   assert ("stopped on request after update 3 of 8, saved" if step == 3 else "done: 8") in capsys.readouterr().out
   assert steps(workdir)[-1] == step and results(workdir) == before
@@ -347,10 +347,10 @@ def test_no_labels_are_found_out_before_anything_is_written(tmp_path, monkeypatc
 
 def test_room_for_checkpoints_counts_those_of_evaluations(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(train_lib.workdir_lib, "check_space", lambda *args, **_: asked.append(args))
+  monkeypatch.setattr(workdirs.layout, "check_space", lambda *args, **_: asked.append(args))
   run = tiny_run(tiny_config(**EVALUATED))
-  train_lib.check_space(run, tmp_path, 0)
-  train_lib.check_space(run._replace(config=config_lib.override(run.config, {"evaluate_every": 0})), tmp_path, 0)
+  workdirs.check_space(run, tmp_path, 0)
+  workdirs.check_space(run._replace(config=config_lib.override(run.config, {"evaluate_every": 0})), tmp_path, 0)
   assert asked[0][3] >= 4 and asked[1][3] == 3
 
 
@@ -382,5 +382,7 @@ def test_flags_of_the_command_reach_the_evaluation(tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate_lib, "evaluate", evaluate)
   given = frozenset({"sampler", "likelihood_examples"})
   with StopRequest() as stop:
-    assert not train_lib.train(tiny_config(**EVALUATED | {"num_steps": 3}), tmp_path / "run", stop, given=given)
+    assert not train_lib.train(
+      tiny_config(**EVALUATED | {"num_steps": 3}), tmp_path / "run", train_lib.Invocation(stop, given=given)
+    )
   assert heard == [given]

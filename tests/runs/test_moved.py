@@ -53,7 +53,7 @@ def train(folder, dataset, num_steps, *more):
   """The command `train`. Returns the settings that it kept."""
   config = resolve("train", folder, *TINY, f"--dataset={dataset}", f"--num_steps={num_steps}", *more)
   with StopRequest() as stop:
-    train_lib.train(config, folder, stop)
+    train_lib.train(config, folder, train_lib.Invocation(stop))
   return layout.load_config(folder)
 
 

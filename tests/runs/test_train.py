@@ -29,7 +29,7 @@ from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
-from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
+from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
 
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
@@ -49,7 +49,7 @@ def noise_images(monkeypatch):
 
 def train(workdir, clock=lambda: 0.0, **changes):  # no grid because of the time
   with StopRequest() as stop:
-    return train_lib.train(tiny_config(**changes), workdir, stop, clock=clock)
+    return train_lib.train(tiny_config(**changes), workdir, train_lib.Invocation(stop, clock=clock))
 
 
 def train_little(workdir, clock=lambda: 0.0, **changes):
@@ -72,7 +72,7 @@ def restore(workdir, step=None, **changes):
   run = tiny_run(tiny_config(**changes))
   if step is not None:
     checkpoints.steps = lambda: [step]
-  state = checkpoints.restore(lambda manifest: run.abstract_state).state
+  state = newest_intact(checkpoints, run.abstract_state).state
   checkpoints.close()
   return host(state)
 

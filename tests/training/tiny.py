@@ -1,5 +1,7 @@
 """The smallest run that has everything: two levels, attention, dropout, flips. Shared by the tests of training."""
 
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 
@@ -45,3 +47,20 @@ def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
 def host(tree):
   """A tree of arrays, placed anyhow, as NumPy."""
   return jax.tree.map(np.asarray, tree)
+
+
+class Restored(NamedTuple):
+  step: int
+  state: Any
+  manifest: dict
+  damaged: dict[int, str]
+
+
+def newest_intact(checkpoints, abstract_state, **options) -> Restored | None:
+  """What a program that takes any run restores; None if there is no checkpoint."""
+  candidates = checkpoints.candidates(**options)
+  for candidate in candidates:
+    state = candidate.restore(abstract_state)
+    if state is not None:
+      return Restored(candidate.step, state, candidate.manifest, candidates.damaged)
+  return None

@@ -156,7 +156,7 @@ SHORT = dict(
 def train(workdir, path, **changes):
   config = config_lib.override(initial.beginning(str(path), workdir), SHORT | {"init_from": str(path)} | changes)
   with StopRequest() as stop:
-    train_lib.train(config, workdir, stop)
+    train_lib.train(config, workdir, train_lib.Invocation(stop))
   return config
 
 
