@@ -23,13 +23,16 @@ OPTIONS = DECAY | dict(checkpoint_every=5, sample_every=5, log_every=3, keep_che
 COSINE = LITTLE | dict(lr_schedule="cosine", warmup_steps=2, checkpoint_every=4, log_every=1, steps_per_dispatch=1)
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
   monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
 
 
 @pytest.fixture(scope="module")
-def short_and_long(tmp_path_factory):
+def short_and_long(shared_programs, tmp_path_factory):
   """Ten steps; twenty from the start."""
   folder = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:

@@ -31,6 +31,8 @@ from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
 
 def noise(seed=0, replaced=()):
   """40 images: with batches of 16, an epoch ends in the middle of the third batch. Some of them stand for bad ones."""
@@ -91,7 +93,7 @@ def signal_with(monkeypatch, step):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(shared_programs, tmp_path_factory):
   """Eight updates in one go, with grids."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   with pytest.MonkeyPatch.context() as patch:
@@ -263,7 +265,7 @@ def test_a_class_of_a_persons_own_is_told_and_ends_nothing(tmp_path, capsys):
   assert told[1][1] == {k: v for k, v in rows[0].items() if k not in ("step", "time")}
   assert not (tmp_path / "run" / "tensorboard").exists()
   err = capsys.readouterr().err
-  assert err.count("test_loop:Told fails (ConnectionError: no network); the run goes on") == 1
+  assert err.count("test_train:Told fails (ConnectionError: no network); the run goes on") == 1
   assert int(restore(tmp_path / "run", **LITTLE, seed=5).step) == 3
   train_little(tmp_path / "run", num_steps=4, seed=5, writers="")  # it may change
   assert len(told) == 7 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
