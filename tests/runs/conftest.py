@@ -21,7 +21,13 @@ def shared_programs():
   class Step(train_lib.StepProgram):
     def __init__(self, run, train_step, compiler, *, ahead):
       c = run.config
-      decides = (c.train.num_steps, c.train.seed, c.train.parallel, c.train.grad_accum_steps, c.train.steps_per_dispatch)
+      decides = (
+        c.train.num_steps,
+        c.train.seed,
+        c.train.parallel,
+        c.train.grad_accum_steps,
+        c.train.steps_per_dispatch,
+      )
       function = getattr(train_step, "func", train_step)
       self._key = (_of_model(run), c.data, c.optimizer, decides, run.lr_restart, function)
       if self._key in _programs:
@@ -37,7 +43,14 @@ def shared_programs():
   class Grid(train_lib.Preview):
     def __init__(self, run, compiler):
       options = run.config.train
-      self._key = ("grid", _of_model(run), options.parallel, options.seed, options.preview_steps, options.preview_images)
+      self._key = (
+        "grid",
+        _of_model(run),
+        options.parallel,
+        options.seed,
+        options.preview_steps,
+        options.preview_images,
+      )
       if self._key in _programs:
         self.__dict__.update(vars(_programs[self._key]) | {"_ahead": False})
       else:

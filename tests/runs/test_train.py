@@ -31,7 +31,6 @@ from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
 
-
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
