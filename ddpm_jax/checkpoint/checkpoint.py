@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.checkpoint import manifest as manifest_lib
 from ddpm_jax.checkpoint.manifest import DamagedError, Manifest
-from ddpm_jax.devices.parallel import on_any_process
+from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.errors import RunError, UserError, root_cause
 from ddpm_jax.training.state import TrainState
 
@@ -179,7 +179,7 @@ class Checkpoints:
       found.append(read())
     except DamagedError as error:
       problem = error
-    if on_any_process(problem is not None):
+    if any_host(problem is not None):
       raise problem or DamagedError("another process cannot read it")
     return found[0]
 

@@ -17,7 +17,7 @@ from ddpm_jax.checkpoint.manifest import Manifest, OtherPastError
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint, shuffle
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import from_all_processes
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import numerics
 from ddpm_jax.training.optimizer import decay_start
@@ -144,7 +144,7 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
 
   once_trained: its weights are only used, see `config.changed`.
   """
-  stored = config_lib.from_json(json.dumps(manifest["config"]))
+  stored = _config(manifest)
   for name, before, now in config_lib.changed(stored, config, on_resume=True, once_trained=once_trained):
     raise UserError(
       f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
@@ -152,9 +152,14 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
     )
 
 
+def _config(manifest: Manifest) -> Config:
+  """The settings of the run that saved a checkpoint."""
+  return config_lib.from_json(json.dumps(manifest["config"]))
+
+
 def _num_steps(manifest: Manifest) -> int:
   """The --num_steps that a checkpoint was trained with."""
-  return manifest["config"]["train"]["num_steps"]
+  return _config(manifest).train.num_steps
 
 
 def _check_past(manifest: Manifest, config: Config, workdir: pathlib.Path) -> None:
@@ -189,7 +194,7 @@ def check_hosts(run: Run, source: Source) -> None:
     flags["dataset"] = config_lib.FOLDER
   for what, facts in (("flags", flags), ("images", source.fingerprint)):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
-    for process, other in enumerate(from_all_processes(np.frombuffer(digest, np.uint8))):
+    for process, other in enumerate(all_gather_host(np.frombuffer(digest, np.uint8))):
       if other.tobytes() != digest:
         raise UserError(
           f"distributed: the {what} of process {process} differ from those of process {jax.process_index()}; give "
@@ -203,7 +208,7 @@ def check_shared(workdir: pathlib.Path) -> None:
     text = (workdir / lock.NAME).read_bytes()
   except OSError:
     text = b""
-  digests = from_all_processes(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+  digests = all_gather_host(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
   if np.any(digests != digests[0]):
     raise UserError(
       f"workdir: {workdir} is not the same folder for all processes; name one that every host has mounted there"

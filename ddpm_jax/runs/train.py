@@ -24,7 +24,8 @@ from ddpm_jax.checkpoint.saver import Saver
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.devices.parallel import Parallel, to_host
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.models.build import fitted
@@ -88,13 +89,12 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   run, source = prepare(config, workdir)
   config = run.config
   params = None
-  if config.exchange.init_from and not layout.has_checkpoints(workdir):
+  if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
     params, _ = initial.read_params(config, run.image_shape)
 
   with contextlib.ExitStack() as cleanup:
-    lock = workdirs.take(
-      run, workdir, job, cleanup, invocation.note
-    )  # None in all processes but the first, which says everything
+    # None in all processes but the first, which is the one that prints.
+    lock = workdirs.take(run, workdir, job, cleanup, invocation.note)
     # Entered first, so that it watches while everything below is closed, which waits for what is being saved.
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
@@ -121,7 +121,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     if lock:
       workdirs.warn(run, source)
       # What may change has changed. Until there is a checkpoint, a restart must know which weights are the first.
-      workdirs.renew(workdir, config_lib.beyond_init_from(config) if start.state else config)
+      workdirs.renew(workdir, config_lib.reset_weight_selectors(config) if start.state else config)
 
     place = Place(workdir, checkpoints, lock)
     with open_services(run, source, place, start, watchdog, invocation) as services:
@@ -139,13 +139,13 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Run, Source]:
   Raises:
     UserError: see `train`.
   """
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
   source = open_source(config.data)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
-  run = build_run(config, source.image_shape, parallel)
+  run = build_run(config, source.image_shape, mesh)
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
     check_evaluation(config, workdir, source)
@@ -182,7 +182,7 @@ def open_services(
   """Opens the files of the run and begins to compile its step; closes all of them at the end."""
   (workdir, checkpoints, lock), stop = place, invocation.stop
   options, batch_size, seed = run.config.train, run.config.data.batch_size, run.config.train.seed
-  after_init = run._replace(config=config_lib.beyond_init_from(run.config))
+  after_init = run._replace(config=config_lib.reset_weight_selectors(run.config))
   with contextlib.ExitStack() as cleanup:
     closed = lambda service: cleanup.enter_context(contextlib.closing(service))  # noqa: E731
     progress = closed(Progress("step", total=options.num_steps, done=start.step, quiet=not lock))
@@ -234,7 +234,7 @@ def training_loop(run: Run, source: Source, state: TrainState, start: int, servi
   Returns:
     The number of steps in the last checkpoint, and whether a request to stop came before the run was finished.
   """
-  parallel, options, step = run.parallel, run.config.train, start
+  mesh, options, step = run.mesh, run.config.train, start
   run_steps, reports, saver, evaluations, preview, early, profile, progress, stop, watchdog = services
   if evaluations.missing(start) and evaluations.make(state, start):
     return start, True
@@ -246,15 +246,15 @@ def training_loop(run: Run, source: Source, state: TrainState, start: int, servi
   with contextlib.closing(_batches_after(start, run, source)) as host_batches:
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step, first = steps[-1], steps[0] == start + 1
-      batch = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
-      order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
+      batch = mesh.put_batches([next(host_batches) for _ in steps], max_steps=options.steps_per_dispatch)
+      command = mesh.put_step_command(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
       profile.before(steps, state)
       with progress.compiling("the training step") if first else contextlib.nullcontext():
         with (
           jax.profiler.StepTraceAnnotation("train", step_num=step),
           jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
         ):
-          state, *outputs = run_steps(state, batch, order)
+          state, *outputs = run_steps(state, batch, command)
         if first:
           stop.defer()  # from now on there is something to save
           jax.block_until_ready(outputs)
@@ -280,9 +280,9 @@ def training_loop(run: Run, source: Source, state: TrainState, start: int, servi
       in_flight.drain(0)
       with reports.paused():
         # Drawn beside what a save does before it returns: what it does afterwards is beside the next steps.
-        picture = preview(parallel.globalize(state)) if grid_now else None
+        picture = preview(mesh.to_global_array(state)) if grid_now else None
         if save_now:
-          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": reports.so_far(step)})
+          saver.save(mesh.to_global_array(state), step, last=last, so_far={"so_far": reports.so_far(step)})
           watchdog.beat(f"checkpoint {step}")
         if picture:
           reports.samples(step, picture(), preview.settings)
@@ -290,7 +290,7 @@ def training_loop(run: Run, source: Source, state: TrainState, start: int, servi
           in_flight.grid_voted = False
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
-          stopping = evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          stopping = evaluations.make(mesh.to_global_array(state), step)  # stopped: it is made when the run goes on
           last |= stopping
       if last:
         break

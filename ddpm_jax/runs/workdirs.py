@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from ddpm_jax.checkpoint import resume
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.resume import Start
-from ddpm_jax.config import Config, beyond_init_from
+from ddpm_jax.config import Config, reset_weight_selectors
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import num_params
@@ -86,7 +86,7 @@ def renew(workdir: pathlib.Path, config: Config) -> None:
 def finish(run: Run, workdir: pathlib.Path, last: int) -> None:
   """Writes the pages of the run, and says where its results are. `last` is the step of the last checkpoint."""
   try:
-    renew(workdir, beyond_init_from(run.config))
+    renew(workdir, reset_weight_selectors(run.config))
     write_pages(workdir)
   except OSError as error:  # all that matters is saved
     console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
@@ -130,7 +130,7 @@ def _headline(
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
     f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
-    f"({run.parallel.mode})\n{job.text}\n"
+    f"({run.mesh.strategy})\n{job.text}\n"
   )
   if finished:
     return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"

@@ -18,7 +18,7 @@ from ddpm_jax.checkpoint.manifest import Manifest
 from ddpm_jax.checkpoint.saver import first_checkpoint
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime import console, paths
@@ -52,13 +52,13 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   folder = workdir / ("best" if name == "best" else "checkpoints")
   if not folder.is_dir():
     raise UserError(_missing(name, workdir))
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     only = int(name) if name.isdecimal() else None
     candidates = checkpoints.candidates(on_corrupt=config.train.on_corrupt, only=only)
     for candidate in candidates:
       resume.check_config(candidate.manifest, config, workdir, once_trained=True)
-      run = build_run(config, tuple(candidate.manifest["image_shape"]), parallel)
+      run = build_run(config, tuple(candidate.manifest["image_shape"]), mesh)
       state = candidate.restore(run.abstract_state)
       if state is not None:
         break

@@ -35,7 +35,7 @@ def saved(tmp_path_factory):
   directory = tmp_path_factory.mktemp("run") / "checkpoints"
   run = tiny_run(tiny_config())
   state = run.initial_state()
-  other = jax.device_put(noisy(state), run.parallel.state_shardings(run.abstract_state))
+  other = jax.device_put(noisy(state), run.mesh.state_shardings(run.abstract_state))
   checkpoints = Checkpoints(directory, keep=2)
   assert checkpoints.newest() is None and newest_intact(checkpoints, run.abstract_state) is None
   for step in (3, 5, 9):
@@ -237,7 +237,7 @@ def test_a_damaged_checkpoint_is_moved_and_its_number_saved_again(copy):
   checkpoints = Checkpoints(directory, keep=2)
   target = checkpoints.set_aside(9)
   assert target == directory.parent / "damaged" / "9" and (target / "state").is_dir()
-  state = jax.device_put(newer, run.parallel.state_shardings(run.abstract_state))
+  state = jax.device_put(newer, run.mesh.state_shardings(run.abstract_state))
   checkpoints.save(state, 9, FACTS)
   checkpoints.wait()
   assert checkpoints.steps() == [5, 9]
@@ -264,7 +264,7 @@ def test_a_state_that_is_not_finite_is_not_saved(copy):
   newer = jax.tree.map(np.copy, newer)
   newer.ema_params["conv_in"]["bias"][2] = np.inf
   checkpoints = Checkpoints(directory, keep=2)
-  state = jax.device_put(newer, run.parallel.state_shardings(run.abstract_state))
+  state = jax.device_put(newer, run.mesh.state_shardings(run.abstract_state))
   with pytest.raises(NonFiniteError, match="update 12: ema_params/conv_in/bias is no longer finite"):
     checkpoints.save(state, 12, FACTS)
   checkpoints.close()

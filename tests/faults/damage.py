@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from ddpm_jax.devices.parallel import Parallel
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import describe
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import create_state
@@ -114,7 +114,7 @@ def two_checkpoints(directory: pathlib.Path, run) -> None:
   state = run.initial_state()
   for step in (1, 2):
     state = jax.tree.map(lambda x: x + jnp.cos(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), state)
-    state = jax.device_put(state, run.parallel.state_shardings(run.abstract_state))
+    state = jax.device_put(state, run.mesh.state_shardings(run.abstract_state))
     checkpoints.save(state, step, {"image_shape": list(run.image_shape)})
   checkpoints.close()
 

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ddpm_jax import main
+from ddpm_jax import resolve
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
@@ -199,7 +199,7 @@ def test_with_cosine_the_rate_begins_anew(tmp_path, monkeypatch, capsys):
 def go_on(workdir, **given):
   """What the command does with --workdir and these flags."""
   with StopRequest() as stop:
-    train_lib.train(main.resolve_config("train", given, workdir), workdir, train_lib.Invocation(stop))
+    train_lib.train(resolve.resolve_config("train", given, workdir), workdir, train_lib.Invocation(stop))
 
 
 def test_the_workdir_alone_goes_on_with_its_own_settings(short_and_long, tmp_path, monkeypatch):

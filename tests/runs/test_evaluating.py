@@ -10,9 +10,9 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.pmap import PmapMesh
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import yardsticks
@@ -52,7 +52,7 @@ NUMBERS = {"evaluation/classifier_distance", "evaluation/bits_per_dim_train"}
 def noise():
   """Dim noise, 40 images, with labels."""
   images = np.random.default_rng(0).integers(0, 100, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.zeros(40, bool))
+  rows = DecodedRows(images, np.zeros(40, bool))
   return Source("noise", IMAGE_SHAPE, 40, rows.take, {"probe": "0"}, lambda: np.arange(40, dtype=np.int32) % 2)
 
 
@@ -99,7 +99,7 @@ def small_parts():
     patch.setattr(
       yardsticks, "_untrained", lambda config, weights, number, beat: noise().read(np.arange(number)).images
     )
-    patch.setattr(Parallel, "compile", once("update", Parallel.compile))
+    patch.setattr(PmapMesh, "compile", once("update", PmapMesh.compile))
     yield
 
 

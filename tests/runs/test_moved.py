@@ -9,9 +9,10 @@ from absl import flags as absl_flags
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, main
+from ddpm_jax import flags
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.network import network_features
+from ddpm_jax.resolve import resolve_config
 from ddpm_jax.runs import evaluate as evaluation_run
 from ddpm_jax.runs import sample as sampling_run
 from ddpm_jax.runs import train as train_lib
@@ -46,7 +47,7 @@ def resolve(mode, folder, *arguments):
   registry = absl_flags.FlagValues()
   flags.define(registry)
   registry(["main", *arguments])
-  return main.resolve_config(mode, flags.given(registry), folder)
+  return resolve_config(mode, flags.given(registry), folder)
 
 
 def train(folder, dataset, num_steps, *more):

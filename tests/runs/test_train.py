@@ -19,7 +19,7 @@ from PIL import Image
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.data import shuffle
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 def noise(seed=0, replaced=()):
   """40 images: with batches of 16, an epoch ends in the middle of the third batch. Some of them stand for bad ones."""
   images = np.random.default_rng(seed).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.isin(np.arange(40), replaced))
+  rows = DecodedRows(images, np.isin(np.arange(40), replaced))
   return Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": f"{seed:064d}"})
 
 

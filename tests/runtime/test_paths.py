@@ -90,7 +90,9 @@ def test_printed_commands_can_be_pasted(tmp_path, monkeypatch):
 
 
 def test_a_locale_that_cannot_spell_a_path_is_named():
-  code = "import sys, pathlib; from ddpm_jax import paths; paths.check_name('workdir', pathlib.Path(sys.argv[1]))"
+  code = (
+    "import sys, pathlib; from ddpm_jax.runtime import paths; paths.check_name('workdir', pathlib.Path(sys.argv[1]))"
+  )
   locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
   command = [sys.executable, "-c", code, "é"]
   done = subprocess.run(command, env=os.environ | locale, capture_output=True, text=True)

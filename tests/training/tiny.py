@@ -7,7 +7,7 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.training.setup import Run, build_run
 
 IMAGE_SHAPE = (8, 8, 1)
@@ -36,7 +36,7 @@ def tiny_config(**changes) -> Config:
 
 
 def tiny_run(config: Config) -> Run:
-  return build_run(config, IMAGE_SHAPE, Parallel(config.train.parallel))
+  return build_run(config, IMAGE_SHAPE, make_mesh(config.train.parallel))
 
 
 def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
