@@ -19,6 +19,8 @@ from tests.command import checkpoints, digests, metrics
 from tests.faults.conftest import PLAIN
 from tests.training.tiny import newest_intact
 
+pytestmark = pytest.mark.slow
+
 KILLS = 5
 
 

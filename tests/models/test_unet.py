@@ -307,6 +307,7 @@ def test_second_and_batched_derivatives_can_be_taken(dtype, remat):
     assert jax.tree.structure(found) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_second_and_batched_derivatives_are_right():
   """The Hessian times a vector is the difference of two gradients; the batch's gradient the mean of its examples'."""
   network, params, (_, t, keys) = with_remat("float32", "none")
@@ -336,6 +337,7 @@ def test_second_and_batched_derivatives_are_right():
   assert error(jax.tree.map(lambda leaf: leaf.mean(0), each), gradient) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["norms", "blocks"])
 def test_remat_changes_nothing(tiny, remat):
   network, params = tiny

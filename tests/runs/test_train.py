@@ -570,6 +570,7 @@ def test_calls_end_where_something_is_written(start, changes, want):
   assert [step for steps in calls for step in steps] == list(range(start + 1, changes["num_steps"] + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "parts"), [("pmap", 1), ("fsdp", 2)])
 def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path, parallel, parts):
   options = dict(steps_per_dispatch=2, log_every=2, parallel=parallel, grad_accum_steps=parts)
@@ -601,6 +602,7 @@ def traced(workdir):
     return sorted({int(dict(call.stats)["step_num"]) for call in calls})
 
 
+@pytest.mark.slow
 def test_a_trace_is_of_whole_calls_and_changes_no_bit(tmp_path, capsys):
   """Calls are of the steps 1 2, 3 4, 5 6, 7 8."""
   options = LITTLE | dict(steps_per_dispatch=2, log_every=4)
