@@ -21,7 +21,7 @@ from ddpm_jax.checkpoint import manifest as manifest_lib
 from ddpm_jax.checkpoint.manifest import DamagedError, Manifest, OtherPastError
 from ddpm_jax.devices.parallel import on_any_process
 from ddpm_jax.errors import RunError, UserError, root_cause
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.state import TrainState, from_stored, to_stored
 
 # What Orbax and TensorStore raise where a file is missing, cut short or changed, or cannot be written: any type at all,
 # down to AssertionError and Exception itself. Each `try` holds one call of Orbax and nothing of ours.
@@ -112,8 +112,9 @@ class Checkpoints:
       RunError: if it cannot be written, or one of this number or a later one exists. What fails later, in the
         background, is raised by `finished` or `wait`.
     """
-    manifest = manifest_lib.make(state, step, facts)
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest))
+    stored = to_stored(state)
+    manifest = manifest_lib.make(stored, step, facts)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(stored), manifest=ocp.args.JsonSave(manifest))
     self._saving = step
     try:
       started = self._manager.save(step, args=args)
@@ -230,7 +231,7 @@ class Checkpoints:
     self._manager.close()
     self._open()
 
-  def _check_alone(self, step: int, expect: Expect) -> tuple[Manifest, TrainState]:
+  def _check_alone(self, step: int, expect: Expect) -> tuple[Manifest, dict[str, Any]]:
     """The manifest, and the abstract state that it leads to; DamagedError or OtherPastError on all processes or none.
 
     Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So where
@@ -262,7 +263,7 @@ class Checkpoints:
     manifest_lib.check(manifest, step)
     return manifest
 
-  def _read_on_host(self, step: int, abstract_state: TrainState) -> TrainState:
+  def _read_on_host(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
     """The whole state as NumPy arrays, without a collective."""
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_state)
     folder = self._directory / str(step) / "state"
@@ -271,15 +272,15 @@ class Checkpoints:
     except _ORBAX_ERRORS as error:
       raise self._unreadable(step, error) from error
 
-  def _expected(self, expect: Expect, manifest: Manifest, step: int) -> TrainState:
-    abstract_state = expect(manifest)
+  def _expected(self, expect: Expect, manifest: Manifest, step: int) -> dict[str, Any]:
+    abstract_state = to_stored(expect(manifest))
     differences = manifest_lib.differences(manifest, abstract_state)
     if differences:  # Orbax would cast another type in silence
       others = f" (and {len(differences) - 1} more)" if differences[1:] else ""
       raise UserError(f"checkpoint {step} in {self._directory} is of another network: {differences[0]}{others}")
     return abstract_state
 
-  def _read_state(self, step: int, manifest: Manifest, abstract_state: TrainState) -> TrainState:
+  def _read_state(self, step: int, manifest: Manifest, abstract_state: dict[str, Any]) -> TrainState:
     args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
     try:
       state = self._manager.restore(step, args=args)["state"]
@@ -287,7 +288,7 @@ class Checkpoints:
       raise self._unreadable(step, error) from error
     manifest_lib.verify(manifest, state)
     # Orbax's arrays may share buffers that cannot be donated; a compiled copy owns its own.
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)
+    return from_stored(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state))
 
   def _unreadable(self, step: int, error: Exception) -> Exception:
     """What an error of Orbax means: a damaged checkpoint, or a machine that cannot read it now."""

@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from ddpm_jax.devices.packed import unpack
 from ddpm_jax.devices.updates import make_updates
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import compilation, numerics
@@ -82,22 +83,25 @@ class Parallel:
           return NamedSharding(self.mesh, PartitionSpec(*(None,) * axis, AXIS))
     return self.replicated
 
-  def spread(self, loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """(params, batch, keys) -> loss, for a compiled step: each device takes its rows, with parameters that are whole.
+  def spread(self, loss_fn: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
+    """An objective's loss, (params, extra, frozen, batch, keys) -> (terms, per_example), for a compiled step.
 
-    Left alone, XLA would cut the activations of fsdp where the parameters are cut, and send them around; and it would
-    sum gradients over the devices in the type of the product that each is made of. Here they are summed in that of the
-    parameters, float32.
+    For pmap the parameters may be packed, and their gradient is then. For fsdp each device takes its rows, with
+    parameters that are whole. Left alone, XLA would cut the activations of fsdp where the parameters are cut, and send
+    them around; and it would sum gradients over the devices in the type of the product that each is made of. Here they
+    are summed in that of the parameters, float32.
     """
     if self.mode != "fsdp":
-      return loss_fn
+      return lambda params, *arguments: loss_fn(unpack(params), *arguments)
 
-    def of_a_device(params: Tree, batch: Tree, keys: jax.Array) -> jax.Array:
+    def of_a_device(params: Tree, *arguments: Tree) -> tuple[Tree, Tree]:
       params = jax.lax.pcast(params, AXIS, to="varying")  # whose transpose is the sum over the devices
-      return jax.lax.pmean(loss_fn(params, batch, keys), AXIS)
+      terms, per_example = loss_fn(params, *arguments)
+      return jax.lax.pmean(terms, AXIS), per_example
 
     rows, whole = PartitionSpec(AXIS), PartitionSpec()
-    return jax.shard_map(of_a_device, mesh=self.mesh, in_specs=(whole, rows, rows), out_specs=whole)
+    specs = (whole, whole, whole, rows, rows)
+    return jax.shard_map(of_a_device, mesh=self.mesh, in_specs=specs, out_specs=(whole, rows))
 
   def _whole(self, tree: Tree) -> Tree:
     """Within a compiled function: the arrays on every device. For fsdp they are gathered."""

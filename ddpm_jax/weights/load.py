@@ -69,13 +69,13 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     for number, reason in restored.damaged.items():
       console.warn(f"checkpoint {number} is damaged: {reason}; using {restored.step}")
   which = config.sample.sample_weights
-  field = "ema_params" if which == "ema" else "params"
+  field, params = ("ema_params", restored.state.ema["ema"]) if which == "ema" else ("params", restored.state.params)
   leaves = {
     name.removeprefix(f"{field}/"): leaf
     for name, leaf in restored.manifest["leaves"].items()
     if name.startswith(f"{field}/")
   }
-  params, number = getattr(restored.state, field), restored.step
+  number = restored.step
   return Weights(runs[number], params, number, which, identity_of(leaves), restored.manifest)
 
 
