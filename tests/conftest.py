@@ -1,4 +1,4 @@
-"""Eight simulated devices, strict arithmetic and a shared compilation cache, before JAX starts."""
+"""Eight simulated devices, strict arithmetic, quick compilation and a shared cache of it, before JAX starts."""
 
 import gc
 import os
@@ -7,14 +7,15 @@ import pathlib
 import pytest
 
 from ddpm_jax.runtime import compilation
+from tests import quick
 
 CACHE = pathlib.Path(__file__).parents[1] / ".cache" / "xla"
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick.FLAGS}"
 compilation.keep_simulated_devices_in_step()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # children of the tests inherit it
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 
 import jax

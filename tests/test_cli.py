@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import command
 from tests.command import STEPS, TIME, checkpoints, digests, finish, metrics, start, start_job, wait_for, wait_for_line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_for_a_person():
+  """With the flags of XLA that the program sets, and no others."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(command, "XLA_FLAGS", "")
+    yield
 
 
 @pytest.fixture(scope="module")

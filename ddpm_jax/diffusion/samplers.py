@@ -21,8 +21,9 @@ import numpy as np
 from ddpm_jax.diffusion.denoiser import DenoiseFn
 from ddpm_jax.diffusion.schedules import Level, NoiseSchedule, cast, posterior, reverse_variance
 
-# Center and width in log SNR of the time grid 'logistic', found by measuring, see docs/time_grids.md. The correction of
-# Heun's method grows with the ratio of sbar at the two ends of a step, so it needs shorter steps at high noise.
+# Center and width in log SNR of the time grid 'logistic', found by measuring (docs/results/time_grids.md).
+# The correction of Heun's method grows with the ratio of sbar at the two ends of a step, so it needs shorter steps at
+# high noise.
 _CENTER_AND_WIDTH, _OF_HEUN = (0.0, 2.5), (-3.0, 3.0)
 _LEAST_LOG_SNR = -10.2  # where it begins
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser, Params, Prediction
 from ddpm_jax.diffusion.forward import prior_kl, q_sample
 from ddpm_jax.diffusion.likelihood import (
@@ -28,7 +29,7 @@ from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 
 Progress = Callable[[int], None]
-PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/precision.md
+PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/concepts/precision.md
 _AT_ONCE = 25  # strata in one call on the devices: long enough to hide its cost, short enough to be interrupted
 _MOST_BINS = 100  # of the result by timestep
 
@@ -44,7 +45,7 @@ def bound(
   examples: int,
   timesteps: int,
   batch_size: int,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   seed: int,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def bound(
     examples: how many of them, evenly spaced; 0: all.
     timesteps: for each image, see `likelihood.strata`; 0: all T. Unbiased either way; the noise is drawn in any case.
     batch_size: images at once, over all devices.
-    parallel: the devices.
+    mesh: the devices.
     seed: of the stream 'bound'.
     progress: called now and then with the number of examples that are done.
 
@@ -83,7 +84,7 @@ def bound(
   calls = math.ceil(number / _AT_ONCE)
   at_once = math.ceil(number / calls)
   function = _bound_function(denoiser, schedule, first_stage, variance, edges, at_once)
-  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
 
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
@@ -180,7 +181,7 @@ def ode(
   steps: int,
   probes: int,
   batch_size: int,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   seed: int,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -198,7 +199,7 @@ def ode(
     steps: of Heun's method; at most T are made.
     probes: random vectors of Hutchinson's estimator.
     batch_size: images at once, over all devices.
-    parallel: the devices.
+    mesh: the devices.
     seed: of the stream 'ode'.
     progress: called now and then with the number of examples that are done.
 
@@ -215,7 +216,7 @@ def ode(
     denoise = denoiser.bind(constants.params)
     return ode_log_density(schedule, denoise, x0, probe_keys, num_steps=steps, num_probes=probes)
 
-  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))

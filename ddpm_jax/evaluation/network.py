@@ -16,7 +16,8 @@ import numpy as np
 
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.evaluation import trained
@@ -33,7 +34,7 @@ _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16
 _LARGEST_MAP = 16  # pixels of the U-Net's input, of the side of a square of as many: large images stay cheap
 _SCHEDULE = make_schedule("cosine", 1000)
 _TIMESTEP = 100  # that of the features
-_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/measuring.md
+_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/results/evaluation.md
 _ASKED = 8  # noises of each image that is held out
 # What the features are computed by besides the weights. To be counted up when the U-Net changes.
 _NETWORK = "denoising U-Net 1, means up, deviations of the last maps and of the noise, t = 100 of 1000, cosine"
@@ -126,7 +127,7 @@ def network_features(
   source: Source,
   *,
   cache: pathlib.Path,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
@@ -139,7 +140,7 @@ def network_features(
   the means of its maps at the end of both levels on the way up, the standard deviations of those of the last, and both
   of the noise that it sees in each channel: 66 numbers for grey images, 70 for images in colour. It depends on the data
   set and on nothing of a run: so checkpoints, and runs on the same data, can be compared, which the features of a run's
-  own U-Net would not allow. What was measured to choose it is in docs/measuring.md.
+  own U-Net would not allow. What was measured to choose it is in docs/results/evaluation.md.
 
   As with the classifier, a distance between these features is not an FID, and can be compared only where `identity` is
   the same. All processes must call it, and have the same network afterwards.
@@ -148,7 +149,7 @@ def network_features(
     source: the images of the training split. One in ten is held out.
     cache: folder for the weights, made if need be. They are found again by the fingerprint of the source, the recipe
       and the seed.
-    parallel: the devices that extract.
+    mesh: the devices that extract.
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
@@ -171,7 +172,7 @@ def network_features(
     began = time.perf_counter()
     weights = trained.train(network.init, source, training, network.loss, updates=updates, seed=seed, counted=counted)
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
-    found = found._replace(marks=_ask(network, source, held_out, found.weights, parallel, batch_size))
+    found = found._replace(marks=_ask(network, source, held_out, found.weights, mesh, batch_size))
     took = time.perf_counter() - began
     share = f"{100 * found.marks['explained']:.0f}% of the noise"
     say(f"it predicts {share} in {len(held_out)} other images; that took {took:.0f} s")
@@ -185,7 +186,7 @@ def network_features(
     "trained_on": len(training),
     "updates": updates,
   }
-  extract = trained.extractor(network.forward, (network.num_features, 0), parallel, batch_size)(found.weights)
+  extract = trained.extractor(network.forward, (network.num_features, 0), mesh, batch_size)(found.weights)
   return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)
 
 
@@ -194,7 +195,7 @@ def _ask(
   source: Source,
   held_out: np.ndarray,
   weights: trained.Weights,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
 ) -> dict[str, float]:
   """'explained': the share of the variance of the noise that is predicted in the images `held_out` int [N].
@@ -206,8 +207,8 @@ def _ask(
     keys = indexed_keys(jax.random.fold_in(stream_key(0, "classifier"), 3), index)
     return network.squared_error(params, network.scaled(images), t, keys)
 
-  compiled = parallel.by_rows(errors, matmul_precision="highest")
-  params = jax.device_put(trained.nested(weights), parallel.replicated)
+  compiled = BatchedFn(errors, mesh, matmul_precision="highest")
+  params = jax.device_put(trained.nested(weights), mesh.replicated)
   index = np.arange(_ASKED * len(held_out), dtype=np.int32).reshape(_ASKED, -1)
   t = (1 + _SCHEDULE.num_timesteps * index // max(index.size, 1)).astype(np.int32)
   squared = np.zeros(index.shape)

@@ -4,7 +4,7 @@ Four things are slow there: the gradient by the kernel, which XLA takes for a co
 image; copies of many times the image, which no cache holds; within a loop, such as that of `--grad_accum_steps`, the
 gradient by the image and all convolutions with a stride; and pixels of an image enlarged by repetition that are
 multiplied more than once. So on CPUs all of it is done with one kind of convolution, without stride, and matrix
-products. Other compilers have kernels for the plain one, and get that. `benchmarks/README.md` has what it brings.
+products. Other compilers have kernels for the plain one, and get that. `docs/results/speed.md` has what it brings.
 """
 
 from __future__ import annotations

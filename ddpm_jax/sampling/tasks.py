@@ -104,7 +104,7 @@ class Parts(NamedTuple):
       NumPy arrays.
     """
     evaluations, number = len(table.t), len(columns[0])
-    shared = by_stretches(self.run.parallel, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
+    shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
     constants = seeded(self.params, self.options.sample_seed)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import FOLDER, Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.schedules import (
   NoiseSchedule,
@@ -39,7 +39,7 @@ class Run(NamedTuple):
   schedule: NoiseSchedule
   first_stage: FirstStage
   denoiser: Denoiser
-  parallel: Parallel
+  mesh: DeviceMesh
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
 
@@ -50,7 +50,7 @@ class Run(NamedTuple):
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
     init = functools.partial(_initial_state, self.config, self.image_shape)
-    compiled = jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))
+    compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
     return compiled(np.uint32(self.config.train.seed), params)
 
   def place(self, params: Params) -> Params:
@@ -62,7 +62,7 @@ class Run(NamedTuple):
     )
 
 
-def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Parallel) -> Run:
+def build_run(config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh) -> Run:
   """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together."""
   d = config.diffusion
   first_stage = Pixels(image_shape)
@@ -72,9 +72,9 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    parallel.state_shardings(shapes),
+    mesh.state_shardings(shapes),
   )
-  return Run(config, image_shape, schedule, first_stage, denoiser, parallel, abstract_state)
+  return Run(config, image_shape, schedule, first_stage, denoiser, mesh, abstract_state)
 
 
 def noise_warning(run: Run) -> str | None:
@@ -129,7 +129,7 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,
     grad_accum_steps=config.train.grad_accum_steps,
-    spread=run.parallel.spread,
+    wrap_loss=run.mesh.wrap_loss,
   )
 
   def step(

@@ -80,7 +80,7 @@ def train_step(
   ema_decay: float,
   grad_accum_steps: int = 1,
   axis_name: str | None = None,
-  spread: Callable[[Callable], Callable] = lambda loss: loss,
+  wrap_loss: Callable[[Callable], Callable] = lambda loss: loss,
 ) -> tuple[TrainState, Metrics]:
   """One training step. Pure: bind the keyword arguments with functools.partial, then jit, pmap or call it.
 
@@ -98,14 +98,14 @@ def train_step(
     ema_decay: the decay that the moving average reaches.
     grad_accum_steps: microbatches of the batch.
     axis_name: the mapped axis over which the batch is split, if it is.
-    spread: wraps `objective.loss` for the devices, see `Parallel.spread`.
+    wrap_loss: `DeviceMesh.wrap_loss`, where the step is compiled for a mesh.
 
   Returns:
     The state after n + 1 steps, and its scalars: loss and grad_norm (before clipping) of this step, learning_rate,
     ema_decay, and the fields of `Counts`.
   """
   keys = example_keys(seed, state.step, batch["index"])
-  loss_of = spread(objective.loss)
+  loss_of = wrap_loss(objective.loss)
 
   def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, PerExample]:
     terms, per_example = loss_of(params, state.extra, frozen, batch, keys)

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ddpm_jax import main
+from ddpm_jax import resolve
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
@@ -23,13 +23,16 @@ OPTIONS = DECAY | dict(checkpoint_every=5, sample_every=5, log_every=3, keep_che
 COSINE = LITTLE | dict(lr_schedule="cosine", warmup_steps=2, checkpoint_every=4, log_every=1, steps_per_dispatch=1)
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
   monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
 
 
 @pytest.fixture(scope="module")
-def short_and_long(tmp_path_factory):
+def short_and_long(shared_programs, tmp_path_factory):
   """Ten steps; twenty from the start."""
   folder = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
@@ -196,7 +199,7 @@ def test_with_cosine_the_rate_begins_anew(tmp_path, monkeypatch, capsys):
 def go_on(workdir, **given):
   """What the command does with --workdir and these flags."""
   with StopRequest() as stop:
-    train_lib.train(main.resolve_config("train", given, workdir), workdir, stop)
+    train_lib.train(resolve.resolve_config("train", given, workdir), workdir, train_lib.Invocation(stop))
 
 
 def test_the_workdir_alone_goes_on_with_its_own_settings(short_and_long, tmp_path, monkeypatch):

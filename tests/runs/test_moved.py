@@ -9,9 +9,10 @@ from absl import flags as absl_flags
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, main
+from ddpm_jax import flags
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.network import network_features
+from ddpm_jax.resolve import resolve_config
 from ddpm_jax.runs import evaluate as evaluation_run
 from ddpm_jax.runs import sample as sampling_run
 from ddpm_jax.runs import train as train_lib
@@ -46,14 +47,14 @@ def resolve(mode, folder, *arguments):
   registry = absl_flags.FlagValues()
   flags.define(registry)
   registry(["main", *arguments])
-  return main.resolve_config(mode, flags.given(registry), folder)
+  return resolve_config(mode, flags.given(registry), folder)
 
 
 def train(folder, dataset, num_steps, *more):
   """The command `train`. Returns the settings that it kept."""
   config = resolve("train", folder, *TINY, f"--dataset={dataset}", f"--num_steps={num_steps}", *more)
   with StopRequest() as stop:
-    train_lib.train(config, folder, stop)
+    train_lib.train(config, folder, train_lib.Invocation(stop))
   return layout.load_config(folder)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.data import shuffle
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
@@ -31,13 +31,15 @@ from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import make_objective
 from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
-from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
+from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def noise(seed=0, replaced=()):
   """40 images: with batches of 16, an epoch ends in the middle of the third batch. Some of them stand for bad ones."""
   images = np.random.default_rng(seed).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.isin(np.arange(40), replaced))
+  rows = DecodedRows(images, np.isin(np.arange(40), replaced))
   return Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": f"{seed:064d}"})
 
 
@@ -48,7 +50,7 @@ def noise_images(monkeypatch):
 
 def train(workdir, clock=lambda: 0.0, **changes):  # no grid because of the time
   with StopRequest() as stop:
-    return train_lib.train(tiny_config(**changes), workdir, stop, clock=clock)
+    return train_lib.train(tiny_config(**changes), workdir, train_lib.Invocation(stop, clock=clock))
 
 
 def train_little(workdir, clock=lambda: 0.0, **changes):
@@ -71,7 +73,7 @@ def restore(workdir, step=None, **changes):
   run = tiny_run(tiny_config(**changes))
   if step is not None:
     checkpoints.steps = lambda: [step]
-  state = checkpoints.restore(lambda manifest: run.abstract_state).state
+  state = newest_intact(checkpoints, run.abstract_state).state
   checkpoints.close()
   return host(state)
 
@@ -93,7 +95,7 @@ def signal_with(monkeypatch, step):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(shared_programs, tmp_path_factory):
   """Eight updates in one go, with grids."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   with pytest.MonkeyPatch.context() as patch:
@@ -265,7 +267,7 @@ def test_a_class_of_a_persons_own_is_told_and_ends_nothing(tmp_path, capsys):
   assert told[1][1] == {k: v for k, v in rows[0].items() if k not in ("step", "time")}
   assert not (tmp_path / "run" / "tensorboard").exists()
   err = capsys.readouterr().err
-  assert err.count("test_loop:Told fails (ConnectionError: no network); the run goes on") == 1
+  assert err.count("test_train:Told fails (ConnectionError: no network); the run goes on") == 1
   assert int(restore(tmp_path / "run", **LITTLE, seed=5).step) == 3
   train_little(tmp_path / "run", num_steps=4, seed=5, writers="")  # it may change
   assert len(told) == 7 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4

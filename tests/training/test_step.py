@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from ddpm_jax.config import DiffusionConfig
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.schedules import make_schedule
@@ -179,7 +179,7 @@ def learning():
   step = jax.jit(make_train_step(run))
   initial = state = run.initial_state()
   images = np.repeat(random_batch(4)["image"], 4, axis=0)
-  batch = jax.device_put(random_batch() | {"image": images}, run.parallel.replicated)
+  batch = jax.device_put(random_batch() | {"image": images}, run.mesh.replicated)
   losses, second = [], None
   for i in range(200):
     state, metrics = step(state, batch)
@@ -208,7 +208,7 @@ def test_state_after_the_updates(learning):
 
 def test_metrics_are_those_of_this_update(learning):
   run, initial, *_ = learning
-  batch = jax.device_put(random_batch(), run.parallel.replicated)
+  batch = jax.device_put(random_batch(), run.mesh.replicated)
   _, metrics = jax.jit(make_train_step(run))(initial, batch)
   keys = step_lib.example_keys(0, jnp.asarray(0), batch["index"])
   value_and_grad = jax.value_and_grad(lambda params: loss_of(make_objective(run), batch, keys, params))
@@ -250,7 +250,7 @@ class Remembering(NamedTuple):
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_an_own_objective_with_terms_extra_and_frozen(mode, accumulated):
   """On eight devices. The gradient of the sum of its terms is w - frozen + 10; `extra` is in the order of the index."""
-  parallel = Parallel(mode)
+  mesh = make_mesh(mode)
   optimizer = optax.sgd(0.1)
 
   def update(gradients, state, params, *, finite):
@@ -271,15 +271,15 @@ def test_an_own_objective_with_terms_extra_and_frozen(mode, accumulated):
       ema_decay=0.5,
       grad_accum_steps=accumulated,
       axis_name=axis_name,
-      spread=parallel.spread,
+      wrap_loss=mesh.wrap_loss,
     )
 
   order = np.random.default_rng(0).permutation(16)
   batch = {name: rows[order] for name, rows in random_batch().items()} | {"index": order.astype(np.int32)}
   batch["image"] = np.broadcast_to(order.astype(np.uint8)[:, None, None, None], (16, *IMAGE_SHAPE))
-  compiled = parallel.compile(step, jax.eval_shape(lambda: state))
-  placed = jax.device_put(state, parallel.state_shardings(jax.eval_shape(lambda: state)))
-  new, metrics, _ = compiled(placed, parallel.put_batches([batch]), parallel.put_order())
+  compiled = mesh.compile(step, jax.eval_shape(lambda: state))
+  placed = jax.device_put(state, mesh.state_shardings(jax.eval_shape(lambda: state)))
+  new, metrics, _ = compiled(placed, mesh.put_batches([batch]), mesh.put_step_command())
   assert float(metrics["loss"]) == 2 + 10
   np.testing.assert_allclose(new.params["w"], 1 - 0.1 * (1 - 3 + 10), rtol=1e-6)
   np.testing.assert_allclose(new.ema["ema"]["w"], 1 + (1 - 2 / 11) * (new.params["w"] - 1), rtol=1e-6)
