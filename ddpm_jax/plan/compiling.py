@@ -111,7 +111,7 @@ def _memory(run: Run, inputs: Any, stats: Any) -> Memory:
   state = run.abstract_state
   parts = {
     "parameters": _bytes(state.params),
-    "average": _bytes(state.ema_params),
+    "average": _bytes(state.ema),
     "optimizer": _bytes(state.opt_state),
     "counters": _bytes((state.step, state.counts)),
     "batch": _bytes(inputs),

@@ -75,11 +75,13 @@ def test_gradients_of_bfloat16_activations_are_summed_over_the_devices_in_float3
   """The gradient of each device's row is that row, which bfloat16 holds; their mean has up to eleven bits."""
   mesh, rows = make_mesh(mode), np.random.default_rng(0).integers(128, 256, (8, 16)).astype(np.float32)
 
-  def loss_fn(params, batch, keys):
-    return jnp.mean((batch.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16)).astype(jnp.float32))
+  def loss_fn(params, extra, frozen, batch, keys):
+    product = batch.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16)
+    return {"mean": jnp.mean(product.astype(jnp.float32))}, {}
 
   def step(state, batch, axis_name):
-    gradient = jax.grad(mesh.wrap_loss(loss_fn))(state, batch["rows"], batch["rows"])
+    wrapped = mesh.wrap_loss(loss_fn)
+    gradient = jax.grad(lambda params: wrapped(params, {}, {}, batch["rows"], batch["rows"])[0]["mean"])(state)
     return (gradient if axis_name is None else jax.lax.pmean(gradient, axis_name)), {}
 
   params = np.zeros((16, 1), np.float32)
