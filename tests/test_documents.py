@@ -244,6 +244,14 @@ def test_every_guide_is_in_the_index():
   assert set(re.findall(r"\]\((\w+\.md)", index)) == guides - {"index.md"}
 
 
+def test_where_a_new_thing_goes_names_what_exists():
+  """Functions, tables and fields; files are for `test_tests_and_files_exist`."""
+  sources = [path.read_text(encoding="utf-8") for folder in (PACKAGE, ROOT / "tests") for path in folder.rglob("*.py")]
+  known = set(re.findall(r"\w+", " ".join(sources)))
+  named = set(re.findall(r"`(\w+)`", PAGES["docs/develop/add.md"]))
+  assert len(named) > 30 and not {name for name in named if "NAME" not in name} - known
+
+
 def test_everything_that_a_run_writes_is_explained():
   page = PAGES["docs/reference/workdir.md"]
   rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", marked(page, "workdir"), re.MULTILINE)

@@ -22,7 +22,7 @@ from ddpm_jax.diffusion.prediction import training_target
 from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.optimizer import computed_once, ema_decay_at, update_ema
+from ddpm_jax.training.optimizer import apply_updates, ema_decay_at, update_ema
 from ddpm_jax.training.state import Counts, TrainState
 
 # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
@@ -152,8 +152,7 @@ def train_step(
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
-  params = optax.tree.where(finite, optax.apply_updates(state.params, updates), state.params)
-  params = computed_once(params)
+  params = apply_updates(state.params, updates, finite)
   applied = state.step - state.counts.nonfinite  # what the optimiser counts
   decay = ema_decay_at(ema_decay, applied + 1)
   ema_params = optax.tree.where(finite, update_ema(state.ema_params, params, decay), state.ema_params)

@@ -137,7 +137,7 @@ def test_each_platform_gets_its_own_convolutions_and_no_unstable_call(platform, 
   config, weights = tiny()
   text = export_sampler(having(config, export_platforms=(platform,)), weights, number).mlir_module()
   assert set(re.findall(r"custom_call @([\w.$]+)", text)) <= (STABLE if number is None else set())
-  # The convolution that halves the image has a stride everywhere but on CPUs, see models/convolution.py.
+  # The convolution that halves the image has a stride everywhere but on CPUs, see runtime/cpu/convolution.py.
   assert ("stride = [2, 2]" in text) == (platform != "cpu")
 
 

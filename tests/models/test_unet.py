@@ -15,7 +15,6 @@ from ddpm_jax.config import ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
 from ddpm_jax.models.build import build_model, fitted, init_params, network_of, num_params
-from ddpm_jax.models.convolution import Conv3x3
 from tests.models import reference
 
 TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
@@ -256,7 +255,7 @@ def test_gradients_by_biases_of_a_bfloat16_network_are_sums_in_float32():
 
   def loss(params, added):
     def intercept(call, args, kwargs, context):
-      if context.method_name != "__call__" or not isinstance(context.module, Conv3x3 | layers.Dense):
+      if context.method_name != "__call__" or not isinstance(context.module, layers.Conv3x3 | layers.Dense):
         return call(*args, **kwargs)
       output, name = call(*args, **kwargs), "/".join(context.module.path)
       shapes[name] = output.shape
