@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.step_work import device_facts, memory_used
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.keys import seeded
 from ddpm_jax.sampling.draw import make_long_draw, make_predictor, table_of
 from ddpm_jax.training.setup import build_run
@@ -34,7 +34,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   """
   config = config_lib.from_json(job["config"])
   run = build_run(
-    config, tuple(job["image_shape"]), Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
+    config, tuple(job["image_shape"]), make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   )
   size = job["batch_size"]
   index = np.arange(size, dtype=np.int32)
@@ -47,7 +47,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
       make_predictor(run.network, run.schedule, config.diffusion.prediction, options),
       table,
       image_shape=run.image_shape,
-      parallel=run.parallel,
+      mesh=run.mesh,
       stream="sample",
     )
     began = time.perf_counter()

@@ -26,7 +26,7 @@ from benchmarks import command, report
 from ddpm_jax.api import Model
 from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import trained
@@ -160,16 +160,16 @@ def extractor(kind: str, reference: Source, model: str) -> Extract:
   """The features of a kind, trained on `reference` as an evaluation would."""
   if kind == "unet":
     return unet_extractor(ddpm_jax.load(model))
-  parallel = Parallel("pmap")
+  mesh = make_mesh("pmap")
   if kind == "untrained":
     denoiser = denoiser_for(reference.image_shape)
     fresh = trained.flat(trained.fresh(denoiser.init, 0))
-    extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), parallel, _BATCH)(fresh)
+    extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), mesh, _BATCH)(fresh)
   else:
     train = classifier_features if kind == "classifier" else network_features
     with tempfile.TemporaryDirectory() as folder:
       cache = pathlib.Path(folder)
-      extract = train(reference, cache=cache, parallel=parallel, batch_size=_BATCH, say=command.say).extract
+      extract = train(reference, cache=cache, mesh=mesh, batch_size=_BATCH, say=command.say).extract
   return lambda images: extract(images).features
 
 

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
-from ddpm_jax.devices.parallel import ByRows
+from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.prediction import to_eps
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
@@ -58,7 +58,7 @@ class Model:
 
   config: Config
   weights: Weights
-  _draws: dict[tuple[SampleConfig, str], ByRows] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _draws: dict[tuple[SampleConfig, str], BatchedFn] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -168,7 +168,7 @@ class Model:
     run = self.weights.run
     return make_predictor(run.network, run.schedule, self.config.diffusion.prediction, options)
 
-  def _draw(self, config: Config) -> ByRows:
+  def _draw(self, config: Config) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
     # Neither is how many, which seed, how many at once.
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0)
@@ -179,21 +179,21 @@ class Model:
         self._predictor(options),
         table_of(options, run.schedule, variance),
         image_shape=run.image_shape,
-        parallel=run.parallel,
+        mesh=run.mesh,
         stream="sample",
       )
     return self._draws[options, variance]
 
   @functools.cached_property
-  def _x0_hat(self) -> ByRows:
+  def _x0_hat(self) -> BatchedFn:
     predictor = self._predictor(self.config.sample)
-    return self.weights.run.parallel.by_rows(lambda params, xt, t: predictor(params)(xt, t))
+    return BatchedFn(lambda params, xt, t: predictor(params)(xt, t), self.weights.run.mesh)
 
   @functools.cached_property
-  def _eps_hat(self) -> ByRows:
+  def _eps_hat(self) -> BatchedFn:
     predictor = self._predictor(dataclasses.replace(self.config.sample, threshold="none"))
     to_eps_each = jax.vmap(functools.partial(to_eps, self.schedule))
-    return self.weights.run.parallel.by_rows(lambda params, xt, t: to_eps_each(predictor(params)(xt, t), xt, t))
+    return BatchedFn(lambda params, xt, t: to_eps_each(predictor(params)(xt, t), xt, t), self.weights.run.mesh)
 
   def _checked(self, x: ArrayLike, t: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """float32 [B, H, W, C] and int32 [B]. Raises UserError."""
@@ -271,11 +271,11 @@ def load(
   place = initial.absolute(os.fspath(path))
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
-  if initial.look(place).kind == "workdir":
+  if initial.inspect_source(place).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     with terminal.errors_alone():
       return Model(config, initial.find_weights(config, pathlib.Path(place)))
   if weights != "ema":
     raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
-  config = config_lib.override(initial.beginning(place, None), asked | {"init_from": place})
+  config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
   return Model(config, initial.find_weights(config, None))

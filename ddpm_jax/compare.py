@@ -18,7 +18,7 @@ from ddpm_jax.runtime import console, paths
 def main() -> int:
   """Returns the exit code."""
   parser = argparse.ArgumentParser(
-    prog="python -m ddpm_jax.compare", description="Makes one page of several runs.", allow_abbrev=False
+    prog=paths.command(module="ddpm_jax.compare"), description="Makes one page of several runs.", allow_abbrev=False
   )
   parser.add_argument("runs", nargs="*", metavar="RUN", help="workdirs, two or more")
   parser.add_argument(

@@ -13,10 +13,11 @@ from absl.testing import flagsaver
 
 import ddpm_jax.runs
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, main, presets
+from ddpm_jax import flags, main, presets, resolve
 from ddpm_jax.config import Config
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
+from ddpm_jax.runs.train import Invocation
 from ddpm_jax.runtime import distributed
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.workdir import layout
@@ -32,14 +33,15 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   def run(mode):
     def called(config, folder, *others):
       record.calls.append((mode, config, folder))
-      record.said.append(others[2] if mode == "train" else "")
+      record.said.append(others[0].note if mode == "train" else "")
       record.more = others
       if record.error:
         raise record.error
 
     return called
 
-  monkeypatch.setattr(ddpm_jax.runs, "train", types.SimpleNamespace(train=run("train")), raising=False)
+  training = types.SimpleNamespace(train=run("train"), Invocation=Invocation)
+  monkeypatch.setattr(ddpm_jax.runs, "train", training, raising=False)
   monkeypatch.setattr(ddpm_jax.runs, "sample", types.SimpleNamespace(sample=run("sample")), raising=False)
   measured = types.SimpleNamespace(evaluate=run("evaluate"))
   monkeypatch.setattr(ddpm_jax.runs, "evaluate", measured, raising=False)
@@ -93,9 +95,9 @@ def test_a_stop_has_the_exit_code_that_was_asked_for(runs, command, tmp_path, mo
   """And no other end; a stop that comes while the settings are not known yet has it, too."""
   stops, named, finished = [], [], [False, False, True, True, False]
 
-  def train(config, folder, stop, job, chosen, given):
-    stops.append(stop.exit_code)
-    named.append(given)
+  def train(config, folder, invocation):
+    stops.append(invocation.stop.exit_code)
+    named.append(invocation.given)
     return finished.pop(0)
 
   monkeypatch.setattr(ddpm_jax.runs.train, "train", train)
@@ -151,17 +153,19 @@ def test_a_plan_of_a_run_may_change_all_of_it(runs, command, tmp_path):
   assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-  ("error", "code"),
-  [(UserError("a: b"), 2), (BadRecord("image 3", "mend"), 2), (NonFiniteError("loss nan"), 3), (RunError("disk"), 1)],
-)
-@pytest.mark.parametrize("mode", ["train", "sample", "evaluate", "export", "plan"])
-def test_exit_codes(runs, command, capsys, tmp_path, mode, error, code):
-  if mode != "train":
-    layout.create(tmp_path, Config())
-  runs.error = error
-  assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code
-  assert one_line(capsys) == f"error: {error}\n"
+def test_exit_codes(runs, command, capsys, tmp_path):
+  errors = (
+    (UserError("a: b"), 2),
+    (BadRecord("image 3", "mend"), 2),
+    (NonFiniteError("loss nan"), 3),
+    (RunError("x"), 1),
+  )
+  for mode in ("train", "sample", "evaluate", "export", "plan"):
+    for runs.error, code in errors:
+      if mode != "train":
+        layout.create(tmp_path, Config())
+      assert command(f"--workdir={tmp_path}", f"--mode={mode}") == code, (mode, runs.error)
+      assert one_line(capsys) == f"error: {runs.error}\n"
 
 
 def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
@@ -170,69 +174,68 @@ def test_a_failure_keeps_its_traceback(runs, command, tmp_path):
     command(f"--workdir={tmp_path}")
 
 
-@pytest.mark.parametrize(
-  ("arguments", "parts"),
-  [
-    (["--chanels=64"], ["chanels", "channels"]),
-    (["--beta_schedule=square"], ["beta_schedule", "square", "cosine"]),
-    (["--sampler=euler"], ["sampler", "euler", "ddim"]),
-    (["--mode=dance"], ["mode", "dance", "sample"]),
-    (["--channels=many"], ["channels", "many"]),
-    (["--channel_multipliers=1,x"], ["channel_multipliers", "1,x", "commas"]),
-    (["--random_flip=perhaps"], ["random_flip", "perhaps"]),
-    (["--channels"], ["channels", "value"]),
-    (["--flagfile=nowhere.flags"], ["flagfile", "nowhere.flags", "No such file"]),
-    (["--flagfile="], ["flagfile", "empty", "flags.txt"]),
-    (["--flagfile"], ["flagfile", "empty"]),
-    (["--flagfile", "/"], ["flagfile", "Is a directory"]),
-    (["--batch_size=0"], ["batch_size", "0", "at least 1"]),
-    (["--learning_rate=nan"], ["learning_rate", "nan", "finite"]),
-    (["--learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
-    (["--grad_accum_steps=3"], ["grad_accum_steps", "3", "batch_size="]),
-    (["--mode=sample"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
-    (["--mode=evaluate"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
-    (["--mode=export"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
-    (["--mode=export", "--workdir="], ["workdir", "--workdir", "--init_from"]),
-    (["--mode=export", "--init_from=x"], ["init_from", "there is no", "nothing is downloaded"]),
-    (["--export_format=onnx"], ["export_format", "onnx", "safetensors"]),
-    (["--init_from=nowhere"], ["init_from", "nowhere", "there is no", "nothing is downloaded"]),
-    (["--mode=sample", "--init_from=s3://x/y"], ["init_from", "s3://x/y", "is no path"]),
-    ([f"--init_from={'a' * 300}"], ["init_from", "cannot be looked at (File name too long)", "name another path"]),
-    (["--init_from=~nobody_here/x"], ["init_from", "'~nobody_here/x' begins with the home of nobody here"]),
-    (["--compilation_cache=~nobody_here/x"], ["compilation_cache", "begins with the home of nobody here"]),
-    (["--init_from=two\nlines"], ["init_from", "the character '\\n'", "use another --init_from"]),
-    (["--init_from=a\udcff"], ["init_from", "is not UTF-8", "use another --init_from"]),
-    ([f"--workdir={'a' * 300}"], ["workdir", "cannot look into", "File name too long", "use another --workdir"]),
-    (["--workdir=~nobody_here/x"], ["workdir", "'~nobody_here/x' begins with the home of nobody here"]),
-    (["--measures=frechet,fid"], ["measures", "fid", "frechet"]),
-    (["--measures="], ["measures", "empty"]),
-    (["--features=vgg"], ["features", "vgg", "classifier"]),
-    (["--features=inception"], ["inception_weights", "missing", "convert_inception.py"]),
-    (["--inception_resize=clean"], ["inception_resize", "no effect", "--features=inception"]),
-    (["--evaluate_samples=1"], ["evaluate_samples", "at least 2"]),
-    (["--evaluate_every=5", "--measures=kid"], ["best_measure", "frechet", "--measures=kid"]),
-    (["--evaluate_every=5", "--best_measure=ode"], ["best_measure", "ode", "--measures="]),
-    (["--best_measure=kid"], ["best_measure", "no effect", "--evaluate_every"]),
-    (["--checkpoint=last"], ["checkpoint", "last", "newest"]),
-    (["--export_format=jax", "--export_platforms=cpu,gpu"], ["export_platforms", "gpu", "cuda"]),
-    (["--export_format=jax", "--export_platforms="], ["export_platforms", "empty", "cpu, cuda, tpu"]),
-    (["--export_format=jax", "--export_platforms=cpu,cpu"], ["export_platforms", "cpu,cpu", "twice"]),
-    (["--export_format=jax", "--export_batch_sizes=1,0"], ["export_batch_sizes", "0", "at least 1"]),
-    (["--export_format=jax", "--export_batch_sizes=many"], ["export_batch_sizes", "many", "commas"]),
-    (["--export_batch_sizes=8"], ["export_batch_sizes", "no effect", "--export_format=jax"]),
-    (["--export_platforms=cpu"], ["export_platforms", "no effect", "--export_format=jax"]),
-    (["channels=64"], ["channels=64", "--name=value"]),
-    (["--workdir="], ["workdir", "missing", "--workdir="]),
-  ],
-  ids=lambda value: value[0] if value[0].startswith("-") else "",
-)
-def test_bad_input_is_one_line_and_exit_code_2(runs, command, capsys, tmp_path, arguments, parts):
-  assert command(f"--workdir={tmp_path / 'run'}", *arguments) == 2
-  text = one_line(capsys)
-  for part in parts:
-    assert part in text
-  assert runs.calls == []
-  assert list(tmp_path.iterdir()) == []
+BAD_INPUT = [
+  (["--chanels=64"], ["chanels", "channels"]),
+  (["--beta_schedule=square"], ["beta_schedule", "square", "cosine"]),
+  (["--sampler=euler"], ["sampler", "euler", "ddim"]),
+  (["--mode=dance"], ["mode", "dance", "sample"]),
+  (["--channels=many"], ["channels", "many"]),
+  (["--channel_multipliers=1,x"], ["channel_multipliers", "1,x", "commas"]),
+  (["--random_flip=perhaps"], ["random_flip", "perhaps"]),
+  (["--channels"], ["channels", "value"]),
+  (["--flagfile=nowhere.flags"], ["flagfile", "nowhere.flags", "No such file"]),
+  (["--flagfile="], ["flagfile", "empty", "flags.txt"]),
+  (["--flagfile"], ["flagfile", "empty"]),
+  (["--flagfile", "/"], ["flagfile", "Is a directory"]),
+  (["--batch_size=0"], ["batch_size", "0", "at least 1"]),
+  (["--learning_rate=nan"], ["learning_rate", "nan", "finite"]),
+  (["--learning_rate=-1"], ["learning_rate", "-1", "greater than 0"]),
+  (["--grad_accum_steps=3"], ["grad_accum_steps", "3", "batch_size="]),
+  (["--mode=sample"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+  (["--mode=evaluate"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+  (["--mode=export"], ["workdir", "run", "holds no run", "ddpm_jax.main"]),
+  (["--mode=export", "--workdir="], ["workdir", "--workdir", "--init_from"]),
+  (["--mode=export", "--init_from=x"], ["init_from", "there is no", "nothing is downloaded"]),
+  (["--export_format=onnx"], ["export_format", "onnx", "safetensors"]),
+  (["--init_from=nowhere"], ["init_from", "nowhere", "there is no", "nothing is downloaded"]),
+  (["--mode=sample", "--init_from=s3://x/y"], ["init_from", "s3://x/y", "is no path"]),
+  ([f"--init_from={'a' * 300}"], ["init_from", "cannot be looked at (File name too long)", "name another path"]),
+  (["--init_from=~nobody_here/x"], ["init_from", "'~nobody_here/x' begins with the home of nobody here"]),
+  (["--compilation_cache=~nobody_here/x"], ["compilation_cache", "begins with the home of nobody here"]),
+  (["--init_from=two\nlines"], ["init_from", "the character '\\n'", "use another --init_from"]),
+  (["--init_from=a\udcff"], ["init_from", "is not UTF-8", "use another --init_from"]),
+  ([f"--workdir={'a' * 300}"], ["workdir", "cannot look into", "File name too long", "use another --workdir"]),
+  (["--workdir=~nobody_here/x"], ["workdir", "'~nobody_here/x' begins with the home of nobody here"]),
+  (["--measures=frechet,fid"], ["measures", "fid", "frechet"]),
+  (["--measures="], ["measures", "empty"]),
+  (["--features=vgg"], ["features", "vgg", "classifier"]),
+  (["--features=inception"], ["inception_weights", "missing", "convert_inception.py"]),
+  (["--inception_resize=clean"], ["inception_resize", "no effect", "--features=inception"]),
+  (["--evaluate_samples=1"], ["evaluate_samples", "at least 2"]),
+  (["--evaluate_every=5", "--measures=kid"], ["best_measure", "frechet", "--measures=kid"]),
+  (["--evaluate_every=5", "--best_measure=ode"], ["best_measure", "ode", "--measures="]),
+  (["--best_measure=kid"], ["best_measure", "no effect", "--evaluate_every"]),
+  (["--checkpoint=last"], ["checkpoint", "last", "newest"]),
+  (["--export_format=jax", "--export_platforms=cpu,gpu"], ["export_platforms", "gpu", "cuda"]),
+  (["--export_format=jax", "--export_platforms="], ["export_platforms", "empty", "cpu, cuda, tpu"]),
+  (["--export_format=jax", "--export_platforms=cpu,cpu"], ["export_platforms", "cpu,cpu", "twice"]),
+  (["--export_format=jax", "--export_batch_sizes=1,0"], ["export_batch_sizes", "0", "at least 1"]),
+  (["--export_format=jax", "--export_batch_sizes=many"], ["export_batch_sizes", "many", "commas"]),
+  (["--export_batch_sizes=8"], ["export_batch_sizes", "no effect", "--export_format=jax"]),
+  (["--export_platforms=cpu"], ["export_platforms", "no effect", "--export_format=jax"]),
+  (["channels=64"], ["channels=64", "--name=value"]),
+  (["--workdir="], ["workdir", "missing", "--workdir="]),
+]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(runs, command, capsys, tmp_path):
+  wrong = []
+  for arguments, parts in BAD_INPUT:
+    code, text = command(f"--workdir={tmp_path / 'run'}", *arguments), one_line(capsys)
+    if code != 2 or not all(part in text for part in parts):
+      wrong.append((arguments, code, text))
+  assert not wrong
+  assert runs.calls == [] and list(tmp_path.iterdir()) == []
 
 
 # What a command means.
@@ -242,10 +245,10 @@ def test_train_is_flags_over_the_stored_run(tmp_path):
   """What may not change is refused when the run starts, by `workdir.check`; a consent is for one command."""
   stored = config_lib.override(Config(), {"channels": 64, "num_steps": 777, "lr_schedule": "cosine"})
   layout.create(tmp_path, config_lib.override(stored, {"allow_data_change": True}))
-  assert main.resolve_config("train", {}, tmp_path) == stored
+  assert resolve.resolve_config("train", {}, tmp_path) == stored
   given = {"num_steps": 2000, "channels": 32}  # the defaults, but given
-  assert main.resolve_config("train", given, tmp_path) == config_lib.override(stored, given)
-  assert main.resolve_config("train", given, tmp_path / "new") == config_lib.override(Config(), given)
+  assert resolve.resolve_config("train", given, tmp_path) == config_lib.override(stored, given)
+  assert resolve.resolve_config("train", given, tmp_path / "new") == config_lib.override(Config(), given)
 
 
 def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
@@ -255,13 +258,13 @@ def test_a_workdir_of_an_older_release_goes_on_as_it_was(tmp_path):
   text = (tmp_path / "config.json").read_text()
   (tmp_path / "config.json").write_text(re.sub(r' *"decay_fraction": .*\n', "", text))
   assert text != (tmp_path / "config.json").read_text()
-  config = main.resolve_config("train", {}, tmp_path)
+  config = resolve.resolve_config("train", {}, tmp_path)
   assert config == stored and layout.check(tmp_path, config)
-  assert main.resolve_config("train", {"num_steps": 4000}, tmp_path).optimizer == stored.optimizer
+  assert resolve.resolve_config("train", {"num_steps": 4000}, tmp_path).optimizer == stored.optimizer
   with pytest.raises(
     UserError, match=r"lr_schedule: .* 'cosine', .* 'constant_then_decay'; leave --lr_schedule out, or"
   ):
-    layout.check(tmp_path, main.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
+    layout.check(tmp_path, resolve.resolve_config("train", {"lr_schedule": "constant_then_decay"}, tmp_path))
 
 
 def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, command, capsys, tmp_path):
@@ -294,7 +297,8 @@ def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, co
   assert command(f"--workdir={tmp_path / 'run'}", images) == 0
   assert runs.calls[-1][1] == stored and not runs.said[-1]
   assert presets.for_own_images("gpu") == presets.for_own_images("tpu") == "images64"
-  assert not main.trains_on_own_images("train", folder | {"init_from": "x"}, tmp_path / "new")
+  borrowed = resolve.Command("train", folder | {"init_from": "x"}, None, tmp_path / "new")
+  assert not resolve.takes_preset_of_device(borrowed)
 
 
 def test_flags_are_checked_with_the_preset_for_own_images_and_not_with_the_defaults(runs, command, capsys, tmp_path):
@@ -324,7 +328,7 @@ def test_attention_that_fits_the_images_is_that_of_the_run(tmp_path):
   stored = config_lib.override(Config(), {"attention_resolutions": (4,)})
   layout.create(tmp_path, stored)
   for mode in ("train", "sample"):
-    assert main.resolve_config(mode, {"attention_resolutions": (0,)}, tmp_path) == stored
+    assert resolve.resolve_config(mode, {"attention_resolutions": (0,)}, tmp_path) == stored
 
 
 def test_sample_is_flags_over_the_stored_run(tmp_path):
@@ -334,13 +338,13 @@ def test_sample_is_flags_over_the_stored_run(tmp_path):
     {"sampler": "ddim", "eta": 0.5, "sampling_steps": 20, "channels": 64},
     {"sampler": "ddpm", "variance": "fixed_small", "num_samples": 3},
   ):
-    assert main.resolve_config("sample", given, tmp_path) == config_lib.override(stored, given)
+    assert resolve.resolve_config("sample", given, tmp_path) == config_lib.override(stored, given)
 
 
 def test_sample_refuses_what_would_have_no_effect(tmp_path):
   layout.create(tmp_path, Config())
   with pytest.raises(UserError, match=r"variance: fixed_small has no effect with sampler=ddim; .*--sampler=ddpm"):
-    main.resolve_config("sample", {"sampler": "ddim", "variance": "fixed_small"}, tmp_path)
+    resolve.resolve_config("sample", {"sampler": "ddim", "variance": "fixed_small"}, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
@@ -356,7 +360,7 @@ def test_what_reads_a_run_cannot_change_it(runs, command, capsys, tmp_path, mode
 def test_sample_refuses_to_change_what_was_trained(tmp_path):
   layout.create(tmp_path, config_lib.override(Config(), {"channel_multipliers": (1, 2)}))
   with pytest.raises(UserError) as caught:
-    main.resolve_config("sample", {"channel_multipliers": (1, 4)}, tmp_path)
+    resolve.resolve_config("sample", {"channel_multipliers": (1, 4)}, tmp_path)
   for part in ("channel_multipliers: ", "'1,2'", "'1,4'", "leave --channel_multipliers out"):
     assert part in str(caught.value)
 
@@ -364,29 +368,29 @@ def test_sample_refuses_to_change_what_was_trained(tmp_path):
 def test_sample_checks_its_flags_against_the_stored_run(tmp_path):
   layout.create(tmp_path, config_lib.override(Config(), {"num_timesteps": 100}))
   with pytest.raises(UserError, match=r"sampling_steps: 200 .*num_timesteps=100"):
-    main.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
+    resolve.resolve_config("sample", {"sampling_steps": 200}, tmp_path)
 
 
 def test_no_class_that_a_workdir_names_is_imported(tmp_path, capsys):
   """It may be somebody else's."""
   layout.create(tmp_path, config_lib.override(Config(), {"writers": "tensorboard,a.b:C"}))
-  assert main.resolve_config("train", {}, tmp_path).train.writers == "tensorboard"
+  assert resolve.resolve_config("train", {}, tmp_path).train.writers == "tensorboard"
   assert capsys.readouterr().err == (
     "warning: writers: tensorboard,a.b:C names a class, which counts for the command that names it; give --writers "
     "again\n"
   )
   for mode, given in (("train", {"writers": "a.b:C"}), ("sample", {}), ("evaluate", {})):
-    assert main.resolve_config(mode, given, tmp_path).train.writers == given.get("writers", "tensorboard")
+    assert resolve.resolve_config(mode, given, tmp_path).train.writers == given.get("writers", "tensorboard")
   assert capsys.readouterr().err == ""
 
 
 def test_statistics_of_a_data_set_need_no_run(runs, command, capsys, tmp_path):
   given = {"write_reference": "x.npz", "dataset": "cifar10"}
-  assert main.resolve_config("evaluate", given, None) == config_lib.override(Config(), given)
+  assert resolve.resolve_config("evaluate", given, None) == config_lib.override(Config(), given)
   assert command("--mode=evaluate", "--write_reference=x.npz") == 0
   assert [call[0] for call in runs.calls] == ["distributed", "evaluate"]
   layout.create(tmp_path, config_lib.override(Config(), {"split": "test"}))
-  assert main.resolve_config("evaluate", {"write_reference": "x.npz"}, tmp_path).data.split == "test"
+  assert resolve.resolve_config("evaluate", {"write_reference": "x.npz"}, tmp_path).data.split == "test"
   for mode in ("train", "sample"):
     assert command(f"--workdir={tmp_path}", "--write_reference=x.npz", f"--mode={mode}") == 2
     assert one_line(capsys).startswith("error: write_reference: is for --mode=evaluate")
@@ -409,49 +413,49 @@ PREVIEW = {"preview_steps": 5, "threshold": "none", "variance": "fixed_small", "
 
 def test_what_comes_with_weights_takes_the_place_of_the_defaults(model, tmp_path):
   for mode in ("train", "plan", "sample", "evaluate"):
-    config = main.resolve_config(mode, {"init_from": model, "dropout": 0.1}, tmp_path / "run")
+    config = resolve.resolve_config(mode, {"init_from": model, "dropout": 0.1}, tmp_path / "run")
     expected = {"channels": 48, "num_timesteps": 40, "preview_steps": 5, "threshold": "none", "variance": "fixed_small"}
     assert config == config_lib.override(Config(), expected | {"init_from": model, "dropout": 0.1})
-  assert main.resolve_config("export", {"init_from": model}, None).model.channels == 48
+  assert resolve.resolve_config("export", {"init_from": model}, None).model.channels == 48
   assert not (tmp_path / "run").exists()
 
 
 def test_a_path_is_kept_as_an_absolute_one(model, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for mode in ("train", "sample"):
-    assert main.resolve_config(mode, {"init_from": "model"}, tmp_path / "run").exchange.init_from == model
+    assert resolve.resolve_config(mode, {"init_from": "model"}, tmp_path / "run").exchange.init_from == model
 
 
 def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
-  config = main.resolve_config("train", {"init_from": model, "channels": 96}, tmp_path / "run")
+  config = resolve.resolve_config("train", {"init_from": model, "channels": 96}, tmp_path / "run")
   layout.create(tmp_path / "run", config)
   (tmp_path / "model" / "config.json").unlink()
-  assert main.resolve_config("train", {"init_from": model}, tmp_path / "run") == config
+  assert resolve.resolve_config("train", {"init_from": model}, tmp_path / "run") == config
   for mode in ("train", "sample"):
-    assert main.resolve_config(mode, {}, tmp_path / "run") == config
+    assert resolve.resolve_config(mode, {}, tmp_path / "run") == config
   with pytest.raises(UserError, match="init_from: "):
-    main.resolve_config("train", {"init_from": model}, tmp_path / "new")
+    resolve.resolve_config("train", {"init_from": model}, tmp_path / "new")
 
 
 def test_weights_of_elsewhere_get_their_data_set_when_they_are_measured(model, tmp_path):
   """As often as they like: each result says what it was measured on."""
   folder = tmp_path / "run"
-  layout.create(folder, main.resolve_config("sample", {"init_from": model}, folder))
+  layout.create(folder, resolve.resolve_config("sample", {"init_from": model}, folder))
   for given in ({"init_from": model, "dataset": "mnist"}, {"dataset": "mnist"}):
-    assert main.resolve_config("evaluate", given, folder).data.dataset == "mnist"
+    assert resolve.resolve_config("evaluate", given, folder).data.dataset == "mnist"
   with pytest.raises(UserError, match=rf"channels: {folder} was made with '48', not '64'; leave --channels out"):
-    main.resolve_config("evaluate", {"channels": 64}, folder)
+    resolve.resolve_config("evaluate", {"channels": 64}, folder)
   (folder / "eval").mkdir()
-  assert main.resolve_config("evaluate", {"dataset": "mnist"}, folder).data.dataset == "mnist"
+  assert resolve.resolve_config("evaluate", {"dataset": "mnist"}, folder).data.dataset == "mnist"
   (folder / "metrics.jsonl").touch()
   with pytest.raises(UserError, match=rf"dataset: {folder} was trained with 'digits', .* leave --dataset out"):
-    main.resolve_config("evaluate", {"dataset": "mnist"}, folder)
+    resolve.resolve_config("evaluate", {"dataset": "mnist"}, folder)
 
 
 def test_what_named_the_first_weights_names_none_of_the_run_itself(model, tmp_path):
   folder, named = tmp_path / "run", {"checkpoint": "4", "sample_weights": "raw"}
-  layout.create(folder, main.resolve_config("train", {"init_from": model} | named, folder))
-  which = lambda mode, **given: main.resolve_config(mode, given, folder).sample  # noqa: E731
+  layout.create(folder, resolve.resolve_config("train", {"init_from": model} | named, folder))
+  which = lambda mode, **given: resolve.resolve_config(mode, given, folder).sample  # noqa: E731
   assert (which("sample").checkpoint, which("sample").sample_weights) == ("4", "raw")  # nothing is trained yet
   (folder / "checkpoints" / "3").mkdir(parents=True)
   for mode in ("train", "sample", "evaluate", "export"):
@@ -463,7 +467,7 @@ def test_a_plan_of_a_run_with_other_weights(model, tmp_path):
   """What comes with them wins over the run, and flags over both."""
   stored = config_lib.override(Config(), {"channels": 64, "batch_size": 32, "preview_steps": 7})
   layout.create(tmp_path / "run", stored)
-  config = main.resolve_config("plan", {"init_from": model, "dropout": 0.1}, tmp_path / "run")
+  config = resolve.resolve_config("plan", {"init_from": model, "dropout": 0.1}, tmp_path / "run")
   theirs = {"channels": 48, "num_timesteps": 40, "preview_steps": 5, "threshold": "none", "variance": "fixed_small"}
   assert config == config_lib.override(stored, theirs | {"init_from": model, "dropout": 0.1})
 
@@ -471,24 +475,24 @@ def test_a_plan_of_a_run_with_other_weights(model, tmp_path):
 def test_a_workdir_of_another_run_keeps_its_weights(model, tmp_path):
   layout.create(tmp_path / "run", Config())
   with pytest.raises(UserError, match=r"init_from: .* was trained with '', not '.*model'; leave --init_from out"):
-    main.resolve_config("sample", {"init_from": model}, tmp_path / "run")
+    resolve.resolve_config("sample", {"init_from": model}, tmp_path / "run")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "metrics.jsonl").write_text("mine")
   with pytest.raises(UserError, match=r"holds no run, but has metrics\.jsonl"):
-    main.resolve_config("sample", {"init_from": model}, tmp_path / "full")
+    resolve.resolve_config("sample", {"init_from": model}, tmp_path / "full")
 
 
 def test_an_export_is_of_one_model(model, tmp_path):
   layout.create(tmp_path / "run", Config())
-  assert main.resolve_config("export", {"variance": "fixed_small", "sampler": "ddim"}, tmp_path / "run")
+  assert resolve.resolve_config("export", {"variance": "fixed_small", "sampler": "ddim"}, tmp_path / "run")
   for given, folder in (({"init_from": model}, tmp_path / "run"), ({}, None)):
     with pytest.raises(UserError, match="workdir: name either a run to export"):
-      main.resolve_config("export", given, folder)
-  began = main.resolve_config("train", {"init_from": model}, tmp_path / "tuned")
+      resolve.resolve_config("export", given, folder)
+  began = resolve.resolve_config("train", {"init_from": model}, tmp_path / "tuned")
   layout.create(tmp_path / "tuned", began)
-  assert main.resolve_config("export", {"init_from": model}, tmp_path / "tuned") == began
+  assert resolve.resolve_config("export", {"init_from": model}, tmp_path / "tuned") == began
   with pytest.raises(UserError, match="workdir: name either a run to export"):
-    main.resolve_config("export", {"init_from": str(tmp_path / "run")}, tmp_path / "tuned")
+    resolve.resolve_config("export", {"init_from": str(tmp_path / "run")}, tmp_path / "tuned")
 
 
 def test_weights_may_be_used_in_another_arithmetic_than_they_were_trained_in(tmp_path):
@@ -496,12 +500,12 @@ def test_weights_may_be_used_in_another_arithmetic_than_they_were_trained_in(tmp
   layout.create(tmp_path, stored)
   given = {"dtype": "float32", "matmul_precision": "highest"}
   for mode, more in (("sample", {}), ("evaluate", {}), ("export", {"export_format": "jax"})):
-    assert main.resolve_config(mode, given | more, tmp_path) == config_lib.override(stored, given | more)
+    assert resolve.resolve_config(mode, given | more, tmp_path) == config_lib.override(stored, given | more)
   # Where parameters are only written, in float32, it would change nothing.
   for name, value in given.items():
     with pytest.raises(UserError, match=rf"^{name}: .* was trained with '.*', not '{value}'; leave --{name} out$"):
-      main.resolve_config("export", {name: value}, tmp_path)
-    resumed = main.resolve_config("train", {"dtype": "bfloat16", "matmul_precision": "high", name: value}, tmp_path)
+      resolve.resolve_config("export", {name: value}, tmp_path)
+    resumed = resolve.resolve_config("train", {"dtype": "bfloat16", "matmul_precision": "high", name: value}, tmp_path)
     with pytest.raises(UserError, match=rf"^{name}: .* this command says '{value}'"):
       layout.check(tmp_path, resumed)
 
@@ -522,9 +526,9 @@ def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path,
 def test_a_variance_is_no_part_of_an_exported_sampler_that_has_none(tmp_path):
   layout.create(tmp_path, Config())
   given = {"export_format": "jax", "variance": "fixed_small"}
-  assert main.resolve_config("export", given, tmp_path).diffusion.variance == "fixed_small"
+  assert resolve.resolve_config("export", given, tmp_path).diffusion.variance == "fixed_small"
   with pytest.raises(UserError, match="variance: fixed_small has no effect with sampler=ddim"):
-    main.resolve_config("export", given | {"sampler": "ddim"}, tmp_path)
+    resolve.resolve_config("export", given | {"sampler": "ddim"}, tmp_path)
 
 
 # The command itself.

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.devices.parallel import gather
+from ddpm_jax.devices.hosts import gather
 from ddpm_jax.errors import NonFiniteError, UserError
 from ddpm_jax.training.state import TrainState
 

@@ -48,6 +48,15 @@ def option(
   )
 
 
+def flag_text(value: Any) -> str:
+  """An option's value as it is written on the command line."""
+  if isinstance(value, bool):
+    return str(value).lower()
+  if isinstance(value, tuple):
+    return ",".join(map(str, value))
+  return str(value)
+
+
 def _check_text(name: str, text: str) -> None:
   """Raises UserError for a text that flags.txt could not give back: absl reads a flag a line, and strips the lines."""
   try:

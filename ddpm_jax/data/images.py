@@ -151,7 +151,7 @@ def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
 
 
 def _to_upright(image: Image.Image) -> Image.Transpose | None:
-  """How an image is turned upright; not at all where its EXIF block cannot be read: the pixels may be sound."""
+  """The transpose that turns an image upright; None where its EXIF block cannot be read: the pixels may be sound."""
   try:
     with _pillow("EXIF block", "is broken"):
       return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))

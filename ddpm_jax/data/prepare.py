@@ -27,7 +27,7 @@ from ddpm_jax.config import DataConfig
 from ddpm_jax.data import digits, prepared
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
-from ddpm_jax.runtime.paths import expanded
+from ddpm_jax.runtime.paths import command, expanded
 
 _OFFLINE = (requests.RequestException, util.DownloadError)
 # A full disk, a package that a builder needs, files that are to be put into manual_dir by hand (TFDS says which, in an
@@ -114,7 +114,7 @@ def _end_with(parent: int) -> None:
 def main() -> int:
   """Returns the exit code."""
   parser = argparse.ArgumentParser(
-    prog="python -m ddpm_jax.data.prepare", description="Prepares one TFDS data set as ArrayRecord files."
+    prog=command(module="ddpm_jax.data.prepare"), description="Prepares one TFDS data set as ArrayRecord files."
   )
   parser.add_argument("--dataset", required=True, help="name of the data set, such as fashion_mnist")
   parser.add_argument("--data_dir", default="", help="where to put it (default: TFDS's own)")

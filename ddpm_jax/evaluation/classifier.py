@@ -18,7 +18,7 @@ import optax
 from ddpm_jax.data import images
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Extract, Trained
@@ -36,7 +36,7 @@ def classifier_features(
   source: Source,
   *,
   cache: pathlib.Path,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
@@ -57,7 +57,7 @@ def classifier_features(
     source: the images of the training split with their labels. One in ten, spread over the classes, is held out.
     cache: folder for the weights, made if need be. They are found again by the fingerprint of the source, its labels,
       the recipe and the seed.
-    parallel: the devices that extract.
+    mesh: the devices that extract.
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights and of the order of the images.
     say: takes a line about what is done.
@@ -78,7 +78,7 @@ def classifier_features(
   updates = updates or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
   model = Classifier(num_classes=int(labels.max()) + 1)
   init = init_of(model, source.image_shape)
-  extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), parallel, batch_size)
+  extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), mesh, batch_size)
 
   def make() -> Trained:
     say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {updates} updates")

@@ -21,7 +21,8 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
@@ -240,7 +241,7 @@ def evaluate(
   drawn = features = None
   source, needed = train, []
   if _needs_samples(config):
-    features = _features(config, weights.run.parallel, train, around)
+    features = _features(config, weights.run.mesh, train, around)
     source = _split(config, train, config.evaluate.reference_split)
     needed = [] if _reads_statistics(config.evaluate) else [source]
     needed += [train] * ("neighbours" in config.evaluate.measures and not (needed and source is train))
@@ -387,8 +388,8 @@ def write_reference(config: Config, train: Source, path: pathlib.Path, around: S
   source = _split(config, train, options.reference_split)
   if len(source) < LEAST_IMAGES["frechet"]:
     raise UserError(f"write_reference: {source.name} has one image, which has no covariance; use more")
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  features = _features(config, parallel, train, around)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  features = _features(config, mesh, train, around)
   reference = _reference(source, features, options.evaluate_batch_size, around)
   if jax.process_index() == 0:
     statistics.write_statistics(path, source, options.reference_split or config.data.split, features, reference)
@@ -398,20 +399,20 @@ def _needs_samples(config: Config) -> bool:
   return any(name in _OF_SAMPLES for name in config.evaluate.measures)
 
 
-def _features(config: Config, parallel: Parallel, train: Source, around: Surroundings) -> Features:
+def _features(config: Config, mesh: DeviceMesh, train: Source, around: Surroundings) -> Features:
   """The one place where names become extractors."""
   options = config.evaluate
   match options.features:
     case "inception":
       return inception.load_inception(
-        options.inception_weights, options.inception_resize, parallel, options.evaluate_batch_size
+        options.inception_weights, options.inception_resize, mesh, options.evaluate_batch_size
       )
     case "classifier" | "network":
       make = classifier_features if options.features == "classifier" else network_features
       return make(
         train,
         cache=around.cache,
-        parallel=parallel,
+        mesh=mesh,
         batch_size=options.evaluate_batch_size,
         say=around.say,
         counted=functools.partial(around.counted, "training the features"),
@@ -449,7 +450,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
       source=source,
       examples=examples,
       batch_size=options.evaluate_batch_size,
-      parallel=run.parallel,
+      mesh=run.mesh,
       seed=config.sample.sample_seed,
       progress=done,
     )

@@ -12,7 +12,8 @@ import numpy as np
 
 from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.forward import prior_kl, q_sample
 from ddpm_jax.diffusion.likelihood import (
   bound_term,
@@ -46,7 +47,7 @@ def bound(
   examples: int,
   timesteps: int,
   batch_size: int,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   seed: int,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def bound(
     examples: how many of them, evenly spaced; 0: all.
     timesteps: for each image, see `likelihood.strata`; 0: all T. Unbiased either way; the noise is drawn in any case.
     batch_size: images at once, over all devices.
-    parallel: the devices.
+    mesh: the devices.
     seed: of the stream 'bound'.
     progress: called now and then with the number of examples that are done.
 
@@ -85,7 +86,7 @@ def bound(
   calls = math.ceil(number / _AT_ONCE)
   at_once = math.ceil(number / calls)
   function = _bound_function(network, schedule, prediction, variance, edges, at_once)
-  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
 
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
@@ -178,7 +179,7 @@ def ode(
   steps: int,
   probes: int,
   batch_size: int,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   seed: int,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -196,7 +197,7 @@ def ode(
     steps: of Heun's method; at most T are made.
     probes: random vectors of Hutchinson's estimator.
     batch_size: images at once, over all devices.
-    parallel: the devices.
+    mesh: the devices.
     seed: of the stream 'ode'.
     progress: called now and then with the number of examples that are done.
 
@@ -213,7 +214,7 @@ def ode(
     predict_eps = eps_predictor(lambda xt, t: network(constants.params, xt, t, None), schedule, prediction)
     return ode_log_density(schedule, predict_eps, x0, probe_keys, num_steps=steps, num_probes=probes)
 
-  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))

@@ -17,7 +17,8 @@ import numpy as np
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.evaluation import trained
@@ -125,7 +126,7 @@ def network_features(
   source: Source,
   *,
   cache: pathlib.Path,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
@@ -147,7 +148,7 @@ def network_features(
     source: the images of the training split. One in ten is held out.
     cache: folder for the weights, made if need be. They are found again by the fingerprint of the source, the recipe
       and the seed.
-    parallel: the devices that extract.
+    mesh: the devices that extract.
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
@@ -170,7 +171,7 @@ def network_features(
     began = time.perf_counter()
     weights = trained.train(denoiser.init, source, training, denoiser.loss, updates=updates, seed=seed, counted=counted)
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
-    found = found._replace(marks=_ask(denoiser, source, held_out, found.weights, parallel, batch_size))
+    found = found._replace(marks=_ask(denoiser, source, held_out, found.weights, mesh, batch_size))
     took = time.perf_counter() - began
     share = f"{100 * found.marks['explained']:.0f}% of the noise"
     say(f"it predicts {share} in {len(held_out)} other images; that took {took:.0f} s")
@@ -184,7 +185,7 @@ def network_features(
     "trained_on": len(training),
     "updates": updates,
   }
-  extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), parallel, batch_size)(found.weights)
+  extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), mesh, batch_size)(found.weights)
   return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)
 
 
@@ -193,7 +194,7 @@ def _ask(
   source: Source,
   held_out: np.ndarray,
   weights: trained.Weights,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
 ) -> dict[str, float]:
   """'explained': the share of the variance of the noise that is predicted in the images `held_out` int [N].
@@ -205,8 +206,8 @@ def _ask(
     keys = indexed_keys(jax.random.fold_in(stream_key(0, "classifier"), 3), index)
     return denoiser.squared_error(params, denoiser.scaled(images), t, keys)
 
-  compiled = parallel.by_rows(errors, matmul_precision="highest")
-  params = jax.device_put(trained.nested(weights), parallel.replicated)
+  compiled = BatchedFn(errors, mesh, matmul_precision="highest")
+  params = jax.device_put(trained.nested(weights), mesh.replicated)
   index = np.arange(_ASKED * len(held_out), dtype=np.int32).reshape(_ASKED, -1)
   t = (1 + _SCHEDULE.num_timesteps * index // max(index.size, 1)).astype(np.int32)
   squared = np.zeros(index.shape)

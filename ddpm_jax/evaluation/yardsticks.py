@@ -22,7 +22,7 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import on_any_process
+from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, Seen, compare, look_up, near_duplicates_of, see
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import add, no_moments
@@ -97,7 +97,7 @@ def measure_yardsticks(
   )
   path = cache / f"yardsticks-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
   found = _from_cache(path, task, say)
-  if not on_any_process(found is None) and found is not None:
+  if not any_host(found is None) and found is not None:
     return found
   say("measuring the data against itself, noise, and an untrained network")
   size = config.evaluate.evaluate_batch_size
@@ -187,7 +187,7 @@ def _untrained(config: Config, weights: Weights, number: int, beat: Callable[[st
     make_predictor(zero_network, run.schedule, config.diffusion.prediction, config.sample),
     table_of(config.sample, run.schedule, config.diffusion.variance),
     image_shape=run.image_shape,
-    parallel=run.parallel,
+    mesh=run.mesh,
     stream="sample",
   )
   size, images, constants = min(number, _DRAWN_AT_ONCE), [], seeded({}, config.sample.sample_seed)

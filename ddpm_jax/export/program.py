@@ -15,7 +15,7 @@ import numpy as np
 from jax import export
 
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import gather
+from ddpm_jax.devices.hosts import gather
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import Seeded

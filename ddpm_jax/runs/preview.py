@@ -44,12 +44,12 @@ class Preview:
       make_predictor(run.network, schedule, run.config.diffusion.prediction),
       make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
       image_shape=run.image_shape,
-      parallel=run.parallel,
+      mesh=run.mesh,
       stream="preview",
       keep=True,
     )
     self._seed, self._index = options.seed, np.arange(options.preview_images, dtype=np.int32)
-    self._ahead = bool(compiler and options.sample_every and run.parallel.compiles_beside_updates)
+    self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)
     if compiler and self._ahead:
       self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), self._index)
 

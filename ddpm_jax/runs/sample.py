@@ -22,7 +22,7 @@ from ddpm_jax.runtime.progress import counted
 from ddpm_jax.sampling import inputs, tasks
 from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, facts_of_picture, settings
-from ddpm_jax.weights.initial import adopt, find_weights
+from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import Weights, keep_place
 from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.storage import sync_file
@@ -60,7 +60,7 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   check_room(
     "num_samples", folder, shape, options.num_samples, copies=2
   )  # while they are drawn, and then in the archive
-  adopt(config, workdir)
+  ensure_workdir(config, workdir)
   drawn = Drawn(weights, config, folder)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
@@ -90,7 +90,7 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   accept = functools.partial(keep_place, config, workdir, weights)
   images = inputs.given_images(config, run.image_shape, given, accept) if given else np.empty(0)
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
-  adopt(config, workdir)
+  ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
   if not quiet:
     rows = number * tasks.rows_for_each(name)

@@ -67,7 +67,7 @@ def _add_unless_any_is_set(ours: dict[str, str]) -> None:
     os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={value}" for name, value in ours.items())]).strip()
 
 
-def seldom_look_for_garbage() -> None:
+def relax_gc() -> None:
   """Importing and tracing make many objects, which stay: Python would look for garbage among them again and again."""
   gc.set_threshold(100_000)
 
@@ -77,7 +77,7 @@ def look_for_garbage_as_usual() -> None:
   gc.set_threshold(*_USUAL_GARBAGE)
 
 
-def keep_compiled_programs(where: str) -> None:
+def enable_compilation_cache(where: str) -> None:
   """Lets JAX keep what it compiles, so that a later process with the same program need not compile it again.
 
   A damaged entry is noticed (entries are compressed with a checksum); its program is then compiled again, and the

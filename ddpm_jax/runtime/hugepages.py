@@ -22,6 +22,7 @@ KEEP_FREED = {  # bytes: map nothing apart, give nothing back, ask for more at a
 # Of Python's command line: options of one letter may stand together.
 _RUNS_MODULE, _RUNS_TEXT = re.compile("-[a-zA-VY-Z]*?m(.*)"), re.compile("-[a-zA-VY-Z]*?c|-$")
 _WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")
+_SCRIPT = "ddpm"
 _MODES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -32,8 +33,9 @@ def restart_with_huge_pages(module: str) -> None:
   glibc.malloc.hugetlb=0 is without huge pages. Nothing may have been printed before.
 
   Args:
-    module: is restarted if it is what `python -m` was asked to run. In a process that is somebody else's, such as an
-      interactive session, a debugger or a script that calls `runpy`, nothing happens.
+    module: is restarted if it is what `python -m` was asked to run, or if the process is the console command `ddpm`.
+      In a process that is somebody else's, such as an interactive session, a debugger or a script that calls `runpy`,
+      nothing happens.
   """
   tunables = os.environ.get("GLIBC_TUNABLES", "")
   if HUGE_PAGES in tunables or not _is_program(module) or not _on_request():
@@ -44,7 +46,7 @@ def restart_with_huge_pages(module: str) -> None:
 
 
 def _is_program(module: str) -> bool:
-  """Whether this process was started as `python [OPTIONS] -m module ...`, and ends with it."""
+  """Whether this process was started as `python [OPTIONS] -m module ...` or as `ddpm ...`, and ends with it."""
   if sys.flags.inspect or not sys.executable:  # `python -i`, PYTHONINSPECT
     return False
   words = iter(sys.orig_argv[1:])
@@ -54,7 +56,7 @@ def _is_program(module: str) -> bool:
     if word in _WITH_VALUE:
       next(words, None)
     elif not word.startswith("-") or _RUNS_TEXT.match(word):
-      return False
+      return os.path.basename(word) == _SCRIPT  # the console command is a script
   return False
 
 

@@ -66,8 +66,16 @@ def home() -> pathlib.Path | None:
 
 
 def command(*flags: str, module: str = "ddpm_jax.main") -> str:
-  """A command to be printed, which can be pasted into a shell whatever is in its paths."""
-  return shlex.join(["python", "-m", module, *flags])
+  """A command to be printed, which can be pasted into a shell whatever is in its paths.
+
+  It is a `ddpm` where this program was started so, and else a `python -m MODULE`.
+  """
+  if os.path.basename(sys.argv[0]) != "ddpm":
+    return shlex.join(["python", "-m", module, *flags])
+  if module != "ddpm_jax.main":
+    return shlex.join(["ddpm", module.rpartition(".")[2], *flags])
+  mode = "--mode="
+  return shlex.join(["ddpm", *(flag.removeprefix(mode) for flag in flags[:1]), *flags[1:]])
 
 
 def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:

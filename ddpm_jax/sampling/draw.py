@@ -10,7 +10,9 @@ import numpy as np
 
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.data import images
-from ddpm_jax.devices.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
+from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
+from ddpm_jax.devices.hosts import all_gather_host
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.keys import Seeded, indexed_keys, stream_key
@@ -74,16 +76,16 @@ def make_draw(
   table: SamplerTable,
   *,
   image_shape: tuple[int, int, int],
-  parallel: Parallel,
+  mesh: DeviceMesh,
   stream: str,
   keep: bool = False,
-) -> ByRows:
+) -> BatchedFn:
   """Returns draw(`Seeded`, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` on all devices.
 
   One compilation for each B, whatever the seed. The result does not depend on B or on the number of devices beyond
-  float32 rounding. keep: as in `Parallel.by_rows`.
+  float32 rounding. keep: as in `BatchedFn`.
   """
-  return parallel.by_rows(draw_of(predictor, table, image_shape=image_shape, stream=stream), keep=keep)
+  return BatchedFn(draw_of(predictor, table, image_shape=image_shape, stream=stream), mesh, keep=keep)
 
 
 def make_long_draw(
@@ -91,30 +93,30 @@ def make_long_draw(
   table: SamplerTable,
   *,
   image_shape: tuple[int, int, int],
-  parallel: Parallel,
+  mesh: DeviceMesh,
   stream: str,
-) -> ByStretches:
+) -> BatchedLoop:
   """`make_draw` in stretches of network evaluations, so that somebody can be told how far it is. The same images."""
 
   def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
     return Trajectory(table, predictor(constants.params), keys, image_shape)
 
-  return by_stretches(parallel, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
+  return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
 
 
 def by_stretches(
-  parallel: Parallel, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
-) -> ByStretches:
+  mesh: DeviceMesh, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
+) -> BatchedLoop:
   """Compiles a draw on all devices, in stretches.
 
   Args:
-    parallel: the devices.
+    mesh: the devices.
     evaluations: rows of the sampler's table.
     trajectory: (constants, *columns [B, ...]) -> the way of these B examples.
     end: (x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
   """
-  return parallel.by_stretches(
+  return BatchedLoop(
     Loop(
       begin=lambda constants, *columns: trajectory(constants, *columns).begin(),
       advance=lambda constants, state, first, last, *columns: trajectory(constants, *columns).advance(
@@ -122,7 +124,8 @@ def by_stretches(
       ),
       end=lambda constants, state, *columns: end(*trajectory(constants, *columns).end(state)),
       number=evaluations,
-    )
+    ),
+    mesh,
   )
 
 
@@ -146,7 +149,7 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows | ByStretches, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
+def fit_batch(draw: BatchedFn | BatchedLoop, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
   """How many of `number` images to draw at once where the user leaves it open; the same on every process.
 
   columns: arrays like those that `draw` takes beside the constants, of at least one row.
@@ -154,7 +157,7 @@ def fit_batch(draw: ByRows | ByStretches, constants: Seeded | Params, *columns: 
   devices = jax.device_count()
   on_cpu = jax.devices()[0].platform == "cpu"
   most = min(number, devices * (_MOST_ON_A_CPU if on_cpu else _MOST_ON_A_DEVICE))
-  free = int(from_all_processes(np.asarray(free_memory())).min())
+  free = int(all_gather_host(np.asarray(free_memory())).min())
   return largest_batch(
     lambda size: draw.bytes_needed(constants, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
   )

@@ -16,7 +16,8 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import ByStretches, from_all_processes
+from ddpm_jax.devices.batched import BatchedLoop
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import Seeded, seeded
@@ -60,7 +61,7 @@ class Drawn:
         ) from None
       except OSError as error:
         raise cannot_write(folder, error) from error
-    self._done = int(from_all_processes(np.asarray(self._done))[0])
+    self._done = int(all_gather_host(np.asarray(self._done))[0])
 
   def draw(self, number: int, *, done: Callable[[Drawing], None], say: Callable[[str], None]) -> None:
     """Draws until there are `number` images.
@@ -87,7 +88,7 @@ class Drawn:
       make_predictor(run.network, run.schedule, self._config.diffusion.prediction, options),
       self.table,
       image_shape=run.image_shape,
-      parallel=run.parallel,
+      mesh=run.mesh,
       stream="sample",
     )
     size = self._batch_size(draw, constants, number - before)
@@ -110,7 +111,7 @@ class Drawn:
       self._done = first + len(index)
       done(Drawing(number, first, len(index), self.evaluations, self.evaluations))
 
-  def _batch_size(self, draw: ByStretches, constants: Seeded, number: int) -> int:
+  def _batch_size(self, draw: BatchedLoop, constants: Seeded, number: int) -> int:
     asked = self._config.sample.sample_batch_size
     return min(asked, number) if asked else fit_batch(draw, constants, np.zeros(1, np.int32), number=number)
 

@@ -92,7 +92,7 @@ class Parts(NamedTuple):
       NumPy arrays.
     """
     evaluations, number = len(table.t), len(columns[0])
-    shared = by_stretches(self.run.parallel, evaluations, trajectory, end)
+    shared = by_stretches(self.run.mesh, evaluations, trajectory, end)
     constants = seeded(self.params, self.options.sample_seed)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import FOLDER, Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.schedules import (
   NoiseSchedule,
   betas_that_reach_noise,
@@ -34,7 +34,7 @@ class Run(NamedTuple):
   image_shape: tuple[int, int, int]  # H, W, C
   schedule: NoiseSchedule
   network: Network
-  parallel: Parallel
+  mesh: DeviceMesh
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
 
@@ -45,7 +45,7 @@ class Run(NamedTuple):
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
     init = functools.partial(_initial_state, self.config, self.image_shape)
-    compiled = jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))
+    compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
     return compiled(np.uint32(self.config.train.seed), params)
 
   def place(self, params: Params) -> Params:
@@ -57,7 +57,7 @@ class Run(NamedTuple):
     )
 
 
-def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Parallel) -> Run:
+def build_run(config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh) -> Run:
   """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together."""
   model = build_model(config.model, image_shape)
   d = config.diffusion
@@ -66,9 +66,9 @@ def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Paral
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    parallel.state_shardings(shapes),
+    mesh.state_shardings(shapes),
   )
-  return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
+  return Run(config, image_shape, schedule, network_of(model), mesh, abstract_state)
 
 
 def noise_warning(run: Run) -> str | None:
@@ -115,7 +115,7 @@ def make_train_step(run: Run) -> functools.partial:
   return functools.partial(
     train_step,
     seed=config.train.seed,
-    loss_fn=run.parallel.spread(loss_fn),
+    loss_fn=run.mesh.wrap_loss(loss_fn),
     optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,

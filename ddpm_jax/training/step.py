@@ -16,14 +16,13 @@ import optax
 
 from ddpm_jax.config import DiffusionConfig
 from ddpm_jax.data import images
-from ddpm_jax.devices.packed import unpack
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.losses import distance, loss_weights
 from ddpm_jax.diffusion.prediction import training_target
 from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Network, Params
-from ddpm_jax.training.optimizer import computed_once, ema_decay_at, update_ema
+from ddpm_jax.training.optimizer import apply_updates, ema_decay_at, update_ema
 from ddpm_jax.training.state import Counts, TrainState
 
 # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
@@ -75,10 +74,7 @@ def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[s
 
 
 def make_loss(network: Network, schedule: NoiseSchedule, config: DiffusionConfig, *, random_flip: bool) -> LossFn:
-  """The loss of a batch as a function of the parameters: line 5 of Algorithm 1, averaged over the batch (eq. 14).
-
-  The parameters may be packed (`packed.pack`); the gradient is then, too.
-  """
+  """The loss of a batch as a function of the parameters: line 5 of Algorithm 1, averaged over the batch (eq. 14)."""
   weights = loss_weights(config.loss_weighting, config.prediction, schedule)
 
   def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> jax.Array:
@@ -86,7 +82,7 @@ def make_loss(network: Network, schedule: NoiseSchedule, config: DiffusionConfig
       lambda key, image: draw_example(key, image, num_timesteps=schedule.num_timesteps, random_flip=random_flip)
     )(keys, batch["image"])
     xt = jax.vmap(lambda x0, t, eps: q_sample(schedule, x0, t, eps))(x0, t, eps)
-    output = network(unpack(params), xt, t, dropout_keys)
+    output = network(params, xt, t, dropout_keys)
     target = jax.vmap(lambda x0, eps, t: training_target(config.prediction, schedule, x0, eps, t))(x0, eps, t)
     losses = jax.vmap(lambda output, target: distance(config.loss, output, target))(output, target)
     return jnp.mean(at(weights, t) * losses)
@@ -134,7 +130,7 @@ def train_step(
   the step is counted all the same, so that the next update sees the next batch.
 
   Args:
-    state: after n updates; what is like its parameters may be packed (`packed.pack`).
+    state: after n updates.
     batch: image uint8 [B, H, W, C], index int32 [B], replaced bool [B].
     seed: of the run, in 0..2^32 - 1; an array of it is uint32.
     loss_fn: from `make_loss`.
@@ -156,8 +152,7 @@ def train_step(
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
-  params = optax.tree.where(finite, optax.apply_updates(state.params, updates), state.params)
-  params = computed_once(params)
+  params = apply_updates(state.params, updates, finite)
   applied = state.step - state.counts.nonfinite  # what the optimiser counts
   decay = ema_decay_at(ema_decay, applied + 1)
   ema_params = optax.tree.where(finite, update_ema(state.ema_params, params, decay), state.ema_params)

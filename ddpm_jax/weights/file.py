@@ -41,7 +41,7 @@ def write_file(path: pathlib.Path, told: Mapping[str, Any], image_shape: tuple[i
 
 def settings_of_run(config: Config) -> dict[str, Any]:
   """Section -> option -> value of a run that was trained here, as JSON values; no folder of this machine is named."""
-  return json.loads(config_lib.to_json(without_paths(config)))
+  return config_lib.to_tree(without_paths(config))
 
 
 def settings_of_weights(config: Config) -> dict[str, dict[str, Any]]:

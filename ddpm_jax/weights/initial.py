@@ -16,7 +16,8 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import manifest
 from ddpm_jax.config import Config, SampleConfig, TrainConfig
-from ddpm_jax.devices.parallel import Parallel, from_all_processes, gather
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime import paths
@@ -30,7 +31,7 @@ from ddpm_jax.workdir import layout
 ImageShape = tuple[int, int, int]  # H, W, C
 
 
-class Origin(NamedTuple):
+class WeightSource(NamedTuple):
   """What PATH says of its model."""
 
   path: pathlib.Path
@@ -52,53 +53,48 @@ def absolute(text: str) -> str:
   return str(path)
 
 
-def beginning(path: str, workdir: pathlib.Path | None, base: Config | None = None) -> Config:
+def base_config(path: str, stored: Config | None = None, base: Config | None = None) -> Config:
   """The settings that flags win over where weights come from PATH: `base` with those that come with them.
-
-  A workdir that began with PATH has them too, and PATH may be gone.
 
   Args:
     path: as `absolute` makes it.
-    workdir: the folder of the run, which need not exist; None: there is none.
+    stored: the settings of the run that the workdir holds. One that began with PATH has them too, and PATH may be gone.
     base: what they are laid over; None: the defaults.
 
   Raises:
     UserError: if PATH is no model that can be read.
   """
-  base = base or Config()
-  if workdir is not None and layout.holds_run(workdir):
-    stored = layout.load_config(workdir)
-    if stored.exchange.init_from == path:
-      return config_lib.override(base, _settings_of(stored))
   try:
-    return config_lib.override(base, look(path).settings)
+    if stored and stored.exchange.init_from == path:
+      return config_lib.override(base or Config(), _settings_of(stored))
+    return config_lib.override(base or Config(), inspect_source(path).settings)
   except UserError as error:
     raise UserError(f"init_from: {error}") from None
 
 
-def look(path: str) -> Origin:
+def inspect_source(path: str) -> WeightSource:
   """Reads what PATH says of itself, and none of its weights. Raises UserError, which names the file."""
   place = pathlib.Path(path)
   try:
-    return _look(place)
+    return _inspect(place)
   except OSError as error:
     raise UserError(f"{error.filename or place} cannot be looked at ({error.strerror}); name another path") from error
 
 
-def _look(place: pathlib.Path) -> Origin:
+def _inspect(place: pathlib.Path) -> WeightSource:
   if not place.exists():
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
     config, image_shape = file.describe(place)
-    return Origin(place, "file", _settings_of(config), image_shape)
+    return WeightSource(place, "file", _settings_of(config), image_shape)
   if diffusers.is_folder_of_diffusers(place):
     settings, image_shape = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
-    return Origin(
+    return WeightSource(
       place, "diffusers", settings | ({"preview_steps": settings["num_timesteps"]} if few else {}), image_shape
     )
   if (place / "config.json").exists():
-    return Origin(place, "workdir", _settings_of(layout.load_config(place)), None)
+    return WeightSource(place, "workdir", _settings_of(layout.load_config(place)), None)
   if (place / file.NAME).exists():
     raise UserError(f"{place} holds {file.NAME}; name that file")
   raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
@@ -118,35 +114,35 @@ def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[
     UserError: if they cannot be read, do not fit (all that do not are named), or differ among the processes.
   """
   try:
-    params, shape = _read(config, look(config.exchange.init_from), image_shape)
+    params, shape = _read(config, inspect_source(config.exchange.init_from), image_shape)
   except UserError as error:
     raise UserError(f"init_from: {error}") from error
   digest = np.frombuffer(bytes.fromhex(arrays_sha256(to_flat(params), "")), np.uint8)
-  if np.any(from_all_processes(digest) != digest[None]):
+  if np.any(all_gather_host(digest) != digest[None]):
     raise UserError(
       f"init_from: {config.exchange.init_from} does not hold the same weights for all processes; give every host a copy"
     )
   return params, shape
 
 
-def _read(config: Config, origin: Origin, image_shape: ImageShape | None) -> tuple[Params, ImageShape]:
-  if origin.kind != "workdir":
+def _read(config: Config, source: WeightSource, image_shape: ImageShape | None) -> tuple[Params, ImageShape]:
+  if source.kind != "workdir":
     for name in config_lib.NAMES_WEIGHTS:
       value = getattr(config.sample, name)
       if value != getattr(SampleConfig(), name):
-        raise UserError(f"{origin.path} is no workdir, so --{name}={value} has no effect; leave it out")
-  shape = image_shape or origin.image_shape
-  if origin.kind == "workdir":
-    theirs = _weights_of_workdir(config, origin.path)
+        raise UserError(f"{source.path} is no workdir, so --{name}={value} has no effect; leave it out")
+  shape = image_shape or source.image_shape
+  if source.kind == "workdir":
+    theirs = _weights_of_workdir(config, source.path)
     shape = shape or theirs.run.image_shape
     arrays = to_flat(jax.tree.map(gather, theirs.params))
     try:
       return from_flat(arrays, config.model, shape), shape
     except UserError as error:
-      raise UserError(f"{origin.path}: {error}") from None
+      raise UserError(f"{source.path}: {error}") from None
   assert shape is not None  # the others say it
-  reader = diffusers if origin.kind == "diffusers" else file
-  return reader.read_params(origin.path, config.model, shape), shape
+  reader = diffusers if source.kind == "diffusers" else file
+  return reader.read_params(source.path, config.model, shape), shape
 
 
 def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
@@ -169,12 +165,12 @@ def find_weights(config: Config, workdir: pathlib.Path | None) -> Weights:
   if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
     return load_weights(config, workdir)
   params, image_shape = read_params(config)
-  run = build_run(config, image_shape, Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision))
+  run = build_run(config, image_shape, make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision))
   params = run.place(params)
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)))
 
 
-def adopt(config: Config, workdir: pathlib.Path) -> None:
+def ensure_workdir(config: Config, workdir: pathlib.Path) -> None:
   """Makes the workdir of a model that was trained elsewhere, or renews its settings, once a command is found right.
 
   Does nothing where a run was trained, and where the settings stand already. Raises UserError if it cannot be written.

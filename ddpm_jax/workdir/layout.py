@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
@@ -35,10 +35,7 @@ def load_config(workdir: pathlib.Path) -> Config:
     if os.path.lexists(path):
       _check_links(workdir)
     if not path.is_file():
-      raise UserError(
-        f"workdir: {workdir} holds no run (no config.json){_run_near(workdir)}; name the folder of a run, or train "
-        f"one there first, such as the digits, by {paths.command(f'--workdir={workdir}')}"
-      )
+      raise no_run(workdir)
     text = path.read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"workdir: cannot read {path} ({error}); use another --workdir") from error
@@ -46,6 +43,14 @@ def load_config(workdir: pathlib.Path) -> Config:
     return config_lib.from_json(text)
   except UserError as error:
     raise UserError(f"workdir: {path}: {error}") from None
+
+
+def no_run(workdir: pathlib.Path) -> UserError:
+  """The error that a command names a folder without a run."""
+  return UserError(
+    f"workdir: {workdir} holds no run (no config.json){_run_near(workdir)}; name the folder of a run, or train "
+    f"one there first, such as the digits, by {paths.command(f'--workdir={workdir}')}"
+  )
 
 
 def _run_near(workdir: pathlib.Path) -> str:
@@ -80,33 +85,40 @@ def has_begun(workdir: pathlib.Path) -> bool:
   return paths.exists("workdir", workdir / "metrics.jsonl")
 
 
-def changed(
-  workdir: pathlib.Path, stored: Config, config: Config, *, once_trained: bool = False
-) -> list[tuple[str, Any, Any]]:
-  """The options that a command would change of the run in `workdir`, and may not, as (name, before, after).
+class StoredRun(NamedTuple):
+  """What the folder of a run holds, read once."""
+
+  folder: pathlib.Path
+  config: Config  # as it was written
+  has_checkpoints: bool
+  trained: bool  # False only where it holds weights of --init_from with which no training has begun
+
+
+def read_run(workdir: pathlib.Path) -> StoredRun | None:
+  """The run in `workdir`; None if it holds none. Raises UserError if that cannot be seen, or it cannot be read."""
+  if not holds_run(workdir):
+    return None
+  config, saved = load_config(workdir), has_checkpoints(workdir)
+  return StoredRun(workdir, config, saved, not config.exchange.init_from or saved or has_begun(workdir))
+
+
+def changed(run: StoredRun, config: Config, *, once_trained: bool = False) -> list[tuple[str, Any, Any]]:
+  """The options that a command would change of `run`, and may not, as (name, before, after).
 
   once_trained: the command only uses its weights, see `config.changed`.
 
   Where the weights of --init_from were only drawn with or measured, that is the model alone: nothing was trained yet.
-
-  Raises:
-    UserError: if it cannot be seen what was trained.
   """
-  differences = config_lib.changed(stored, config, on_resume=True, once_trained=once_trained)
-  if _was_trained(workdir, stored):
+  differences = config_lib.changed(run.config, config, on_resume=True, once_trained=once_trained)
+  if run.trained:
     return differences
-  model = {field.name for section, field, _ in config_lib.options(stored) if section in ("model", "diffusion")}
+  model = {field.name for section, field, _ in config_lib.options(config) if section in ("model", "diffusion")}
   return [difference for difference in differences if difference[0] in model | {"init_from"}]
 
 
-def history(workdir: pathlib.Path, stored: Config) -> str:
-  """How a run in `workdir` got its settings, for the message that another has others. Raises UserError as `changed`."""
-  return f"{workdir} was {'trained' if _was_trained(workdir, stored) else 'made'} with"
-
-
-def _was_trained(workdir: pathlib.Path, stored: Config) -> bool:
-  """False only where it holds weights of --init_from with which no training has begun."""
-  return not stored.exchange.init_from or has_begun(workdir) or has_checkpoints(workdir)
+def history(run: StoredRun) -> str:
+  """How a run got its settings, for the message that another has others."""
+  return f"{run.folder} was {'trained' if run.trained else 'made'} with"
 
 
 def check(workdir: pathlib.Path, config: Config) -> bool:
@@ -127,16 +139,16 @@ def check(workdir: pathlib.Path, config: Config) -> bool:
 
 
 def _check(workdir: pathlib.Path, config: Config) -> bool:
-  if (workdir / "config.json").is_file():
-    stored = load_config(workdir)
-    differences = changed(workdir, stored, config)
+  run = read_run(workdir) if (workdir / "config.json").is_file() else None
+  if run:
+    differences = changed(run, config)
     if differences:
       name, old, new = differences[0]
       others = (
         f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
       )
       raise UserError(
-        f"{name}: {history(workdir, stored)} {config_lib.flag_text(old)!r}, this command says "
+        f"{name}: {history(run)} {config_lib.flag_text(old)!r}, this command says "
         f"{config_lib.flag_text(new)!r}{others}; leave --{name} out, or use another --workdir"
       )
     for name in ("", "checkpoints", "samples", "tensorboard"):

@@ -8,7 +8,7 @@ from benchmarks import command, grids
 from benchmarks.grids import GRIDS, Cell
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.diffusion.samplers import make_sampler, sample
 from ddpm_jax.diffusion.schedules import at, make_schedule
@@ -30,7 +30,7 @@ def model(monkeypatch):
   run = types.SimpleNamespace(network=network, schedule=SCHEDULE, image_shape=SHAPE)
   config = config_lib.override(Config(), {"num_timesteps": 30, "threshold": "none", "preview_steps": 5})
   data = (127.5 + 64 * np.random.default_rng(0).standard_normal((200, *SHAPE))).clip(0, 255).astype(np.uint8)
-  source = Source("pictures", SHAPE, len(data), Rows(data, np.zeros(len(data), bool)).take, {})
+  source = Source("pictures", SHAPE, len(data), DecodedRows(data, np.zeros(len(data), bool)).take, {})
   monkeypatch.setattr(grids, "open_source", lambda config: source)
   return grids.Model(config, types.SimpleNamespace(run=run, params={}))
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.evaluation import network, trained
 from ddpm_jax.evaluation.network import denoiser_for, network_features
 from ddpm_jax.weights.arrays import load_arrays
@@ -22,15 +22,13 @@ def slopes(number=80, shape=(4, 4, 1), seed=0):
   rng = np.random.default_rng(seed)
   ramp = np.linspace(20, 200, shape[1])[None, None, :, None]
   pixels = (ramp + rng.integers(0, 50, (number, *shape))).astype(np.uint8)
-  return Source("slopes", shape, number, Rows(pixels, np.zeros(number, bool)).take, {"seed": seed})
+  return Source("slopes", shape, number, DecodedRows(pixels, np.zeros(number, bool)).take, {"seed": seed})
 
 
 def features_of(source, cache, *, said=None, batch_size=16, updates=3, **options):
   say = (said if said is not None else []).append
-  parallel = Parallel("pmap")
-  return network_features(
-    source, cache=cache, parallel=parallel, batch_size=batch_size, say=say, updates=updates, **options
-  )
+  mesh = make_mesh("pmap")
+  return network_features(source, cache=cache, mesh=mesh, batch_size=batch_size, say=say, updates=updates, **options)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +53,7 @@ def test_before_it_is_trained_it_explains_nothing():
   """As its last layer is zero, it predicts the mean of the noise."""
   source, denoiser = slopes(), denoiser_for((4, 4, 1))
   weights = trained.flat(trained.fresh(denoiser.init, 0))
-  (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, Parallel("pmap"), 16).values()
+  (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, make_mesh("pmap"), 16).values()
   assert share == pytest.approx(0, abs=4 * np.sqrt(2 / (64 * 16)))  # the variance of that of 64 images of 16 pixels
 
 
@@ -125,7 +123,7 @@ def test_images_held_out_are_not_learnt_from(tmp_path):
   source = slopes()
   pixels = source.read(np.arange(80)).images
   pixels[5::10] = 255 - pixels[5::10]
-  other = dataclasses.replace(source, read=Rows(pixels, np.zeros(80, bool)).take)
+  other = dataclasses.replace(source, read=DecodedRows(pixels, np.zeros(80, bool)).take)
   first, second = features_of(source, tmp_path / "a"), features_of(other, tmp_path / "b")
   assert first.identity == second.identity and first.about["explained"] != second.about["explained"]
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.evaluation import measures, yardsticks
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.reference import measure_reference
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
   source = pictures(number=200)
   images = source.read(np.arange(200)).images
   images[190:] = images[:10]
-  source = dataclasses.replace(source, read=Rows(images, np.zeros(200, bool)).take)
+  source = dataclasses.replace(source, read=DecodedRows(images, np.zeros(200, bool)).take)
   cache = tmp_path_factory.mktemp("reference")
   reference = measure_reference(source, summary_features(), cache=cache, batch_size=50, say=lambda line: None)
   return images, Data(source, reference, source.fingerprint)
@@ -87,7 +87,7 @@ def test_the_score_of_the_data_is_not_that_of_its_order(config, tmp_path):
     levels = np.asarray(images).mean((1, 2, 3))
     return summary_features().extract(images)._replace(probabilities=np.eye(4)[(levels / 80).round().astype(int)])
 
-  source = dataclasses.replace(pictures(number=200), read=Rows(images, np.zeros(200, bool)).take)
+  source = dataclasses.replace(pictures(number=200), read=DecodedRows(images, np.zeros(200, bool)).take)
   features = Features(*summary_features()[:3], extract)
   reference = measure_reference(source, features, cache=tmp_path, batch_size=50, say=lambda line: None)
   config = config_of(measures=("score",), evaluate_samples=100, random_flip=False)
@@ -104,7 +104,7 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
     draw_lib.make_predictor(weights.run.network, weights.run.schedule, "eps", config.sample),
     draw_lib.table_of(config.sample, weights.run.schedule, "fixed_large"),
     image_shape=IMAGE_SHAPE,
-    parallel=weights.run.parallel,
+    mesh=weights.run.mesh,
     stream="sample",
   )
   drawn = draw(seeded(tiny_run(config).initial_state().params, 0), np.arange(40, dtype=np.int32))

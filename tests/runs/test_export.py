@@ -75,7 +75,7 @@ def test_which_weights(trained, tmp_path):
 def test_exporting_what_was_imported(trained, tmp_path):
   export(trained, tmp_path / "a", export_format="safetensors")
   path = str(tmp_path / "a" / "model.safetensors")
-  config = config_lib.override(initial.beginning(path, None), {"init_from": path, "export_dir": str(tmp_path / "b")})
+  config = config_lib.override(initial.base_config(path), {"init_from": path, "export_dir": str(tmp_path / "b")})
   exchange_run.export(config, None)
   export(trained, tmp_path / "c")
   found, expected = (
@@ -91,14 +91,16 @@ def test_exporting_what_was_imported(trained, tmp_path):
   assert set(facts["config"]) == {"model", "diffusion", "train", "sample"}
   assert set(facts["config"]["train"]) == {"preview_steps"}
   assert set(facts["config"]["sample"]) == {"threshold", "threshold_quantile"}
-  assert initial.look(str(tmp_path / "d" / "model.safetensors")).settings == initial.look(path).settings
+  assert (
+    initial.inspect_source(str(tmp_path / "d" / "model.safetensors")).settings == initial.inspect_source(path).settings
+  )
 
 
 def test_a_workdir_where_nothing_was_trained(trained, tmp_path):
   """Its settings say nothing of how the weights were made, so the card does not either."""
   path = str(trained.path)
-  config = config_lib.override(initial.beginning(path, None), {"init_from": path, "dataset": "mnist"})
-  initial.adopt(config, tmp_path / "borrowed")
+  config = config_lib.override(initial.base_config(path), {"init_from": path, "dataset": "mnist"})
+  initial.ensure_workdir(config, tmp_path / "borrowed")
   exchange_run.export(config_lib.override(config, {"export_dir": str(tmp_path / "out")}), tmp_path / "borrowed")
   card = (tmp_path / "out" / "README.md").read_text()
   assert "Training" not in card and "mnist" not in card and "8x8x1" in card

@@ -9,9 +9,10 @@ from absl import flags as absl_flags
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags, main
+from ddpm_jax import flags
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.network import network_features
+from ddpm_jax.resolve import resolve_config
 from ddpm_jax.runs import evaluate as evaluation_run
 from ddpm_jax.runs import sample as sampling_run
 from ddpm_jax.runs import train as train_lib
@@ -46,14 +47,14 @@ def resolve(mode, folder, *arguments):
   registry = absl_flags.FlagValues()
   flags.define(registry)
   registry(["main", *arguments])
-  return main.resolve_config(mode, flags.given(registry), folder)
+  return resolve_config(mode, flags.given(registry), folder)
 
 
 def train(folder, dataset, num_steps, *more):
   """The command `train`. Returns the settings that it kept."""
   config = resolve("train", folder, *TINY, f"--dataset={dataset}", f"--num_steps={num_steps}", *more)
   with StopRequest() as stop:
-    train_lib.train(config, folder, stop)
+    train_lib.train(config, folder, train_lib.Invocation(stop))
   return layout.load_config(folder)
 
 
@@ -84,6 +85,7 @@ def test_a_run_goes_on_however_its_folder_is_written(place, monkeypatch):
   assert (run / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch, capsys):
   run = place / "run"
   train(run, "folder:pictures", 1)
@@ -131,6 +133,7 @@ def test_other_images_in_another_place_are_refused_and_not_kept(place):
   assert train(run, "folder:others", 2, "--allow_data_change").data.dataset == f"folder:{place}/others"
 
 
+@pytest.mark.slow
 def test_unlabelled_images_while_training(place, monkeypatch):
   """By the features of a network that needs no labels; part of the folder is held out."""
   monkeypatch.setitem(network_features.__kwdefaults__, "updates", 2)

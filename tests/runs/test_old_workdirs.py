@@ -15,7 +15,8 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax import main
+from ddpm_jax import resolve
+from ddpm_jax.config.text import WITHOUT_THE_OPTION
 from ddpm_jax.evaluation.results import read_result
 from ddpm_jax.report.report import write_report
 from ddpm_jax.runs import export as exchange
@@ -39,14 +40,14 @@ def old(tmp_path):
 
 
 def weights_of(folder, **changes):
-  config = config_lib.override(main.resolve_config("sample", {}, folder), changes)
+  config = config_lib.override(resolve.resolve_config("sample", {}, folder), changes)
   return load_weights(config, folder)
 
 
 def test_what_it_stored_are_the_settings(old):
   """And a setting that it did not know means what it did."""
   for name in NAMES:
-    config = main.resolve_config("train", {}, old / name)
+    config = resolve.resolve_config("train", {}, old / name)
     stored = json.loads((old / name / "config.json").read_text())
     values = config_lib.values(config)
     for section in stored.values():
@@ -54,6 +55,24 @@ def test_what_it_stored_are_the_settings(old):
         assert values[key] == (tuple(value) if isinstance(value, list) else value), key
     assert config.optimizer.lr_schedule == "cosine" and config.model.matmul_precision == "default"
     assert layout.check(old / name, config)
+
+
+def test_what_an_old_file_lacks_is_what_that_release_did(old):
+  """An option that is added must say so in `WITHOUT_THE_OPTION`: its default may be another, now or later."""
+  stored = json.loads((old / "pmap" / "config.json").read_text())
+  names = {name for section in stored.values() for name in section}
+  added = config_lib.values(config_lib.Config()).keys() - names
+  assert set(WITHOUT_THE_OPTION) == added, "say what release 0.1.0 did in place of each option that was added since"
+  config = layout.load_config(old / "pmap")
+  assert {name: config_lib.values(config)[name] for name in added} == WITHOUT_THE_OPTION
+
+
+def test_a_default_of_today_is_none_of_an_old_run(old, monkeypatch):
+  """Whatever it becomes: here as if plain float32 products were no longer what a new run has."""
+  monkeypatch.setitem(WITHOUT_THE_OPTION, "matmul_precision", "high")
+  assert layout.load_config(old / "pmap").model.matmul_precision == "high"
+  layout.create(old / "new", config_lib.Config())
+  assert layout.load_config(old / "new").model.matmul_precision == "default"
 
 
 def test_the_same_bits_are_restored(old):
@@ -87,9 +106,9 @@ def test_training_goes_on_in_the_middle_of_an_epoch(old):
     theirs += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
   keep.rename(old / "kept")
   lines = (folder / "metrics.jsonl").read_text().splitlines()
-  config = main.resolve_config("train", {}, folder)
+  config = resolve.resolve_config("train", {}, folder)
   with StopRequest() as stop:
-    assert train_lib.train(config, folder, stop)
+    assert train_lib.train(config, folder, train_lib.Invocation(stop))
   for weights in ("raw", "ema"):
     ours += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
   for leaf, wanted in zip(ours, theirs, strict=True):
@@ -109,10 +128,10 @@ def test_it_is_drawn_from_exported_reported_and_begun_with(old, monkeypatch):
     assert images.shape == (4, 8, 8, 1) and images.std() > 20
     target = old / f"exported_{name}"
     given = {"export_format": "safetensors", "export_dir": str(target)}
-    exchange.export(main.resolve_config("export", given, old / name), old / name)
+    exchange.export(resolve.resolve_config("export", given, old / name), old / name)
     begun = ddpm_jax.load(target / "model.safetensors")
     np.testing.assert_array_equal(begun.sample(4, sampler="dpmpp", steps=5), images)
-    config = initial.beginning(str(old / name), None, config_lib.Config())
+    config = initial.base_config(str(old / name))
     assert config.model.channels == 8 and config.diffusion.num_timesteps == 50
     assert "150" in write_report(old / name).read_text()
     assert read_result(old / name / "eval/150.json") is None

@@ -13,7 +13,7 @@ from ddpm_jax.runtime import hugepages
 ROOT = pathlib.Path(hugepages.__file__).parents[1]
 PROGRAM = """
 import os, pathlib, sys
-from ddpm_jax import hugepages
+from ddpm_jax.runtime import hugepages
 hugepages._MODES = pathlib.Path(sys.argv[1])
 print(os.getpid(), flush=True)
 hugepages.restart_with_huge_pages("program")
@@ -70,6 +70,10 @@ def test_a_process_that_is_somebody_elses_is_not_replaced(modes):
     ("script.py -m program", False),
     ("/bin/coverage run -m program", False),
     ("- -m program", False),
+    ("/venv/bin/ddpm sample -m other", True),
+    ("-I /venv/bin/ddpm", True),
+    ("-c ddpm", False),
+    ("/venv/bin/pdb ddpm", False),
   ],
 )
 def test_which_commands_are_the_program(monkeypatch, command, is_program):

@@ -15,7 +15,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import main
 from ddpm_jax.data import images as images_lib
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.keys import seeded
@@ -91,10 +91,10 @@ def test_one_device_draws_what_eight_draw(perfect, config, twenty, tmp_path, mon
   first = jax.devices()[:1]
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setattr(jax, "devices", lambda: first)
-  few = Parallel("pmap")
+  few = make_mesh("pmap")
   assert few.num_devices == 1
   params = jax.device_put(perfect.params, few.replicated)
-  alone = perfect._replace(run=perfect.run._replace(parallel=few), params=params)
+  alone = perfect._replace(run=perfect.run._replace(mesh=few), params=params)
   assert_close(draw(alone, config, tmp_path, 9), twenty[:9])
 
 
@@ -106,7 +106,7 @@ def both_draws(weights, options):
   run = weights.run
   predictor = make_predictor(run.network, run.schedule, "eps", options)
   table = table_of(options, run.schedule, "fixed_large")
-  shared = dict(image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  shared = dict(image_shape=run.image_shape, mesh=run.mesh, stream="sample")
   index = np.arange(5, dtype=np.int32)
   return (
     make_draw(predictor, table, **shared)(seeded(weights.params, 3), index),
@@ -313,7 +313,7 @@ def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
   run = perfect.run
   predictor = make_predictor(run.network, run.schedule, "eps", config.sample)
   table = table_of(config.sample, run.schedule, "fixed_large")
-  function = make_draw(predictor, table, image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  function = make_draw(predictor, table, image_shape=run.image_shape, mesh=run.mesh, stream="sample")
   constants = seeded(perfect.params, 0)
   needed = function.bytes_needed(constants, np.zeros(1, np.int32), size=64)
   assert needed > 64 * 64 / 8  # its share of the state at least
@@ -344,7 +344,7 @@ def test_too_little_room_is_said_before_anything_is_drawn(quick, monkeypatch, ca
 def _likelihood(perfect, config, folder, name, seed):
   run, weights = perfect.run, perfect.params
   source = open_source(having(config, dataset=f"folder:{save_pictures(folder / name / str(seed), pictures())}").data)
-  common = dict(source=source, examples=2, batch_size=8, parallel=run.parallel, seed=seed, prediction="eps")
+  common = dict(source=source, examples=2, batch_size=8, mesh=run.mesh, seed=seed, prediction="eps")
   if name == "bound":
     likelihood.bound(run.network, weights, run.schedule, variance="fixed_large", timesteps=2, **common)
   else:

@@ -158,7 +158,7 @@ def learning():
   step = jax.jit(make_train_step(run))
   initial = state = run.initial_state()
   images = np.repeat(random_batch(4)["image"], 4, axis=0)
-  batch = jax.device_put(random_batch() | {"image": images}, run.parallel.replicated)
+  batch = jax.device_put(random_batch() | {"image": images}, run.mesh.replicated)
   losses, second = [], None
   for i in range(200):
     state, metrics = step(state, batch)
@@ -187,7 +187,7 @@ def test_state_after_the_updates(learning):
 
 def test_metrics_are_those_of_this_update(learning):
   run, initial, *_ = learning
-  batch = jax.device_put(random_batch(), run.parallel.replicated)
+  batch = jax.device_put(random_batch(), run.mesh.replicated)
   _, metrics = jax.jit(make_train_step(run))(initial, batch)
   loss_fn = step_lib.make_loss(run.network, run.schedule, run.config.diffusion, random_flip=False)
   keys = step_lib.example_keys(0, jnp.asarray(0), batch["index"])

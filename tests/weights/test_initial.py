@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs import export as exchange_run
@@ -37,7 +37,7 @@ def paths(original, tmp_path_factory):
 
 
 def begun_with(path, **changes) -> Config:
-  return config_lib.override(initial.beginning(path, None), {"init_from": path} | changes)
+  return config_lib.override(initial.base_config(path), {"init_from": path} | changes)
 
 
 def refusal(path, **changes) -> str:
@@ -50,7 +50,7 @@ def refusal(path, **changes) -> str:
 
 @pytest.mark.parametrize("kind", ["diffusers", "file", "workdir"])
 def test_every_kind_of_path_is_the_same_model(original, paths, kind):
-  origin = initial.look(paths[kind])
+  origin = initial.inspect_source(paths[kind])
   assert (origin.kind, origin.image_shape) == (kind, None if kind == "workdir" else IMAGE_SHAPE)
   config = begun_with(paths[kind])
   d, m = original.config.diffusion, original.config.model
@@ -96,14 +96,14 @@ def test_a_path_that_cannot_be_looked_at(tmp_path, monkeypatch):
   with pytest.raises(
     UserError, match=r"^init_from: .*a cannot be looked at \(File name too long\); name another path$"
   ):
-    initial.beginning(str(long), None)
+    initial.base_config(str(long))
 
   def stat(self, **_):
     raise PermissionError(13, "Permission denied", str(self))
 
   monkeypatch.setattr(pathlib.Path, "stat", stat)  # root may look everywhere, so the answer is faked
   with pytest.raises(UserError, match=r"^/home/other/model cannot be looked at \(Permission denied\); name another"):
-    initial.look("/home/other/model")
+    initial.inspect_source("/home/other/model")
 
 
 def test_files_that_are_not_ours(tmp_path, paths):
@@ -133,7 +133,7 @@ def test_what_an_unsupported_folder_says(tmp_path):
   folder = saved(tmp_path / "model")
   change_json(folder / "unet" / "config.json", act_fn="gelu")
   with pytest.raises(UserError, match=r"^init_from: .*config\.json: act_fn: 'gelu' is not supported"):
-    initial.beginning(str(folder), None)
+    initial.base_config(str(folder))
 
 
 # Training from it.
@@ -142,7 +142,7 @@ def test_what_an_unsupported_folder_says(tmp_path):
 @pytest.fixture
 def noise_images(monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.zeros(40, bool))
+  rows = DecodedRows(images, np.zeros(40, bool))
   source = Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": "0" * 64})
   monkeypatch.setattr(train_lib, "open_source", lambda data: source)
 
@@ -154,9 +154,10 @@ SHORT = dict(
 
 
 def train(workdir, path, **changes):
-  config = config_lib.override(initial.beginning(str(path), workdir), SHORT | {"init_from": str(path)} | changes)
+  stored = layout.load_config(workdir) if layout.holds_run(workdir) else None
+  config = config_lib.override(initial.base_config(str(path), stored), SHORT | {"init_from": str(path)} | changes)
   with StopRequest() as stop:
-    train_lib.train(config, workdir, stop)
+    train_lib.train(config, workdir, train_lib.Invocation(stop))
   return config
 
 
@@ -245,15 +246,15 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(noise_images,
 # A workdir for weights of elsewhere.
 
 
-def test_adopting(paths, tmp_path, original):
+def test_a_workdir_for_weights_of_elsewhere(paths, tmp_path, original):
   config = begun_with(paths["file"])
-  initial.adopt(config, tmp_path / "run")
+  initial.ensure_workdir(config, tmp_path / "run")
   assert layout.load_config(tmp_path / "run") == config
-  initial.adopt(config_lib.override(config, {"num_samples": 7}), tmp_path / "run")
+  initial.ensure_workdir(config_lib.override(config, {"num_samples": 7}), tmp_path / "run")
   assert layout.load_config(tmp_path / "run") == config  # how to draw is for each command to say
   other = config_lib.override(config, {"dataset": "mnist"})
-  initial.adopt(other, tmp_path / "run")
+  initial.ensure_workdir(other, tmp_path / "run")
   assert layout.load_config(tmp_path / "run") == other
   before = contents(original.path)
-  initial.adopt(original.having(init_from=paths["file"]), original.path)
+  initial.ensure_workdir(original.having(init_from=paths["file"]), original.path)
   assert contents(original.path) == before

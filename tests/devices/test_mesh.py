@@ -14,7 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.devices.parallel import Loop, Parallel, free_memory, to_host
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
+from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
@@ -28,12 +30,12 @@ def train(mode, **changes):
   """Ten updates with dropout and flips: (final state, losses, gradient norms, run, step)."""
   run = tiny_run(tiny_config(parallel=mode, **changes))
   state, rows = run.initial_state(), []
-  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state)
   for i in range(STEPS):
-    batch = run.parallel.put_batches([random_batch(seed=i)])
+    batch = run.mesh.put_batches([random_batch(seed=i)])
     # As if one process, of this device, had asked to stop before the last update.
     stop = [0, 0, 0, i == STEPS - 1, 0, 0, 0, 0]
-    order = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.parallel.split)
+    order = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.mesh.split)
     with jax.transfer_guard("disallow"):
       state, metrics, agreed = step(state, batch, order)
     assert bool(to_host(agreed)) == (i == STEPS - 1)
@@ -59,7 +61,7 @@ def one_device():
 )
 def test_eight_devices_are_one(one_device, mode, changes):
   state, rows, run = train(mode, **changes)
-  assert run.parallel.num_devices == 8
+  assert run.mesh.num_devices == 8
   np.testing.assert_allclose(rows, one_device[1], rtol=2e-5)
   # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.
   for mine, theirs in zip(jax.tree.leaves(host(state.params)), jax.tree.leaves(one_device[0].params), strict=True):
@@ -71,18 +73,18 @@ def test_eight_devices_are_one(one_device, mode, changes):
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])
 def test_gradients_of_bfloat16_activations_are_summed_over_the_devices_in_float32(mode):
   """The gradient of each device's row is that row, which bfloat16 holds; their mean has up to eleven bits."""
-  parallel, rows = Parallel(mode), np.random.default_rng(0).integers(128, 256, (8, 16)).astype(np.float32)
+  mesh, rows = make_mesh(mode), np.random.default_rng(0).integers(128, 256, (8, 16)).astype(np.float32)
 
   def loss_fn(params, batch, keys):
     return jnp.mean((batch.astype(jnp.bfloat16) @ params.astype(jnp.bfloat16)).astype(jnp.float32))
 
   def step(state, batch, axis_name):
-    gradient = jax.grad(parallel.spread(loss_fn))(state, batch["rows"], batch["rows"])
+    gradient = jax.grad(mesh.wrap_loss(loss_fn))(state, batch["rows"], batch["rows"])
     return (gradient if axis_name is None else jax.lax.pmean(gradient, axis_name)), {}
 
   params = np.zeros((16, 1), np.float32)
-  state = jax.device_put(params, parallel.state_shardings(jax.ShapeDtypeStruct(params.shape, params.dtype)))
-  gradient, *_ = parallel.compile(step, state)(state, parallel.put_batches([{"rows": rows}]), parallel.put_order())
+  state = jax.device_put(params, mesh.state_shardings(jax.ShapeDtypeStruct(params.shape, params.dtype)))
+  gradient, *_ = mesh.compile(step, state)(state, mesh.put_batches([{"rows": rows}]), mesh.put_step_command())
   np.testing.assert_array_equal(np.asarray(gradient)[:, 0], rows.mean(axis=0))
 
 
@@ -108,11 +110,11 @@ def test_one_compilation_also_after_a_resume(mode, updates):
     lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
   )
   run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
-  step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
-  batches = [run.parallel.put_batches([random_batch(24, seed=i)], updates=updates) for i in range(4)]
-  restored = jax.device_put(host(state), run.parallel.state_shardings(run.abstract_state))
-  order = run.parallel.put_order()
+  batches = [run.mesh.put_batches([random_batch(24, seed=i)], max_steps=updates) for i in range(4)]
+  restored = jax.device_put(host(state), run.mesh.state_shardings(run.abstract_state))
+  order = run.mesh.put_step_command()
   jax.block_until_ready((state, batches, restored, order))
   del compiled[:]
   for batch in batches[:3]:
@@ -125,9 +127,9 @@ def test_one_compilation_also_after_a_resume(mode, updates):
 @pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
 def test_the_state_is_donated(mode, updates):
   run = tiny_run(tiny_config(parallel=mode))
-  step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
-  step(state, run.parallel.put_batches([random_batch()], updates=updates), run.parallel.put_order(updates))
+  step(state, run.mesh.put_batches([random_batch()], max_steps=updates), run.mesh.put_step_command(updates))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
 
 
@@ -141,7 +143,7 @@ def test_the_state_is_donated(mode, updates):
 )
 def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
   with pytest.raises(UserError, match=message):
-    Parallel("pmap").check_batch(batch_size, parts)
+    make_mesh("pmap").check_batch(batch_size, parts)
 
 
 def test_a_loop_over_updates_sends_what_one_update_does():
@@ -149,8 +151,8 @@ def test_a_loop_over_updates_sends_what_one_update_does():
   run = tiny_run(tiny_config(parallel="fsdp", channel_multipliers=(1,), attention_resolutions=()))
 
   def sent(updates: int) -> collections.Counter:
-    step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
-    inputs = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16), updates=updates)
+    step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
+    inputs = run.mesh.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16), max_steps=updates)
     text = step.lower(run.abstract_state, *inputs).compile().as_text()
     return collections.Counter(re.findall(r" (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\(", text))
 
@@ -175,11 +177,11 @@ def columns(number):
 @pytest.mark.parametrize(("number", "size"), [(1, 0), (7, 0), (8, 0), (9, 0), (5, 20), (20, 5), (16, 16)])
 def test_rows_are_shared_and_come_back_in_order(mode, number, size):
   """NumPy's own arithmetic; any number of rows, also fewer than devices."""
-  parallel = Parallel(mode)
-  constants = {"factor": jax.device_put(np.float32(3.0), parallel.replicated)}
+  mesh = make_mesh(mode)
+  constants = {"factor": jax.device_put(np.float32(3.0), mesh.replicated)}
   index, image = columns(number)
   with jax.numpy_rank_promotion("allow"):
-    got = parallel.by_rows(rowwise)(constants, index, image, size=size)
+    got = BatchedFn(rowwise, mesh)(constants, index, image, size=size)
   expected = image * 3 + index[:, None, None]
   assert type(got["scaled"]) is np.ndarray and got["scaled"].shape == (number, 2, 2) and got["sum"].shape == (number,)
   np.testing.assert_allclose(got["scaled"], expected, rtol=1e-5, atol=1e-6)
@@ -187,15 +189,15 @@ def test_rows_are_shared_and_come_back_in_order(mode, number, size):
 
 
 def test_rows_compile_once_for_each_padded_number_and_lie_on_all_devices():
-  parallel, traced = Parallel("pmap"), []
+  mesh, traced = make_mesh("pmap"), []
 
   def function(constants, index):
     traced.append(index.shape)
     jax.debug.inspect_array_sharding(index, callback=lambda sharding: traced.append(len(sharding.device_set)))
     return index + constants
 
-  by_rows = parallel.by_rows(function)
-  one = jax.device_put(np.int32(1), parallel.replicated)
+  by_rows = BatchedFn(function, mesh)
+  one = jax.device_put(np.int32(1), mesh.replicated)
   assert by_rows.bytes_needed(one, np.zeros(1, np.int32), size=21) >= 24 * 4  # compiles for 24 rows
   for number, size in ((21, 0), (24, 0), (3, 21), (17, 20)):
     np.testing.assert_array_equal(by_rows(one, np.arange(number, dtype=np.int32), size=size), np.arange(number) + 1)
@@ -208,7 +210,7 @@ def test_rows_compile_once_for_each_padded_number_and_lie_on_all_devices():
 @pytest.mark.parametrize(("number", "size"), [(1, 0), (9, 0), (5, 20)])
 def test_a_loop_in_stretches_is_the_loop(mode, number, size):
   """Against its closed form; every iteration once, in order."""
-  parallel = Parallel(mode)
+  mesh = make_mesh(mode)
   index, image = columns(number)
 
   def advance(factor, state, first, last, index, image):
@@ -220,20 +222,20 @@ def test_a_loop_in_stretches_is_the_loop(mode, number, size):
     end=lambda factor, state, index, image: {"state": state, "index": index},
     number=6,
   )
-  draw, told = parallel.by_stretches(loop), []
-  got = draw(jax.device_put(np.float32(3.0), parallel.replicated), index, image, size=size, done=told.append)
+  draw, told = BatchedLoop(loop, mesh), []
+  got = draw(jax.device_put(np.float32(3.0), mesh.replicated), index, image, size=size, done=told.append)
   np.testing.assert_array_equal(got["index"], index)
   # x -> 2 x + 3 i y, six times from x = y: 2^6 y + 3 y sum of i 2^(5 - i)
   np.testing.assert_allclose(got["state"], image * (64 + 3 * sum(i * 2 ** (5 - i) for i in range(6))), rtol=1e-6)
   assert told == sorted(set(told)) and told[-1] == 6
-  assert draw.bytes_needed(jax.device_put(np.float32(3.0), parallel.replicated), index, image, size=16) >= 2 * 16
+  assert draw.bytes_needed(jax.device_put(np.float32(3.0), mesh.replicated), index, image, size=16) >= 2 * 16
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_begin_before_they_are_asked_for_unless_that_waits_for_a_compilation(processes, monkeypatch):
   """Several processes begin at one and the same place: when each is done with compiling ahead is its own business."""
-  parallel, called = Parallel("pmap"), []
-  by_rows, one = parallel.by_rows(lambda constants, index: index + constants), jax.device_put(1, parallel.replicated)
+  mesh, called = make_mesh("pmap"), []
+  by_rows, one = BatchedFn(lambda constants, index: index + constants, mesh), jax.device_put(1, mesh.replicated)
   monkeypatch.setattr(by_rows, "_executable", lambda *a, own=by_rows._executable: called.append(1) or own(*a))
   monkeypatch.setattr(jax, "process_count", lambda: processes)
   rows, ahead = np.arange(8, dtype=np.int32), Future()
@@ -254,9 +256,9 @@ def test_rows_begin_before_they_are_asked_for_unless_that_waits_for_a_compilatio
 
 
 def test_memory_that_is_planned_grows_with_the_rows():
-  parallel = Parallel("pmap")
-  one = jax.device_put(np.float32(1), parallel.replicated)
-  by_rows = parallel.by_rows(lambda constants, image: jnp.sin(image) + constants)
+  mesh = make_mesh("pmap")
+  one = jax.device_put(np.float32(1), mesh.replicated)
+  by_rows = BatchedFn(lambda constants, image: jnp.sin(image) + constants, mesh)
   few, many = (by_rows.bytes_needed(one, np.zeros((1, 32, 32), np.float32), size=size) for size in (8, 80))
   assert few >= 8 * 4096 and 8 < many / few < 12  # the output is whole on every device
 
@@ -271,9 +273,10 @@ def test_a_platform_that_is_not_installed_is_one_line_with_the_remedy():
   """JAX raises an AssertionError without a word for it."""
   code = """if True:
     from ddpm_jax.errors import UserError
-    from ddpm_jax.devices.parallel import Parallel
+    from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.batched import BatchedFn, BatchedLoop
     try:
-      Parallel("pmap")
+      make_mesh("pmap")
     except UserError as error:
       print(error)
   """

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.devices.packed import SMALL, Packed, pack, unpack
+from ddpm_jax.runtime.cpu.packed import SMALL, Packed, pack, unpack
 from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
@@ -63,9 +63,9 @@ def test_the_gradient_of_a_packed_tree_is_that_of_the_tree_packed():
 def test_updates_of_a_call_are_made_of_a_packed_state_on_cpus():
   """XLA's loop carries what is large, four times, and little else; without packing it would be all of the state."""
   run = tiny_run(tiny_config())
-  step = run.parallel.compile(make_train_step(run), run.abstract_state, updates=3)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=3)
   text = step.lower(
-    run.abstract_state, *run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16), updates=3)
+    run.abstract_state, *run.mesh.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16), max_steps=3)
   ).as_text()
   carried = max(line.count("tensor<") for line in text.splitlines() if "stablehlo.while" in line)
   large = sum(leaf.size > SMALL for leaf in jax.tree.leaves(run.abstract_state))
@@ -86,22 +86,22 @@ def test_updates_of_a_packed_state_are_the_updates(parts):
   step = functools.partial(step, loss_fn=poisoned)
   batches = [random_batch(seed=i) for i in range(3)]
   batches[1]["replaced"][:] = True
-  three, one = (run.parallel.compile(step, run.abstract_state, updates=updates) for updates in (3, 1))
+  three, one = (run.mesh.compile(step, run.abstract_state, max_steps=updates) for updates in (3, 1))
 
   def together(number: int):
-    placed = run.parallel.put_batches(batches, updates=3)
-    state, metrics, _ = three(run.initial_state(), placed, run.parallel.put_order(number))
+    placed = run.mesh.put_batches(batches, max_steps=3)
+    state, metrics, _ = three(run.initial_state(), placed, run.mesh.put_step_command(number))
     return host(state), host(metrics)
 
   state, rows = run.initial_state(), []
   for batch in batches:
-    state, metrics, _ = one(state, run.parallel.put_batches([batch]), run.parallel.put_order())
+    state, metrics, _ = one(state, run.mesh.put_batches([batch]), run.mesh.put_step_command())
     rows.append(host(metrics))
   packed, packed_metrics = together(3)
   chex.assert_trees_all_close(packed_metrics, jax.tree.map(lambda *values: np.stack(values), *rows), rtol=2e-5)
   for mine, theirs in zip(jax.tree.leaves(packed), jax.tree.leaves(host(state)), strict=True):
     assert mine.dtype == theirs.dtype
-    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02  # as in test_parallel.py
+    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02  # as in test_mesh.py
 
   first, left_out = together(1)[0], together(2)[0]
   for name in ("params", "ema_params", "opt_state"):

@@ -1,0 +1,315 @@
+"""`Config`: a whole run as one value, and what its options mean together.
+
+Field names are unique over all sections, so each field is also one command-line flag (`flags.py`), one key of
+`workdir/config.json` and one line of `workdir/flags.txt`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Iterator
+from typing import Any
+
+from ddpm_jax.config.option import check_range, flag_text
+from ddpm_jax.config.sections import (
+  DataConfig,
+  DiffusionConfig,
+  EvaluateConfig,
+  ExchangeConfig,
+  ModelConfig,
+  OptimizerConfig,
+  PlanConfig,
+  SampleConfig,
+  TrainConfig,
+)
+from ddpm_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A whole run. `Config()` is the default one."""
+
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+  evaluate: EvaluateConfig = dataclasses.field(default_factory=EvaluateConfig)
+  plan: PlanConfig = dataclasses.field(default_factory=PlanConfig)
+  exchange: ExchangeConfig = dataclasses.field(default_factory=ExchangeConfig)
+
+  def __post_init__(self):
+    for _, field, value in options(self):
+      check_range(field, value)
+    _check_together(self)
+
+
+def options(config: Config) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+  """Yields (section name, field, value) for every option, in the order of definition."""
+  for section in dataclasses.fields(Config):
+    part = getattr(config, section.name)
+    for field in dataclasses.fields(part):
+      yield section.name, field, getattr(part, field.name)
+
+
+def values(config: Config) -> dict[str, Any]:
+  """The options as one flat dict, name to value."""
+  return {field.name: value for _, field, value in options(config)}
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+  """A copy of `config` with the named options changed. Raises UserError for a value out of range."""
+  unknown = changes.keys() - values(config).keys()
+  if unknown:
+    raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+  sections = {}
+  for section in dataclasses.fields(Config):
+    part = getattr(config, section.name)
+    own = {name: value for name, value in changes.items() if name in {f.name for f in dataclasses.fields(part)}}
+    sections[section.name] = dataclasses.replace(part, **own)
+  return Config(**sections)
+
+
+# The value of `attention_resolutions` that leaves it to the size of the images: `models.build.fitted`. A workdir holds
+# what it came to.
+AUTO_ATTENTION = (0,)
+
+# What the value of `dataset` begins with where it is a folder of images; the rest is its path.
+FOLDER = "folder:"
+
+
+def changed(
+  before: Config, after: Config, *, on_resume: bool = False, once_trained: bool = False
+) -> list[tuple[str, Any, Any]]:
+  """The options in which two configs differ, as (name, before, after).
+
+  Args:
+    before: the config of the workdir.
+    after: the config of this command.
+    on_resume: leave out what a resumed run may change. The path of a folder of images may: whether it holds the same
+      images is for their fingerprint to say.
+    once_trained: leave out, with `on_resume`, also what may change where trained weights are only used.
+  """
+  differences, rule = [], "may_change_once_trained" if once_trained else "may_change"
+  for (_, field, old), (_, _, new) in zip(options(before), options(after), strict=True):
+    moved = field.name == "dataset" and old.startswith(FOLDER) and new.startswith(FOLDER)
+    if old != new and not (on_resume and (field.metadata[rule] or moved)):
+      differences.append((field.name, old, new))
+  return differences
+
+
+# Options for the command that gives them and for no later one: a consent, a look at some steps.
+_FOR_ONE_COMMAND = ("allow_data_change", "profile_steps")
+
+
+def without_one_time_options(config: Config) -> Config:
+  """The settings of a workdir as a later command takes them up.
+
+  Nor are classes among --writers: a workdir may be somebody else's, and nothing that it names is imported.
+  """
+  changes = {name: value for name, value in values(Config()).items() if name in _FOR_ONE_COMMAND}
+  ours = [name for name in writer_names(config.train.writers) if ":" not in name]
+  return override(config, changes | {"writers": ",".join(ours)})
+
+
+def check_variance(given: Container[str], config: Config) -> None:
+  """Raises UserError if the options that are `given` for a draw name a variance, which only ancestral sampling has."""
+  if "variance" in given and config.sample.sampler != "ddpm":
+    raise UserError(
+      f"variance: {config.diffusion.variance} has no effect with sampler={config.sample.sampler}; leave "
+      "--variance out, or use --sampler=ddpm"
+    )
+
+
+def profiled(profile_steps: str, num_steps: int) -> range:
+  """The training steps that --profile_steps=A:B names, A to B; empty if none.
+
+  Raises:
+    UserError: unless they are 1 <= A <= B <= num_steps.
+  """
+  if not profile_steps:
+    return range(0)
+  first, colon, last = profile_steps.partition(":")
+  if not (colon and all(part.isascii() and part.isdigit() for part in (first, last))):
+    raise UserError(f"profile_steps: {profile_steps!r} is not A:B; name training steps, such as 100:110")
+  if int(first) > int(last):
+    raise UserError(f"profile_steps: {profile_steps} runs backwards; use {last}:{first}")
+  if not (int(first) >= 1 and int(last) <= num_steps):
+    raise UserError(
+      f"profile_steps: {profile_steps} does not lie in 1:{num_steps}, the steps of --num_steps; use others"
+    )
+  return range(int(first), int(last) + 1)
+
+
+# Options of drawing that choose among the weights of a workdir.
+NAMES_WEIGHTS = ("checkpoint", "sample_weights")
+
+
+def reset_weight_selectors(config: Config) -> Config:
+  """The settings once a run has weights of its own: with --init_from, what named weights named those of elsewhere."""
+  if not config.exchange.init_from:
+    return config
+  return override(config, {name: getattr(SampleConfig(), name) for name in NAMES_WEIGHTS})
+
+
+def writer_names(text: str) -> tuple[str, ...]:
+  """The names in --writers. Raises UserError for one that is none, or stands there twice."""
+  names = tuple(name for part in text.split(",") if (name := part.strip()))
+  for name in names:
+    module, colon, attribute = name.partition(":")
+    is_class = colon and all(part.isidentifier() for part in (*module.split("."), attribute))
+    if name not in ("tensorboard", "wandb") and not is_class:
+      raise UserError(f"writers: {name!r} is unknown; use tensorboard, wandb, or package.module:Class")
+  if len(set(names)) < len(names):
+    raise UserError(f"writers: {text} names one twice; name each once")
+  return names
+
+
+def _check_together(config: Config) -> None:
+  """Raises UserError where two options contradict each other, or where one would silently do nothing."""
+  diffusion, sample, defaults = config.diffusion, config.sample, DiffusionConfig()
+  if diffusion.beta_schedule == "cosine":
+    for name in ("beta_start", "beta_end"):
+      if getattr(diffusion, name) != getattr(defaults, name):
+        raise UserError(f"{name}: {getattr(diffusion, name)} has no effect with beta_schedule=cosine; leave it out")
+  elif diffusion.beta_start > diffusion.beta_end:
+    raise UserError(f"beta_start: {diffusion.beta_start} must not exceed beta_end={diffusion.beta_end}; lower it")
+  if diffusion.loss_weighting != "constant" and diffusion.loss != "l2":
+    raise UserError(f"loss_weighting: {diffusion.loss_weighting} is defined on squared errors; use --loss=l2")
+  if diffusion.loss_weighting == "truncated_snr" and diffusion.prediction == "eps":
+    raise UserError("loss_weighting: truncated_snr explodes at large t for prediction=eps; use --prediction=v or x0")
+  for name, steps in (("sampling_steps", sample.sampling_steps), ("preview_steps", config.train.preview_steps)):
+    if steps > diffusion.num_timesteps:
+      raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
+  _check_sample(sample, diffusion.num_timesteps)
+  _check_evaluate(config)
+  _check_exchange(config.exchange)
+  writer_names(config.train.writers)
+  if config.train.max_nonfinite != TrainConfig().max_nonfinite and config.train.on_nonfinite == "halt":
+    raise UserError(
+      f"max_nonfinite: {config.train.max_nonfinite} has no effect with on_nonfinite=halt; use --on_nonfinite=skip"
+    )
+  profiled(config.train.profile_steps, config.train.num_steps)
+  if 1 <= config.train.stop_exit_code <= 3:
+    raise UserError(
+      f"stop_exit_code: {config.train.stop_exit_code} says how a run failed; use 0, or one of 4 to 125, such as 75"
+    )
+  if not config.model.channel_multipliers:
+    raise UserError("channel_multipliers: empty; name one multiple for each level, such as 1,2,2,2")
+  if config.model.channels % 2:
+    raise UserError(
+      f"channels: {config.model.channels} must be even, for the sines and cosines of the timestep; "
+      f"use --channels={config.model.channels + 1}"
+    )
+  groups = config.model.norm_groups
+  if groups and config.model.channels % groups:
+    raise UserError(
+      f"norm_groups: {groups} does not divide channels={config.model.channels}; use a divisor, or 0 to choose one"
+    )
+  if groups and groups == config.model.channels:
+    raise UserError(
+      f"norm_groups: {groups} leaves one channel in a group, whose norm would remove the timestep; use --norm_groups=0"
+    )
+  if config.data.batch_size % config.train.grad_accum_steps:
+    raise UserError(
+      f"grad_accum_steps: {config.train.grad_accum_steps} does not divide batch_size={config.data.batch_size}; use 1"
+    )
+  optimizer = config.optimizer
+  if optimizer.lr_schedule != "constant_then_decay" and optimizer.decay_fraction != OptimizerConfig().decay_fraction:
+    raise UserError(
+      f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
+      "--lr_schedule=constant_then_decay, or leave it out"
+    )
+
+
+# Options of drawing that only some tasks read.
+_OF_TASKS = {
+  "input_images": ("interpolate", "inpaint", "reconstruct"),
+  "mask": ("inpaint",),
+  "repaint_jump": ("inpaint",),
+  "repaint_resamples": ("inpaint",),
+  "interpolation_timestep": ("interpolate",),
+  "sample_png_dir": ("images",),
+}
+
+
+def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
+  task, defaults = sample.sample_task, SampleConfig()
+  for name, tasks in _OF_TASKS.items():
+    value = getattr(sample, name)
+    if value != getattr(defaults, name) and task not in tasks:
+      raise UserError(
+        f"{name}: {value!r} has no effect with sample_task={task}; use --sample_task={' or '.join(tasks)}, or leave "
+        "it out"
+      )
+  if task == "inpaint" and sample.sampler not in ("ddpm", "ddim"):
+    raise UserError(f"sampler: {sample.sampler} cannot inpaint, as its steps look back; use --sampler=ddpm or ddim")
+  if task == "reconstruct" and (sample.sampler != "ddim" or sample.eta or sample.threshold == "dynamic"):
+    raise UserError(
+      "sample_task: reconstruct needs a sampler that can be run backwards; use --sampler=ddim with --eta=0 and without "
+      "--threshold"
+    )
+  if sample.interpolation_timestep > num_timesteps:
+    raise UserError(
+      f"interpolation_timestep: {sample.interpolation_timestep} must not exceed num_timesteps={num_timesteps}; lower it"
+    )
+  if sample.eta and sample.sampler not in ("ddim", "dpmpp"):
+    raise UserError(
+      f"eta: {sample.eta} has no effect with sampler={sample.sampler}; use --sampler=ddim or dpmpp, or --eta=0"
+    )
+  if sample.threshold_quantile != defaults.threshold_quantile and sample.threshold != "dynamic":
+    raise UserError(
+      f"threshold_quantile: {sample.threshold_quantile} has no effect with threshold={sample.threshold}; use "
+      "--threshold=dynamic"
+    )
+  if sample.checkpoint not in ("newest", "best") and not (sample.checkpoint.isascii() and sample.checkpoint.isdigit()):
+    raise UserError(f"checkpoint: {sample.checkpoint!r} is unknown; use newest, best, or a number of updates")
+
+
+def _check_evaluate(config: Config) -> None:
+  evaluate, defaults, train = config.evaluate, EvaluateConfig(), config.train
+  if not evaluate.measures:
+    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, ode")
+  for name in ("bound_timesteps", "ode_steps"):
+    if getattr(evaluate, name) > config.diffusion.num_timesteps and getattr(evaluate, name) != getattr(defaults, name):
+      raise UserError(
+        f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
+      )
+  if evaluate.evaluate_samples == 1:
+    raise UserError("evaluate_samples: 1 must be at least 2; use 0 for as many as fit")
+  if evaluate.features == "inception" and not evaluate.inception_weights:
+    raise UserError(
+      "inception_weights: missing; name the safetensors file that experiments/convert_inception.py made, or use "
+      "--features=auto"
+    )
+  for name in ("inception_weights", "inception_resize"):
+    if evaluate.features != "inception" and getattr(evaluate, name) != getattr(defaults, name):
+      raise UserError(f"{name}: has no effect with features={evaluate.features}; use --features=inception")
+  if evaluate.reference_stats:
+    if evaluate.write_reference:
+      raise UserError("write_reference: nothing is compared where statistics are written; leave --reference_stats out")
+    if evaluate.reference_split:
+      raise UserError(
+        f"reference_split: {evaluate.reference_split} has no effect with --reference_stats; leave one of them out"
+      )
+  if evaluate.write_reference and not evaluate.write_reference.endswith(".npz"):
+    raise UserError(
+      f"write_reference: {evaluate.write_reference} does not end in .npz, by which others know such files"
+    )
+  if train.evaluate_every and train.best_measure not in evaluate.measures:
+    raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
+  if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:
+    raise UserError(f"best_measure: {train.best_measure} has no effect without --evaluate_every; set that too")
+
+
+def _check_exchange(exchange: ExchangeConfig) -> None:
+  defaults = ExchangeConfig()
+  if not exchange.export_platforms:
+    raise UserError(f"export_platforms: empty; name some of {', '.join(defaults.export_platforms)}")
+  for name in ("export_platforms", "export_batch_sizes"):
+    value = getattr(exchange, name)
+    if len(set(value)) < len(value):
+      raise UserError(f"{name}: {flag_text(value)} names one twice; name each once")
+    if value != getattr(defaults, name) and exchange.export_format != "jax":
+      raise UserError(f"{name}: has no effect with export_format={exchange.export_format}; use --export_format=jax")

@@ -1,0 +1,78 @@
+"""A config as text: `config.json`, also of earlier releases, and `flags.txt`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ddpm_jax.config.config import Config, options, override, values
+from ddpm_jax.config.option import flag_text
+from ddpm_jax.errors import UserError
+
+# Of config.json. Files of release 0.1.0 do not say theirs, which is 1.
+FORMAT = 2
+
+# What a release did that did not have the option yet, whatever today's default is.
+WITHOUT_THE_OPTION = {
+  "follow_links": False,
+  "matmul_precision": "default",
+  "decay_fraction": 0.4,  # has no effect with its learning rates, 'constant' and 'cosine'
+  "writers": "tensorboard",
+  "stop_exit_code": 0,
+  "profile_steps": "",
+  "reference_stats": "",
+  "write_reference": "",
+}
+
+
+def to_tree(config: Config) -> dict[str, dict[str, Any]]:
+  """Section -> option -> value, as JSON has them."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_json(config: Config) -> str:
+  """The text of `workdir/config.json`."""
+  return json.dumps({"format": FORMAT} | to_tree(config), indent=2) + "\n"
+
+
+def from_json(text: str) -> Config:
+  """The inverse of `to_json`, for files of this release and of earlier ones.
+
+  An option is known by its name: sections may differ. One that the file lacks has the value of `WITHOUT_THE_OPTION`.
+
+  Raises:
+    UserError: if it is no such text, of a later format, or has an option that is unknown or out of range.
+  """
+  try:
+    tree = json.loads(text)
+  except json.JSONDecodeError as error:
+    raise UserError(f"config.json is not JSON ({error}); restore it, or use another --workdir") from None
+  form = tree.pop("format", 1) if isinstance(tree, dict) else None
+  if not isinstance(tree, dict) or type(form) is not int or not all(isinstance(part, dict) for part in tree.values()):
+    raise UserError("config.json is not a JSON object of sections; restore it, or use another --workdir")
+  if form > FORMAT:
+    raise UserError(
+      f"config.json is of format {form}, this version of ddpm_jax reads up to {FORMAT}; use the version that wrote it"
+    )
+  known, flat = values(Config()), dict(WITHOUT_THE_OPTION)
+  for section, part in tree.items():
+    for name, value in part.items():
+      if name not in known:
+        raise UserError(
+          f"config.json has {section}.{name}, which this version of ddpm_jax does not know; "
+          "use the version that wrote it"
+        )
+      flat[name] = tuple(value) if isinstance(value, list) else value
+  return override(Config(), flat)
+
+
+def to_flagfile(config: Config) -> str:
+  """The text of `workdir/flags.txt`: the same run as a flagfile."""
+  lines, previous = [], None
+  for section, field, value in options(config):
+    if section != previous:
+      lines.append(f"# {section}")
+      previous = section
+    lines.append(f"--{field.name}={flag_text(value)}")
+  return "\n".join(lines) + "\n"
