@@ -1,4 +1,4 @@
-"""What training and sampling have in common: the parts of a run, built from its Config."""
+"""The parts of a run that training and sampling share, built from its Config."""
 
 from __future__ import annotations
 
