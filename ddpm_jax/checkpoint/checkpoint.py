@@ -21,7 +21,7 @@ from ddpm_jax.checkpoint import manifest as manifest_lib
 from ddpm_jax.checkpoint.manifest import DamagedError, Manifest
 from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.errors import RunError, UserError, root_cause
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.state import TrainState, from_stored, to_stored
 
 # What Orbax and TensorStore raise where a file is missing, cut short or changed, or cannot be written: any type at all,
 # down to AssertionError and Exception itself. Each `try` holds one call of Orbax and nothing of ours.
@@ -93,8 +93,9 @@ class Checkpoints:
       RunError: if it cannot be written, or one of this number or a later one exists. What fails later, in the
         background, is raised by `finished` or `wait`.
     """
-    manifest = manifest_lib.make(state, step, facts)
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest))
+    stored = to_stored(state)
+    manifest = manifest_lib.make(stored, step, facts)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(stored), manifest=ocp.args.JsonSave(manifest))
     self._saving = step
     try:
       started = self._manager.save(step, args=args)
@@ -192,7 +193,7 @@ class Checkpoints:
     manifest_lib.check(manifest, step)
     return manifest
 
-  def _read_on_host(self, step: int, abstract_state: TrainState) -> TrainState:
+  def _read_on_host(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
     """The whole state as NumPy arrays, without a collective."""
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_state)
     folder = self.directory / str(step) / "state"
@@ -203,22 +204,23 @@ class Checkpoints:
 
   def _restore(self, step: int, manifest: Manifest, abstract_state: TrainState) -> TrainState:
     """The state of a checkpoint, verified. Raises DamagedError, on all processes or none; UserError, RunError."""
-    differences = manifest_lib.differences(manifest, abstract_state)
+    stored = to_stored(abstract_state)
+    differences = manifest_lib.differences(manifest, stored)
     if differences:  # Orbax would cast another type in silence
       others = f" (and {len(differences) - 1} more)" if differences[1:] else ""
       raise UserError(f"checkpoint {step} in {self.directory} is of another network: {differences[0]}{others}")
     if jax.process_count() > 1:
       # Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So each
       # reads and verifies everything by itself first.
-      self._agree(lambda: manifest_lib.verify_host(manifest, self._read_on_host(step, abstract_state)))
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+      self._agree(lambda: manifest_lib.verify_host(manifest, self._read_on_host(step, stored)))
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
     try:
       state = self._manager.restore(step, args=args)["state"]
     except _ORBAX_ERRORS as error:
       raise self._unreadable(step, error) from error
     manifest_lib.verify(manifest, state)
     # Orbax's arrays may share buffers that cannot be donated; a compiled copy owns its own.
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)
+    return from_stored(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state))
 
   def _unreadable(self, step: int, error: Exception) -> Exception:
     """What an error of Orbax means: a damaged checkpoint, or a machine that cannot read it now."""

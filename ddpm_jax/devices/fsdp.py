@@ -33,7 +33,7 @@ class FsdpMesh(DeviceMesh):
         return NamedSharding(self.jax_mesh, PartitionSpec(*(None,) * axis, AXIS))
     return self.replicated
 
-  def wrap_loss(self, loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  def wrap_loss(self, loss_fn: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
     """The loss whose devices take their rows each, with parameters that are whole.
 
     Left alone, XLA would cut the activations where the parameters are cut, and send them around; and it would sum
@@ -41,12 +41,14 @@ class FsdpMesh(DeviceMesh):
     parameters, float32.
     """
 
-    def of_a_device(params: Tree, batch: Tree, keys: jax.Array) -> jax.Array:
+    def of_a_device(params: Tree, *rest: Tree) -> tuple[Tree, Tree]:
       params = jax.lax.pcast(params, AXIS, to="varying")  # whose transpose is the sum over the devices
-      return jax.lax.pmean(loss_fn(params, batch, keys), AXIS)
+      terms, per_example = loss_fn(params, *rest)
+      return jax.lax.pmean(terms, AXIS), per_example
 
     rows, whole = PartitionSpec(AXIS), PartitionSpec()
-    return jax.shard_map(of_a_device, mesh=self.jax_mesh, in_specs=(whole, rows, rows), out_specs=whole)
+    in_specs = (whole, whole, whole, rows, rows)
+    return jax.shard_map(of_a_device, mesh=self.jax_mesh, in_specs=in_specs, out_specs=(whole, rows))
 
   def compile(
     self,

@@ -67,8 +67,8 @@ class DeviceMesh(abc.ABC):
     """The placement of each leaf of the state."""
 
   @abc.abstractmethod
-  def wrap_loss(self, loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """(params, batch, keys) -> loss, as the compiled step needs it."""
+  def wrap_loss(self, loss_fn: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
+    """An objective's loss, (params, extra, frozen, batch, keys) -> (terms, per_example), for the compiled step."""
 
   @abc.abstractmethod
   def compile(

@@ -27,7 +27,7 @@ class PmapMesh(DeviceMesh):
     """Every leaf whole on each device."""
     return jax.tree.map(lambda _: self.replicated, abstract_state)
 
-  def wrap_loss(self, loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+  def wrap_loss(self, loss_fn: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
     """The loss as it is: the step runs on each device with its rows, and `train_step` averages over `axis_name`.
 
     Its parameters may be packed (`cpu.pack`); the gradient is then, too.

@@ -21,7 +21,7 @@ from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.summary import duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
-from ddpm_jax.models.build import build_model, network_of
+from ddpm_jax.models.build import UNetNetwork, build_model
 from ddpm_jax.sampling.draw import fit_batch, table_of
 from ddpm_jax.weights.load import Weights
 
@@ -163,8 +163,8 @@ def measure_speed(config: Config, weights: Weights, features: Features | None, t
 def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_precision: str) -> float:
   """Seconds an image takes of one network evaluation in a batch of moderate size."""
   run = weights.run
-  network = network_of(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
-  rows = BatchedFn(lambda params, xt, t: network(params, xt, t, None), run.mesh, matmul_precision=matmul_precision)
+  network = UNetNetwork(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
+  rows = BatchedFn(lambda params, xt, t: network(params, xt, t), run.mesh, matmul_precision=matmul_precision)
   one = np.zeros((1, *run.image_shape), np.float32), np.ones(1, np.int32)
   most = _TIMED[jax.devices()[0].platform == "cpu"] * jax.device_count()
   size = fit_batch(rows, weights.params, *one, number=most)

@@ -78,7 +78,7 @@ class Evaluations:
     """
     options, alone = self._run.config, jax.process_count() == 1
     which = options.sample.sample_weights
-    params = state.ema_params if which == "ema" else state.params
+    params = state.ema["ema"] if which == "ema" else state.params
     weights = Weights(self._run, params, step, which, identity_of(manifest.describe(params)))
     first = jax.process_index() == 0
 

@@ -9,14 +9,15 @@ import jax
 import numpy as np
 
 from ddpm_jax.config import SampleConfig
-from ddpm_jax.data import images
 from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.devices.mesh import DeviceMesh
-from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
+from ddpm_jax.diffusion.denoiser import DenoiseFn, Denoiser, thresholded
+from ddpm_jax.diffusion.samplers import SamplerTable, Trajectory, make_sampler, sample
 from ddpm_jax.diffusion.schedules import NoiseSchedule
+from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.keys import Seeded, indexed_keys, stream_key
-from ddpm_jax.models.build import Network, Params
+from ddpm_jax.models.build import Params
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -24,23 +25,12 @@ _SHARE = 0.85  # of the free memory: XLA's plan leaves out what the runtime need
 
 
 QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
-Predictor = Callable[[Params], PredictX0]
+Bind = Callable[[Params], DenoiseFn]
 
 
-def make_predictor(
-  network: Network,
-  schedule: NoiseSchedule,
-  prediction: str,
-  options: SampleConfig = SampleConfig(),  # noqa: B008  frozen
-) -> Predictor:
-  """params -> ((x_t, t) -> x0_hat), kept in range as `options` say."""
-  return lambda params: x0_predictor(
-    lambda xt, t: network(params, xt, t, None),
-    schedule,
-    prediction,
-    threshold=options.threshold,
-    quantile=options.threshold_quantile,
-  )
+def bind_for_sampling(denoiser: Denoiser, options: SampleConfig = SampleConfig()) -> Bind:  # noqa: B008  frozen
+  """`Denoiser.bind`, with x0 kept in range as the options say."""
+  return lambda params: thresholded(denoiser.bind(params), options.threshold, options.threshold_quantile)
 
 
 def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, first: int = 0) -> SamplerTable:
@@ -57,7 +47,7 @@ def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, firs
 
 
 def draw_of(
-  predictor: Predictor, table: SamplerTable, *, image_shape: tuple[int, int, int], stream: str
+  bind: Bind, table: SamplerTable, *, first_stage: FirstStage, stream: str
 ) -> Callable[[Seeded, jax.Array], jax.Array]:
   """Returns the pure function (`Seeded`, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
 
@@ -66,16 +56,16 @@ def draw_of(
 
   def draw(constants: Seeded, index: jax.Array) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return images.to_uint8(sample(table, predictor(constants.params), keys, image_shape)[0])
+    return first_stage.decode(None, sample(table, bind(constants.params), keys, first_stage.latent_shape)[0])
 
   return draw
 
 
 def make_draw(
-  predictor: Predictor,
+  bind: Bind,
   table: SamplerTable,
   *,
-  image_shape: tuple[int, int, int],
+  first_stage: FirstStage,
   mesh: DeviceMesh,
   stream: str,
   keep: bool = False,
@@ -85,14 +75,14 @@ def make_draw(
   One compilation for each B, whatever the seed. The result does not depend on B or on the number of devices beyond
   float32 rounding. keep: as in `BatchedFn`.
   """
-  return BatchedFn(draw_of(predictor, table, image_shape=image_shape, stream=stream), mesh, keep=keep)
+  return BatchedFn(draw_of(bind, table, first_stage=first_stage, stream=stream), mesh, keep=keep)
 
 
 def make_long_draw(
-  predictor: Predictor,
+  bind: Bind,
   table: SamplerTable,
   *,
-  image_shape: tuple[int, int, int],
+  first_stage: FirstStage,
   mesh: DeviceMesh,
   stream: str,
 ) -> BatchedLoop:
@@ -100,9 +90,9 @@ def make_long_draw(
 
   def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return Trajectory(table, predictor(constants.params), keys, image_shape)
+    return Trajectory(table, bind(constants.params), keys, first_stage.latent_shape)
 
-  return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
+  return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: first_stage.decode(None, x0))
 
 
 def by_stretches(

@@ -22,7 +22,7 @@ from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import Seeded, seeded
 from ddpm_jax.runtime.progress import Drawing
-from ddpm_jax.sampling.draw import fit_batch, make_long_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_long_draw, table_of
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir.storage import Records, size_text
 
@@ -85,9 +85,9 @@ class Drawn:
       return
     run = self._weights.run
     draw = make_long_draw(
-      make_predictor(run.network, run.schedule, self._config.diffusion.prediction, options),
+      bind_for_sampling(run.denoiser, options),
       self.table,
-      image_shape=run.image_shape,
+      first_stage=run.first_stage,
       mesh=run.mesh,
       stream="sample",
     )

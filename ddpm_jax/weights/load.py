@@ -69,11 +69,11 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     for number, reason in candidates.damaged.items():
       console.warn(f"checkpoint {number} is damaged: {reason}; using {step}")
   which = config.sample.sample_weights
-  field = "ema_params" if which == "ema" else "params"
+  field, params = ("ema_params", state.ema["ema"]) if which == "ema" else ("params", state.params)
   leaves = {
     name.removeprefix(f"{field}/"): leaf for name, leaf in manifest["leaves"].items() if name.startswith(f"{field}/")
   }
-  return Weights(run, getattr(state, field), step, which, identity_of(leaves), manifest)
+  return Weights(run, params, step, which, identity_of(leaves), manifest)
 
 
 def _missing(name: str, workdir: pathlib.Path) -> str:

@@ -262,7 +262,7 @@ def test_a_state_that_is_not_finite_is_not_saved(copy):
   directory, newer, _ = copy
   run = tiny_run(tiny_config())
   newer = jax.tree.map(np.copy, newer)
-  newer.ema_params["conv_in"]["bias"][2] = np.inf
+  newer.ema["ema"]["conv_in"]["bias"][2] = np.inf
   checkpoints = Checkpoints(directory, keep=2)
   state = jax.device_put(newer, run.mesh.state_shardings(run.abstract_state))
   with pytest.raises(NonFiniteError, match="update 12: ema_params/conv_in/bias is no longer finite"):

@@ -303,4 +303,4 @@ def test_the_copy_is_the_checkpoint(tmp_path):
   assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
   weights = load_weights(config_lib.override(config, {"checkpoint": "best"}), tmp_path / "run")
   assert weights.step == 3
-  chex.assert_trees_all_equal(host(weights.params), host(state.ema_params))
+  chex.assert_trees_all_equal(host(weights.params), host(state.ema["ema"]))

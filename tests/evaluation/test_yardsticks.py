@@ -101,9 +101,9 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
   assert found["noise"]["values"]["classifier_distance"] == pytest.approx(distance(uniform, images), rel=1e-4)
   weights = weights_of(config)
   draw = draw_lib.make_draw(
-    draw_lib.make_predictor(weights.run.network, weights.run.schedule, "eps", config.sample),
+    draw_lib.bind_for_sampling(weights.run.denoiser, config.sample),
     draw_lib.table_of(config.sample, weights.run.schedule, "fixed_large"),
-    image_shape=IMAGE_SHAPE,
+    first_stage=weights.run.first_stage,
     mesh=weights.run.mesh,
     stream="sample",
   )
@@ -115,9 +115,10 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
 
 def test_a_network_that_is_not_trained_answers_nothing(config):
   run, batch = tiny_run(config), random_batch(8)
-  xt, t = batch["image"] / np.float32(127.5) - 1, np.arange(1, 9, dtype=np.int32)
-  output = run.network(run.initial_state().params, xt, t, None)
-  np.testing.assert_array_equal(output, yardsticks.zero_network({}, xt, t, None))
+  xt, level = batch["image"] / np.float32(127.5) - 1, run.schedule.level(np.arange(1, 9))
+  found = run.denoiser.bind(run.initial_state().params)(xt, level)
+  untrained = yardsticks.untrained_denoiser(run.denoiser).bind({})(xt, level)
+  np.testing.assert_array_equal(found.x0, untrained.x0)
 
 
 def test_computed_once_for_each_number_of_samples(config, data, tmp_path):

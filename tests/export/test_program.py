@@ -16,7 +16,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.export.program import export_sampler, write_program
 from ddpm_jax.keys import seeded
 from ddpm_jax.runs import export as run
-from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, make_draw, table_of
 from ddpm_jax.sampling.drawn import Drawn
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights.load import Weights
@@ -121,10 +121,10 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
   got = load_and_call(tmp_path, PROGRAM, 3, index)
   parts, one = weights.run, make_mesh("pmap", jax.devices()[:1])
   draw = make_draw(
-    make_predictor(parts.network, parts.schedule, config.diffusion.prediction, config.sample),
+    bind_for_sampling(parts.denoiser, config.sample),
     table_of(config.sample, parts.schedule, config.diffusion.variance),
-    image_shape=parts.image_shape,
-    mesh=one,
+    first_stage=parts.first_stage,
+    parallel=one,
     stream="sample",
   )
   np.testing.assert_array_equal(got, draw(seeded(jax.device_put(weights.params, one.replicated), 3), index))

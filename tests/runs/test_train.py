@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import types
 import warnings
 
 import chex
@@ -27,6 +28,7 @@ from ddpm_jax.runs import reports
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.training.optimizer import decay_start
+from ddpm_jax.training.setup import make_objective
 from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
 from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
@@ -344,16 +346,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def poisoned(updates, value=float("nan")):
-  """`make_loss`, whose loss and gradients are not finite at these updates: a function of the keys, as the state is."""
+  """`make_train_step` with a loss, and so gradients, that are not finite at these updates."""
 
   def make(run):
-    real = loop_make_train_step(run)
+    real = make_objective(run)
 
     def step(state, batch, **options):
-      bad = jnp.isin(state.step + 1, jnp.asarray(updates))
-      loss_fn = real.keywords["loss_fn"]
-      spoilt = lambda params, batch, keys: loss_fn(params, batch, keys) * jnp.where(bad, value, 1.0)  # noqa: E731
-      return real.func(state, batch, **(real.keywords | {"loss_fn": spoilt} | options))
+      def loss(*arguments):
+        (terms, per_example), bad = real.loss(*arguments), jnp.isin(state.step + 1, jnp.asarray(updates))
+        return {"simple": terms["simple"] * jnp.where(bad, value, 1.0)}, per_example
+
+      spoilt = types.SimpleNamespace(loss=loss, update_extra=real.update_extra)
+      return loop_make_train_step(run, spoilt)(state, batch, **options)
 
     return step
 
@@ -381,7 +385,7 @@ def test_skip_leaves_the_update_out_and_counts_it(tmp_path, monkeypatch, capsys)
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([3, 4]))
   train_little(tmp_path / "run", **options)
   before, after, later = (restore(tmp_path / "run", step, **LITTLE) for step in (2, 4, 5))
-  for name in ("params", "ema_params", "opt_state"):
+  for name in ("params", "ema", "opt_state"):
     chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
   assert (after.step, after.counts.nonfinite, after.counts.nonfinite_in_row) == (4, 2, 2)
   assert (later.step, later.counts.nonfinite, later.counts.nonfinite_in_row) == (5, 2, 0)

@@ -41,7 +41,7 @@ def test_a_state_is_packed_where_it_is_like_the_parameters():
   state = tiny_run(tiny_config()).initial_state()
   packed = pack(state, state.params)
   adam, adam_packed = state.opt_state[1][0], packed.opt_state[1][0]
-  for part in (packed.params, packed.ema_params, adam_packed.mu, adam_packed.nu):
+  for part in (packed.params, packed.ema["ema"], adam_packed.mu, adam_packed.nu):
     assert isinstance(part, Packed)
   for left, whole in ((packed.step, state.step), (adam_packed.count, adam.count), (packed.counts, state.counts)):
     chex.assert_trees_all_equal(left, whole)
@@ -104,6 +104,6 @@ def test_updates_of_a_packed_state_are_the_updates(parts):
     assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02  # as in test_mesh.py
 
   first, left_out = together(1)[0], together(2)[0]
-  for name in ("params", "ema_params", "opt_state"):
+  for name in ("params", "ema", "opt_state"):
     chex.assert_trees_all_equal(getattr(left_out, name), getattr(first, name))
   assert (left_out.step, left_out.counts.nonfinite) == (2, 1)

@@ -14,6 +14,8 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import Config
 from ddpm_jax.devices import make_mesh
+from ddpm_jax.diffusion.denoiser import Denoiser
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.schedules import at
 from ddpm_jax.runs import sample as sampling
 from ddpm_jax.training.setup import build_run
@@ -79,11 +81,11 @@ def make_workdir(folder: pathlib.Path) -> Trained:
   first = run.initial_state()
   for step in (3, 5):
     # The network says nothing at first: give every weight something to say.
-    fields = {
-      name: jax.tree.map(lambda leaf, seed=seed: leaf + noise(leaf.shape, seed), getattr(first, name))
-      for name, seed in (("params", step), ("ema_params", 10 * step))
-    }
-    state = first.replace(step=jnp.asarray(step), **fields)
+    params, average = (
+      jax.tree.map(lambda leaf, seed=seed: leaf + noise(leaf.shape, seed), tree)
+      for tree, seed in ((first.params, step), (first.ema["ema"], 10 * step))
+    )
+    state = first.replace(step=jnp.asarray(step), params=params, ema={"ema": average})
     checkpoints.save(jax.device_put(state, run.mesh.state_shardings(run.abstract_state)), step, facts)
     checkpoints.wait()
   checkpoints.close()
@@ -119,13 +121,13 @@ def perfect(tmp_path_factory) -> Weights:
   run = build_run(config, IMAGE_SHAPE, make_mesh("pmap"))
   schedule = run.schedule
 
-  def network(params, xt, t, _keys):
-    ab = at(schedule.alpha_bar, t)[:, None, None, None]
+  def network(params, xt, time, _cond):
+    ab = at(schedule.alpha_bar, time + 1)[:, None, None, None]
     return jnp.sqrt(1 - ab) * (xt - jnp.sqrt(ab) * params["mean"][None]) / (ab * STD**2 + 1 - ab)
 
   mean = pictures(1)[0] / np.float32(127.5) - 1
   params = {"mean": jax.device_put(mean, run.mesh.replicated)}
-  return Weights(run._replace(network=network), params, 5, "ema", "0" * 64)
+  return Weights(run._replace(denoiser=Denoiser(network, PARAMETERIZATIONS["eps"])), params, 5, "ema", "0" * 64)
 
 
 @pytest.fixture

@@ -166,7 +166,7 @@ def test_the_first_state_holds_the_weights_twice_and_no_memory():
   params = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32),
                         run.abstract_state.params)  # fmt: skip
   state, plain = run.initial_state(params), host(run.initial_state())
-  for tree in (state.params, state.ema_params):
+  for tree in (state.params, state.ema["ema"]):
     for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
       np.testing.assert_array_equal(ours, theirs)
   for ours, theirs in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(plain.opt_state), strict=True):
