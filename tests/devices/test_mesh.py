@@ -21,6 +21,7 @@ from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
+LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -109,7 +110,7 @@ def test_one_compilation_also_after_a_resume(mode, updates):
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
   )
-  run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
+  run = tiny_run(tiny_config(parallel=mode, batch_size=24, **LITTLE))  # a shape that no other test has compiled
   step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
   batches = [run.mesh.put_batches([random_batch(24, seed=i)], max_steps=updates) for i in range(4)]
@@ -126,7 +127,7 @@ def test_one_compilation_also_after_a_resume(mode, updates):
 
 @pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
 def test_the_state_is_donated(mode, updates):
-  run = tiny_run(tiny_config(parallel=mode))
+  run = tiny_run(tiny_config(parallel=mode, **LITTLE))
   step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
   step(state, run.mesh.put_batches([random_batch()], max_steps=updates), run.mesh.put_step_command(updates))

@@ -176,10 +176,10 @@ def test_the_weight_is_that_of_the_drawn_timestep():
 def learning():
   """200 updates on one batch of four images: (initial state, states and losses along the way, compiled step)."""
   run = tiny_run(tiny_config(batch_size=16, dropout=0.0, random_flip=False, learning_rate=5e-3, ema_decay=0.9))
-  step = jax.jit(make_train_step(run))
-  initial = state = run.initial_state()
+  step, device = jax.jit(make_train_step(run)), jax.devices()[0]
+  initial = state = jax.device_put(host(run.initial_state()), device)
   images = np.repeat(random_batch(4)["image"], 4, axis=0)
-  batch = jax.device_put(random_batch() | {"image": images}, run.mesh.replicated)
+  batch = jax.device_put(random_batch() | {"image": images}, device)
   losses, second = [], None
   for i in range(200):
     state, metrics = step(state, batch)
@@ -208,7 +208,7 @@ def test_state_after_the_updates(learning):
 
 def test_metrics_are_those_of_this_update(learning):
   run, initial, *_ = learning
-  batch = jax.device_put(random_batch(), run.mesh.replicated)
+  batch = jax.device_put(random_batch(), jax.devices()[0])
   _, metrics = jax.jit(make_train_step(run))(initial, batch)
   keys = step_lib.example_keys(0, jnp.asarray(0), batch["index"])
   value_and_grad = jax.value_and_grad(lambda params: loss_of(make_objective(run), batch, keys, params))
