@@ -8,7 +8,7 @@
 #     --workdir=/runs/cifar10 --flagfile=experiments/cifar10.flags --data_dir=/runs/tensorflow_datasets
 #
 # The second image brings CUDA as Python packages: the host needs NVIDIA's driver and its container toolkit. CIFAR-10
-# must lie prepared in --data_dir (README.md, "Ahead of time"); with --build-arg=EXTRA=cuda,prepare the image can do so.
+# must lie prepared in --data_dir (docs/guides/datasets.md); with --build-arg=EXTRA=cuda,prepare the image can do so.
 #
 # Any user may run it, with or without an entry in /etc/passwd: nothing but what the flags name and /tmp is written, so
 # also with --read-only --tmpfs=/tmp. Compiled programs are kept in /tmp/cache; to keep them for the next container,

@@ -11,9 +11,9 @@ import numpy as np
 from benchmarks.step_work import device_facts, memory_used
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.keys import seeded
-from ddpm_jax.sampling.draw import make_long_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, make_long_draw, table_of
 from ddpm_jax.training.setup import build_run
 
 
@@ -34,20 +34,20 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   """
   config = config_lib.from_json(job["config"])
   run = build_run(
-    config, tuple(job["image_shape"]), Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
+    config, tuple(job["image_shape"]), make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   )
   size = job["batch_size"]
   index = np.arange(size, dtype=np.int32)
-  constants = seeded(run.initial_state().ema_params, config.sample.sample_seed)
+  constants = seeded(run.initial_state().ema["ema"], config.sample.sample_seed)
   draws, samplers = {}, {}
   for case in job["cases"]:
     options = with_sampler(config, case).sample
     table = table_of(options, run.schedule, config.diffusion.variance)
     draws[case] = make_long_draw(
-      make_predictor(run.network, run.schedule, config.diffusion.prediction, options),
+      bind_for_sampling(run.denoiser, options),
       table,
-      image_shape=run.image_shape,
-      parallel=run.parallel,
+      first_stage=run.first_stage,
+      mesh=run.mesh,
       stream="sample",
     )
     began = time.perf_counter()

@@ -24,16 +24,16 @@ import numpy as np
 import ddpm_jax
 from benchmarks import command, report
 from ddpm_jax.api import Model
-from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.measures import frechet_distance
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
-from ddpm_jax.evaluation.network import denoiser_for, network_features
+from ddpm_jax.evaluation.network import network_features, network_for
+from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.models.build import build_model
 
 KINDS = ("untrained", "classifier", "network", "unet")
@@ -160,16 +160,16 @@ def extractor(kind: str, reference: Source, model: str) -> Extract:
   """The features of a kind, trained on `reference` as an evaluation would."""
   if kind == "unet":
     return unet_extractor(ddpm_jax.load(model))
-  parallel = Parallel("pmap")
+  mesh = make_mesh("pmap")
   if kind == "untrained":
-    denoiser = denoiser_for(reference.image_shape)
-    fresh = trained.flat(trained.fresh(denoiser.init, 0))
-    extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), parallel, _BATCH)(fresh)
+    network = network_for(reference.image_shape)
+    fresh = trained.flat(trained.fresh(network.init, 0))
+    extract = trained.extractor(network.forward, (network.num_features, 0), mesh, _BATCH)(fresh)
   else:
     train = classifier_features if kind == "classifier" else network_features
     with tempfile.TemporaryDirectory() as folder:
       cache = pathlib.Path(folder)
-      extract = train(reference, cache=cache, parallel=parallel, batch_size=_BATCH, say=command.say).extract
+      extract = train(reference, cache=cache, mesh=mesh, batch_size=_BATCH, say=command.say).extract
   return lambda images: extract(images).features
 
 
@@ -181,11 +181,12 @@ def unet_extractor(model: Model) -> Extract:
 
   @jax.jit
   def middle(params: dict, images: jax.Array) -> jax.Array:
-    xt = jax.vmap(lambda x0: q_sample(run.schedule, x0, jnp.int32(t), eps))(to_float(images))
+    level = run.schedule.level(t)
+    xt = jax.vmap(lambda x0: q_sample(x0, eps, level))(to_float(images))
     _, state = network.apply(
       {"params": params},
       xt,
-      jnp.full(len(images), t, jnp.int32),
+      jnp.full(len(images), level.time, jnp.int32),
       capture_intermediates=lambda module, _: module.name == "mid_block1",
     )
     return jnp.asarray(state["intermediates"]["mid_block1"]["__call__"][0]).mean(axis=(1, 2))

@@ -18,7 +18,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.data.pipeline import Batch, batches
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.models.build import num_params
 from ddpm_jax.runs.train import calls_ahead
 from ddpm_jax.training.setup import build_run, make_train_step
@@ -36,16 +36,16 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     Facts, and a function that makes updates: it takes each batch from the host to the device, as the loop does.
   """
   config, shape = config_lib.from_json(job["config"]), tuple(job["image_shape"])
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   host_batches = _first_batches(config) if job.get("data") else _random_batches(config.data.batch_size, shape)
-  run = build_run(config, shape, parallel)
+  run = build_run(config, shape, mesh)
   updates = config.train.steps_per_dispatch
-  step: Any = parallel.compile(make_train_step(run), run.abstract_state, updates=updates)
+  step: Any = mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
-  put = functools.partial(parallel.put_batches, updates=updates)
+  put = functools.partial(mesh.put_batches, max_steps=updates)
   began = time.perf_counter()
-  lowered = step.lower(state, put(host_batches[:1]), parallel.put_order(updates))
+  lowered = step.lower(state, put(host_batches[:1]), mesh.put_step_command(updates))
   lowered_at = time.perf_counter()
   compiled = lowered.compile()
   facts = {
@@ -61,7 +61,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
   def call(number: int) -> list[Any]:
     nonlocal state
-    state, *outputs = step(state, put([next(endless) for _ in range(number)]), parallel.put_order(number))
+    state, *outputs = step(state, put([next(endless) for _ in range(number)]), mesh.put_step_command(number))
     return outputs
 
   def block(case: str, count: int) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def model_flops(config: Config, shape: tuple[int, ...], batch: Batch) -> float:
   Of the step as it is for a TPU: for a CPU, convolutions are partly loops, which XLA counts once.
   """
   plain = config_lib.override(config, {"parallel": "pmap", "remat": "none", "grad_accum_steps": 1})
-  run = build_run(plain, (shape[0], shape[1], shape[2]), Parallel("pmap", jax.devices()[:1]))
+  run = build_run(plain, (shape[0], shape[1], shape[2]), make_mesh("pmap", jax.devices()[:1]))
   state, rows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (run.abstract_state, batch))
   step = functools.partial(make_train_step(run), axis_name=None)
   lowered = jax.jit(step).trace(state, rows).lower(lowering_platforms=("tpu",))

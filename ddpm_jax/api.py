@@ -22,20 +22,18 @@ import pathlib
 import re
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
-from ddpm_jax.devices.parallel import ByRows
-from ddpm_jax.diffusion.prediction import to_eps
+from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, num_params
 from ddpm_jax.runtime import terminal
-from ddpm_jax.sampling.draw import Predictor, fit_batch, make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_draw, table_of
 from ddpm_jax.weights import initial
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
@@ -49,7 +47,7 @@ class Model:
   """A trained model: what it was trained with, its weights, and what it says.
 
   Images are uint8 in 0..255; what the network sees, x_t, is float32 with images in [-1, 1], see
-  `ddpm_jax.data.images.to_float` and `to_uint8`. Timesteps t are in 1..T; t = 0 is the image itself.
+  `ddpm_jax.first_stage.pixels.to_float` and `to_uint8`. Timesteps t are in 1..T; t = 0 is the image itself.
 
   Attributes:
     config: the settings of the run.
@@ -58,7 +56,7 @@ class Model:
 
   config: Config
   weights: Weights
-  _draws: dict[tuple[SampleConfig, str], ByRows] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _draws: dict[tuple[SampleConfig, str], BatchedFn] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -164,11 +162,7 @@ class Model:
     """eps_hat: the noise that the network sees in x_t, whatever it was trained to predict. As `denoise`, no range."""
     return self._eps_hat(self.params, *self._checked(x, t))
 
-  def _predictor(self, options: SampleConfig) -> Predictor:
-    run = self.weights.run
-    return make_predictor(run.network, run.schedule, self.config.diffusion.prediction, options)
-
-  def _draw(self, config: Config) -> ByRows:
+  def _draw(self, config: Config) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
     # Neither is how many, which seed, how many at once.
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0)
@@ -176,24 +170,24 @@ class Model:
     if (options, variance) not in self._draws:
       run = self.weights.run
       self._draws[options, variance] = make_draw(
-        self._predictor(options),
+        bind_for_sampling(run.denoiser, options),
         table_of(options, run.schedule, variance),
-        image_shape=run.image_shape,
-        parallel=run.parallel,
+        first_stage=run.first_stage,
+        mesh=run.mesh,
         stream="sample",
       )
     return self._draws[options, variance]
 
   @functools.cached_property
-  def _x0_hat(self) -> ByRows:
-    predictor = self._predictor(self.config.sample)
-    return self.weights.run.parallel.by_rows(lambda params, xt, t: predictor(params)(xt, t))
+  def _x0_hat(self) -> BatchedFn:
+    run = self.weights.run
+    bind = bind_for_sampling(run.denoiser, self.config.sample)
+    return BatchedFn(lambda params, xt, t: bind(params)(xt, run.schedule.level(t)).x0, run.mesh)
 
   @functools.cached_property
-  def _eps_hat(self) -> ByRows:
-    predictor = self._predictor(dataclasses.replace(self.config.sample, threshold="none"))
-    to_eps_each = jax.vmap(functools.partial(to_eps, self.schedule))
-    return self.weights.run.parallel.by_rows(lambda params, xt, t: to_eps_each(predictor(params)(xt, t), xt, t))
+  def _eps_hat(self) -> BatchedFn:
+    run = self.weights.run
+    return BatchedFn(lambda params, xt, t: run.denoiser.bind(params)(xt, run.schedule.level(t)).eps, run.mesh)
 
   def _checked(self, x: ArrayLike, t: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """float32 [B, H, W, C] and int32 [B]. Raises UserError."""
@@ -202,7 +196,7 @@ class Model:
       raise UserError(f"x: {list(x.shape)} is not [B, {', '.join(map(str, self.image_shape))}]; make it so")
     if not np.issubdtype(x.dtype, np.floating):
       raise UserError(
-        f"x: {x.dtype} is not x_t, which is float; turn pixels into it with images.to_float, and add noise"
+        f"x: {x.dtype} is not x_t, which is float; turn pixels into it with first_stage.pixels.to_float, and add noise"
       )
     if not np.issubdtype(t.dtype, np.integer) or t.shape not in ((), x.shape[:1]):
       raise UserError(f"t: {t.dtype} {list(t.shape)} is neither a whole number nor [{len(x)}] of them")

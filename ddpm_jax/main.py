@@ -63,14 +63,16 @@ def main(argv: Sequence[str]) -> int:
       )
 
       numerics.check_options(config.model.matmul_precision)
-      compilation.keep_compiled_programs("off" if mode == "plan" else config.train.compilation_cache)  # writes no file
+      compilation.enable_compilation_cache(
+        "off" if mode == "plan" else config.train.compilation_cache
+      )  # writes no file
       together = "off" if mode in ("plan", "export") else config.train.distributed
       job = distributed.initialize(together, config.train.heartbeat_timeout)
       config, preset = resolve.resolve_for_device(command, config)
       chosen = resolve.describe_choices(command, config, preset)
     except (UserError, RunError) as error:
       return _exit_code(error)
-    stop.again()
+    stop.reinstall()
     sys.excepthook = functools.partial(_leave_with_traceback, job, sys.excepthook)
     try:
       code = _run(command, config, stop, job, chosen)
@@ -113,7 +115,8 @@ def _run(command: Command, config: Config, stop: StopRequest, job: Job, chosen: 
 
       if job.processes > 1:
         stop.defer()  # the others wait for this one: all stop together, after an update
-      finished = train.train(config, folder, stop, job, chosen, frozenset(command.given))
+      invocation = train.Invocation(stop, job, chosen, frozenset(command.given))
+      finished = train.train(config, folder, invocation)
       return 0 if finished else config.train.stop_exit_code
     case "sample":
       from ddpm_jax.runs import sample
@@ -170,7 +173,7 @@ def _command(argv: Sequence[str]) -> int:
 def start() -> NoReturn:
   """The whole program. Ends the process with the exit code."""
   hugepages.restart_with_huge_pages("ddpm_jax.main")
-  compilation.seldom_look_for_garbage()
+  compilation.relax_gc()
   flags.define()
   for flag in absl_flags.FLAGS.get_flags_for_module(flags.__name__):  # what --help lists, after this docstring
     absl_flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)

@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import ddpm_jax
-from ddpm_jax.data.images import to_float, to_uint8
 from ddpm_jax.diffusion.interpolation import slerp
+from ddpm_jax.first_stage.pixels import to_float, to_uint8
 from ddpm_jax.workdir import grids
 
 given = [] if "ipykernel" in sys.modules else sys.argv[1:]

@@ -11,9 +11,11 @@ import threading
 import time
 
 from ddpm_jax.workdir.metrics import TIMES
+from tests import quick
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 24
+XLA_FLAGS = quick.FLAGS  # beside those that the program sets itself; tests/test_cli.py runs it without them
 TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d ", re.MULTILINE)  # with which lines of a log begin
 # Eight channels, one level: compiles in seconds. The paper's two ways of losing track are on: dropout and flips.
 FLAGS = [
@@ -39,7 +41,8 @@ def start(folder, name, *flags, devices=2, module="ddpm_jax.main", **environment
   if not any(flag.startswith(("--num_steps", "--mode")) for flag in flags):
     command.append(f"--num_steps={STEPS}")
   command += flags
-  variables = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | environment
+  xla_flags = f"--xla_force_host_platform_device_count={devices} {XLA_FLAGS}"
+  variables = os.environ | {"XLA_FLAGS": xla_flags} | environment
   return subprocess.Popen(command, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

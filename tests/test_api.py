@@ -14,6 +14,8 @@ from absl import logging as absl_logging
 import ddpm_jax
 from ddpm_jax import api
 from ddpm_jax import config as config_lib
+from ddpm_jax.diffusion.denoiser import Denoiser
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
 from ddpm_jax.runs import export as exchange
 from ddpm_jax.runs import sample as sampling
@@ -34,8 +36,10 @@ def model(trained) -> api.Model:
 
 def having_network(model, network, **changes) -> api.Model:
   """The same model with another network and other settings."""
-  run = model.weights.run._replace(network=network)
-  return api.Model(config_lib.override(model.config, changes), model.weights._replace(run=run))
+  config = config_lib.override(model.config, changes)
+  denoiser = Denoiser(network, PARAMETERIZATIONS[config.diffusion.prediction])
+  run = model.weights.run._replace(denoiser=denoiser)
+  return api.Model(config, model.weights._replace(run=run))
 
 
 def refusal(function, *arguments, **options) -> str:
@@ -206,7 +210,7 @@ def test_x0_hat_and_eps_hat_of_a_network_that_predicts_v(model):
   """x0 = a x_t - b v, eps = b x_t + a v (Salimans and Ho 2022), at the t of each example."""
   v = np.random.default_rng(0).standard_normal(IMAGE_SHAPE).astype(np.float32)
   mine = having_network(
-    model, lambda params, xt, t, keys: jnp.asarray(v)[None] * t[:, None, None, None], prediction="v"
+    model, lambda params, xt, time, cond: jnp.asarray(v)[None] * (time[:, None, None, None] + 1), prediction="v"
   )
   xt, t = np.random.default_rng(1).standard_normal((3, *IMAGE_SHAPE)), np.array([1, 60, 200])
   alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.05, 200))[t - 1, None, None, None]
@@ -218,7 +222,7 @@ def test_x0_hat_and_eps_hat_of_a_network_that_predicts_v(model):
 
 
 def test_the_threshold_is_that_of_the_settings(model):
-  far = having_network(model, lambda params, xt, t, keys: 0 * xt + 3.0, prediction="x0", threshold="none")
+  far = having_network(model, lambda params, xt, time, cond: 0 * xt + 3.0, prediction="x0", threshold="none")
   assert (far.denoise(np.zeros((1, *IMAGE_SHAPE)), 5) == 3).all()
 
 

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import command
 from tests.command import STEPS, TIME, checkpoints, digests, finish, metrics, start, start_job, wait_for, wait_for_line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_for_a_person():
+  """With the flags of XLA that the program sets, and no others."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(command, "XLA_FLAGS", "")
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,7 @@ def test_a_run_leaves_what_it_says(uninterrupted):
     assert grid.size[0] > 100
 
 
+@pytest.mark.slow
 def test_terminated_killed_and_resumed_is_uninterrupted(folder, uninterrupted):
   workdir = folder / "broken"
   process = start(folder, "broken")
@@ -82,6 +92,7 @@ def test_terminated_killed_and_resumed_is_uninterrupted(folder, uninterrupted):
   assert len(metrics(workdir)) == STEPS // 2
 
 
+@pytest.mark.slow
 def test_samples_depend_on_their_index_alone(folder, uninterrupted):
   before = drawn(uninterrupted)
   sample(folder, "whole", "--num_samples=7", "--sampling_steps=10", "--sample_batch_size=3", devices=1)
@@ -95,6 +106,7 @@ def test_samples_depend_on_their_index_alone(folder, uninterrupted):
   assert (uninterrupted / "samples" / "samples.2.npz").exists()
 
 
+@pytest.mark.slow
 def test_the_next_start_compiles_nothing(folder, uninterrupted):
   """Without a word from the user, programs are kept in the home directory; the numbers are the same with them."""
   home = {"XDG_CACHE_HOME": str(folder / "home"), "JAX_COMPILATION_CACHE_DIR": ""}
@@ -108,6 +120,7 @@ def test_the_next_start_compiles_nothing(folder, uninterrupted):
   np.testing.assert_array_equal(losses(folder / "first"), losses(folder / "whole")[:1])
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(folder, uninterrupted):
   """Half of the run with pmap, half with fsdp; then one process samples what two have trained."""
   for flags in (["--parallel=pmap", "--num_steps=12"], ["--parallel=fsdp"]):
@@ -127,6 +140,7 @@ def test_two_processes_are_one(folder, uninterrupted):
   assert np.abs(drawn(folder / "pair").astype(int) - alone).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, number):
   workdir = folder / f"stopped{number}"
@@ -161,6 +175,7 @@ def bad_evaluations(folder):
   }
 
 
+@pytest.mark.slow
 def test_an_evaluation_killed_and_made_again(folder, uninterrupted):
   """All of it, from the classifier on: what is drawn is not drawn again, and what was measured is in the report."""
   shutil.copytree(uninterrupted, folder / "measured")
@@ -202,6 +217,7 @@ def test_an_evaluation_killed_and_made_again(folder, uninterrupted):
   assert not list((workdir / "samples").glob(".drawn-*"))
 
 
+@pytest.mark.slow
 def test_weights_out_and_in_again(folder, uninterrupted):
   """Drawn with and measured elsewhere: the same images. What cannot be read is one line, and nothing is written."""
   before = drawn(uninterrupted)
@@ -252,6 +268,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", [BAD[:5], BAD[5:]], ids=["first", "second"])
 def test_bad_input_is_one_line_and_writes_nothing(folder, uninterrupted, cases):
   processes = [start(folder, f"bad{case[0]}", case[0]) for case in cases]
@@ -262,6 +279,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, uninterrupted, cases):
     assert not (folder / f"bad{flag}").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_of_a_run_and_of_none(folder, uninterrupted):
   """The stored run, and another batch; then flags alone. Nothing is written."""
   before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -277,6 +295,7 @@ def test_a_plan_of_a_run_and_of_none(folder, uninterrupted):
   assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_run_is_refused(folder, uninterrupted):
   before = {path: path.read_bytes() for path in uninterrupted.glob("*.*")}
   _, err = finish(start(folder, "whole", "--seed=1"), code=2)

@@ -1,10 +1,9 @@
-"""README.md and WORKSPACE.md against the code: what they name exists, and what exists they name.
+"""The documents against the code: what they name exists, and what exists they name.
 
-Fails until the measured numbers and the pictures are in: no `TODO(` and no missing picture may stay.
+Links, anchors and names of functions in the manual are checked by its build, a stage of .ci/run.
 """
 
 import ast
-import fnmatch
 import functools
 import pathlib
 import re
@@ -16,24 +15,20 @@ import pytest
 from absl import flags as absl_flags
 
 from ddpm_jax import config as config_lib
-from ddpm_jax import flags
+from ddpm_jax import errors, flags
 from ddpm_jax.config import Config
 from ddpm_jax.models.build import build_model, init_params, num_params
+from ddpm_jax.workdir import layout
+from tests import test_structure
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "ddpm_jax"
-DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "WORKSPACE.md")}
-README, WORKSPACE = DOCUMENTS.values()
-OTHERS = (
-  "SECURITY.md",
-  *(
-    f"docs/{name}.md"
-    for name in ("derivatives", "learning_rate", "measuring", "own_images", "precision", "reliability")
-  ),
-  *(f"docs/{name}.md" for name in ("several_runs", "time_grids")),
-)
-PAGES = DOCUMENTS | {name: (ROOT / name).read_text(encoding="utf-8") for name in OTHERS}
-KNOBS = {field.name: field for _, field, _ in config_lib.options(Config())}
+PAGES = {
+  path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+  for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))
+}
+README, WORKSPACE = PAGES["README.md"], PAGES["WORKSPACE.md"]
+OPTIONS = {field.name: field for _, field, _ in config_lib.options(Config())}
 
 # Flags of other programs that the documents may mention.
 OTHER_FLAGS = {
@@ -42,21 +37,17 @@ OTHER_FLAGS = {
   *("require-hashes",),  # pip
   *("universal", "generate-hashes", "no-annotate", "extra", "output-file", "upgrade"),  # uv
   *("xla_force_host_platform_device_count", "xla_gpu_deterministic_ops", "xla_cpu_use_onednn"),  # XLA
+  *("xla_backend_optimization_level",),
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images", "kinds", "model"),  # benchmarks
   *("seeds",),  # experiments/launch/sweep.py
-  *("port",),  # xprof
+  *("port", "logdir"),  # xprof, TensorBoard
+  *("nodes", "ntasks-per-node", "gres", "time", "gpus-per-task", "signal"),  # Slurm
+  *("tag", "build-arg", "rm", "user", "volume", "gpus", "shm-size"),  # Docker
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
 IMAGES = {"digits": (8, 1), "fashion_mnist": (28, 1), "cifar10": (32, 3)}
-
-
-def section(document: str, heading: str) -> str:
-  """The text between a heading and the next of its level."""
-  found = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", document, re.MULTILINE | re.DOTALL)
-  assert found, f"no section {heading}"
-  return found[1]
 
 
 def fenced(text: str) -> list[str]:
@@ -65,7 +56,7 @@ def fenced(text: str) -> list[str]:
 
 
 def marked(document: str, mark: str) -> str:
-  """What follows the line <!-- mark -->, to the next empty line outside of a fence or the end of the block."""
+  """The block after the line <!-- mark -->: up to the end of its fence, or to the next empty line."""
   found = re.findall(rf"^<!-- {mark} -->\n(```.*?^```$|.*?)(?=\n\n|\n?\Z)", document, re.MULTILINE | re.DOTALL)
   assert len(found) == 1, mark
   return found[0]
@@ -92,9 +83,16 @@ def parse(*arguments: str) -> tuple[str, dict]:
   """(mode, options) of a command line, by a registry of its own."""
   registry = absl_flags.FlagValues()
   flags.define(registry)
-  arguments = tuple(argument.replace("=experiments/", f"={ROOT}/experiments/") for argument in arguments)
-  assert registry(["ddpm_jax.main", *arguments]) == ["ddpm_jax.main"]
-  assert registry["workdir"].value or registry["mode"].value in ("plan", "export") or registry["write_reference"].value
+  runs = re.compile(r"=runs/\w+/flags\.txt$")  # of a run that is not there: like that of the default
+  places = [runs.sub("=experiments/digits.flags", argument) for argument in arguments]
+  words = flags.expand_flagfiles([place.replace("=experiments/", f"={ROOT}/experiments/") for place in places])
+  assert registry(["ddpm_jax.main", *words]) == ["ddpm_jax.main"]
+  assert (
+    registry["workdir"].value
+    or registry["mode"].value in ("plan", "export")
+    or registry["write_reference"].value
+    or registry["version"].value
+  )
   return registry["mode"].value, flags.given(registry)
 
 
@@ -108,55 +106,69 @@ def parameters(model, height: int, channels: int) -> int:
   return num_params(jax.eval_shape(lambda key: init_params(build_model(model, shape), key, shape), jax.random.key(0)))
 
 
-# Both documents.
+# All pages.
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_nothing_is_left_to_be_measured(name):
-  left = re.findall(r"TODO.*", PAGES[name])
-  assert not left, "\n".join(left)
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_and_pictures_lead_somewhere(name):
-  targets = re.findall(r"\]\(([^)]+)\)", DOCUMENTS[name])
-  local = [target for target in targets if not target.startswith("https://")]
-  assert local
-  missing = [target for target in local if not (ROOT / target).is_file()]
-  assert not missing
-
-
-@pytest.mark.parametrize("name", PAGES)
-def test_flags_exist(name):
-  switches = {f"no{option}" for option, field in KNOBS.items() if isinstance(field.default, bool)}
-  names = {"workdir", "mode", "preset", "version"}
-  unknown = named_flags(PAGES[name]) - set(KNOBS) - names - switches - OTHER_FLAGS
+def test_flags_exist():
+  known = {*OPTIONS, "workdir", "mode", "preset", "version"} | OTHER_FLAGS
+  known |= {f"no{name}" for name, field in OPTIONS.items() if isinstance(field.default, bool)}
+  known |= {"name", "noname"}  # how flags are written
+  unknown = {page: names for page, text in PAGES.items() if (names := named_flags(text) - known)}
   assert not unknown
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_tests_and_files_exist(name):
-  text = PAGES[name]
-  for file, test in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
-  files = set(re.findall(r"`((?:ddpm_jax|tests|experiments)/[\w/.]+)`", text))
-  files = {file for file in files if not re.search(r"\b(NAME|KIND)\b|_(NAME|KIND)\b", file)}
-  assert not {file for file in files if not (ROOT / file).exists()}
+def test_commands_parse():
+  commands = [(page, words) for page, text in PAGES.items() for words in programs(text)]
+  assert len(commands) >= 30
+  for page, words in commands:
+    mode, given = parse(*words)
+    if mode in ("train", "plan") or given.keys() & {"init_from", "write_reference"}:  # there may be no run yet
+      config_lib.override(Config(), given)
+    else:
+      assert all(OPTIONS[name].metadata["may_change_once_trained"] for name in given), (page, words)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_lines_are_short(name):
-  long = [line for line in PAGES[name].splitlines() if len(line) > 120 and not line.startswith("|")]
-  assert not long  # a row of a table cannot be broken
+def test_tests_and_files_exist():
+  missing = []
+  for page, text in PAGES.items():
+    for file, test in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
+      path = ROOT / file
+      tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+      if test not in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}:
+        missing.append(f"{page}: {file}::{test}")
+    files = set(re.findall(r"`((?:ddpm_jax|tests|experiments|benchmarks|docs)/[\w/.-]+)`", text))
+    if page == "docs/develop/add.md":  # its paths are those of the package
+      files |= {f"ddpm_jax/{file}" for file in re.findall(r"`([a-z_]+/[\w/]+\.\w+)`", text) if file not in files}
+    templates = re.compile(r"\b(NAME|KIND)\b|_(NAME|KIND)\b")
+    missing += [f"{page}: {file}" for file in files if not templates.search(file) and not (ROOT / file).exists()]
+  assert not missing, "\n".join(missing)
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_no_path_of_one_machine(name):
-  assert not re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)\b", PAGES[name])
+def test_no_page_is_unfinished_or_of_one_machine():
+  found = []
+  for page, text in PAGES.items():
+    found += [f"{page}: {left}" for left in re.findall(r"TODO.*", text)]
+    found += [f"{page}: {path}" for path in re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)\b", text)]
+  assert not found, "\n".join(found)
+
+
+def test_links_of_the_root_lead_somewhere():
+  targets = [
+    target.partition("#")[0]
+    for page, text in PAGES.items()
+    if "/" not in page
+    for target in re.findall(r"\]\(([^)]+)\)", text)
+  ]
+  local = [target for target in targets if not target.startswith("https://")]
+  missing = [target for target in local if not (ROOT / target).is_file()]
+  assert len(local) > 30 and not missing, missing
 
 
 # README.md.
+
+
+def test_the_readme_is_read_in_three_minutes():
+  assert (ROOT / "README.md").stat().st_size <= 8192
 
 
 @pytest.mark.parametrize(
@@ -182,39 +194,20 @@ def test_the_gate_reads_the_test_command():
   assert read.stdout == command
 
 
-def test_commands_parse():
-  commands = programs(README)
-  assert len(commands) >= 8
-  for words in commands:
-    mode, given = parse(*words)
-    if mode in ("train", "plan") or given.keys() & {"init_from", "write_reference"}:  # there may be no run yet
-      config_lib.override(Config(), given)
-    else:
-      assert all(KNOBS[name].metadata["may_change"] for name in given), words
+# The manual.
 
 
-def test_what_the_sampling_section_names_may_be_given():
-  named = named_flags(section(README, "Drawing samples")) - {"workdir", "mode"}
+def test_what_the_sampling_guide_names_may_be_given():
+  named = named_flags(marked(PAGES["docs/guides/sample.md"], "sampling-flags"))
   sampling = {field.name for part, field, _ in config_lib.options(Config()) if part == "sample"}
   only_while_training = {"may_change": False, "may_change_once_trained": True}
-  arithmetic = {name for name, field in KNOBS.items() if field.metadata | only_while_training == field.metadata}
+  arithmetic = {name for name, field in OPTIONS.items() if field.metadata | only_while_training == field.metadata}
   assert named == sampling | {"variance"} | arithmetic
 
 
-def test_every_flag_is_in_a_group():
-  rows = re.findall(r"^\| (\w+) \| `(.*)` \|$", marked(README, "flags"), re.MULTILINE)
-  groups = {}
-  for group, names in rows:
-    groups.setdefault(group, []).extend(names.removeprefix("--").split(" --"))
-  wanted = {"run": ["workdir", "mode", "preset", "flagfile", "version"]}
-  for group, field, _ in config_lib.options(Config()):
-    wanted.setdefault(group, []).append(field.name)
-  assert groups == wanted
-
-
 def test_every_preset_has_a_row_with_its_numbers():
-  text = section(README, "Presets")
-  rows = dict(re.findall(r"^\| \[`\w+`\]\(experiments/(\w+)\.flags\) (\|.*)$", text, re.MULTILINE))
+  text = marked(PAGES["docs/guides/presets.md"], "presets")
+  rows = dict(re.findall(r"^\| \[`\w+`\]\(\.\./reference/presets\.md#(\w+)\) (\|.*)$", text, re.MULTILINE))
   paths = {path.stem: path for path in (ROOT / "experiments").glob("*.flags")}
   assert set(rows) == set(paths)
   for name, path in paths.items():
@@ -232,22 +225,58 @@ def test_every_preset_has_a_row_with_its_numbers():
     assert not hours or cells[4] == f"TPU v3-8: {hours[1]} hours"
 
 
+def test_the_choices_of_a_model_are_all_explained():
+  text = PAGES["docs/guides/settings.md"]
+  settings = {field for part, field, _ in config_lib.options(Config()) if part in ("diffusion", "model", "optimizer")}
+  missing = {field.name for field in settings if f"`--{field.name}`" not in text} - {"remat"}  # changes no model
+  missing |= {
+    choice
+    for field in settings
+    for choice in field.metadata["choices"]
+    if field.name in ("beta_schedule", "prediction", "loss", "loss_weighting", "variance") and f"`{choice}`" not in text
+  }
+  assert not missing
+
+
+def test_every_guide_is_in_the_index():
+  index = PAGES["docs/guides/index.md"]
+  guides = {page.rpartition("/")[2] for page in PAGES if page.startswith("docs/guides/")} | {"benchmarks.md"}
+  assert set(re.findall(r"\]\((\w+\.md)", index)) == guides - {"index.md"}
+
+
+def test_where_a_new_thing_goes_names_what_exists():
+  """Functions, tables and fields; files are for `test_tests_and_files_exist`."""
+  sources = [path.read_text(encoding="utf-8") for folder in (PACKAGE, ROOT / "tests") for path in folder.rglob("*.py")]
+  known = set(re.findall(r"\w+", " ".join(sources)))
+  named = set(re.findall(r"`(\w+)`", PAGES["docs/develop/add.md"]))
+  assert len(named) > 30 and not {name for name in named if "NAME" not in name} - known
+
+
+def test_everything_that_a_run_writes_is_explained():
+  page = PAGES["docs/reference/workdir.md"]
+  rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+) \|", marked(page, "workdir"), re.MULTILINE)
+  named = {name for row in rows for name in re.findall(r"`([^/`]+)/?[^`]*`", row)}
+  written = {re.sub(r"\\d\+", "P", name).replace("\\", "") for name in layout.WRITTEN.pattern.split("|")}
+  assert named - {"wandb"} == written  # that folder is made by its library
+
+
+def test_exit_codes_are_all_named():
+  codes = re.findall(r"^\| (\d+|128 \+ n) \|", PAGES["docs/reference/exit_codes.md"], re.MULTILINE)
+  assert codes == ["0", "1", "2", "3", "128 + n", "137"]
+  kinds = {kind.__name__: kind.__doc__ or "" for kind in (errors.UserError, errors.RunError, errors.NonFiniteError)}
+  assert {re.findall(r"exit code (\d)", text)[0] for text in kinds.values()} == {"1", "2", "3"}
+
+
 def test_promises_name_their_tests():
-  rows = marked(README, "promises").splitlines()[2:]
+  rows = marked(PAGES["docs/develop/promises.md"], "promises").splitlines()[2:]
   assert len(rows) >= 20
   for row in rows:
     assert re.fullmatch(r"\| \S.*\. \| `tests/[\w/]+\.py::test_\w+`(, `tests/[\w/]+\.py::test_\w+`)* \|", row), row
 
 
-def test_exit_codes_are_all_named():
-  codes = re.findall(r"^\| (\d|128 \+ n) \|", section(README, "All flags"), re.MULTILINE)
-  assert codes == ["0", "1", "2", "3", "128 + n"]
-
-
 def test_every_promise_under_faults_has_a_test_or_an_attack_and_a_value():
-  rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", PAGES["docs/reliability.md"].partition("\n## ")[0], re.MULTILINE)[
-    2:
-  ]
+  text = PAGES["docs/results/reliability.md"].partition("\n## ")[0]
+  rows = re.findall(r"^\| (.+) \| (.+) \| (.+) \|$", text, re.MULTILINE)[2:]
   assert len(rows) >= 20
   for promise, test, value in rows:
     assert promise.endswith("."), promise
@@ -255,63 +284,31 @@ def test_every_promise_under_faults_has_a_test_or_an_attack_and_a_value():
     assert re.search(r"\d|none|equal|refused", value), f"{promise}: {value}"
 
 
+def test_the_lock_was_made_with_the_command_of_the_manual():
+  (command,) = [block for block in fenced(PAGES["docs/develop/tests.md"]) if block.startswith("uv pip compile")]
+  lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+  assert f"#    {' '.join(command.replace(chr(92), ' ').split())}\n" in lock
+
+
 # WORKSPACE.md.
 
 
-def test_the_tree_names_what_exists_and_every_module():
+def test_the_tree_names_what_exists_and_every_room():
+  tree, _ = fenced(WORKSPACE)
   named, folders = set(), []
-  for line in fenced(section(WORKSPACE, "Tree"))[0].splitlines():
+  for line in tree.splitlines():
     row = re.fullmatch(r"( *)(\S+)(?: {2,}(\S.*))?", line)
     assert row, line
     depth, name = len(row[1]) // 2, row[2]
     assert row[3] or name == "ddpm_jax/", f"{name} says nothing"
     folders[depth:] = [name]
-    path = "".join(folders)
-    assert path not in named
-    named.add(path)
-  missing = {path for path in named if not list(ROOT.glob(path))}
-  assert missing <= {"docs/"} and ("docs/" not in missing or not (ROOT / "docs").exists())
-  modules = {path.relative_to(ROOT).as_posix() for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"}
-  folders = {f"{path.parent.relative_to(ROOT).as_posix()}/" for path in PACKAGE.rglob("__init__.py")}
-  assert {path for path in named if path.startswith("ddpm_jax/")} == modules | folders
+    named.add("".join(folders))
+  assert not {path for path in named if not (ROOT / path).exists()}
+  rooms = {f"ddpm_jax/{path.name}" for path in PACKAGE.glob("*.py") if path.name != "__init__.py"}
+  rooms |= {f"ddpm_jax/{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+  assert {path for path in named if path.startswith("ddpm_jax/")} - {"ddpm_jax/"} == rooms
 
 
-def test_imports_point_down_the_list():
-  lines = [line.split() for line in fenced(section(WORKSPACE, "Import direction"))[0].splitlines()]
-  files = {
-    path.relative_to(PACKAGE).as_posix().removesuffix(".py").removesuffix("/__init__").replace("/", "."): path
-    for path in PACKAGE.rglob("*.py")
-    if path != PACKAGE / "__init__.py"
-  }
-  packages = {name for name in files if (PACKAGE / name).is_dir()}  # data/digits is a package with code in it
-  level = {}
-  for name in files:
-    levels = [i for i, patterns in enumerate(lines) if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
-    assert len(levels) == 1 or (name in packages and not levels), f"{name} stands in {len(levels)} lines"
-    level[name] = levels[0] if levels else None
-  for patterns in lines:
-    for pattern in patterns:
-      assert fnmatch.filter(files, pattern), f"{pattern} is no module"
-  for name, path in files.items():
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-      if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "ddpm_jax":
-        base = str(node.module).removeprefix("ddpm_jax").removeprefix(".")
-        for alias in node.names:
-          found = ".".join(filter(None, [base, alias.name]))
-          found = found if found in files else base
-          assert level[found] >= level[name], f"{name} imports {found}, which stands above it"
-
-
-def test_what_may_change_is_what_the_code_says():
-  may_change = {name for name, field in KNOBS.items() if field.metadata["may_change"]}
-  table = marked(WORKSPACE, "may-change")
-  assert set(re.findall(r"`(\w+)`", table)) == may_change
-  groups = {field.name for part, field, _ in config_lib.options(Config()) if part in ("sample", "evaluate", "plan")}
-  assert named_flags(marked(README, "may-change")) == may_change - groups
-  assert groups <= may_change  # README.md says so of the three groups as a whole
-
-
-def test_the_lock_was_made_with_the_command_of_this_page():
-  (command,) = [block for block in fenced(WORKSPACE) if block.startswith("uv pip compile")]
-  lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-  assert f"#    {' '.join(command.replace(chr(92), ' ').split())}\n" in lock
+def test_the_import_direction_is_that_of_the_test():
+  _, direction = fenced(WORKSPACE)
+  assert tuple(tuple(line.split()) for line in direction.splitlines()) == test_structure.ROOMS

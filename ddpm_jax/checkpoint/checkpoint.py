@@ -6,8 +6,8 @@ import errno
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
 
 from ddpm_jax.checkpoint import manifest as manifest_lib
-from ddpm_jax.checkpoint.manifest import DamagedError, Manifest, OtherPastError
-from ddpm_jax.devices.parallel import on_any_process
+from ddpm_jax.checkpoint.manifest import DamagedError, Manifest
+from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.errors import RunError, UserError, root_cause
-from ddpm_jax.training.state import TrainState
+from ddpm_jax.training.state import TrainState, from_stored, to_stored
 
 # What Orbax and TensorStore raise where a file is missing, cut short or changed, or cannot be written: any type at all,
 # down to AssertionError and Exception itself. Each `try` holds one call of Orbax and nothing of ours.
@@ -33,43 +33,24 @@ _NOT_DAMAGE = re.compile(
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _PATIENCE_S = 300  # for the others, where a process cannot write its part of a checkpoint
 
-Expect = Callable[[Manifest], TrainState]
-
-
-class Restored(NamedTuple):
-  """A checkpoint that was read and found to be what was saved."""
-
-  step: int
-  state: TrainState
-  manifest: Manifest
-  damaged: dict[int, str]  # newer checkpoints that were not, and why
-  passed: list[int]  # newer ones that are of another past, in order
-
-
-class NoneInCommonError(UserError):
-  """No checkpoint is left from before the step at which a run of this length parts from the one that wrote them.
-
-  Attributes:
-    since: that step.
-    damaged: checkpoints that are not what was saved, and why.
-    passed: those that are of another past, in order.
-  """
-
-  def __init__(self, errors: Mapping[int, OtherPastError], damaged: dict[int, str]):
-    super().__init__(str(errors[min(errors)]))
-    self.since = min(error.since for error in errors.values())
-    self.damaged, self.passed = damaged, sorted(errors)
+_T = TypeVar("_T")
 
 
 class Checkpoints:
-  """The folder `checkpoints/` of a workdir: `N/` holds the state after N updates and the manifest of it."""
+  """The folder `checkpoints/` of a workdir: `N/` holds the state after N training steps and its manifest.
+
+  Attributes:
+    directory: the folder.
+    read_only: whether nothing can be saved there.
+  """
 
   def __init__(self, directory: pathlib.Path, *, keep: int | None = None, keep_step: int | None = None):
     """Opens the folder: to write, keeping the newest `keep` checkpoints and that of `keep_step`, or only to read.
 
     Only to read if `keep` is None.
     """
-    self._directory, self._keep, self._keep_step = directory, keep, keep_step
+    self.directory, self._keep, self._keep_step = directory, keep, keep_step
+    self.read_only = keep is None
     self._saving: int | None = None
     self._lame = False  # a save has failed on one of several processes: nothing collective works any more
     # What an earlier process left half-written is removed: the caller holds the workdir's lock.
@@ -87,7 +68,7 @@ class Checkpoints:
         async_options=ocp.AsyncOptions(timeout_secs=_PATIENCE_S),
       )
     handlers = {"state": ocp.StandardCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()}
-    self._manager = ocp.CheckpointManager(self._directory, options=options, item_handlers=handlers)
+    self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
   def steps(self) -> list[int]:
     """The numbers of updates in the checkpoints that are complete, in order."""
@@ -112,8 +93,9 @@ class Checkpoints:
       RunError: if it cannot be written, or one of this number or a later one exists. What fails later, in the
         background, is raised by `finished` or `wait`.
     """
-    manifest = manifest_lib.make(state, step, facts)
-    args = ocp.args.Composite(state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest))
+    stored = to_stored(state)
+    manifest = manifest_lib.make(stored, step, facts)
+    args = ocp.args.Composite(state=ocp.args.StandardSave(stored), manifest=ocp.args.JsonSave(manifest))
     self._saving = step
     try:
       started = self._manager.save(step, args=args)
@@ -121,7 +103,7 @@ class Checkpoints:
       raise self._failed(error) from error
     if not started:  # Orbax's only word for an old step
       self._saving = None
-      raise RunError(f"checkpoint {step} was not written: {self._directory} already holds {self.newest()}")
+      raise RunError(f"checkpoint {step} was not written: {self.directory} already holds {self.newest()}")
 
   def finished(self) -> bool:
     """Whether nothing is being written. Raises RunError if the last save has failed."""
@@ -145,7 +127,7 @@ class Checkpoints:
       self._lame = True
       return RunError(f"{what})")
     # What there is of it takes space that is missing. Orbax may believe that the checkpoint exists: look again.
-    shutil.rmtree(self._directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
+    shutil.rmtree(self.directory / f"{step}.orbax-checkpoint-tmp", ignore_errors=True)
     try:
       self._open()
     except _ORBAX_ERRORS as second:
@@ -154,57 +136,18 @@ class Checkpoints:
 
   # Reading.
 
-  def restore(self, expect: Expect, *, on_corrupt: str = "fallback", only: int | None = None) -> Restored | None:
-    """Reads the newest checkpoint that is, bit for bit, what was saved. None if there is no checkpoint at all.
+  def candidates(self, *, on_corrupt: str = "fallback", only: int | None = None) -> Candidates:
+    """The checkpoints to be tried in order, newest first.
 
     Args:
-      expect: manifest -> shapes, types and shardings of the state (ShapeDtypeStructs). It raises UserError if the
-        manifest is of another run, and OtherPastError, with the message for a person, if an older checkpoint is needed.
-      on_corrupt: 'fallback' goes on to the next older one where one is damaged, 'fail' does not.
-      only: the number of the one checkpoint to read.
-
-    Raises:
-      UserError: if a checkpoint's arrays have other names, shapes or types than `expect` wants; or if one is damaged
-        and `on_corrupt` is 'fail', or none is intact; or if there are some, but not `only`.
-      NoneInCommonError: a UserError: all are of another past.
+      on_corrupt: 'fallback' goes on to the next older one where one is damaged, 'fail' raises UserError.
+      only: the step of the one checkpoint to read; None: all.
     """
-    damaged: dict[int, str] = {}
-    passed: dict[int, OtherPastError] = {}
-    steps = self.steps()
-    if only is not None and steps:
-      if only not in steps:
-        raise UserError(f"checkpoint: {self._directory} has no {only}, only {', '.join(map(str, steps))}")
-      steps = [only]
-    for step in reversed(steps):
-      try:
-        manifest, abstract_state = self._check_alone(step, expect)
-        state = self._read_state(step, manifest, abstract_state)
-      except DamagedError as error:
-        if self._keep is None and not (self._directory / str(step)).exists():
-          self._open()  # deleted by the run that trains here, which has saved newer ones since
-          return self.restore(expect, on_corrupt=on_corrupt, only=only)
-        damaged[step] = str(error)
-        if on_corrupt == "fail":
-          raise UserError(
-            f"on_corrupt: checkpoint {step} in {self._directory} is damaged: {error}; use --on_corrupt=fallback to go "
-            "back to the newest intact one"
-          ) from error
-      except OtherPastError as error:
-        passed[step] = error
-      else:
-        return Restored(step, state, manifest, damaged, sorted(passed))
-    if passed:
-      raise NoneInCommonError(passed, damaged) from passed[min(passed)]
-    if damaged:
-      if only is not None:
-        raise UserError(f"checkpoint: {only} in {self._directory} is damaged: {damaged[only]}; use another one")
-      listed = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
-      raise UserError(f"workdir: no checkpoint in {self._directory} is intact ({listed}); restore one from a copy")
-    return None
+    return Candidates(self, on_corrupt, only)
 
   def set_aside(self, step: int) -> pathlib.Path:
     """Moves a damaged checkpoint to `damaged/` beside the folder, so that its number can be saved again."""
-    folder = self._directory.parent / "damaged"
+    folder = self.directory.parent / "damaged"
     target, number = folder / str(step), 0
     while target.exists():
       number += 1
@@ -223,38 +166,26 @@ class Checkpoints:
       for step, target in targets.items():
         try:
           target.parent.mkdir(parents=True, exist_ok=True)
-          (self._directory / str(step)).rename(target)
+          (self.directory / str(step)).rename(target)
         except OSError as error:
           raise RunError(f"checkpoint {step} cannot be moved to {target} ({error.strerror})") from error
     multihost_utils.sync_global_devices("the checkpoints have been moved")
     self._manager.close()
     self._open()
 
-  def _check_alone(self, step: int, expect: Expect) -> tuple[Manifest, TrainState]:
-    """The manifest, and the abstract state that it leads to; DamagedError or OtherPastError on all processes or none.
-
-    Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So where
-    there are several, each reads and verifies all by itself first, and they compare what they found.
-    """
-    problem, past, found = None, None, None
+  def _agree(self, read: Callable[[], _T]) -> _T:
+    """The result of `read`; DamagedError on all processes where one of them raises it."""
+    problem, found = None, []
     try:
-      manifest = self._read_manifest(step)
-      found = manifest, self._expected(expect, manifest, step)
-      if jax.process_count() > 1:
-        manifest_lib.verify_host(manifest, self._read_on_host(step, found[1]))
+      found.append(read())
     except DamagedError as error:
       problem = error
-    except OtherPastError as error:  # of the same manifest on all
-      past = error
-    if on_any_process(problem is not None):
+    if any_host(problem is not None):
       raise problem or DamagedError("another process cannot read it")
-    if past:
-      raise past
-    assert found is not None
-    return found
+    return found[0]
 
   def _read_manifest(self, step: int) -> Manifest:
-    folder = self._directory / str(step) / "manifest"
+    folder = self.directory / str(step) / "manifest"
     try:
       manifest = dict(ocp.JsonCheckpointHandler().restore(epath.Path(folder)))
     except _ORBAX_ERRORS as error:
@@ -262,32 +193,34 @@ class Checkpoints:
     manifest_lib.check(manifest, step)
     return manifest
 
-  def _read_on_host(self, step: int, abstract_state: TrainState) -> TrainState:
+  def _read_on_host(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
     """The whole state as NumPy arrays, without a collective."""
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_state)
-    folder = self._directory / str(step) / "state"
+    folder = self.directory / str(step) / "state"
     try:
       return ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=ocp.args.StandardRestore(target))
     except _ORBAX_ERRORS as error:
       raise self._unreadable(step, error) from error
 
-  def _expected(self, expect: Expect, manifest: Manifest, step: int) -> TrainState:
-    abstract_state = expect(manifest)
-    differences = manifest_lib.differences(manifest, abstract_state)
+  def _restore(self, step: int, manifest: Manifest, abstract_state: TrainState) -> TrainState:
+    """The state of a checkpoint, verified. Raises DamagedError, on all processes or none; UserError, RunError."""
+    stored = to_stored(abstract_state)
+    differences = manifest_lib.differences(manifest, stored)
     if differences:  # Orbax would cast another type in silence
       others = f" (and {len(differences) - 1} more)" if differences[1:] else ""
-      raise UserError(f"checkpoint {step} in {self._directory} is of another network: {differences[0]}{others}")
-    return abstract_state
-
-  def _read_state(self, step: int, manifest: Manifest, abstract_state: TrainState) -> TrainState:
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+      raise UserError(f"checkpoint {step} in {self.directory} is of another network: {differences[0]}{others}")
+    if jax.process_count() > 1:
+      # Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So each
+      # reads and verifies everything by itself first.
+      self._agree(lambda: manifest_lib.verify_host(manifest, self._read_on_host(step, stored)))
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
     try:
       state = self._manager.restore(step, args=args)["state"]
     except _ORBAX_ERRORS as error:
       raise self._unreadable(step, error) from error
     manifest_lib.verify(manifest, state)
     # Orbax's arrays may share buffers that cannot be donated; a compiled copy owns its own.
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state)
+    return from_stored(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state))
 
   def _unreadable(self, step: int, error: Exception) -> Exception:
     """What an error of Orbax means: a damaged checkpoint, or a machine that cannot read it now."""
@@ -298,7 +231,7 @@ class Checkpoints:
       codes.append(root.errno)
     strange = isinstance(root, MemoryError | jax.errors.JaxRuntimeError) or any(code not in _MISSING for code in codes)
     if strange or _NOT_DAMAGE.search(text):
-      return RunError(f"checkpoint {step} in {self._directory} cannot be read ({_one_line(root)})")
+      return RunError(f"checkpoint {step} in {self.directory} cannot be read ({_one_line(root)})")
     return DamagedError(_one_line(root))
 
   def close(self) -> None:
@@ -309,6 +242,92 @@ class Checkpoints:
       self._manager.close()
     except _ORBAX_ERRORS as error:
       raise self._failed(error) from error
+
+
+class Candidate:
+  """A checkpoint whose manifest is intact.
+
+  Attributes:
+    step: the number of training steps in it.
+    manifest: what it is of.
+  """
+
+  def __init__(self, candidates: Candidates, step: int, manifest: Manifest):
+    self.step, self.manifest, self._candidates = step, manifest, candidates
+
+  def restore(self, abstract_state: TrainState) -> TrainState | None:
+    """The state, bit for bit what was saved; None if its arrays are damaged, which `Candidates.damaged` then says.
+
+    Args:
+      abstract_state: shapes, types and shardings (ShapeDtypeStructs).
+
+    Raises:
+      UserError: if the arrays have other names, shapes or types than `abstract_state`.
+      RunError: if the machine cannot read them now.
+    """
+    return self._candidates._try(self.step, lambda folder: folder._restore(self.step, self.manifest, abstract_state))
+
+
+class Candidates:
+  """The checkpoints of a folder, to be tried in order, newest first, until one is restored.
+
+  An iteration that comes to its end has found nothing to restore. It raises UserError if that is because all are
+  damaged, so that nobody trains anew over what was lost.
+
+  Attributes:
+    damaged: step -> reason, of those found so far that are not what was saved.
+  """
+
+  def __init__(self, checkpoints: Checkpoints, on_corrupt: str, only: int | None):
+    self._folder, self._on_corrupt, self._only = checkpoints, on_corrupt, only
+    self.damaged: dict[int, str] = {}
+    self._vanished = False
+
+  def __iter__(self) -> Iterator[Candidate]:
+    """Raises UserError if all are damaged, or one is and that is an error; or if there are some, but not `only`."""
+    todo, refused = self._steps(), False
+    while todo:
+      step = todo.pop()
+      manifest = self._try(step, lambda folder, step=step: folder._agree(lambda: folder._read_manifest(step)))
+      if manifest is not None:
+        yield Candidate(self, step, manifest)
+        refused |= step not in self.damaged and not self._vanished
+      if self._vanished:  # deleted by the run that trains here, which has saved newer ones since
+        self._folder._open()
+        todo, self._vanished = self._steps(), False
+    if not self.damaged or refused:
+      return
+    if self._only is not None:
+      raise UserError(
+        f"checkpoint: {self._only} in {self._folder.directory} is damaged: {self.damaged[self._only]}; use another one"
+      )
+    listed = "; ".join(f"{step}: {reason}" for step, reason in self.damaged.items())
+    raise UserError(f"workdir: no checkpoint in {self._folder.directory} is intact ({listed}); restore one from a copy")
+
+  def _steps(self) -> list[int]:
+    steps = self._folder.steps()
+    if self._only is None or not steps:
+      return steps
+    if self._only not in steps:
+      listed = ", ".join(map(str, steps))
+      raise UserError(f"checkpoint: {self._folder.directory} has no {self._only}, only {listed}")
+    return [self._only]
+
+  def _try(self, step: int, read: Callable[[Checkpoints], _T]) -> _T | None:
+    """The result of `read`; None where it finds damage, which is noted, or a checkpoint deleted meanwhile."""
+    try:
+      return read(self._folder)
+    except DamagedError as error:
+      if self._folder.read_only and not (self._folder.directory / str(step)).exists():
+        self._vanished = True
+        return None
+      self.damaged[step] = str(error)
+      if self._on_corrupt == "fail":
+        raise UserError(
+          f"on_corrupt: checkpoint {step} in {self._folder.directory} is damaged: {error}; use --on_corrupt=fallback "
+          "to go back to the newest intact one"
+        ) from error
+      return None
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddpm_jax.devices.parallel import gather
+from ddpm_jax.devices.hosts import gather
 from ddpm_jax.errors import NonFiniteError, UserError
-from ddpm_jax.training.state import TrainState
 
 _FORMAT = 1
 Manifest = dict[str, Any]  # JSON values
+Tree = Any  # of arrays: `state.to_stored` of a state
 
 
 class DamagedError(Exception):
@@ -38,7 +38,7 @@ class OtherPastError(Exception):
     self.since = since
 
 
-def make(state: TrainState, step: int, facts: dict[str, Any]) -> Manifest:
+def make(state: Tree, step: int, facts: dict[str, Any]) -> Manifest:
   """The manifest of `state`, which all processes must ask for together.
 
   Args:
@@ -79,7 +79,7 @@ def check(manifest: Any, step: int) -> None:
     raise DamagedError(f"its manifest is of update {manifest['step']}")
 
 
-def verify(manifest: Manifest, state: TrainState) -> None:
+def verify(manifest: Manifest, state: Tree) -> None:
   """Compares a restored state, bit for bit, with what was saved. All processes must call it together.
 
   Raises:
@@ -88,7 +88,7 @@ def verify(manifest: Manifest, state: TrainState) -> None:
   _compare(manifest, describe(state))
 
 
-def verify_host(manifest: Manifest, state: TrainState) -> None:
+def verify_host(manifest: Manifest, state: Tree) -> None:
   """The same for a state of NumPy arrays, by each process alone."""
   _compare(manifest, {name: _describe_leaf(leaf) for name, leaf in _named_leaves(state).items()})
 
@@ -101,7 +101,7 @@ def _compare(manifest: Manifest, found: dict[str, dict[str, Any]]) -> None:
     raise DamagedError(f"{wrong[0]}{others}: not the numbers that were saved (SHA-256)")
 
 
-def differences(manifest: Manifest, abstract_state: TrainState) -> list[str]:
+def differences(manifest: Manifest, abstract_state: Tree) -> list[str]:
   """How the leaves of a manifest differ from those of a run in name, shape or type; each as a phrase."""
   stored = {name: (leaf["dtype"], list(leaf["shape"])) for name, leaf in manifest["leaves"].items()}
   needed = {name: (str(leaf.dtype), list(leaf.shape)) for name, leaf in _named_leaves(abstract_state).items()}
@@ -115,7 +115,7 @@ def differences(manifest: Manifest, abstract_state: TrainState) -> list[str]:
   return phrases
 
 
-def describe(state: TrainState) -> dict[str, dict[str, Any]]:
+def describe(state: Tree) -> dict[str, dict[str, Any]]:
   """Name -> shape, dtype, sha256, finite of every leaf. Hashed on all cores: hashlib releases the GIL."""
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     # Gathered one after the other: with several processes this is a collective.

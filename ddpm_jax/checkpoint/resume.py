@@ -6,18 +6,18 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import Manifest, OtherPastError
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint, shuffle
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import from_all_processes
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import numerics
 from ddpm_jax.training.optimizer import decay_start
@@ -69,22 +69,64 @@ def _data(source: Source) -> fingerprint.Fingerprint:
   return source.fingerprint | {"order": shuffle.KIND}
 
 
-def same_run(run: Run, source: Source, workdir: pathlib.Path) -> Callable[[Manifest], TrainState]:
-  """What `Checkpoints.restore` is to expect for training to go on: manifest -> abstract state, or UserError."""
+class Start(NamedTuple):
+  """Where a run begins or goes on.
 
-  def expect(manifest: Manifest) -> TrainState:
-    check_config(manifest, run.config, workdir)
-    _check_past(manifest, run.config, workdir)
-    if not run.config.data.allow_data_change:
-      if manifest["data"].get("order") != shuffle.KIND:
-        raise UserError(
-          f"dataset: checkpoint {manifest['step']} in {workdir} is of a version of ddpm_jax that shuffles the images "
-          "in another order; go on with that version, or all the same with --allow_data_change"
-        )
-      check_images(manifest, source, workdir)
-    return run.abstract_state
+  Attributes:
+    step: the number of training steps made; 0 for a new run.
+    state: after them, placed; None for a new run.
+    manifest: of the checkpoint; empty for a new run.
+    damaged: step -> reason, of newer checkpoints that are not what was saved.
+    other_past: the steps of newer checkpoints that a run of this length does not come by, in order.
+  """
 
-  return expect
+  step: int
+  state: TrainState | None
+  manifest: Manifest
+  damaged: dict[int, str]
+  other_past: list[int]
+
+
+def find_start(checkpoints: Checkpoints, run: Run, source: Source, workdir: pathlib.Path) -> Start:
+  """The newest checkpoint from which `run` can go on exactly, or a new beginning where there is none.
+
+  Raises:
+    UserError: if the checkpoints are of another run or of other images, or none is intact, or all that are left come
+      after the step at which a run of this length parts from the one that wrote them.
+  """
+  candidates = checkpoints.candidates(on_corrupt=run.config.train.on_corrupt)
+  others: dict[int, OtherPastError] = {}
+  for candidate in candidates:
+    try:
+      check_resume(candidate.manifest, run.config, source, workdir)
+    except OtherPastError as error:
+      others[candidate.step] = error
+      continue
+    state = candidate.restore(run.abstract_state)
+    if state is not None:
+      return Start(candidate.step, state, candidate.manifest, candidates.damaged, sorted(others))
+  if others and min(error.since for error in others.values()) > 0:
+    raise UserError(str(others[min(others)])) from others[min(others)]
+  return Start(0, None, {}, candidates.damaged, sorted(others))  # both begin with the same initial state
+
+
+def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pathlib.Path) -> None:
+  """Checks that a run can go on exactly from the checkpoint of this manifest.
+
+  Raises:
+    UserError: if it is of another run, or of other images.
+    OtherPastError: if a run of this length needs an older one.
+  """
+  check_config(manifest, config, workdir)
+  _check_past(manifest, config, workdir)
+  if config.data.allow_data_change:
+    return
+  if manifest["data"].get("order") != shuffle.KIND:
+    raise UserError(
+      f"dataset: checkpoint {manifest['step']} in {workdir} is of a version of ddpm_jax that shuffles the images in "
+      "another order; go on with that version, or all the same with --allow_data_change"
+    )
+  check_images(manifest, source, workdir)
 
 
 def check_images(manifest: Manifest, source: Source, workdir: pathlib.Path) -> None:
@@ -152,7 +194,7 @@ def check_hosts(run: Run, source: Source) -> None:
     flags["dataset"] = config_lib.FOLDER
   for what, facts in (("flags", flags), ("images", source.fingerprint)):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
-    for process, other in enumerate(from_all_processes(np.frombuffer(digest, np.uint8))):
+    for process, other in enumerate(all_gather_host(np.frombuffer(digest, np.uint8))):
       if other.tobytes() != digest:
         raise UserError(
           f"distributed: the {what} of process {process} differ from those of process {jax.process_index()}; give "
@@ -166,7 +208,7 @@ def check_shared(workdir: pathlib.Path) -> None:
     text = (workdir / lock.NAME).read_bytes()
   except OSError:
     text = b""
-  digests = from_all_processes(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+  digests = all_gather_host(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
   if np.any(digests != digests[0]):
     raise UserError(
       f"workdir: {workdir} is not the same folder for all processes; name one that every host has mounted there"

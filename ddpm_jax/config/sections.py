@@ -163,7 +163,7 @@ class TrainConfig:
                                   may_change=True)
   writers: str = option("tensorboard", "Where the metrics go beside metrics.jsonl, separated by commas (empty: "
                         "nowhere): 'tensorboard', files in the workdir; 'wandb', Weights & Biases; a class of your "
-                        "own, package.module:Class, see docs/several_runs.md.", may_change=True)
+                        "own, package.module:Class, see docs/guides/compare.md.", may_change=True)
   stop_exit_code: int = option(0, "Exit code of training that was asked to stop, with all it made saved, before it "
                                "was finished: one that is not 0 lets a scheduler start it again (4 to 125, such as "
                                "75).", minimum=0, maximum=125, may_change=True)

@@ -1,4 +1,4 @@
-"""Encoded images by index, and how they become uint8 arrays: what all kinds of data set have in common."""
+"""Encoded images by index, and their decoding to uint8 arrays, for all kinds of data sets."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ _CHUNK = 256  # images a task: large enough for one batched read of a record fil
 _MOST_IN_A_ROW = 100  # bad images; more are no accident, and a search for a good one would take ever longer
 
 
-class Rows(NamedTuple):
+class DecodedRows(NamedTuple):
   """Images by row, as a source gives them.
 
   Attributes:
     images: uint8 [N, H, W, C].
     replaced: bool [N], whether the row holds a later image, as its own is bad.
+    skipped: the bad images met on the way that are still to be reported: index, name and reason of each.
   """
 
   images: np.ndarray
   replaced: np.ndarray
+  skipped: Sequence[tuple[int, str]] = ()
 
-  def take(self, indices: np.ndarray) -> Rows:
+  def take(self, indices: np.ndarray) -> DecodedRows:
     """Copies of the rows at `indices` [M]."""
-    return Rows(self.images[indices], self.replaced[indices])
+    return DecodedRows(self.images[indices], self.replaced[indices])
 
 
-Skips = list[tuple[int, str]]  # bad images that were skipped: the index of each, and which it is and why
-Tell = Callable[[int, str], None]  # called with each of them
+ReportSkip = Callable[[int, str], None]  # takes index, name and reason of a bad image that is skipped
 
 
-class Elsewhere(NamedTuple):
-  """How another process reads images for this one.
+class RemoteReader(NamedTuple):
+  """Reads images in another process.
 
   Attributes:
-    read: is sent there, so it can be pickled; as `Source.read`, but with the rows come the bad images that were skipped
-      for them, each as (index, which and why).
-    tell: says of such a one here, on standard error, unless this process has said so before.
+    read: as `Source.read`, but picklable, and `skipped` is filled.
+    report: reports a skipped image in this process, once however often it is called for it.
   """
 
-  read: Callable[[np.ndarray], tuple[Rows, Skips]]
-  tell: Tell
+  read: Callable[[np.ndarray], DecodedRows]
+  report: ReportSkip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +60,17 @@ class EncodedImages:
   """A data set before decoding.
 
   Attributes:
-    name: what the user calls it.
+    name: as the user gave it.
     length: number of images.
     shape: (H, W, C) of the decoded images; C is 1 or 3.
     resize: whether to resize and crop them to that shape; else they must have it.
-    identity: what it is called wherever it lies, with its version and split if it has one.
-    listing: a digest of what is known of each image without reading it.
+    identity: its name independent of where it lies, with its version and split if it has one.
+    listing: a digest of all that is known of the images without reading them.
     fetch: encoded images, or paths to them, for a list of indices; a BadRecord in the place of one whose record cannot
       be read. Called from several threads.
-    label: what to call image i in an error.
+    label: the name of image i in an error.
     classes: the class of each image, see `Source.labels`; None if they have none. Nothing is read before it is called.
-    remark: a line for people about what was found, once a start; empty if there is nothing to say.
+    remark: a line to print once a start, such as what was left out; may be empty.
   """
 
   name: str
@@ -108,7 +108,7 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
 
 
 class NoLabels(UserError):
-  """Classes are needed, and the data set `name` cannot say them."""
+  """Classes are needed, and the data set `name` has none."""
 
   def __init__(self, name: str, why: str = "has none"):
     super().__init__(
@@ -118,59 +118,61 @@ class NoLabels(UserError):
 
 
 def stand_ins(bad: np.ndarray) -> np.ndarray:
-  """For each bad place of bool [N] the next one that is not, around the end: int [number of bad ones]. Not all are."""
+  """The next good index after each True of bad [N], cyclically: int [number of bad ones]. At least one is good."""
   good = np.flatnonzero(~bad)
   return good[np.searchsorted(good, np.flatnonzero(bad)) % len(good)]
 
 
-def on_demand(encoded: EncodedImages, *, skip: bool, tell: Tell | None = None) -> Callable[[np.ndarray], Rows]:
-  """A function that reads and decodes the images at `indices` [N].
+def on_demand(
+  encoded: EncodedImages, *, skip: bool, report: ReportSkip | None = None
+) -> Callable[[np.ndarray], DecodedRows]:
+  """Returns a function that reads and decodes the images at `indices` [N].
 
   Args:
     encoded: the data set.
     skip: put the next image that is not bad in the place of a bad one; else raise.
-    tell: called with each bad image that is skipped; None: `Skipped` says so.
+    report: called with each bad image that is skipped; default: a new `SkipReporter`.
 
   Returns:
     The function, which may be called from several threads. It raises UserError for a bad image, or with `skip` where it
     meets more than 100 in a row.
   """
-  return functools.partial(_read, encoded, skip=skip, tell=tell or Skipped().tell)
+  return functools.partial(_read, encoded, skip=skip, report=report or SkipReporter().report)
 
 
-def elsewhere(encoded: EncodedImages, *, skip: bool, tell: Tell) -> Elsewhere:
-  """What `on_demand` gives, for another process to read with. `encoded` is sent there, without its classes."""
-  return Elsewhere(functools.partial(_read_and_note, dataclasses.replace(encoded, classes=None), skip), tell)
+def remote_reader(encoded: EncodedImages, *, skip: bool, report: ReportSkip) -> RemoteReader:
+  """As `on_demand`, for another process, which is sent `encoded` without its classes."""
+  return RemoteReader(functools.partial(_read_with_skips, dataclasses.replace(encoded, classes=None), skip), report)
 
 
-def _read_and_note(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> tuple[Rows, Skips]:
-  skipped: Skips = []
-  return _read(encoded, indices, skip=skip, tell=lambda *bad: skipped.append(bad)), skipped
+def _read_with_skips(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> DecodedRows:
+  skipped: list[tuple[int, str]] = []
+  return _read(encoded, indices, skip=skip, report=lambda *bad: skipped.append(bad))._replace(skipped=skipped)
 
 
-def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, tell: Tell) -> Rows:
+def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, report: ReportSkip) -> DecodedRows:
   positions = [int(i) for i in indices]
-  rows = Rows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
+  rows = DecodedRows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
   for row, error in _decode(encoded, positions, rows.images).items():
     if not skip:
       raise error
-    tell(positions[row], error.what)
-    _replace(encoded, positions[row], rows.images[row : row + 1], tell)
+    report(positions[row], error.what)
+    _replace(encoded, positions[row], rows.images[row : row + 1], report)
     rows.replaced[row] = True
   return rows
 
 
-def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
-  """All images, decoded on all cores (Pillow releases the GIL); what `on_demand` would give for them, and raise."""
-  rows = Rows(np.empty((encoded.length, *encoded.shape), np.uint8), np.zeros(encoded.length, bool))
-  skipped = Skipped()
+def decode_all(encoded: EncodedImages, *, skip: bool) -> DecodedRows:
+  """All images, decoded on all cores (Pillow releases the GIL). Returns and raises what `on_demand` would."""
+  rows = DecodedRows(np.empty((encoded.length, *encoded.shape), np.uint8), np.zeros(encoded.length, bool))
+  skipped = SkipReporter()
 
   def fill(start: int) -> int:
     stop = min(start + _CHUNK, encoded.length)
     for row, error in _decode(encoded, list(range(start, stop)), rows.images[start:stop]).items():
       if not skip:
         raise error
-      skipped.tell(start + row, error.what)
+      skipped.report(start + row, error.what)
       rows.replaced[start + row] = True
     return stop - start
 
@@ -191,18 +193,18 @@ def decode_all(encoded: EncodedImages, *, skip: bool) -> Rows:
   return rows
 
 
-class Skipped:
-  """Says on standard error which images are bad, one line each, and each once however many threads meet it."""
+class SkipReporter:
+  """Reports bad images on standard error, one line each, and each once however many threads meet it."""
 
   def __init__(self):
     self._lock = threading.Lock()
-    self._told: set[int] = set()
+    self._reported: set[int] = set()
 
-  def tell(self, index: int, what: str) -> None:
-    """Says that image `index` is bad: which it is, and why."""
+  def report(self, index: int, what: str) -> None:
+    """Reports image `index`; `what`: its name, and why it is bad."""
     with self._lock:
-      if index not in self._told:
-        self._told.add(index)
+      if index not in self._reported:
+        self._reported.add(index)
         console.note(f"skipped: {what}")
 
 
@@ -232,14 +234,14 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
   return image
 
 
-def _replace(encoded: EncodedImages, position: int, out: np.ndarray, tell: Tell) -> None:
+def _replace(encoded: EncodedImages, position: int, out: np.ndarray, report: ReportSkip) -> None:
   """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C]. Raises UserError."""
   for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
     candidate = (position + distance) % encoded.length
     errors = _decode(encoded, [candidate], out)
     if not errors:
       return
-    tell(candidate, errors[0].what)
+    report(candidate, errors[0].what)
   raise _too_many(encoded, position)
 
 

@@ -1,6 +1,6 @@
-"""What of the data must stay when a run is resumed, as a few lines that go into a checkpoint.
+"""A fingerprint of the data, kept in each checkpoint: it must be the same when a run is resumed.
 
-Everything that the pixels depend on and that is cheap to know, and nothing else: not where the data lie, how they are
+It has all that the pixels depend on and that is cheap to know, and nothing else: not where the data lie, how they are
 read, or by how many processes.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.data.encoded import EncodedImages, Rows
+from ddpm_jax.data.encoded import DecodedRows, EncodedImages
 
 Fingerprint = dict[str, str | int]
 
@@ -23,7 +23,7 @@ _PARTS = 4  # of the probe, each read by one call
 
 
 def take(
-  encoded: EncodedImages, read: Callable[[np.ndarray], Rows], everything: np.ndarray | None = None
+  encoded: EncodedImages, read: Callable[[np.ndarray], DecodedRows], everything: np.ndarray | None = None
 ) -> Fingerprint:
   """The fingerprint of a data set.
 

@@ -24,7 +24,7 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def exists(data: DataConfig) -> bool:
-  """Whether there is a folder of that name."""
+  """Returns True if there is a folder of that name."""
   path = data.dataset.removeprefix(FOLDER)
   return bool(path) and os.path.isdir(expanded("dataset", path))
 
@@ -88,12 +88,12 @@ def open_folder(data: DataConfig) -> EncodedImages:
 
 
 def _label(file: pathlib.Path, number: int) -> str:
-  """What to call an image in an error: its path, and its place among all of the folder."""
+  """The name of an image in an error: its path, and its place among all of the folder."""
   return f"{file} (image {number})"
 
 
 def split_of(data: DataConfig, names: Sequence[str]) -> np.ndarray:
-  """Which images of a folder are of `data.split`, in TFDS's notation: int64, the places of their names in `names`.
+  """The images of `data.split`, in TFDS's notation, of a folder: int64, the places of their names in `names`.
 
   A folder has one split, 'train', of which slices may be taken: 'train[:90%]', 'train[90%:]', 'train[:500]'. Slices are
   cut in the order of the SHA-256 of the relative paths, in which folders of classes, or pictures that were taken one
@@ -140,7 +140,7 @@ def _classes(name: str, paths: list[str]) -> np.ndarray:
   return np.array([number[head] for head, _, _ in heads], np.int32)
 
 
-# What is left out, in the order in which it is told.
+# The kinds that are left out, in the order of the message.
 _PLURALS = {
   "file of another format": "files of other formats",
   "hidden file": "hidden files",
@@ -165,11 +165,11 @@ class Found(NamedTuple):
 
   @property
   def has_links(self) -> bool:
-    """Whether --follow_links would take more."""
+    """True if --follow_links would take more."""
     return any(kind.startswith("link to") for kind in self.left_out)
 
   def remark(self, name: str) -> str:
-    """A line that says what of the data set `name` was left out; empty if nothing was."""
+    """A line about what of the data set `name` was left out; empty if nothing was."""
     if not self.left_out:
       return ""
     number = len(self.files)
@@ -179,7 +179,7 @@ class Found(NamedTuple):
     )
 
   def left_out_text(self) -> str:
-    """What was left out, for people; empty if nothing was."""
+    """Kinds and numbers of what was left out; empty if nothing was."""
     kinds = []
     for kind, suffixes in self.left_out.items():
       number = suffixes.total()

@@ -1,8 +1,4 @@
-"""Images in and out: files to uint8 pixels, and uint8 to the model's range and back.
-
-The only module that knows value ranges: pixels are uint8 in 0..255 on the host and in files, float32 in [-1, 1] in the
-model (Ho et al. 2020, section 3.3).
-"""
+"""Images: files to uint8 pixels, and their mirroring."""
 
 from __future__ import annotations
 
@@ -56,16 +52,6 @@ class BadRecord(UserError):
 
   def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
     return BadRecord, (self.what, self._remedy)  # as an exception, it would be made anew of its message alone
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """Pixels uint8 [..] in 0..255 as float32 [..] in [-1, 1]."""
-  return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-  """Images float [..] as uint8 [..]: the exact inverse of `to_float`; values outside [-1, 1] are clipped."""
-  return jnp.round(jnp.clip((images.astype(jnp.float32) + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
 
 
 def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -151,7 +137,7 @@ def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
 
 
 def _to_upright(image: Image.Image) -> Image.Transpose | None:
-  """How an image is turned upright; not at all where its EXIF block cannot be read: the pixels may be sound."""
+  """The transpose that turns an image upright; None where its EXIF block cannot be read: the pixels may be sound."""
   try:
     with _pillow("EXIF block", "is broken"):
       return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))

@@ -8,13 +8,12 @@ goes on where it stopped on any number of hosts.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
 
 import grain
 import numpy as np
 
-from ddpm_jax.data.encoded import Rows, Skips, Tell
+from ddpm_jax.data.encoded import DecodedRows, RemoteReader
 from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
 from ddpm_jax.data.workers import read_ahead
@@ -28,7 +27,7 @@ _WITHOUT_END = 2**40  # batches
 def order(
   length: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
 ) -> grain.MapDataset:
-  """Which images are in which batch: `order(...)[k]` is int [B/n], this process's share of batch k.
+  """The images of each batch: `order(...)[k]` is int [B/n], this process's share of batch k.
 
   Args:
     length: number of images in the data set; may be smaller than a batch.
@@ -55,26 +54,10 @@ def order(
 
 
 def images_of(source: Source, step: int, *, batch_size: int, seed: int) -> np.ndarray:
-  """int [B]: which images of the data set are in batch `step` (counted from 0), over all processes."""
+  """int [B]: the images of batch `step` (counted from 0), over all processes."""
   indices = order(len(source), batch_size=batch_size, seed=seed)[step]
   assert indices is not None  # only a filtered dataset has gaps
   return indices
-
-
-def batch_at(
-  source: Source, step: int, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-) -> Batch:
-  """Batch `step` (counted from 0), without its predecessors. For the arguments and the result see `batches`."""
-  batch = _dataset(
-    _reading(source.read),
-    len(source),
-    batch_size=batch_size,
-    seed=seed,
-    process_index=process_index,
-    process_count=process_count,
-  )[step]
-  assert batch is not None  # only a filtered dataset has gaps
-  return batch
 
 
 def batches(
@@ -88,10 +71,9 @@ def batches(
   threads: int = 2,
   workers: int = 0,
 ) -> Generator[Batch, None, None]:
-  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads, here or in processes apart.
+  """Yields batches start_step, start_step + 1, ... without end, read ahead by threads of this process or by workers.
 
-  They start with the first `next` and stop with the generator's `close()`. Neither their number nor where they are
-  changes a batch.
+  They start with the first `next` and stop with the generator's `close()`. Their number does not change a batch.
 
   Args:
     source: the images.
@@ -100,8 +82,8 @@ def batches(
     start_step: number of batches that came before.
     process_index: p, in 0..n-1.
     process_count: n.
-    threads: how many read and decode; at most twice as many batches wait to be used.
-    workers: processes that read, with as many threads each; not for a source that cannot be read elsewhere. 0: none.
+    threads: number that read and decode; at most twice as many batches wait to be used.
+    workers: number of processes that read instead, with as many threads each; unused for images in memory.
 
   Yields:
     "image": uint8 [B/n, H, W, C]; "index": int32 [B/n], the position of each row in the global batch; "replaced": bool
@@ -111,19 +93,16 @@ def batches(
     UserError: the processes cannot share a batch evenly, or an image cannot be decoded.
     RunError: a worker was killed.
 
-  Whatever else `source.read` raises in a thread is raised here too, in place of the batch that it was reading.
+  Any other error of `source.read` is raised in place of the batch that was read.
   """
   share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
-  if workers and source.elsewhere:
-    dataset = _dataset(_noting(source.elsewhere.read), len(source), **share)[start_step:]
-    return _telling(read_ahead(dataset, workers=workers, threads=threads), source.elsewhere.tell)
-  dataset = _dataset(_reading(source.read), len(source), **share)[start_step:]
-  options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-  return _closing(dataset.to_iter_dataset(options))
+  remote = source.remote if workers else None
+  dataset = _dataset(remote.read if remote else source.read, len(source), **share)[start_step:]
+  return _yield_batches(read_ahead(dataset, workers=workers if remote else 0, threads=threads), remote)
 
 
 def _dataset(
-  read: Callable[[np.ndarray], dict[str, Any]],
+  read: Callable[[np.ndarray], DecodedRows],
   length: int,
   *,
   batch_size: int,
@@ -131,46 +110,31 @@ def _dataset(
   process_index: int,
   process_count: int,
 ) -> grain.MapDataset:
-  """What `read` makes of the images of each batch, and their places in it, for one process."""
+  """Each element: one process's share of a batch, and the bad images that are still to be reported."""
   share = batch_size // process_count
   index = process_index * share + np.arange(share, dtype=np.int32)
+
+  def load(indices: np.ndarray) -> tuple[Batch, Sequence[tuple[int, str]]]:
+    try:
+      rows = read(indices)
+    except StopIteration as error:  # as it is, it would pass for the end of the data, or of one worker's part
+      raise RuntimeError("reading images raised StopIteration") from error
+    return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced}, rows.skipped
+
   return order(length, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count).map(
-    lambda indices: read(indices) | {"index": index.copy()}
+    load
   )
 
 
-def _reading(read: Callable[[np.ndarray], Rows]) -> Callable[[np.ndarray], Batch]:
-  def of(indices: np.ndarray) -> Batch:
-    rows = read(indices)
-    return {"image": rows.images, "replaced": rows.replaced}
-
-  return of
-
-
-def _noting(read: Callable[[np.ndarray], tuple[Rows, Skips]]) -> Callable[[np.ndarray], dict[str, Any]]:
-  """As `_reading`, in another process: "skipped" has the bad images that are to be told of here."""
-
-  def of(indices: np.ndarray) -> dict[str, Any]:
-    rows, skipped = read(indices)
-    return {"image": rows.images, "replaced": rows.replaced, "skipped": skipped}
-
-  return of
-
-
-def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
-  """Iterates, and stops the threads when the consumer does."""
-  iterator = iter(dataset)
-  try:
-    while True:
-      yield next(iterator)  # not `yield from`: a StopIteration out of a reader would pass for the end of the data
-  finally:
-    iterator.close()
-
-
-def _telling(elements: Generator[dict[str, Any], None, None], tell: Tell) -> Generator[Batch, None, None]:
-  """The batches of other processes, and in this one a line for each image that was skipped there."""
+def _yield_batches(
+  elements: Generator[tuple[Batch, Sequence[tuple[int, str]]], None, None], remote: RemoteReader | None
+) -> Generator[Batch, None, None]:
   with contextlib.closing(elements):
-    for element in elements:
-      for index, what in element.pop("skipped"):
-        tell(index, what)
-      yield element
+    for batch, skipped in elements:
+      if remote is None:
+        yield batch
+        continue
+      for index, what in skipped:
+        remote.report(index, what)
+      # Arrays of this process: the memory that it shares with the worker is free again at once.
+      yield {name: np.array(value) for name, value in batch.items()}

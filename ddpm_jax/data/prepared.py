@@ -30,7 +30,7 @@ from ddpm_jax.runtime.paths import command, expanded, home
 # Of a damaged record: the reader of ArrayRecord raises RuntimeError for whatever it finds, the rest is TFDS's parser.
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, message.DecodeError)
 _CHUNK = 256  # labels to read at once
-_NOWHERE = pathlib.Path(os.devnull)  # for a user without a home: in it nothing is, and nothing can be made
+_NOWHERE = pathlib.Path(os.devnull)  # for a user without a home: nothing is in it, and nothing can be created
 
 
 def open_prepared(data: DataConfig) -> EncodedImages:
@@ -61,7 +61,7 @@ def open_prepared(data: DataConfig) -> EncodedImages:
 
 
 def listing(full_name: str, split: str, shards: Sequence[Any]) -> str:
-  """What is known of the records of a split without reading them, as a digest. Arguments: TFDS's, of `shards_of`."""
+  """A digest of what is known of the records of a split without reading them. Arguments: TFDS's, of `shards_of`."""
   return fingerprint.digest(
     [full_name, split, *(f"{shard.skip} {shard.take} {shard.examples_in_shard}" for shard in shards)]
   )
@@ -100,7 +100,7 @@ def _prepared_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
 
 
 def _label(data: DataConfig, shards: Sequence[Any]) -> Callable[[int], str]:
-  """What to call image i: the shard and the place in it say which file is damaged. Shards are TFDS's instructions."""
+  """Returns a function that names image i: the shard and the place in it, to find a damaged file. shards: TFDS's."""
   ends = list(itertools.accumulate(shard.take for shard in shards))
 
   def label(index: int) -> str:
@@ -216,7 +216,7 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
 
 
 def _data_dir(data: DataConfig) -> str:
-  """Where prepared data sets lie: `data.data_dir`, TFDS_DATA_DIR, or `tensorflow_datasets` in the home folder."""
+  """The folder of prepared data sets: `data.data_dir`, TFDS_DATA_DIR, or `tensorflow_datasets` in the home folder."""
   if data.data_dir:
     return expanded("data_dir", data.data_dir)
   if chosen := os.environ.get("TFDS_DATA_DIR"):
@@ -225,7 +225,7 @@ def _data_dir(data: DataConfig) -> str:
 
 
 def is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
-  """Whether the data set lies in its folder. `builder.is_prepared` says the same, with a warning when it does not."""
+  """Returns True if the data set lies in its folder. `builder.is_prepared` does, with a warning if it does not."""
   return (builder.data_path / "dataset_info.json").exists()
 
 
@@ -314,7 +314,7 @@ def _class_feature(builder: tfds.core.DatasetBuilder) -> str | None:
 
 
 def shards_of(data: DataConfig, splits: Any) -> Sequence[Any]:
-  """Which records `data.split` is of `splits`, TFDS's: its file instructions. Raises UserError if it is empty, or none.
+  """The records of `data.split`, as TFDS's file instructions. Raises UserError if it is empty, or none of `splits`.
 
   A record i of one that skips S and takes T is record S + i of its file.
   """

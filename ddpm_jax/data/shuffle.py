@@ -10,7 +10,7 @@ KIND = "sorted Philox words"  # part of a checkpoint: a run cannot go on in anot
 
 
 def shuffled(rows: np.ndarray, length: int, seed: int) -> np.ndarray:
-  """Which images are at some rows of the endless shuffle.
+  """The images at given rows of the endless shuffle.
 
   Args:
     rows: int64 [N], each at least 0; row r is in epoch r // length.

@@ -12,7 +12,7 @@ import numpy as np
 
 from ddpm_jax.config import FOLDER, DataConfig
 from ddpm_jax.data import digits, fingerprint, folder, prepared
-from ddpm_jax.data.encoded import Elsewhere, Rows, Skipped, decode_all, elsewhere, on_demand
+from ddpm_jax.data.encoded import DecodedRows, RemoteReader, SkipReporter, decode_all, on_demand, remote_reader
 from ddpm_jax.runtime import console
 
 
@@ -21,14 +21,14 @@ class Source:
   """Images by index.
 
   Attributes:
-    name: what the user calls the data set.
+    name: of the data set, as the user gave it.
     image_shape: (H, W, C) of every image.
     length: number of images, at least 1.
     read: images uint8 [len(indices), H, W, C], and which of them stand for one that is bad, for an int array of indices
       in 0..length-1, repeats allowed. May be called from several threads. Raises UserError for an image that cannot be
       decoded, unless the source was opened with `on_bad_record=skip`.
     fingerprint: what must stay when a run is resumed, see `fingerprint.take`.
-    elsewhere: reads the same in another process; None where the images are in memory, as they would be copied there.
+    remote: reads the same in another process; None where the images are in memory, which would be copied.
     labels: reads the class of each image, int32 [length] in 0..K-1; what stands for a bad record's is that of the next
       good one, and no class of the image. Not called, it costs nothing. Raises UserError if the images have no classes,
       or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
@@ -37,10 +37,10 @@ class Source:
   name: str
   image_shape: tuple[int, int, int]
   length: int
-  read: Callable[[np.ndarray], Rows]
+  read: Callable[[np.ndarray], DecodedRows]
   fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
   labels: Callable[[], np.ndarray] | None = None
-  elsewhere: Elsewhere | None = None
+  remote: RemoteReader | None = None
 
   def __len__(self) -> int:
     return self.length
@@ -79,8 +79,9 @@ def open_source(data: DataConfig) -> Source:
     cached = decode_all(encoded, skip=skip)
     read, everything, remote = cached.take, cached.images, None
   else:
-    tell = Skipped().tell
-    read, everything, remote = on_demand(encoded, skip=skip, tell=tell), None, elsewhere(encoded, skip=skip, tell=tell)
+    reporter = SkipReporter()
+    read, everything = on_demand(encoded, skip=skip, report=reporter.report), None
+    remote = remote_reader(encoded, skip=skip, report=reporter.report)
   return Source(
     name=encoded.name,
     image_shape=encoded.shape,
@@ -88,7 +89,7 @@ def open_source(data: DataConfig) -> Source:
     read=read,
     fingerprint=fingerprint.take(encoded, read, everything),
     labels=encoded.classes and functools.cache(encoded.classes),  # all records are read for them
-    elsewhere=remote,
+    remote=remote,
   )
 
 
@@ -110,7 +111,7 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
 
 
 def has_split(data: DataConfig, split: str) -> bool:
-  """Whether the data set has a split of that name. Prepares the data set if need be.
+  """Returns True if the data set has a split of that name. Prepares the data set if need be.
 
   Args:
     data: says which data set; its own split does not matter.

@@ -1,95 +1,90 @@
-"""Worker processes that read batches: Grain's, and what it takes that they neither disturb nor outlive this process.
+"""Batches read ahead by Grain: by threads of this process, or by worker processes.
 
-A worker is spawned, not forked, as JAX has threads here. It hears no signal: Ctrl-C goes to all processes of a
-terminal, and this one still needs batches to come to its end. It ends when it is told to, and when this process is
-gone.
+Grain's `mp_prefetch` does the reading. This module adds what Grain 0.2.18 leaves to its caller, each with a test that
+fails without it: workers block the signals of a terminal (Ctrl-C reaches all its processes, and the trainer needs
+batches until it has saved), end with a parent that is killed, and `close()` ends even where a read hangs. Workers are
+spawned, not forked, as JAX has threads here.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
-import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Generator
-from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
-import numpy as np
 
 from ddpm_jax.errors import RunError
 
-_NAME = "grain-process-prefetch"  # what Grain calls its workers
-_DIED = "Worker process was terminated unexpectedly"  # what it says of one that did not end by itself
+_DIED = "Worker process was terminated unexpectedly"  # Grain's message for one that did not end by itself
 _GRACE_S = 5.0  # a worker may finish what it reads, but a read may hang
 
 
-def read_ahead(dataset: grain.MapDataset, *, workers: int, threads: int) -> Generator[dict[str, Any], None, None]:
-  """Yields the elements of an endless `dataset` in their order: of n workers, worker w reads every n-th from w on.
+def read_ahead(dataset: grain.MapDataset, *, workers: int, threads: int) -> Generator[Any, None, None]:
+  """Yields the elements of an endless `dataset` in their order, read ahead.
 
-  The workers start with the first `next` and stop with the generator's `close()`. Grain wants absl's flags parsed.
+  Threads or workers start with the first `next` and stop with the generator's `close()`. Grain wants absl's flags
+  parsed before workers start.
 
   Args:
-    dataset: dictionaries with arrays in them; is pickled.
-    workers: how many processes, at least 1.
-    threads: of each; at most two elements more than it has threads wait there to be used.
+    dataset: pickled if there are workers; of W workers, worker w reads every W-th element from w on.
+    workers: number of processes; 0: threads of this process.
+    threads: of each process; at most twice as many elements wait to be used (with workers, plus one for each).
 
   Raises:
     RunError: a worker has died.
 
-  Whatever else is raised while an element is read is raised here too, in place of that element.
+  Any other error is raised in place of the element that was read.
   """
-  reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-  # One worker for each iterator: Grain would start several one by one, and end them one by one.
-  alone = grain.MultiprocessingOptions(num_workers=1)
-  parts = (dataset[worker::workers].to_iter_dataset(reading) for worker in range(workers))
-  iterators = [iter(part.mp_prefetch(alone, worker_init_fn=_begin)) for part in parts]
+  ahead = dataset.to_iter_dataset(
+    grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else 2 * threads)
+  )
+  if workers:
+    ahead = ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_watch_parent)
+  iterator = iter(ahead)
   others = set(multiprocessing.active_children())
   try:
-    _start(iterators)
-    for iterator in itertools.cycle(iterators):
+    if workers:
+      _start(iterator)
+    while True:
       yield _next(iterator)
   finally:
-    _end(iterators, others)
+    _close(iterator, others)
 
 
-def _start(iterators: list[grain.DatasetIterator]) -> None:
-  """Starts all workers at once, deaf to signals from their first moment on: they inherit what is blocked here."""
-  # Shared memory that nobody gives back, as the worker or this process was killed, is given back by a process of
-  # Python's, which should do so without a word. It unblocks signals here when it starts, so it starts first.
+def _start(iterator: grain.DatasetIterator) -> None:
+  """Starts all workers with the signals of a terminal blocked from their first moment on: they inherit the mask."""
+  # Python's resource tracker frees the shared memory that a killed process leaves, and should do so silently.
   silence = "ignore:resource_tracker:UserWarning"
   if silence not in sys.warnoptions:
     sys.warnoptions.append(silence)
-  resource_tracker.ensure_running()
-  for iterator in iterators:
-    iterator.get_state()  # Grain makes here what it starts
+  iterator.get_state()  # makes what `start_prefetch` starts; and the tracker, whose start unblocks signals
   blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
   try:
-    for iterator in iterators:
-      iterator.start_prefetch()
+    iterator.start_prefetch()
   finally:
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _begin(_worker: int, _workers: int) -> None:
-  """What a worker does first: it sees to it that it ends when its parent is gone, killed for one."""
-  threading.Thread(target=_end_with_the_parent, name="parent", daemon=True).start()
+def _watch_parent(_worker: int, _workers: int) -> None:
+  """Runs first in a worker, which would wait for ever for a parent that was killed."""
+
+  def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # only a worker comes here
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
 
 
-def _end_with_the_parent() -> None:
-  parent = multiprocessing.parent_process()
-  assert parent is not None  # only a worker comes here
-  parent.join()
-  os._exit(1)
-
-
-def _next(iterator: grain.DatasetIterator) -> dict[str, Any]:
+def _next(iterator: grain.DatasetIterator) -> Any:
   try:
-    element = next(iterator)
+    return next(iterator)
   except RuntimeError as error:
     if not str(error).startswith(_DIED):
       raise
@@ -97,23 +92,20 @@ def _next(iterator: grain.DatasetIterator) -> dict[str, Any]:
       f"data_workers: a process that reads images has died ({str(error).partition('. ')[0]}), as the system lets it "
       "where memory is short; use fewer --data_workers or --data_threads, or --data_workers=0"
     ) from None
-  # Arrays of this process: the memory that it shares with the worker is free again at once.
-  return {name: np.array(part) if isinstance(part, np.ndarray) else part for name, part in element.items()}
 
 
-def _end(iterators: list[grain.DatasetIterator], others: set[Any]) -> None:
-  """Tells the workers to end, and kills those that do not in time; `others` are children of this process before."""
+def _close(iterator: grain.DatasetIterator, others: set[Any]) -> None:
+  """Stops threads and workers, and kills workers that do not end in time; `others` are children from before."""
   if sys.is_finalizing():
     return  # never closed: Python's exit has ended the workers by now, and starts no thread any more
 
   def kill() -> None:
     for child in multiprocessing.active_children():
-      if child not in others and child.name.startswith(_NAME):
+      if child not in others:
         child.kill()
 
   late = threading.Timer(_GRACE_S, kill)
   late.daemon = True
   late.start()
-  with concurrent.futures.ThreadPoolExecutor(len(iterators)) as pool:
-    list(pool.map(lambda iterator: iterator.close(), iterators))
+  iterator.close()
   late.cancel()

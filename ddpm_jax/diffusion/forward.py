@@ -7,24 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.diffusion.schedules import NoiseSchedule, at, posterior
+from ddpm_jax.diffusion.schedules import Level, NoiseSchedule, at, posterior
 
 
-def q_sample(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-  """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. eq. 4 and Algorithm 1, line 5).
+def q_sample(x0: jax.Array, eps: jax.Array, level: Level) -> jax.Array:
+  """x_t = alpha x_0 + sigma eps (Ho et al. eq. 4 and Algorithm 1, line 5).
+
+  >>> q_sample(jnp.ones(2), jnp.asarray([0.0, 5.0]), Level(alpha=0.8, sigma=0.6, time=0)).tolist()
+  [0.800000011920929, 3.799999952316284]
 
   Args:
-    schedule: the noise schedule.
     x0: one example, any shape, images in [-1, 1].
-    t: integer scalar in 0..T; at t = 0 the result is x0.
     eps: standard normal noise, the shape of x0.
+    level: `NoiseSchedule.level(t)`, scalars; at t = 0 the result is x0.
 
   Returns:
     x_t, the shape of x0.
   """
   chex.assert_equal_shape([x0, eps])
-  chex.assert_rank(t, 0)
-  return at(schedule.sqrt_alpha_bar, t) * x0 + at(schedule.sqrt_one_minus_alpha_bar, t) * eps
+  chex.assert_rank([level.alpha, level.sigma], 0)
+  return level.alpha * x0 + level.sigma * eps
 
 
 def q_marginal(schedule: NoiseSchedule, x0: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:

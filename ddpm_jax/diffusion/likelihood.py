@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import typing
-from collections.abc import Callable
 
 import chex
 import jax
@@ -16,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from ddpm_jax.diffusion.prediction import to_eps, to_x0
+from ddpm_jax.diffusion.denoiser import DenoiseFn
 from ddpm_jax.diffusion.samplers import time_grid
-from ddpm_jax.diffusion.schedules import NoiseSchedule, at, posterior, reverse_variance
+from ddpm_jax.diffusion.schedules import Level, NoiseSchedule, at, cast, posterior, reverse_variance
 
-BIN = 2.0 / 255.0  # the distance of two values of a pixel, and the width of the bin around each
+BIN = 2.0 / 255.0  # the distance of two values of a pixel in [-1, 1], and the width of the bin around each
 _LOG_2 = math.log(2.0)
-
-PredictEps = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def posterior_kl(schedule: NoiseSchedule, variance: str, x0: jax.Array, t: jax.Array, x0_hat: jax.Array) -> jax.Array:
@@ -123,27 +120,16 @@ def strata(num_timesteps: int, number: int) -> np.ndarray:
   return np.append(1, np.floor(1.5 + np.cumsum(high**powers)).astype(np.int64))
 
 
-def eps_predictor(
-  network: Callable[[jax.Array, jax.Array], jax.Array], schedule: NoiseSchedule, prediction: str
-) -> PredictEps:
-  """Turns a network (x_t [B, ...], t [B]) -> output into (x_t, t) -> eps_hat float32 [B, ...]; nothing is clipped."""
-
-  def convert(output: jax.Array, xt: jax.Array, t: jax.Array) -> jax.Array:
-    return to_eps(schedule, to_x0(prediction, schedule, output, xt, t), xt, t)
-
-  return lambda xt, t: jax.vmap(convert)(network(xt, t).astype(jnp.float32), xt, t)
-
-
 _BELOW_1 = 8  # steps on [0, sbar_1]
 
 
 class OdeTable(typing.NamedTuple):
   """How the ODE is solved. One row for each of the n + 8 points of the grid, sbar = 0 first and sbar_T last.
 
-  At row i the state is xbar_i; `t` int64 [n + 8], the others float64 [n + 8].
+  At row i the state is xbar_i. float64 [n + 8] each.
   """
 
-  t: np.ndarray  # what the network is told: the timestep, but 1 below timestep 1
+  level: Level  # where the denoiser is evaluated: that of t, of t = 1 also below it
   scale: np.ndarray  # 1 / sqrt(1 + sbar^2), which is sqrt(alpha_bar): x_t = scale xbar
   step: np.ndarray  # sbar of the next row minus that of this one; 0 in the last row
   weight: np.ndarray  # of the divergence at this point in its integral over sbar
@@ -171,7 +157,7 @@ def ode_table(schedule: NoiseSchedule, num_steps: int) -> OdeTable:
   weight[1 : _BELOW_1 + 1] += sbar_above[0] / _BELOW_1 / 2
   weight[_BELOW_1:-1] += width * sbar_above[:-1]
   weight[_BELOW_1 + 1 :] += width * sbar_above[1:]
-  return OdeTable(t, 1.0 / np.sqrt(1.0 + sbar**2), np.diff(sbar, append=sbar[-1]), weight)
+  return OdeTable(schedule.level(t), 1.0 / np.sqrt(1.0 + sbar**2), np.diff(sbar, append=sbar[-1]), weight)
 
 
 def ode_evaluations(num_steps: int) -> int:
@@ -180,7 +166,7 @@ def ode_evaluations(num_steps: int) -> int:
 
 
 def ode_log_density(
-  schedule: NoiseSchedule, predict_eps: PredictEps, x0: jax.Array, keys: jax.Array, *, num_steps: int, num_probes: int
+  schedule: NoiseSchedule, denoise: DenoiseFn, x0: jax.Array, keys: jax.Array, *, num_steps: int, num_probes: int
 ) -> jax.Array:
   """log p(x_0) of the model that the probability-flow ODE defines (Song et al. 2021, section 4.3 and appendix D.2).
 
@@ -195,10 +181,10 @@ def ode_log_density(
 
   Args:
     schedule: the noise schedule.
-    predict_eps: (x_t float32 [B, ...], t int32 [B]) -> eps_hat float32 [B, ...].
+    denoise: a denoise function that clips nothing, of which eps is used.
     x0: float32 [B, ...].
     keys: B random keys, for the vectors v; the result for x0[i] depends on keys[i] alone.
-    num_steps: n in 1..T, see `ode_table`. `predict_eps` is evaluated `ode_evaluations(n)` times; half of these are
+    num_steps: n in 1..T, see `ode_table`. `denoise` is evaluated `ode_evaluations(n)` times; half of these are
       linearised, once for all probes.
     num_probes: vectors v for each example.
 
@@ -208,20 +194,19 @@ def ode_log_density(
   dimensions = tuple(range(1, x0.ndim))
   probes = jax.vmap(lambda key: jax.random.rademacher(key, (num_probes, *x0.shape[1:]), x0.dtype), out_axes=1)(keys)
 
-  def move(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+  def move(carry: tuple[jax.Array, jax.Array], row: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
     xbar, integral = carry
-    t, scale, t_next, scale_next, step, weight = row
+    level, scale, level_next, scale_next, step, weight = row
 
-    eps, along = jax.linearize(lambda xbar: predict_eps(scale * xbar, jnp.full(len(x0), t)), xbar)
+    eps, along = jax.linearize(lambda xbar: denoise(scale * xbar, level).eps, xbar)
     derivative = jax.vmap(along)(probes)  # [P, B, ...]
     divergence = jnp.mean(jnp.sum(probes * derivative, axis=tuple(d + 1 for d in dimensions)), axis=0)
-    ahead = predict_eps(scale_next * (xbar + step * eps), jnp.full(len(x0), t_next))
+    ahead = denoise(scale_next * (xbar + step * eps), level_next).eps
     return (xbar + step / 2 * (eps + ahead), integral + weight * divergence), None
 
   table = ode_table(schedule, num_steps)
-  later = np.minimum(np.arange(len(table.t)) + 1, len(table.t) - 1)
-  columns = (table.t, table.scale, table.t[later], table.scale[later], table.step, table.weight)
-  rows = tuple(jnp.asarray(c, jnp.int32 if c.dtype == np.int64 else jnp.float32) for c in columns)
+  level_next, scale_next = jax.tree.map(lambda column: np.append(column[1:], column[-1]), (table.level, table.scale))
+  rows = cast((table.level, table.scale, level_next, scale_next, table.step, table.weight))
   (xbar, integral), _ = jax.lax.scan(move, (x0, jnp.zeros(len(x0))), rows)
   x_last = jnp.float32(table.scale[-1]) * xbar
   per_dimension = 0.5 * (np.log(schedule.alpha_bar[-1]) - np.log(2 * np.pi))

@@ -1,6 +1,6 @@
 """Samplers as coefficient tables, and the one loop that runs any of them.
 
-A row of a table evaluates the network once, at x_t, and moves from t to s:
+A row of a table evaluates the denoiser once, at x_t, and moves from t to s:
 
   x_s = c_xt x_t + c_x0 x0_hat(x_t, t) + c_prev x0_hat_prev + sigma z,   z ~ N(0, I),
 
@@ -18,23 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.diffusion.prediction import to_x0
-from ddpm_jax.diffusion.schedules import NoiseSchedule, posterior, reverse_variance
+from ddpm_jax.diffusion.denoiser import DenoiseFn
+from ddpm_jax.diffusion.schedules import Level, NoiseSchedule, cast, posterior, reverse_variance
 
-PredictX0 = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-# Center and width in log SNR of the time grid 'logistic', found by measuring, see docs/time_grids.md. The correction of
-# Heun's method grows with the ratio of sbar at the two ends of a step, so it needs shorter steps at high noise.
+# Center and width in log SNR of the time grid 'logistic', found by measuring (docs/results/time_grids.md).
+# The correction of Heun's method grows with the ratio of sbar at the two ends of a step, so it needs shorter steps at
+# high noise.
 _CENTER_AND_WIDTH, _OF_HEUN = (0.0, 2.5), (-3.0, 3.0)
 _LEAST_LOG_SNR = -10.2  # where it begins
 
 
 class SamplerTable(typing.NamedTuple):
-  """One row for each network evaluation, in order. `t` and `s` are int [N], the coefficients float64 [N]."""
+  """One row for each network evaluation, in order. `t` and `s` are int [N], the others float64 [N]."""
 
-  t: np.ndarray  # where the network is evaluated, 1..T
+  t: np.ndarray  # where the denoiser is evaluated, 1..T
   s: np.ndarray  # where the state is afterwards, 0..T
+  level: Level  # of t
   c_xt: np.ndarray
   c_x0: np.ndarray
   c_prev: np.ndarray
@@ -95,7 +94,7 @@ def ancestral_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, varia
   """
   q = posterior(schedule, s, t)
   sigma = np.sqrt(np.where(np.equal(s, 0), 0.0, reverse_variance(schedule, variance, s, t)))
-  return SamplerTable(t, s, q.c_xt, q.c_x0, np.zeros(len(t)), sigma)
+  return SamplerTable(t, s, schedule.level(t), q.c_xt, q.c_x0, np.zeros(len(t)), sigma)
 
 
 def ddim_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, eta: float) -> SamplerTable:
@@ -108,7 +107,7 @@ def ddim_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, eta: float
   direction = np.sqrt(np.maximum(1.0 - schedule.alpha_bar[s] - sigma**2, 0.0))
   c_xt = direction / schedule.sqrt_one_minus_alpha_bar[t]
   c_x0 = schedule.sqrt_alpha_bar[s] - c_xt * schedule.sqrt_alpha_bar[t]
-  return SamplerTable(t, s, c_xt, c_x0, np.zeros(len(t)), sigma)
+  return SamplerTable(t, s, schedule.level(t), c_xt, c_x0, np.zeros(len(t)), sigma)
 
 
 def encoding_table(schedule: NoiseSchedule, grid: np.ndarray) -> SamplerTable:
@@ -141,7 +140,9 @@ def dpmpp_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray, eta: floa
   half_ratio = np.where(np.equal(s, 0), 0.0, half_ratio)
   weight = a[s] * (1 - shrink ** (1 + eta))
   sigma = b[s] * np.sqrt(1 - shrink ** (2 * eta))
-  return SamplerTable(t, s, b[s] / b[t] * shrink**eta, weight * (1 + half_ratio), -weight * half_ratio, sigma)
+  return SamplerTable(
+    t, s, schedule.level(t), b[s] / b[t] * shrink**eta, weight * (1 + half_ratio), -weight * half_ratio, sigma
+  )
 
 
 def heun_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> SamplerTable:
@@ -156,14 +157,14 @@ def heun_table(schedule: NoiseSchedule, t: np.ndarray, s: np.ndarray) -> Sampler
   inner = s[:-1]  # all but 0
   sbar = np.sqrt(1.0 / schedule.snr[inner])
   half = schedule.sqrt_alpha_bar[inner] * (sbar - np.sqrt(1.0 / schedule.snr[t[:-1]])) / (2 * sbar)
-  correct = SamplerTable(inner, inner, np.ones(len(inner)), -half, half, np.zeros(len(inner)))
+  correct = SamplerTable(inner, inner, schedule.level(inner), np.ones(len(inner)), -half, half, np.zeros(len(inner)))
 
   def alternate(mine: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     both = np.empty(len(mine) + len(theirs), mine.dtype)
     both[0::2], both[1::2] = mine, theirs
     return both
 
-  return SamplerTable(*(alternate(mine, theirs) for mine, theirs in zip(predict, correct, strict=True)))
+  return jax.tree.map(alternate, predict, correct)
 
 
 def steps_table(
@@ -234,43 +235,6 @@ def make_sampler(
   return steps_table(schedule, name, times[:-1], times[1:], eta=eta, variance=variance)
 
 
-def threshold_x0(x0_hat: jax.Array, how: str, quantile: float) -> jax.Array:
-  """Keeps the x0_hat of one example in the range of the data, [-1, 1].
-
-  Args:
-    x0_hat: any shape.
-    how: 'static' clips, as Ho et al. do when they sample; 'dynamic' clips at the given quantile of |x0_hat|, but not
-      below 1, and divides by it (Saharia et al. 2022, section 2.3); 'none' does nothing.
-    quantile: in (0, 1], for 'dynamic'.
-  """
-  match how:
-    case "static":
-      return jnp.clip(x0_hat, -1.0, 1.0)
-    case "dynamic":
-      limit = jnp.maximum(jnp.quantile(jnp.abs(x0_hat), quantile), 1.0)
-      return jnp.clip(x0_hat, -limit, limit) / limit
-    case "none":
-      return x0_hat
-    case _:
-      raise ValueError(f"unknown threshold {how!r}")
-
-
-def x0_predictor(
-  network: Callable[[jax.Array, jax.Array], jax.Array],
-  schedule: NoiseSchedule,
-  prediction: str,
-  *,
-  threshold: str = "static",
-  quantile: float = 0.995,
-) -> PredictX0:
-  """Turns a network (x_t [B, ...], t [B]) -> output into (x_t, t) -> x0_hat [B, ...], see `threshold_x0`."""
-
-  def convert(output: jax.Array, xt: jax.Array, t: jax.Array) -> jax.Array:
-    return threshold_x0(to_x0(prediction, schedule, output, xt, t), threshold, quantile)
-
-  return lambda xt, t: jax.vmap(convert)(network(xt, t).astype(jnp.float32), xt, t)
-
-
 def numbered_noise(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Array | int], jax.Array]:
   """number -> standard normal float32 [B, *shape]: the noise of that number of each of the B keys."""
   return lambda number: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, number), shape))(keys)
@@ -299,7 +263,7 @@ class Trajectory:
 
   Attributes:
     table: which sampler.
-    predict_x0: (x_t [B, *shape], t int32 [B]) -> x0_hat [B, *shape].
+    denoise: of which x0 is used; it is given the level of a row, scalars, for all B examples.
     keys: B random keys; image i depends on keys[i] alone, not on B. Number 0 of `numbered_noise` is the prior's draw,
       i + 1 that of row i.
     shape: of one example.
@@ -309,7 +273,7 @@ class Trajectory:
   """
 
   table: SamplerTable
-  predict_x0: PredictX0
+  denoise: DenoiseFn
   keys: jax.Array
   shape: tuple[int, ...]
   start: jax.Array | None = None
@@ -329,17 +293,13 @@ class Trajectory:
     # Kept estimates go into a slot of their own, all others into one more that is thrown away.
     slot = np.full(len(table.t), len(self.keep))
     slot[list(self.keep)] = np.arange(len(self.keep))
-    coefficients = (table.c_xt, table.c_x0, table.c_prev, table.sigma)
-    rows = (
-      *(jnp.asarray(column, jnp.int32) for column in (slot, table.t)),
-      *(jnp.asarray(column, jnp.float32) for column in coefficients),
-    )
+    columns = cast((table, slot))
 
     def step(number: jax.Array, state: State) -> State:
-      where, t, c_xt, c_x0, c_prev, sigma = (jax.lax.dynamic_index_in_dim(row, number, keepdims=False) for row in rows)
-      x0_hat = self.predict_x0(state.xt, jnp.full(self.keys.shape, t))
-      xs = c_xt * state.xt + c_x0 * x0_hat + c_prev * state.x0_hat
-      xs = xs + sigma * noise(number + 1) if noisy else xs
+      row, where = jax.tree.map(lambda column: jax.lax.dynamic_index_in_dim(column, number, keepdims=False), columns)
+      x0_hat = self.denoise(state.xt, row.level).x0
+      xs = row.c_xt * state.xt + row.c_x0 * x0_hat + row.c_prev * state.x0_hat
+      xs = xs + row.sigma * noise(number + 1) if noisy else xs
       xs = self.after_row(xs, number) if self.after_row else xs
       return State(xs, x0_hat, state.kept.at[:, where].set(x0_hat) if len(self.keep) else state.kept)
 
@@ -352,7 +312,7 @@ class Trajectory:
 
 def sample(
   table: SamplerTable,
-  predict_x0: PredictX0,
+  denoise: DenoiseFn,
   keys: jax.Array,
   shape: tuple[int, ...],
   *,
@@ -365,5 +325,5 @@ def sample(
   Returns:
     float32 [B, *shape], and x0_hat at the kept rows, float32 [B, len(keep), *shape].
   """
-  whole = Trajectory(table, predict_x0, keys, shape, start, keep, after_row)
+  whole = Trajectory(table, denoise, keys, shape, start, keep, after_row)
   return whole.end(whole.advance(whole.begin(), 0, len(table.t)))

@@ -14,6 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Tables = typing.TypeVar("Tables")  # a tree of NumPy arrays
+
+
+class Level(typing.NamedTuple):
+  """How noisy x = alpha x_0 + sigma eps is, for one example (scalars) or a batch ([B] each).
+
+  Attributes:
+    alpha: the factor of x_0, > 0.
+    sigma: the standard deviation of the noise, >= 0.
+    time: the number that the network is given for it.
+  """
+
+  alpha: typing.Any
+  sigma: typing.Any
+  time: typing.Any
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NoiseSchedule:
@@ -61,6 +77,23 @@ class NoiseSchedule:
   def log_snr(self) -> np.ndarray:
     """float64 [T + 1]: twice DPM-Solver's lambda; the negative of VDM's gamma."""
     return np.log(self.snr)
+
+  def level(self, t: jax.Array | np.ndarray | int) -> Level:
+    """The level of timestep t; the one place that says what a network is told of t: t - 1, as published weights are.
+
+    >>> make_schedule("linear", 1000).level(1)
+    Level(alpha=Array(0.99995, dtype=float32), sigma=Array(0.01, dtype=float32), time=0)
+
+    Args:
+      t: integers in 0..T of any shape; at t = 0 x is data, and no network is defined.
+
+    Returns:
+      float32 arrays of JAX; for a NumPy t float64 arrays of NumPy, for tables.
+    """
+    alpha, sigma = self.sqrt_alpha_bar, self.sqrt_one_minus_alpha_bar
+    if isinstance(t, np.ndarray):
+      return Level(alpha[t], sigma[t], t - 1)
+    return Level(at(alpha, t), at(sigma, t), t - 1)
 
 
 class Posterior(typing.NamedTuple):
@@ -116,9 +149,18 @@ def reverse_variance(schedule: NoiseSchedule, kind: str, s: np.ndarray, t: np.nd
   return np.where(np.equal(s, 0), first.variance, table[kind])
 
 
-def at(table: np.ndarray, t: jax.Array) -> jax.Array:
-  """Reads a float64 host table at timestep t on the device: the one place where a table is cast to float32."""
-  return jnp.asarray(table, jnp.float32)[t]
+def cast(tables: Tables) -> Tables:
+  """Host tables as arrays of JAX: float64 becomes float32, here and nowhere else, and integers int32."""
+
+  def of_type(table: np.ndarray) -> jax.Array:
+    return jnp.asarray(table, jnp.int32 if np.issubdtype(table.dtype, np.integer) else jnp.float32)
+
+  return jax.tree.map(of_type, tables)
+
+
+def at(table: np.ndarray, t: jax.Array | int) -> jax.Array:
+  """Reads a float64 host table at timestep t on the device: float32, the shape of t."""
+  return cast(table)[t]
 
 
 def linear_betas(num_timesteps: int, beta_start: float, beta_end: float) -> np.ndarray:

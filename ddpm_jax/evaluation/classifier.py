@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ddpm_jax.data import images
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Extract, Trained
+from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.models.classifier import FEATURES, Classifier
 from ddpm_jax.weights.arrays import arrays_sha256
 
@@ -36,7 +36,7 @@ def classifier_features(
   source: Source,
   *,
   cache: pathlib.Path,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
@@ -57,7 +57,7 @@ def classifier_features(
     source: the images of the training split with their labels. One in ten, spread over the classes, is held out.
     cache: folder for the weights, made if need be. They are found again by the fingerprint of the source, its labels,
       the recipe and the seed.
-    parallel: the devices that extract.
+    mesh: the devices that extract.
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights and of the order of the images.
     say: takes a line about what is done.
@@ -78,7 +78,7 @@ def classifier_features(
   updates = updates or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
   model = Classifier(num_classes=int(labels.max()) + 1)
   init = init_of(model, source.image_shape)
-  extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), parallel, batch_size)
+  extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), mesh, batch_size)
 
   def make() -> Trained:
     say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {updates} updates")
@@ -113,7 +113,7 @@ def forward_of(model: Classifier) -> trained.Forward:
   """(params, uint8 [B, H, W, C]) -> features [B, 64], probabilities [B, K]."""
 
   def forward(params: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
-    features, logits = model.apply({"params": params}, images.to_float(batch))
+    features, logits = model.apply({"params": params}, to_float(batch))
     return jnp.asarray(features), jax.nn.softmax(jnp.asarray(logits))
 
   return forward
@@ -140,7 +140,7 @@ def _train(
 
   def loss_of(params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     del key
-    _, logits = model.apply({"params": params}, images.to_float(batch["image"]))
+    _, logits = model.apply({"params": params}, to_float(batch["image"]))
     losses = optax.softmax_cross_entropy_with_integer_labels(jnp.asarray(logits), batch["label"])
     return jnp.mean(jnp.where(batch["replaced"], 0.0, losses))  # such an image is not that of its label
 

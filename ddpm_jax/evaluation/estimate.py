@@ -14,14 +14,14 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import from_all_processes
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.summary import duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
-from ddpm_jax.models.build import build_model, network_of
-from ddpm_jax.report.measures import part
-from ddpm_jax.report.page import finite
+from ddpm_jax.models.build import UNetNetwork, build_model
 from ddpm_jax.sampling.draw import fit_batch, table_of
 from ddpm_jax.weights.load import Weights
 
@@ -29,7 +29,7 @@ LEAST = 1_000  # samples of a number that is chosen here
 # Round numbers, so that a machine that is a little busier does not make results that cannot be compared.
 _NUMBERS = (LEAST, 2_000, 5_000, 10_000, 20_000, 50_000)
 _EXAMPLES = (100, 200, 500, 1_000, 2_000, 5_000, 10_000)
-_FEW = {"sampler": "dpmpp", "sampling_steps": 20}  # within a few per cent of all T, see README.md
+_FEW = {"sampler": "dpmpp", "sampling_steps": 20}  # within a few per cent of all T, see docs/results/samplers.md
 _OF_A_SAMPLER = ("sampler", "sampling_steps", "eta")
 _SHARE = 2 / 3  # of the time, for the samples; the rest is for the likelihoods
 _TIMED = {True: 16, False: 64}  # images a device, on CPUs and elsewhere
@@ -135,7 +135,7 @@ def as_before(config: Config, left: Open, earlier: Iterable[Mapping[str, Any]]) 
 def _of_first_process(values: dict[str, Any]) -> dict[str, Any]:
   """A few JSON values, as process 0 has them."""
   text = json.dumps(values).ljust(_TEXT).encode()
-  return json.loads(from_all_processes(np.frombuffer(text, np.uint8))[0].tobytes())
+  return json.loads(all_gather_host(np.frombuffer(text, np.uint8))[0].tobytes())
 
 
 def few_evaluations(config: Config, left: Open) -> Config:
@@ -149,22 +149,22 @@ def few_evaluations(config: Config, left: Open) -> Config:
 def measure_speed(config: Config, weights: Weights, features: Features | None, train: Source) -> Speed:
   """Times a batch of each. All processes must call it; what process 0 measures counts for all."""
   run = weights.run
-  drawing = _seconds_of_network(config, weights, config.model.dtype, run.parallel.matmul_precision)
-  exact = run.parallel.mesh.devices.flat[0].platform == "cpu" and config.model.dtype == "float32"
+  drawing = _seconds_of_network(config, weights, config.model.dtype, run.mesh.matmul_precision)
+  exact = run.mesh.platform == "cpu" and config.model.dtype == "float32"
   of_likelihoods = drawing if exact else _seconds_of_network(config, weights, "float32", likelihood.PRECISION)
   of_features = 0.0
   if features is not None:
     images = train.read(np.arange(config.evaluate.evaluate_batch_size) % len(train)).images
     of_features = _seconds(lambda: features.extract(images)) / len(images)
-  first = from_all_processes(np.asarray([drawing, of_likelihoods, of_features]))[0]
+  first = all_gather_host(np.asarray([drawing, of_likelihoods, of_features]))[0]
   return Speed(*map(float, first))
 
 
 def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_precision: str) -> float:
   """Seconds an image takes of one network evaluation in a batch of moderate size."""
   run = weights.run
-  network = network_of(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
-  rows = run.parallel.by_rows(lambda params, xt, t: network(params, xt, t, None), matmul_precision=matmul_precision)
+  network = UNetNetwork(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
+  rows = BatchedFn(lambda params, xt, t: network(params, xt, t), run.mesh, matmul_precision=matmul_precision)
   one = np.zeros((1, *run.image_shape), np.float32), np.ones(1, np.int32)
   most = _TIMED[jax.devices()[0].platform == "cpu"] * jax.device_count()
   size = fit_batch(rows, weights.params, *one, number=most)
@@ -271,12 +271,3 @@ def _examples(config: Config, size: int) -> int:
   """Of a split of that many images, those whose likelihood is measured."""
   asked = config.evaluate.likelihood_examples
   return min(asked, size) if asked > 0 else size
-
-
-def duration(seconds: float) -> str:
-  """'40 s', '12 min', '3.5 h', '2.1 days'."""
-  if seconds < 100:
-    return f"{max(seconds, 1):.0f} s"
-  if seconds < 6000:
-    return f"{seconds / 60:.0f} min"
-  return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"

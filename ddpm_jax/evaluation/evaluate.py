@@ -21,7 +21,9 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.mesh import DeviceMesh
+from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
@@ -30,8 +32,8 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.network import network_features
 from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
 from ddpm_jax.evaluation.results import earlier_results
-from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, zero_network
-from ddpm_jax.models.build import Network, Params, build_model, network_of
+from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, untrained_denoiser
+from ddpm_jax.models.build import Params, build_denoiser
 from ddpm_jax.models.classifier import FEATURES
 from ddpm_jax.runtime import console, numerics
 from ddpm_jax.runtime.progress import Done, counted
@@ -240,7 +242,7 @@ def evaluate(
   drawn = features = None
   source, needed = train, []
   if _needs_samples(config):
-    features = _features(config, weights.run.parallel, train, around)
+    features = _features(config, weights.run.mesh, train, around)
     source = _split(config, train, config.evaluate.reference_split)
     needed = [] if _reads_statistics(config.evaluate) else [source]
     needed += [train] * ("neighbours" in config.evaluate.measures and not (needed and source is train))
@@ -387,8 +389,8 @@ def write_reference(config: Config, train: Source, path: pathlib.Path, around: S
   source = _split(config, train, options.reference_split)
   if len(source) < LEAST_IMAGES["frechet"]:
     raise UserError(f"write_reference: {source.name} has one image, which has no covariance; use more")
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  features = _features(config, parallel, train, around)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  features = _features(config, mesh, train, around)
   reference = _reference(source, features, options.evaluate_batch_size, around)
   if jax.process_index() == 0:
     statistics.write_statistics(path, source, options.reference_split or config.data.split, features, reference)
@@ -398,20 +400,20 @@ def _needs_samples(config: Config) -> bool:
   return any(name in _OF_SAMPLES for name in config.evaluate.measures)
 
 
-def _features(config: Config, parallel: Parallel, train: Source, around: Surroundings) -> Features:
+def _features(config: Config, mesh: DeviceMesh, train: Source, around: Surroundings) -> Features:
   """The one place where names become extractors."""
   options = config.evaluate
   match options.features:
     case "inception":
       return inception.load_inception(
-        options.inception_weights, options.inception_resize, parallel, options.evaluate_batch_size
+        options.inception_weights, options.inception_resize, mesh, options.evaluate_batch_size
       )
     case "classifier" | "network":
       make = classifier_features if options.features == "classifier" else network_features
       return make(
         train,
         cache=around.cache,
-        parallel=parallel,
+        mesh=mesh,
         batch_size=options.evaluate_batch_size,
         say=around.say,
         counted=functools.partial(around.counted, "training the features"),
@@ -443,30 +445,38 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
   options, run = config.evaluate, weights.run
   exact = dataclasses.replace(config.model, dtype="float32")  # of a float32 model, however it was trained and is drawn
 
-  def measure(network: Network, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
+  def measure(denoiser: Denoiser, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
     shared: dict[str, Any] = dict(
-      prediction=config.diffusion.prediction,
       source=source,
       examples=examples,
       batch_size=options.evaluate_batch_size,
-      parallel=run.parallel,
+      mesh=run.mesh,
       seed=config.sample.sample_seed,
       progress=done,
     )
     if name == "bound":
       timesteps = min(options.bound_timesteps, run.schedule.num_timesteps)
       return likelihood.bound(
-        network, params, run.schedule, variance=config.diffusion.variance, timesteps=timesteps, **shared
+        denoiser,
+        params,
+        run.schedule,
+        run.first_stage,
+        variance=config.diffusion.variance,
+        timesteps=timesteps,
+        **shared,
       )
     steps = min(options.ode_steps, run.schedule.num_timesteps)
-    return likelihood.ode(network, params, run.schedule, steps=steps, probes=options.ode_probes, **shared)
+    return likelihood.ode(
+      denoiser, params, run.schedule, run.first_stage, steps=steps, probes=options.ode_probes, **shared
+    )
 
   number = min(options.likelihood_examples or len(source), len(source))
   around.say(f"{name}: bits/dim of {number} images of {source.name}")
   with around.counted(f"bits/dim ({name})", "image", number) as done:
-    found = measure(network_of(build_model(exact, run.image_shape)), weights.params, number, done)
+    denoiser = build_denoiser(exact, config.diffusion.prediction, run.image_shape)
+    found = measure(denoiser, weights.params, number, done)
   beat = lambda done: around.beat(f"image {done} of an untrained network")  # noqa: E731
-  untrained = measure(zero_network, {}, min(number, _UNTRAINED_EXAMPLES), beat)
+  untrained = measure(untrained_denoiser(run.denoiser), {}, min(number, _UNTRAINED_EXAMPLES), beat)
   return found | {
     "dtype": exact.dtype,
     "matmul_precision": likelihood.PRECISION,

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.models.inception import NUM_CLASSES, NUM_FEATURES, SIZE, InceptionV3, tensor_shapes, variables_of
@@ -46,26 +47,26 @@ class Weights(NamedTuple):
   source: str
 
 
-def load_inception(path: str, resize: str, parallel: Parallel, batch_size: int) -> Features:
+def load_inception(path: str, resize: str, mesh: DeviceMesh, batch_size: int) -> Features:
   """The InceptionV3 of the FID as an extractor of features [B, 2048] and probabilities [B, 1008].
 
   Args:
     path: of a safetensors file that experiments/convert_inception.py made.
     resize: 'fid' or 'clean'.
-    parallel: the devices that share the images.
+    mesh: the devices that share the images.
     batch_size: images of one call of the compiled function.
 
   Raises:
     UserError: if there is no such file, or anything in it is not as it was published.
   """
-  return inception_features(read_weights(path), resize, parallel, batch_size)
+  return inception_features(read_weights(path), resize, mesh, batch_size)
 
 
-def inception_features(weights: Weights, resize: str, parallel: Parallel, batch_size: int) -> Features:
+def inception_features(weights: Weights, resize: str, mesh: DeviceMesh, batch_size: int) -> Features:
   """The extractor of `load_inception`, from weights that are read already."""
   model = InceptionV3(output_bias=False)
   variables = jax.tree.map(
-    lambda leaf: jax.make_array_from_callback(leaf.shape, parallel.replicated, lambda piece: leaf[piece]),
+    lambda leaf: jax.make_array_from_callback(leaf.shape, mesh.replicated, lambda piece: leaf[piece]),
     variables_of(weights.tensors),
   )
 
@@ -74,7 +75,7 @@ def inception_features(weights: Weights, resize: str, parallel: Parallel, batch_
     assert isinstance(logits, jax.Array)
     return features, jax.nn.softmax(logits)
 
-  rows = parallel.by_rows(measure, matmul_precision="highest")
+  rows = BatchedFn(measure, mesh, matmul_precision="highest")
 
   def extract(images: np.ndarray) -> Extracted:
     if images.dtype != np.uint8 or images.ndim != 4:
@@ -89,7 +90,7 @@ def inception_features(weights: Weights, resize: str, parallel: Parallel, batch_
     return Extracted(*(np.concatenate(columns) for columns in zip(none, *parts, strict=True)))
 
   # Release 0.1 multiplied with the bits that are the default, which on CPUs alone are the same.
-  precision = "" if parallel.mesh.devices.flat[0].platform == "cpu" else " highest"
+  precision = "" if mesh.platform == "cpu" else " highest"
   identity = hashlib.sha256(f"{weights.digest} {resize} {_PREPROCESSING}{precision}".encode()).hexdigest()
   return Features("inception", identity, {"resize": resize, "source_sha256": weights.source}, extract)
 

@@ -10,43 +10,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
+from ddpm_jax.diffusion.denoiser import Denoiser, Params, Prediction
 from ddpm_jax.diffusion.forward import prior_kl, q_sample
 from ddpm_jax.diffusion.likelihood import (
   bound_term,
   density_to_bits,
   dequantise,
-  eps_predictor,
   ode_evaluations,
   ode_log_density,
   strata,
 )
-from ddpm_jax.diffusion.prediction import to_eps, to_x0
-from ddpm_jax.diffusion.schedules import NoiseSchedule
+from ddpm_jax.diffusion.schedules import Level, NoiseSchedule
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
-from ddpm_jax.models.build import Network, Params
 
 Progress = Callable[[int], None]
-PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/precision.md
+PRECISION = "highest"  # of products; with fewer bits the ODE's likelihood is too good, see docs/concepts/precision.md
 _AT_ONCE = 25  # strata in one call on the devices: long enough to hide its cost, short enough to be interrupted
 _MOST_BINS = 100  # of the result by timestep
 
 
 def bound(
-  network: Network,
+  denoiser: Denoiser,
   params: Params,
   schedule: NoiseSchedule,
+  first_stage: FirstStage,
   *,
-  prediction: str,
   variance: str,
   source: Source,
   examples: int,
   timesteps: int,
   batch_size: int,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   seed: int,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -55,16 +54,16 @@ def bound(
   What is drawn for an example, its timesteps and its noise at each of them, depends on (seed, index) alone.
 
   Args:
-    network: see `models.build`.
+    denoiser: see `diffusion.denoiser`.
     params: its weights, placed on the devices.
     schedule: the noise schedule.
-    prediction: what the network predicts.
+    first_stage: turns images into x_0.
     variance: of p, 'fixed_small' or 'fixed_large'.
     source: the images.
     examples: how many of them, evenly spaced; 0: all.
     timesteps: for each image, see `likelihood.strata`; 0: all T. Unbiased either way; the noise is drawn in any case.
     batch_size: images at once, over all devices.
-    parallel: the devices.
+    mesh: the devices.
     seed: of the stream 'bound'.
     progress: called now and then with the number of examples that are done.
 
@@ -84,8 +83,8 @@ def bound(
   number, sizes = len(edges) - 1, np.diff(edges)
   calls = math.ceil(number / _AT_ONCE)
   at_once = math.ceil(number / calls)
-  function = _bound_function(network, schedule, prediction, variance, edges, at_once)
-  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
+  function = _bound_function(denoiser, schedule, first_stage, variance, edges, at_once)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
 
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
@@ -117,7 +116,7 @@ def bound(
 
 
 def _bound_function(
-  network: Network, schedule: NoiseSchedule, prediction: str, variance: str, edges: np.ndarray, number: int
+  denoiser: Denoiser, schedule: NoiseSchedule, first_stage: FirstStage, variance: str, edges: np.ndarray, number: int
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
   """(`Seeded`, images uint8 [B, ...], index int32 [B], first int32 [B]) -> bits, eps_mse [B, number] and L_T [B].
 
@@ -125,24 +124,28 @@ def _bound_function(
   """
   low, high = (jnp.asarray(edge, jnp.int32) for edge in (edges[:-1], edges[1:]))
 
-  def draw(key: jax.Array, stratum: jax.Array, x0: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def draw(key: jax.Array, stratum: jax.Array, x0: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, Level]:
     # The noise at timestep t has the number t of the example's key; the number 0 is left for the timesteps.
     timestep_key = jax.random.fold_in(jax.random.fold_in(key, 0), stratum)
     t = jax.random.randint(timestep_key, (), low[stratum], high[stratum])
     eps = jax.random.normal(jax.random.fold_in(key, t), x0.shape)
-    return t, eps, q_sample(schedule, x0, t, eps)
+    level = schedule.level(t)
+    return t, eps, q_sample(x0, eps, level), level
 
-  def judge(output: jax.Array, x0: jax.Array, eps: jax.Array, xt: jax.Array, t: jax.Array) -> tuple:
-    x0_hat = to_x0(prediction, schedule, output, xt, t)
-    eps_mse = jnp.mean(jnp.square(to_eps(schedule, x0_hat, xt, t) - eps))
-    return bound_term(schedule, variance, x0, t, jnp.clip(x0_hat, -1.0, 1.0)), eps_mse
+  def judge(found: Prediction, x0: jax.Array, eps: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+    eps_mse = jnp.mean(jnp.square(found.eps - eps))
+    return bound_term(schedule, variance, x0, t, jnp.clip(found.x0, -1.0, 1.0)), eps_mse
 
   def function(constants: Seeded, images: jax.Array, index: jax.Array, first: jax.Array):
-    x0, keys = to_float(images), indexed_keys(stream_key(constants.seed, "bound"), index)
+    x0, keys = (
+      first_stage.x0(None, first_stage.moments(None, images)),
+      indexed_keys(stream_key(constants.seed, "bound"), index),
+    )
+    denoise = denoiser.bind(constants.params)
 
     def step(carry: None, offset: jax.Array) -> tuple[None, tuple]:
-      t, eps, xt = jax.vmap(draw)(keys, jnp.minimum(first + offset, len(low) - 1), x0)
-      return carry, jax.vmap(judge)(network(constants.params, xt, t, None).astype(jnp.float32), x0, eps, xt, t)
+      t, eps, xt, level = jax.vmap(draw)(keys, jnp.minimum(first + offset, len(low) - 1), x0)
+      return carry, jax.vmap(judge)(denoise(xt, level), x0, eps, t)
 
     _, (bits, eps_mse) = jax.lax.scan(step, None, jnp.arange(number))
     return bits.T, eps_mse.T, jax.vmap(lambda x: prior_kl(schedule, x))(x0)
@@ -168,17 +171,17 @@ def _by_timestep(edges: np.ndarray, bits: np.ndarray, eps_mse: np.ndarray) -> di
 
 
 def ode(
-  network: Network,
+  denoiser: Denoiser,
   params: Params,
   schedule: NoiseSchedule,
+  first_stage: FirstStage,
   *,
-  prediction: str,
   source: Source,
   examples: int,
   steps: int,
   probes: int,
   batch_size: int,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   seed: int,
   progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -187,16 +190,16 @@ def ode(
   What is drawn for an example, where in its bins it lies and the random signs, depends on (seed, index) alone.
 
   Args:
-    network: see `models.build`.
+    denoiser: see `diffusion.denoiser`.
     params: its weights, placed on the devices.
     schedule: the noise schedule.
-    prediction: what the network predicts.
+    first_stage: turns images into x_0.
     source: the images.
     examples: how many of them, evenly spaced; 0: all.
     steps: of Heun's method; at most T are made.
     probes: random vectors of Hutchinson's estimator.
     batch_size: images at once, over all devices.
-    parallel: the devices.
+    mesh: the devices.
     seed: of the stream 'ode'.
     progress: called now and then with the number of examples that are done.
 
@@ -209,11 +212,11 @@ def ode(
   def function(constants: Seeded, images: jax.Array, index: jax.Array) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, "ode"), index)
     place_keys, probe_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    x0 = jax.vmap(dequantise)(place_keys, to_float(images))
-    predict_eps = eps_predictor(lambda xt, t: network(constants.params, xt, t, None), schedule, prediction)
-    return ode_log_density(schedule, predict_eps, x0, probe_keys, num_steps=steps, num_probes=probes)
+    x0 = jax.vmap(dequantise)(place_keys, first_stage.x0(None, first_stage.moments(None, images)))
+    denoise = denoiser.bind(constants.params)
+    return ode_log_density(schedule, denoise, x0, probe_keys, num_steps=steps, num_probes=probes)
 
-  compiled, constants = parallel.by_rows(function, matmul_precision=PRECISION), seeded(params, seed)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))

@@ -15,14 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import ModelConfig
-from ddpm_jax.data.images import to_float
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Trained
+from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import build_model, init_params
 from ddpm_jax.models.unet import UNet
@@ -33,7 +34,7 @@ _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16
 _LARGEST_MAP = 16  # pixels of the U-Net's input, of the side of a square of as many: large images stay cheap
 _SCHEDULE = make_schedule("cosine", 1000)
 _TIMESTEP = 100  # that of the features
-_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/measuring.md
+_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/results/evaluation.md
 _ASKED = 8  # noises of each image that is held out
 # What the features are computed by besides the weights. To be counted up when the U-Net changes.
 _NETWORK = "denoising U-Net 1, means up, deviations of the last maps and of the noise, t = 100 of 1000, cosine"
@@ -41,8 +42,8 @@ _RECIPE = [_NETWORK, *TRAINING, HOLD_OUT, "adam, cosine"]
 MARKS = ("explained",)
 
 
-class Denoiser(NamedTuple):
-  """The network for images of one shape.
+class NoiseNetwork(NamedTuple):
+  """The network for images of one shape, which predicts eps.
 
   Attributes:
     model: the U-Net, of images [H / patch, W / patch, patch^2 C], rounded up to what it can halve.
@@ -82,8 +83,9 @@ class Denoiser(NamedTuple):
       keys: of the noise, [B].
     """
     eps = jax.vmap(lambda key: jax.random.normal(key, self.shape))(keys)
-    xt = jax.vmap(lambda x0, t, eps: q_sample(_SCHEDULE, x0, t, eps))(x0, t, eps)
-    return jnp.mean(jnp.square(jnp.asarray(self.model.apply({"params": params}, xt, t)) - eps), axis=(1, 2, 3))
+    level = _SCHEDULE.level(t)
+    output = self.model.apply({"params": params}, jax.vmap(q_sample)(x0, eps, level), level.time)
+    return jnp.mean(jnp.square(jnp.asarray(output) - eps), axis=(1, 2, 3))
 
   def loss(self, params: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
     """The simple loss of Ho et al. 2020, eq. 14."""
@@ -98,11 +100,11 @@ class Denoiser(NamedTuple):
     The U-Net is given the mean of q(x_t | x_0), so that the features are a function of the image alone. The noise that
     it sees there all the same is what the image has more or less of than others, fine structure above all.
     """
-    t = jnp.full(len(batch), _TIMESTEP, jnp.int32)
+    level = _SCHEDULE.level(_TIMESTEP)
     eps, state = self.model.apply(
       {"params": params},
-      jnp.float32(_SCHEDULE.sqrt_alpha_bar[_TIMESTEP]) * self.scaled(batch),
-      t,
+      level.alpha * self.scaled(batch),
+      jnp.full(len(batch), level.time, jnp.int32),
       capture_intermediates=lambda module, _: module.name in _MAPS,
     )
     low, full = (jnp.asarray(state["intermediates"][name]["__call__"][0]) for name in _MAPS)
@@ -111,21 +113,21 @@ class Denoiser(NamedTuple):
     return jnp.concatenate(parts, axis=-1), jnp.zeros((len(batch), 0), jnp.float32)
 
 
-def denoiser_for(image_shape: tuple[int, int, int]) -> Denoiser:
+def network_for(image_shape: tuple[int, int, int]) -> NoiseNetwork:
   """The network for images [H, W, C]."""
   height, width, channels = image_shape
   patch = math.ceil(math.sqrt(height * width) / _LARGEST_MAP)
   unit = 2 ** (len(_UNET.channel_multipliers) - 1)
   rows, columns = (unit * math.ceil(size / (patch * unit)) for size in (height, width))
   shape = rows, columns, patch**2 * channels
-  return Denoiser(build_model(_UNET, shape), patch, shape)
+  return NoiseNetwork(build_model(_UNET, shape), patch, shape)
 
 
 def network_features(
   source: Source,
   *,
   cache: pathlib.Path,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
   seed: int = 0,
   say: Callable[[str], None],
@@ -138,7 +140,7 @@ def network_features(
   the means of its maps at the end of both levels on the way up, the standard deviations of those of the last, and both
   of the noise that it sees in each channel: 66 numbers for grey images, 70 for images in colour. It depends on the data
   set and on nothing of a run: so checkpoints, and runs on the same data, can be compared, which the features of a run's
-  own U-Net would not allow. What was measured to choose it is in docs/measuring.md.
+  own U-Net would not allow. What was measured to choose it is in docs/results/evaluation.md.
 
   As with the classifier, a distance between these features is not an FID, and can be compared only where `identity` is
   the same. All processes must call it, and have the same network afterwards.
@@ -147,7 +149,7 @@ def network_features(
     source: the images of the training split. One in ten is held out.
     cache: folder for the weights, made if need be. They are found again by the fingerprint of the source, the recipe
       and the seed.
-    parallel: the devices that extract.
+    mesh: the devices that extract.
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
@@ -163,14 +165,14 @@ def network_features(
     UserError: an image cannot be read.
   """
   training, held_out = trained.divide(np.arange(len(source)))
-  denoiser = denoiser_for(source.image_shape)
+  network = network_for(source.image_shape)
 
   def make() -> Trained:
     say(f"training a network for the features on {len(training)} images without labels, {updates} updates")
     began = time.perf_counter()
-    weights = trained.train(denoiser.init, source, training, denoiser.loss, updates=updates, seed=seed, counted=counted)
+    weights = trained.train(network.init, source, training, network.loss, updates=updates, seed=seed, counted=counted)
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
-    found = found._replace(marks=_ask(denoiser, source, held_out, found.weights, parallel, batch_size))
+    found = found._replace(marks=_ask(network, source, held_out, found.weights, mesh, batch_size))
     took = time.perf_counter() - began
     share = f"{100 * found.marks['explained']:.0f}% of the noise"
     say(f"it predicts {share} in {len(held_out)} other images; that took {took:.0f} s")
@@ -178,22 +180,22 @@ def network_features(
 
   task = json.dumps([source.fingerprint, source.image_shape, _RECIPE, updates, seed], sort_keys=True)
   path = cache / f"network-{hashlib.sha256(task.encode()).hexdigest()}.safetensors"
-  found = trained.kept_or(path, trained.shapes_of(denoiser.init), MARKS, make, say)
+  found = trained.kept_or(path, trained.shapes_of(network.init), MARKS, make, say)
   about: dict[str, str | int | float] = {
     "explained": found.marks["explained"],
     "trained_on": len(training),
     "updates": updates,
   }
-  extract = trained.extractor(denoiser.forward, (denoiser.num_features, 0), parallel, batch_size)(found.weights)
+  extract = trained.extractor(network.forward, (network.num_features, 0), mesh, batch_size)(found.weights)
   return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)
 
 
 def _ask(
-  denoiser: Denoiser,
+  network: NoiseNetwork,
   source: Source,
   held_out: np.ndarray,
   weights: trained.Weights,
-  parallel: Parallel,
+  mesh: DeviceMesh,
   batch_size: int,
 ) -> dict[str, float]:
   """'explained': the share of the variance of the noise that is predicted in the images `held_out` int [N].
@@ -203,10 +205,10 @@ def _ask(
 
   def errors(params: Any, images: jax.Array, index: jax.Array, t: jax.Array) -> jax.Array:
     keys = indexed_keys(jax.random.fold_in(stream_key(0, "classifier"), 3), index)
-    return denoiser.squared_error(params, denoiser.scaled(images), t, keys)
+    return network.squared_error(params, network.scaled(images), t, keys)
 
-  compiled = parallel.by_rows(errors, matmul_precision="highest")
-  params = jax.device_put(trained.nested(weights), parallel.replicated)
+  compiled = BatchedFn(errors, mesh, matmul_precision="highest")
+  params = jax.device_put(trained.nested(weights), mesh.replicated)
   index = np.arange(_ASKED * len(held_out), dtype=np.int32).reshape(_ASKED, -1)
   t = (1 + _SCHEDULE.num_timesteps * index // max(index.size, 1)).astype(np.int32)
   squared = np.zeros(index.shape)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import on_any_process
+from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, no_moments
 from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
@@ -69,7 +69,7 @@ def measure_reference(
   """
   task, path = _task(source, features, cache)
   found = _from_cache(path, task, say)
-  if not on_any_process(found is None) and found is not None:
+  if not any_host(found is None) and found is not None:
     return found
   say(f"computing the features of {len(source)} images of {source.name}")
   moments, kept, index = None, [], np.empty(0, np.int64)

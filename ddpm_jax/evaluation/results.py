@@ -1,4 +1,4 @@
-"""What evaluations leave in a workdir: `eval/N.json`, pictures, the report, and the best checkpoint."""
+"""What evaluations leave in a workdir: `eval/N.json`, pictures, and the best checkpoint."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ import numpy as np
 
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
-from ddpm_jax.report.measures import columns, yardsticks
-from ddpm_jax.report.report import write_report
+from ddpm_jax.evaluation.summary import Result, columns, yardsticks
 from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.storage import write_whole
 
-Result = dict[str, Any]  # JSON values
 # What belongs together: measured on the same samples.
 _OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours", "yardsticks")
 
 
 def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, np.ndarray]) -> pathlib.Path:
-  """Writes `eval/N.json` and its pictures, and renews `report.html`. Returns the path of the JSON file.
+  """Writes `eval/N.json` and its pictures. Returns the path of the JSON file.
 
   What an earlier evaluation of this checkpoint measured and this one did not is kept; the earlier file becomes
   N.1.json, N.2.json and so on.
@@ -51,7 +49,6 @@ def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, n
         number += 1
       write_whole(folder / f"{step}.{number}.json", path.read_bytes())  # a kill may come before the next line
     write_whole(path, (json.dumps(_finite(result), indent=2, allow_nan=False) + "\n").encode())
-    write_report(workdir)
   except OSError as error:
     raise RunError(f"workdir: cannot write {error.filename or path} ({error.strerror}); make room") from error
   return path
@@ -114,8 +111,8 @@ def measure_of(result: Result, measure: str) -> float:
 
 def _conditions_of(result: Result, measure: str) -> str:
   """How that number was measured: two are comparable if this is equal."""
-  name, step = _name_of(result, measure), result["step"]
-  return next((column.values[step][2] for column in columns([result]) if column.name == name), "")
+  name = _name_of(result, measure)
+  return next((column.conditions for column in columns({0: result}) if column.name == name), "")
 
 
 def yardsticks_of(result: Result, measure: str) -> dict[str, float]:

@@ -29,7 +29,7 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import from_all_processes
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.comparison import MOST
 from ddpm_jax.evaluation.features import Features
@@ -246,7 +246,7 @@ def check_features(statistics: Statistics, features: Features, width: int) -> No
   """
   told, path = statistics.facts.get("features"), statistics.path
   digest = np.frombuffer(bytes.fromhex(statistics.sha256), np.uint8)
-  if np.any(from_all_processes(digest) != digest[None]):
+  if np.any(all_gather_host(digest) != digest[None]):
     raise UserError(f"reference_stats: {path} is not the same for all processes; give every host a copy")
   if told is not None and (told.get("name"), told.get("identity")) != (features.name, features.identity):
     raise UserError(

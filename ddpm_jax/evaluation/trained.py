@@ -16,7 +16,9 @@ from flax import traverse_util
 
 from ddpm_jax.data import pipeline
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel, from_all_processes
+from ddpm_jax.devices.batched import BatchedFn
+from ddpm_jax.devices.hosts import all_gather_host
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.evaluation.features import Extracted
 from ddpm_jax.keys import stream_key
 from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
@@ -134,14 +136,14 @@ def train(
 
 
 def extractor(
-  forward: Forward, widths: tuple[int, int], parallel: Parallel, batch_size: int
+  forward: Forward, widths: tuple[int, int], mesh: DeviceMesh, batch_size: int
 ) -> Callable[[Weights], Extract]:
   """Weights -> `Features.extract`; compiled once for all weights. widths: (D, K) of what `forward` returns."""
   # "highest": GPUs and TPUs multiply with fewer bits else, and the features would depend on the machine.
-  compiled = parallel.by_rows(forward, matmul_precision="highest")
+  compiled = BatchedFn(forward, mesh, matmul_precision="highest")
 
   def with_weights(weights: Weights) -> Extract:
-    params = jax.device_put(nested(weights), parallel.replicated)
+    params = jax.device_put(nested(weights), mesh.replicated)
 
     def extract(batch: np.ndarray) -> Extracted:
       features, probabilities = (np.empty((len(batch), width), np.float32) for width in widths)
@@ -169,7 +171,7 @@ def kept_or(
   """
   first = jax.process_index() == 0
   kept = load(path, shapes, marks, say) if first else None
-  if from_all_processes(np.asarray(kept is not None))[0]:
+  if all_gather_host(np.asarray(kept is not None))[0]:
     zeros = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in shapes.items()}
     return of_first_process(kept or Trained(zeros, dict.fromkeys(marks, 0.0)))
   trained = make()
@@ -183,8 +185,8 @@ def kept_or(
 
 def of_first_process(trained: Trained) -> Trained:
   """What process 0 has, on every process; all must call it, with arrays of the same shapes."""
-  marks = from_all_processes(np.asarray(list(trained.marks.values()), np.float32))[0]
-  weights = {name: from_all_processes(leaf)[0] for name, leaf in sorted(trained.weights.items())}
+  marks = all_gather_host(np.asarray(list(trained.marks.values()), np.float32))[0]
+  weights = {name: all_gather_host(leaf)[0] for name, leaf in sorted(trained.weights.items())}
   return Trained(weights, dict(zip(trained.marks, map(float, marks), strict=True)))
 
 

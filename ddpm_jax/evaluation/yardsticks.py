@@ -22,14 +22,14 @@ import numpy as np
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import on_any_process
+from ddpm_jax.devices.hosts import any_host
+from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Params
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, Seen, compare, look_up, near_duplicates_of, see
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import add, no_moments
 from ddpm_jax.evaluation.reference import Reference
 from ddpm_jax.keys import seeded
-from ddpm_jax.models.build import Params
-from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, make_draw, table_of
 from ddpm_jax.sampling.drawn import settings
 from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
 from ddpm_jax.weights.load import Weights
@@ -56,10 +56,16 @@ class Data(NamedTuple):
   identity: Any
 
 
-def zero_network(params: Params, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
-  """What every network of `models/` answers before it is trained, whatever its architecture: its last layer is zero."""
-  del params, t, dropout_keys
-  return jnp.zeros_like(xt)
+def untrained_denoiser(denoiser: Denoiser) -> Denoiser:
+  """The denoiser before training, of any architecture and without parameters: the last layer of networks is zero."""
+  return dataclasses.replace(denoiser, network=_zero_network)
+
+
+def _zero_network(
+  params: Params, x: jax.Array, time: jax.Array, cond: Cond, *, dropout_keys: jax.Array | None = None
+) -> jax.Array:
+  del params, time, cond, dropout_keys
+  return jnp.zeros_like(x)
 
 
 def measure_yardsticks(
@@ -97,7 +103,7 @@ def measure_yardsticks(
   )
   path = cache / f"yardsticks-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
   found = _from_cache(path, task, say)
-  if not on_any_process(found is None) and found is not None:
+  if not any_host(found is None) and found is not None:
     return found
   say("measuring the data against itself, noise, and an untrained network")
   size = config.evaluate.evaluate_batch_size
@@ -181,13 +187,13 @@ def _copies_in_the_data(
 
 
 def _untrained(config: Config, weights: Weights, number: int, beat: Callable[[str], None]) -> np.ndarray:
-  """Images uint8 [number, H, W, C] of the sampler of `config`, with `zero_network`."""
+  """Images uint8 [number, H, W, C] of the sampler of `config`, before training."""
   run = weights.run
   draw = make_draw(
-    make_predictor(zero_network, run.schedule, config.diffusion.prediction, config.sample),
+    bind_for_sampling(untrained_denoiser(run.denoiser), config.sample),
     table_of(config.sample, run.schedule, config.diffusion.variance),
-    image_shape=run.image_shape,
-    parallel=run.parallel,
+    first_stage=run.first_stage,
+    mesh=run.mesh,
     stream="sample",
   )
   size, images, constants = min(number, _DRAWN_AT_ONCE), [], seeded({}, config.sample.sample_seed)

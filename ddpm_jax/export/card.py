@@ -9,8 +9,8 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation.results import read_result, scalars
+from ddpm_jax.evaluation.summary import yardsticks
 from ddpm_jax.models.build import num_params
-from ddpm_jax.report.measures import yardsticks
 from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.weights.file import without_paths
 from ddpm_jax.weights.load import Weights

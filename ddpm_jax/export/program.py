@@ -15,12 +15,12 @@ import numpy as np
 from jax import export
 
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import gather
+from ddpm_jax.devices.hosts import gather
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import Seeded
 from ddpm_jax.runtime import numerics
-from ddpm_jax.sampling.draw import draw_of, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, draw_of, table_of
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.weights.names import from_flat, to_flat
 from ddpm_jax.workdir.storage import sync_file, write_whole
@@ -125,9 +125,9 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
   """
   run = weights.run
   draw = draw_of(
-    make_predictor(run.network, run.schedule, config.diffusion.prediction, config.sample),
+    bind_for_sampling(run.denoiser, config.sample),
     table_of(config.sample, run.schedule, config.diffusion.variance),
-    image_shape=run.image_shape,
+    first_stage=run.first_stage,
     stream="sample",
   )
 

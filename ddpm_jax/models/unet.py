@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ddpm_jax.models.convolution import Conv3x3
 from ddpm_jax.models.layers import (
   CONVOLUTION,
+  Conv3x3,
   Dense,
   Downsample,
   GroupNorm,
@@ -23,7 +23,7 @@ from ddpm_jax.models.layers import (
 
 
 class UNet(nn.Module):
-  """Predicts eps, x0 or v from (x_t, t).
+  """What a parameterization says, eps, x0 or v, from (x_t, time).
 
   Attributes:
     out_channels: channels of the image.
@@ -50,12 +50,12 @@ class UNet(nn.Module):
   remat: str = "none"
 
   @nn.compact
-  def __call__(self, xt: jax.Array, t: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+  def __call__(self, xt: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
     """Runs the network.
 
     Args:
       xt: float32 [B, H, W, C]; H and W divisible by 2^(levels - 1).
-      t: int32 [B], timesteps in 1..T.
+      time: [B], of which the embedding is made; in the papers timesteps counted from 0.
       dropout_keys: B random keys, or None for no dropout.
 
     Returns:
@@ -87,8 +87,8 @@ class UNet(nn.Module):
     def attention_after(name: str, h: jax.Array) -> str | None:
       return f"{name}_attention" if h.shape[1] in self.attention_resolutions else None
 
-    # Timestep embedding. Published weights count timesteps from 0, so the network is given t - 1: here and only here.
-    temb = timestep_embedding(t - 1, self.channels)
+    # Timestep embedding.
+    temb = timestep_embedding(time, self.channels)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense1")(temb)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense2")(nn.swish(temb))
     temb = nn.swish(temb)  # every block begins its use of the embedding with a swish; done once

@@ -81,8 +81,8 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
     run: of the devices to compile for, with abstract state.
     batch_size: a multiple of the devices times `grad_accum_steps`.
   """
-  batch, order = run.parallel.abstract_inputs(abstract_batch(run.image_shape, batch_size))
-  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  batch, order = run.mesh.abstract_inputs(abstract_batch(run.image_shape, batch_size))
+  step = run.mesh.compile(make_train_step(run), run.abstract_state)
   try:
     compiled = step.lower(run.abstract_state, batch, order).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -91,19 +91,19 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
       raise
     return refused
   module, stats = hlo.parse(compiled.as_text()), compiled.memory_analysis()
-  has_caches = run.parallel.mesh.devices.flat[0].platform == "cpu"
+  has_caches = run.mesh.platform == "cpu"
   return CompiledStep(
     batch_size=batch_size,
     memory=_memory(run, (batch, order), stats),
     flops=(
-      _operations(run, batch_size, parts=1) / run.parallel.num_devices
+      _operations(run, batch_size, parts=1) / run.mesh.num_devices
       if has_caches
       else compiled.cost_analysis()["flops"] * _parts_not_counted(run, batch_size)
     ),
     bytes=(
       stats.argument_size_in_bytes + stats.output_size_in_bytes if has_caches else traffic.main_memory_bytes(module)
     ),
-    collectives=collectives(module, run.parallel.num_devices),
+    collectives=collectives(module, run.mesh.num_devices),
   )
 
 
@@ -111,7 +111,7 @@ def _memory(run: Run, inputs: Any, stats: Any) -> Memory:
   state = run.abstract_state
   parts = {
     "parameters": _bytes(state.params),
-    "average": _bytes(state.ema_params),
+    "average": _bytes(state.ema),
     "optimizer": _bytes(state.opt_state),
     "counters": _bytes((state.step, state.counts)),
     "batch": _bytes(inputs),

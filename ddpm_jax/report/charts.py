@@ -1,183 +1,197 @@
-"""Line charts as inline SVG: crisp at any size, with text that can be selected, in the colours of the page."""
+"""Line charts by Matplotlib: inline SVG in the colours of the page, and the loss as a PNG file."""
 
 from __future__ import annotations
 
-import dataclasses
+import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
+from markupsafe import Markup
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ddpm_jax.report.page import Html, join, number, short_exponent, tag
+from ddpm_jax.evaluation.summary import number
 
 Points = Sequence[tuple[float, float]]
 
-_MOST_POINTS = 1000  # of a curve; more would not be seen
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 34  # around the axes, in units of the drawing
-_TEXT = 7  # roughly the width of a digit
+COLOURS = 8  # of curves
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 36  # margins around the axes, in units of the drawing
+_STYLE: Any = {
+  "svg.fonttype": "none",
+  "svg.hashsalt": "ddpm_jax",
+  "path.simplify": True,
+  "path.simplify_threshold": 1.0,
+}
+# Variables of the page's style, which depend on light or dark, and the colours that stand for them while drawing.
+_OF_PAGE = {"soft": "#00fe01", "line": "#00fe02", "card": "#00fe03"} | {f"c{i}": f"#00ff0{i}" for i in range(1, 9)}
+_OF_PNG = {"soft": "#444444", "line": "#dddddd", "card": "#ffffff", "c1": "#1f77b4"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Series:
-  """What one curve shows. `dots`: a faint cloud instead of a line; `marks`: a circle at each point."""
+class Series(NamedTuple):
+  """One curve. `faint`: thin and pale; `marks`: a circle at each point, which shows its value on hovering."""
 
   name: str
   points: Points
   colour: int = 1
-  dots: bool = False
+  faint: bool = False
   marks: bool = False
 
 
-def thinned(points: Points, most: int = _MOST_POINTS) -> Points:
-  """At most `most` points that look the same: the lowest and the highest of each stretch, so that no peak is lost."""
-  if len(points) <= most:
-    return points
-  kept = []
-  stretches = most // 2
-  for i in range(stretches):
-    stretch = points[i * len(points) // stretches : (i + 1) * len(points) // stretches]
-    kept += sorted({min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])})
-  return kept
+class Chart(NamedTuple):
+  """A drawing, and what the page says about it."""
+
+  title: str
+  remark: str
+  series: list[Series]
+  svg: Markup
 
 
-def running_mean(points: Points, window: int) -> Points:
-  """Each point from the `window`-th on becomes the mean of the last `window` ones."""
-  values = np.convolve([y for _, y in points], np.ones(window) / window, mode="valid")
+def smoothed(name: str, points: Points) -> list[Series]:
+  """A noisy metric as it was logged, faint, and its moving average over about a twentieth of the points."""
+  window = averaging_window(len(points))
+  if window == 1:
+    return [Series(name, points)]
+  return [Series("logged", points, faint=True), Series(f"mean of {window} logged", running_mean(points))]
+
+
+def averaging_window(points: int) -> int:
+  """The number of points over which a noisy metric of `points` points is averaged."""
+  return max(1, points // 20)
+
+
+def running_mean(points: Points) -> Points:
+  """The means over `averaging_window`, each at the last of its points."""
+  window = averaging_window(len(points))
+  values = np.convolve([y for _, y in points], np.ones(window) / window, mode="valid") if points else ()
   return [(x, float(y)) for (x, _), y in zip(points[window - 1 :], values, strict=True)]
-
-
-def ticks(low: float, high: float, log: bool, most: int) -> list[float]:
-  """Round numbers between `low` and `high`, at most `most` and where possible at least two."""
-  if log:
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    decades = math.floor(math.log10(high)) - math.ceil(math.log10(low)) + 1
-    every = max(1, math.ceil(decades / most))
-    for digits in ((1,),) if every > 1 else ((1,), (1, 3), (1, 2, 5)):
-      found = [float(f"{digit}e{exponent}") for exponent in range(first, last + 1, every) for digit in digits]
-      found = [value for value in found if low <= value <= high]
-      if 3 <= len(found) <= most:
-        return found
-    if 2 <= len(found) <= most:
-      return found
-  span = (high - low) / max(1, most - 1)
-  magnitude = 10.0 ** math.floor(math.log10(span))
-  step = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= span * (1 - 1e-9))
-  return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _tick_text(value: float) -> str:
-  if abs(value) >= 1e6:
-    return f"{short_exponent(f'{value / 1e6:.6g}')}M"
-  return short_exponent(f"{value:,.6g}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Axis:
-  """Values from `low` to `high`, drawn from `start` to `end`."""
-
-  low: float
-  high: float
-  log: bool
-  start: float
-  end: float
-
-  def place(self, value: float) -> float:
-    low, high = self.low, self.high
-    if self.log:
-      low, high, value = math.log(low), math.log(high), math.log(value)
-    return self.start + (value - low) / (high - low) * (self.end - self.start)
-
-
-def _axis(values: Sequence[float], log: bool, start: float, end: float, pad: float) -> _Axis:
-  """An axis with room for all values. One that is not logarithmic starts at 0 if that is not far off."""
-  low, high = min(values), max(values)
-  if log:
-    factor = (high / low) ** pad if high > low else 2.0
-    return _Axis(low / factor, high * factor, True, start, end)
-  if high - low <= 1e-9 * max(abs(low), abs(high)):  # all the same
-    room = 0.1 * abs(low) or 1.0
-    return _Axis(low - room, high + room, False, start, end)
-  room = pad * (high - low)
-  below = 0.0 if 0 <= low < 0.5 * high else low - room
-  return _Axis(max(0.0, below) if low >= 0 else below, high + room, False, start, end)
-
-
-def _curve(series: Series, across: _Axis, up: _Axis) -> Html:
-  places = [(f"{across.place(x):.1f}", f"{up.place(y):.1f}") for x, y in series.points]
-  if series.dots:
-    return tag("path", d="".join(f"M{x} {y}h0" for x, y in places), class_=f"dots c{series.colour}")
-  parts = [tag("path", d="M" + "L".join(f"{x} {y}" for x, y in places), class_=f"curve c{series.colour}")]
-  if series.marks or len(places) == 1:
-    for (x, y), (left, value) in zip(places, series.points, strict=True):
-      hover = tag("title", f"{number(value)} at {number(left)}")
-      parts.append(tag("circle", hover, cx=x, cy=y, r=3.2, class_=f"c{series.colour}"))
-  return join(parts)
-
-
-def _frame(across: _Axis, up: _Axis, x_label: str) -> Html:
-  """Rules, ticks and their numbers. Numbers along the x axis are left out where they would touch."""
-  parts = [tag("path", d=f"M{across.start} {up.start}H{across.end}", class_="rule")]
-  for value in ticks(up.low, up.high, up.log, most=max(4, int(up.start - up.end) // 32)):
-    y = round(up.place(value), 1)
-    parts.append(tag("path", d=f"M{_LEFT} {y}H{across.end}", class_="rule"))
-    parts.append(tag("text", _tick_text(value), x=_LEFT - 7, y=y + 4, text_anchor="end"))
-  taken = 0.0
-  for value in ticks(across.low, across.high, across.log, most=max(4, int(across.end - across.start) // 72)):
-    x, text = round(across.place(value), 1), _tick_text(value)
-    parts.append(tag("path", d=f"M{x} {up.start}v4", class_="rule"))
-    half = len(text) * _TEXT / 2
-    if x - half >= taken:
-      parts.append(tag("text", text, x=x, y=up.start + 16, text_anchor="middle"))
-      taken = x + half + 4
-  middle = (across.start + across.end) / 2
-  parts.append(tag("text", x_label, x=middle, y=up.start + _BOTTOM - 3, text_anchor="middle"))
-  return join(parts)
 
 
 def line_chart(
   title: str,
   series: Sequence[Series],
   *,
-  x_label: str = "updates",
+  x_label: str = "training steps",
   remark: str = "",
   log_x: bool = False,
   log_y: bool | None = None,
-  size: tuple[int, int] = (560, 230),
-) -> Html | None:
-  """A figure with one or more curves over the same axes, or None if there is no point to draw.
+  size: tuple[int, int] = (480, 210),
+) -> Chart | None:
+  """A chart of curves over the same axes; None if there is no point to draw.
 
   Args:
-    series: whose points must be finite; ones that a logarithmic axis cannot show are left out.
-    log_y: by default, if the values are positive and span a factor of ten.
-    size: of the drawing; it is scaled to the width that the page has, so this is how large its text looks.
+    title: above it.
+    series: curves; their points are finite. Points that a logarithmic axis cannot show are left out.
+    x_label: below it.
+    remark: beside the title.
+    log_x: whether the x axis is logarithmic.
+    log_y: the same of the y axis; None: if the values are positive and span a factor of ten.
+    size: width and height of the drawing, which the page scales: the smaller, the larger the text.
   """
   ys = [y for part in series for _, y in part.points]
   if log_y is None:
     log_y = bool(ys) and min(ys) > 1e-100 and max(ys) >= 10 * min(ys)
-  drawn = []
-  for part in series:
-    points = [(x, y) for x, y in part.points if (x > 1e-100 or not log_x) and (y > 1e-100 or not log_y)]
-    if points:
-      drawn.append(dataclasses.replace(part, points=thinned(points)))
+  drawn = [
+    part._replace(points=[(x, y) for x, y in part.points if (x > 0 or not log_x) and (y > 0 or not log_y)])
+    for part in series
+  ]
+  drawn = [part for part in drawn if part.points]
   if not drawn:
     return None
-  xs, ys = ([point[i] for part in drawn for point in part.points] for i in range(2))
-  across = _axis(xs, log_x, _LEFT, size[0] - _RIGHT, pad=0.0)
-  up = _axis(ys, log_y, size[1] - _BOTTOM, _TOP, pad=0.06)
-  keys = []
-  if len(drawn) > 1:
-    for part in drawn:
-      swatch = tag("i", class_=f"c{part.colour}{' faint' if part.dots else ''}")
-      keys.append(tag("span", swatch, part.name, class_="key"))
   (first_x, first), (last_x, last) = drawn[-1].points[0], drawn[-1].points[-1]
-  said = f"{title}: {number(first)} at {number(first_x)}, {number(last)} at {number(last_x)} {x_label}"
-  drawing = tag(
-    "svg",
-    _frame(across, up, x_label),
-    *(_curve(part, across, up) for part in drawn),
-    viewBox=f"0 0 {size[0]} {size[1]}",
-    role="img",
-    aria_label=said,
+  label = f"{title}: {number(first)} at {number(first_x)}, {number(last)} at {number(last_x)} {x_label}"
+  start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(*size, label)
+  return Chart(title, remark, drawn, start + _svg(drawn, x_label, log_x, log_y, size) + Markup("</svg>"))
+
+
+def _svg(drawn: Sequence[Series], x_label: str, log_x: bool, log_y: bool, size: tuple[int, int]) -> Markup:
+  """The elements of a drawing."""
+  file = io.StringIO()
+  with matplotlib.rc_context(_STYLE):
+    figure = _figure(drawn, x_label, log_x, log_y, size, _OF_PAGE)
+    figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+  svg = file.getvalue().partition("</defs>")[2].removesuffix("</svg>\n")  # after a style for all of the page
+  # Names and fonts that nothing refers to, and digits that nobody sees.
+  svg = re.sub(r' id="[a-z0-9.]+_\d+"| font-family: [^;]*;', "", svg)
+  svg = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d)\d+", r"\1", path[0]).replace("\n", ""), svg)
+  for name, colour in _OF_PAGE.items():
+    svg = svg.replace(colour, f"var(--{name})")
+  hover = (
+    f"{number(y)} at {number(x)}" for part in drawn if part.marks or len(part.points) == 1 for x, y in part.points
   )
-  caption = tag("figcaption", tag("b", title), f" {remark}" if remark else None, *keys)
-  return tag("figure", caption, drawing, class_="card")
+  svg = re.sub(r"<defs>.*?</defs>", "", svg, flags=re.DOTALL)  # what a circle is
+  svg = re.sub(
+    r'<use \S* x="([^"]*)" y="([^"]*)" style="([^"]*)"/>',
+    lambda mark: (
+      f'<circle cx="{mark[1]}" cy="{mark[2]}" r="2.8" style="{mark[3]}"><title>{next(hover)}</title></circle>'
+    ),
+    svg,
+  )
+  return Markup(svg)
+
+
+def loss_png(points: Points) -> bytes:
+  """The losses over the training steps, and their moving average, as a PNG file.
+
+  A logged loss is noisy, above all because some timesteps are much harder than others.
+  """
+  series, file = smoothed("logged", [(x, y) for x, y in points if y > 0]), io.BytesIO()
+  with matplotlib.rc_context(_STYLE):
+    figure = _figure(series, "training steps", False, True, (560, 280), _OF_PNG)
+    if series[0].points:
+      figure.axes[0].legend(title="loss")
+    FigureCanvasAgg(figure)  # draws without a screen, whatever backend the environment names
+    figure.savefig(file, format="png", dpi=108)
+  return file.getvalue()
+
+
+def _figure(
+  series: Sequence[Series], x_label: str, log_x: bool, log_y: bool, size: tuple[int, int], colours: Mapping[str, str]
+) -> Figure:
+  width, height = size
+  figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor=colours["card"])
+  room = _LEFT / width, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / width, 1 - (_TOP + _BOTTOM) / height
+  axes = figure.add_axes(room, frame_on=False, xmargin=0, ymargin=0.06)
+  for part in series:
+    axes.plot(
+      *zip(*part.points, strict=True),
+      label=part.name,
+      color=colours[f"c{part.colour}"],
+      linewidth=0.8 if part.faint else 1.8,
+      alpha=0.45 if part.faint else None,
+      marker="o" if part.marks or len(part.points) == 1 else None,
+      markersize=5,
+      markeredgewidth=1.8,
+      markerfacecolor=colours["card"],
+      clip_on=False,
+    )
+  axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
+  low, high = axes.dataLim.intervaly
+  if not log_y and 0 <= low < 0.5 * high:
+    axes.set_ylim(bottom=0)
+  low, high = axes.dataLim.intervalx
+  if not log_x and 0 <= low < 0.5 * high:
+    axes.set_xlim(left=0)
+  _ticks(axes.xaxis, log_x, max(3, width // 85))
+  _ticks(axes.yaxis, log_y, max(3, height // 38))
+  axes.tick_params(length=0, pad=6, labelsize=11, labelcolor=colours["soft"], grid_clip_on=False)
+  axes.grid(axis="y", color=colours["line"])
+  figure.text(0.5 + (_LEFT - _RIGHT) / width / 2, 4 / height, x_label, size=11, color=colours["soft"], ha="center")
+  return figure
+
+
+def _ticks(axis: Axis, log: bool, most: int) -> None:
+  """Round numbers, written as on the rest of the page; more than one in a decade where the axis has few decades."""
+  if log:
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2 else (1, 3) if decades < 4 else (1,)))
+    axis.set_minor_locator(NullLocator())
+  else:
+    axis.set_major_locator(MaxNLocator(most, steps=[1, 2, 5, 10]))
+  axis.set_major_formatter(FuncFormatter(lambda value, _: number(value, 6)))

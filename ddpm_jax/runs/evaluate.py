@@ -11,10 +11,10 @@ import jax
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.errors import UserError
+from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.results import Result, scalars, write_result
-from ddpm_jax.report.measures import in_words, title_of, yardsticks
+from ddpm_jax.evaluation.results import scalars, write_result
+from ddpm_jax.evaluation.summary import Result, in_words, title_of, yardsticks
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import keep_place
@@ -54,9 +54,19 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
     for warning in result["warnings"]:
       console.warn(warning)
     path = write_result(workdir, result, pictures)
+    _write_report(workdir)
     for line in told(result):
       console.say(line)
     console.say(f"done: {path} and {workdir / 'report.html'}")
+
+
+def _write_report(workdir: pathlib.Path) -> None:
+  from ddpm_jax.report.report import write_report  # Matplotlib takes long to import
+
+  try:
+    write_report(workdir)
+  except OSError as error:
+    raise RunError(f"workdir: cannot write {workdir / 'report.html'} ({error.strerror}); make room") from error
 
 
 def told(result: Result) -> Iterator[str]:

@@ -11,10 +11,11 @@ import numpy as np
 from ddpm_jax.checkpoint import manifest
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import on_any_process
+from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.results import Result, keep_best, measure_of, read_result, scalars, write_result, yardsticks_of
+from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result, yardsticks_of
+from ddpm_jax.evaluation.summary import Result
 from ddpm_jax.runs.reports import Reports
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.stop import StopRequest
@@ -33,7 +34,7 @@ def evaluation_due(options: TrainConfig, step: int) -> bool:
 
 def evaluation_missing(config: Config, workdir: pathlib.Path, step: int) -> bool:
   """Whether that is due and was not done; all processes must ask."""
-  return evaluation_due(config.train, step) and on_any_process(read_result(workdir / "eval" / f"{step}.json") is None)
+  return evaluation_due(config.train, step) and any_host(read_result(workdir / "eval" / f"{step}.json") is None)
 
 
 class Evaluations:
@@ -77,14 +78,14 @@ class Evaluations:
     """
     options, alone = self._run.config, jax.process_count() == 1
     which = options.sample.sample_weights
-    params = state.ema_params if which == "ema" else state.params
+    params = state.ema["ema"] if which == "ema" else state.params
     weights = Weights(self._run, params, step, which, identity_of(manifest.describe(params)))
     first = jax.process_index() == 0
 
     def beat(what: str) -> None:
       self._beat(what)
       asked = self._stop.requested is not None
-      if asked if alone else on_any_process(asked):
+      if asked if alone else any_host(asked):
         raise evaluate_lib.Abandoned
 
     around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S, given=self._given)
@@ -110,6 +111,7 @@ class Evaluations:
     best = keep_best(self._workdir, result, measure)
     self._reports.evaluated(step, scalars(result))
     write_result(self._workdir, result, pictures)
+    self._reports.renew_pages(step)
     others = ", ".join(f"{kind} {value:.3g}" for kind, value in yardsticks_of(result, measure).items())
     console.say(
       f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{others and f' ({others})'}"

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import gather
+from ddpm_jax.devices.hosts import gather
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.export.card import PICTURE, card, find_samples, how_to_draw
 from ddpm_jax.export.program import write_program

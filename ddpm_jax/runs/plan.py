@@ -9,7 +9,7 @@ import jax
 
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import image_shape
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.plan import report, topology
 from ddpm_jax.plan.batches import Largest, largest
 from ddpm_jax.plan.compiling import CompiledStep, compile_step
@@ -28,9 +28,9 @@ def plan(config: Config) -> None:
   """
   jax.config.update("jax_platforms", "cpu")  # other devices of this machine are left to those who use them
   target = topology.find(config.plan.topology)
-  parallel = Parallel(config.train.parallel, target.devices, matmul_precision=config.model.matmul_precision)
-  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  run = build_run(config, image_shape(config.data), parallel)
+  mesh = make_mesh(config.train.parallel, target.devices, matmul_precision=config.model.matmul_precision)
+  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  run = build_run(config, image_shape(config.data), mesh)
   best = peaks(target)
   console.say(report.headline(run, target, best))
   size = config.data.batch_size

@@ -12,7 +12,7 @@ import numpy as np
 from ddpm_jax.diffusion.samplers import make_sampler
 from ddpm_jax.keys import seeded
 from ddpm_jax.runs.programs import Compiler
-from ddpm_jax.sampling.draw import make_draw, make_predictor
+from ddpm_jax.sampling.draw import bind_for_sampling, make_draw
 from ddpm_jax.training.setup import Run
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.workdir import grids
@@ -41,15 +41,15 @@ class Preview:
       "sample_seed": options.seed,
     }
     self._draw = make_draw(
-      make_predictor(run.network, schedule, run.config.diffusion.prediction),
+      bind_for_sampling(run.denoiser),
       make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
-      image_shape=run.image_shape,
-      parallel=run.parallel,
+      first_stage=run.first_stage,
+      mesh=run.mesh,
       stream="preview",
       keep=True,
     )
     self._seed, self._index = options.seed, np.arange(options.preview_images, dtype=np.int32)
-    self._ahead = bool(compiler and options.sample_every and run.parallel.compiles_beside_updates)
+    self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)
     if compiler and self._ahead:
       self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), self._index)
 
@@ -60,7 +60,7 @@ class Preview:
 
   def __call__(self, state: TrainState) -> Callable[[], np.ndarray]:
     """Begins a grid. Returns what waits for the picture, uint8 [height, width, 3], and gives it."""
-    weights = {"EMA weights": state.ema_params, "raw weights": state.params}
+    weights = {"EMA weights": state.ema["ema"], "raw weights": state.params}
     drawn = {name: self._draw.start(seeded(params, self._seed), self._index) for name, params in weights.items()}
     return lambda: grids.captioned(
       {name: grids.image_grid(images(), columns=min(8, len(self._index))) for name, images in drawn.items()}

@@ -29,7 +29,7 @@ class Compiler:
 
 
 class StepProgram:
-  """The step, for up to `steps_per_dispatch` updates in a call.
+  """The step, for up to `steps_per_dispatch` steps in a call.
 
   Where shapes are enough for that, it is compiled while the state, the files and the first batch are made.
   """
@@ -39,21 +39,21 @@ class StepProgram:
 
     Args:
       run: the run.
-      train_step: one update, (state, batch, axis_name, seed) -> (state, metrics), as `Parallel.compile` takes it.
+      train_step: one update, (state, batch, axis_name, seed) -> (state, metrics), as `DeviceMesh.compile` takes it.
       compiler: has nothing else to do yet.
       ahead: whether it will be called soon.
     """
-    updates = run.config.train.steps_per_dispatch
+    max_steps = run.config.train.steps_per_dispatch
     seed = np.uint32(run.config.train.seed)  # no part of the program: runs of other seeds need not compile another one
-    self._step = run.parallel.compile(train_step, run.abstract_state, updates=updates, scalars={"seed": seed})
+    self._step = run.mesh.compile(train_step, run.abstract_state, max_steps=max_steps, scalars={"seed": seed})
     self._compiled = None
-    if ahead and run.parallel.lowers_shapes:
+    if ahead and run.mesh.lowers_shapes:
       batch = abstract_batch(run.image_shape, run.config.data.batch_size)
-      lowered = self._step.lower(run.abstract_state, *run.parallel.abstract_inputs(batch, updates=updates))
+      lowered = self._step.lower(run.abstract_state, *run.mesh.abstract_inputs(batch, max_steps=max_steps))
       self._compiled = compiler.submit(lowered)  # JAX keeps the result, and the first call finds it
 
   def __call__(self, *arguments: Any) -> Any:
-    """As what `Parallel.compile` returns."""
+    """As what `DeviceMesh.compile` returns."""
     if self._compiled:
       self._compiled.result()
     return self._step(*arguments)

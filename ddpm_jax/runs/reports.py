@@ -16,9 +16,8 @@ import jax
 import numpy as np
 
 from ddpm_jax.config import TrainConfig, writer_names
-from ddpm_jax.devices.parallel import to_host
+from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import NonFiniteError
-from ddpm_jax.report.report import write_report
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.training.step import Metrics
@@ -145,8 +144,7 @@ class Reports:
     return {"losses": list(self._losses), "seconds": round(self._clock.at(step), 3)}
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
-    """Adds what was measured of the model after update `step` to its metrics. Then nobody else writes the report."""
-    self._settle_pages(step)
+    """Adds what was measured of the model after update `step` to its metrics."""
     if self._writer and self._loggers:
       with self._told(f"what was measured of update {step} is not in the metrics"):
         self._writer.amend(step, values)
@@ -166,7 +164,11 @@ class Reports:
       self._progress.say(f"sample grid of update {step}: {path}")
       console.show_png(path)
     self._loggers.image(step, "samples", picture)
-    if self._pages is None or self._pages.done():  # else they are renewed with the next grid
+    self.renew_pages(step)
+
+  def renew_pages(self, step: int) -> None:
+    """Begins to write the pages, unless they are being written: then they are renewed the next time."""
+    if self._pages is None or self._pages.done():
       self._settle_pages(step)
       self._pages = self._beside.submit(write_pages, self._workdir)
 
@@ -215,11 +217,9 @@ def write_pages(workdir: pathlib.Path) -> None:
   """Writes `loss.png` and `report.html` anew, of what the other files of a workdir say. Raises OSError."""
   pages = workdir / "loss.png", workdir / "report.html"
   try:
-    if (workdir / "metrics.jsonl").stat().st_size:
-      from ddpm_jax import plots  # Matplotlib takes long to import
+    from ddpm_jax.report import report  # Matplotlib takes long to import
 
-      plots.loss_curve(workdir / "metrics.jsonl", pages[0])
-    write_report(workdir)
+    report.write_report(workdir)
   finally:
     if not (workdir / "config.json").exists():  # deleted meanwhile, and made anew by a save that was under way
       for page in pages:

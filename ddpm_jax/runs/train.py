@@ -1,7 +1,7 @@
 """The run `train`. The order of operations of training is written here, once.
 
-Checkpoint N holds the state after N updates; the line N of the metrics describes update N; nothing is trained after the
-last checkpoint. Between two points where something is written, the device never waits for the host.
+Checkpoint N holds the state after N training steps; line N of the metrics describes step N; nothing is trained after
+the last checkpoint. Between two points where something is written, the device never waits for the host.
 """
 
 from __future__ import annotations
@@ -9,41 +9,39 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import pathlib
-import shlex
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import resume
-from ddpm_jax.checkpoint.checkpoint import Checkpoints, NoneInCommonError, Restored
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
+from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.checkpoint.saver import Saver
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, open_source
-from ddpm_jax.devices.parallel import Parallel, to_host
-from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.hosts import to_host
+from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
-from ddpm_jax.models.build import Params, fitted, num_params
-from ddpm_jax.runs import earlier
+from ddpm_jax.models.build import fitted
+from ddpm_jax.runs import earlier, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview
 from ddpm_jax.runs.profile import Profile
 from ddpm_jax.runs.programs import Compiler, StepProgram
-from ddpm_jax.runs.reports import Reports, write_pages
-from ddpm_jax.runtime import compilation, console, numerics, paths
+from ddpm_jax.runs.reports import Reports
+from ddpm_jax.runtime import compilation
 from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
-from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.training.optimizer import decay_start
-from ddpm_jax.training.setup import Run, build_run, copies_warning, make_train_step, noise_warning
+from ddpm_jax.training.setup import Run, build_run, make_train_step
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics
 from ddpm_jax.weights import initial
@@ -52,25 +50,31 @@ from ddpm_jax.workdir import layout, loggers
 from ddpm_jax.workdir.lock import Lock
 
 
-def train(
-  config: Config,
-  workdir: pathlib.Path,
-  stop: StopRequest,
-  job: Job | None = None,
-  chosen: str = "",
-  given: frozenset[str] = frozenset(),
-  clock: Callable[[], float] = time.monotonic,
-) -> bool:
-  """Trains until `config.train.num_steps` updates are made, or until a signal asks to stop; resumes if it can.
+class Invocation(NamedTuple):
+  """How a run was started.
+
+  Attributes:
+    stop: receives the signals.
+    job: the processes that take part.
+    note: a line for the user on settings that were left open, printed once the images are found.
+    given: names of the flags of the command, for evaluations: a number or a sampler that it names is not chosen anew.
+    clock: seconds since any moment, by which the training is timed.
+  """
+
+  stop: StopRequest
+  job: Job = Job("single")
+  note: str = ""
+  given: frozenset[str] = frozenset()
+  clock: Callable[[], float] = time.monotonic
+
+
+def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool:
+  """Trains until `config.train.num_steps` steps are made, or until a signal asks to stop; resumes if it can.
 
   Args:
     config: the run.
     workdir: its folder.
-    stop: hears the signals.
-    job: the processes that take part; this one alone if None.
-    chosen: a line for the user on settings that the command left open, printed once the images are found.
-    given: names of the flags of this command, for evaluations: a number or a sampler that it names is not chosen anew.
-    clock: seconds since any moment, by which the training is timed.
+    invocation: how it was started.
 
   Returns:
     Whether the run is finished; if not, it was asked to stop.
@@ -79,163 +83,79 @@ def train(
     UserError: before anything is compiled, if the command does not fit the data, the devices, the workdir or its
       checkpoints.
     RunError: if what must be kept cannot be written.
-    NonFiniteError: if the loss or the gradient is not finite, as often as is not put up with.
+    NonFiniteError: if the loss or the gradient is not finite, more often than `max_nonfinite` allows.
   """
-  parallel = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  parallel.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  exists = layout.check(workdir, config)
-  loggers.find(config_lib.writer_names(config.train.writers))  # before anything is written
-  source = open_source(config.data)
-  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
-  run = build_run(config, source.image_shape, parallel)
-  resume.check_hosts(run, source)
-  if config.train.evaluate_every:
-    check_evaluation(config, workdir, source)
+  job, total = invocation.job, config.train.num_steps
+  run, source = prepare(config, workdir)
+  config = run.config
   params = None
   if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
-    params, _ = initial.read_params(config, source.image_shape)
+    params, _ = initial.read_params(config, run.image_shape)
+
   with contextlib.ExitStack() as cleanup:
-    lock, job = None, job or Job("single")
-    if job.process == 0:
-      if not exists:
-        check_space(run, workdir, 0)
-      lock = cleanup.enter_context(contextlib.closing(Lock(workdir)))
-      exists = layout.check(workdir, config)  # again: another process may have been faster
-      if not exists:
-        layout.create(workdir, config)
-      if chosen:
-        console.say(chosen)
-    multihost_utils.sync_global_devices("the workdir exists")
-    try:
-      resume.check_shared(workdir)
-    except UserError:
-      if lock and not exists:
-        layout.discard(workdir)
-      raise
-    # Until everything is closed, as that waits for what is being saved.
+    # None in all processes but the first, which is the one that prints.
+    lock = workdirs.take(run, workdir, job, cleanup, invocation.note)
+    # Entered first, so that it watches while everything below is closed, which waits for what is being saved.
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
-    start = decay_start(config.optimizer, config.train.num_steps)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=start)
+    kept_step = decay_start(config.optimizer, total)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=kept_step)
     cleanup.enter_context(contextlib.closing(checkpoints))
-    try:
-      restored = checkpoints.restore(resume.same_run(run, source, workdir), on_corrupt=config.train.on_corrupt)
-      damaged, passed = (restored.damaged, restored.passed) if restored else ({}, [])
-    except NoneInCommonError as error:
-      if error.since > 0:
-        raise
-      restored, damaged, passed = None, error.damaged, error.passed  # both begin with the same initial state
-      if config.exchange.init_from:
-        params, _ = initial.read_params(config, source.image_shape)
-    for step, reason in damaged.items():
-      moved = checkpoints.set_aside(step)
-      if lock:
-        console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
-    return _resume_or_start(
-      run, source, workdir, checkpoints, restored, passed, params, lock, stop, job, watchdog, given, clock
-    )
 
+    start = resume.find_start(checkpoints, run, source, workdir)
+    workdirs.set_aside_damaged(checkpoints, start, quiet=not lock)
+    if lock and start.step < total and (start.state or start.other_past):  # of a new run `take` has looked
+      workdirs.check_space(run, workdir, start.step, leaving=len(start.other_past))
+    moved = earlier.set_aside(workdir, checkpoints, start.other_past, start.step) if start.other_past else None
+    if not start.state and params is None and config.exchange.init_from:
+      if not start.other_past:
+        raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
+      params, _ = initial.read_params(config, run.image_shape)
+    restarts = resume.restarts(config, start.manifest)
+    run = run._replace(lr_restart=restarts[-1] if restarts else 0)
 
-def _resume_or_start(
-  run: Run,
-  source: Source,
-  workdir: pathlib.Path,
-  checkpoints: Checkpoints,
-  restored: Restored | None,
-  passed: list[int],
-  params: Params | None,
-  lock: Lock | None,
-  stop: StopRequest,
-  job: Job,
-  watchdog: Watchdog,
-  given: frozenset[str],
-  clock: Callable[[], float],
-) -> bool:
-  """Says what is going to happen, and lets it. Returns whether the run is finished.
+    finished = start.step >= total and not evaluation_missing(config, workdir, start.step)
+    workdirs.say_headline(run, source, workdir, start, job, finished, moved)
+    if finished:
+      return True
+    if lock:
+      workdirs.warn(run, source)
+      # What may change has changed. Until there is a checkpoint, a restart must know which weights are the first.
+      workdirs.renew(workdir, config_lib.reset_weight_selectors(config) if start.state else config)
 
-  `passed` are checkpoints from which a run of this length does not go on; `lock` is that of the first process, which
-  alone says anything.
-  """
-  start, total = restored.step if restored else 0, run.config.train.num_steps
-  finished = start >= total and not evaluation_missing(run.config, workdir, start)
-  if lock and start < total and (restored or passed):  # a new run has been looked at before its folder was made
-    check_space(run, workdir, start, leaving=len(passed))
-  end = earlier.set_aside(workdir, checkpoints, passed, start) if passed else None
-  restarts = resume.restarts(run.config, restored.manifest if restored else None)
-  run = run._replace(lr_restart=restarts[-1] if restarts else 0)
+    place = Place(workdir, checkpoints, lock)
+    with open_services(run, source, place, start, watchdog, invocation) as services:
+      with services.progress.compiling("the initial state"):
+        state = start.state or run.initial_state(params)
+      last, stopped = training_loop(run, source, state, start.step, services)
   if lock:
-    console.say(_headline(run, source, workdir, start, job, finished, end))
-  if finished:
-    return True
-  if lock:
-    for warning in filter(None, (noise_warning(run), copies_warning(run.config, len(source)))):
-      console.warn(warning)
-    # What may change has changed. Until there is a checkpoint, the flags of a restart say which weights are the first.
-    _renew(workdir, config_lib.reset_weight_selectors(run.config) if restored else run.config)
-  facts = resume.facts(run, source, restored.manifest if restored else None)
-  if not restored and params is None and run.config.exchange.init_from:
-    raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-  with contextlib.closing(Progress("step", total=total, done=start, quiet=not lock)) as progress:
-    size, seed = run.config.data.batch_size, run.config.train.seed
-    reports = Reports(
-      workdir,
-      progress,
-      run.config.train,
-      start_step=start,
-      batch_size=size,
-      images=lambda step: images_of(source, step - 1, batch_size=size, seed=seed),
-      settings=settings_of_run(run.config),
-      so_far=(restored.manifest if restored else {}).get("so_far", {}),
-      clock=clock,
-    )
-    saver = Saver(
-      checkpoints,
-      run.config.train,
-      facts,
-      start_step=start,
-      lock=lock,
-      flush=reports.flush,
-      extra_step=decay_start(run.config.optimizer, total),
-    )
-    trains_first = start < total and not evaluation_missing(run.config, workdir, start)
-    profile = Profile(
-      config_lib.profiled(run.config.train.profile_steps, total),
-      workdir / "profile",
-      start_step=start,
-      say=progress.say,
-      paused=reports.paused,
-    )
-    with contextlib.closing(reports), contextlib.closing(profile), contextlib.closing(Compiler()) as compiler:
-      make_updates = StepProgram(run, make_train_step(run), compiler, ahead=trains_first)
-      with progress.compiling("the initial state"):
-        state = restored.state if restored else run.initial_state(params)
-      own = run._replace(config=config_lib.reset_weight_selectors(run.config))
-      evaluations = Evaluations(own, source, workdir, reports, stop, watchdog.beat, given=given)
-      preview = Preview(run, compiler if trains_first else None)
-      early = EarlyGrids(reports.seconds, wanted=run.config.train.sample_every > 0)
-      around = _Around(reports, saver, evaluations, preview, early, profile, progress, stop, watchdog)
-      end, stopped = _train(run, source, state, start, make_updates, around)
-  if lock:
-    try:
-      _renew(workdir, config_lib.reset_weight_selectors(run.config))
-      write_pages(workdir)
-    except OSError as error:  # all that matters is saved
-      console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
-    except UserError as error:
-      console.warn(f"{error}")
-    console.say(_farewell(workdir, end, total, run.schedule.num_timesteps))
+    workdirs.finish(run, workdir, last)
   return not stopped
 
 
-def _renew(workdir: pathlib.Path, config: Config) -> None:
-  """Writes the settings anew if they are others."""
-  if config != layout.load_config(workdir):
-    layout.create(workdir, config)
+def prepare(config: Config, workdir: pathlib.Path) -> tuple[Run, Source]:
+  """Everything that can be found wrong before a file is written: devices, settings, images, network.
+
+  Raises:
+    UserError: see `train`.
+  """
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  layout.check(workdir, config)
+  loggers.find(config_lib.writer_names(config.train.writers))
+  source = open_source(config.data)
+  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
+  run = build_run(config, source.image_shape, mesh)
+  resume.check_hosts(run, source)
+  if config.train.evaluate_every:
+    check_evaluation(config, workdir, source)
+  return run, source
 
 
-class _Around(NamedTuple):
-  """What happens around the updates."""
+class TrainServices(NamedTuple):
+  """Everything that happens beside the training steps."""
 
+  run_steps: StepProgram
   reports: Reports
   saver: Saver
   evaluations: Evaluations
@@ -247,93 +167,168 @@ class _Around(NamedTuple):
   watchdog: Watchdog
 
 
-def _train(
-  run: Run, source: Source, state: TrainState, start: int, make_updates: StepProgram, around: _Around
-) -> tuple[int, bool]:
-  """Makes the updates after `start`.
+class Place(NamedTuple):
+  """Where a run is kept. The lock is None in all processes but the first."""
+
+  workdir: pathlib.Path
+  checkpoints: Checkpoints
+  lock: Lock | None
+
+
+@contextlib.contextmanager
+def open_services(
+  run: Run, source: Source, place: Place, start: Start, watchdog: Watchdog, invocation: Invocation
+) -> Iterator[TrainServices]:
+  """Opens the files of the run and begins to compile its step; closes all of them at the end."""
+  (workdir, checkpoints, lock), stop = place, invocation.stop
+  options, batch_size, seed = run.config.train, run.config.data.batch_size, run.config.train.seed
+  after_init = run._replace(config=config_lib.reset_weight_selectors(run.config))
+  with contextlib.ExitStack() as cleanup:
+    closed = lambda service: cleanup.enter_context(contextlib.closing(service))  # noqa: E731
+    progress = closed(Progress("step", total=options.num_steps, done=start.step, quiet=not lock))
+    reports = closed(
+      Reports(
+        workdir,
+        progress,
+        options,
+        start_step=start.step,
+        batch_size=batch_size,
+        images=lambda step: images_of(source, step - 1, batch_size=batch_size, seed=seed),
+        settings=settings_of_run(run.config),
+        so_far=start.manifest.get("so_far", {}),
+        clock=invocation.clock,
+      )
+    )
+    saver = Saver(
+      checkpoints,
+      options,
+      resume.facts(run, source, start.manifest),
+      start_step=start.step,
+      lock=lock,
+      flush=reports.flush,
+      extra_step=decay_start(run.config.optimizer, options.num_steps),
+    )
+    traced = config_lib.profiled(options.profile_steps, options.num_steps)
+    profile = closed(
+      Profile(traced, workdir / "profile", start_step=start.step, say=progress.say, paused=reports.paused)
+    )
+    compiler = closed(Compiler())
+    trains_first = start.step < options.num_steps and not evaluation_missing(run.config, workdir, start.step)
+    yield TrainServices(
+      StepProgram(run, make_train_step(run), compiler, ahead=trains_first),
+      reports,
+      saver,
+      Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
+      Preview(run, compiler if trains_first else None),
+      EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
+      profile,
+      progress,
+      stop,
+      watchdog,
+    )
+
+
+def training_loop(run: Run, source: Source, state: TrainState, start: int, services: TrainServices) -> tuple[int, bool]:
+  """Makes the training steps after `start`.
 
   Returns:
-    The number of updates in the last checkpoint, and whether a request to stop came before the run was finished.
+    The number of steps in the last checkpoint, and whether a request to stop came before the run was finished.
   """
-  parallel, options, step = run.parallel, run.config.train, start
-  reports, saver, evaluations, preview, early, profile, progress, stop, watchdog = around
+  mesh, options, step = run.mesh, run.config.train, start
+  run_steps, reports, saver, evaluations, preview, early, profile, progress, stop, watchdog = services
   if evaluations.missing(start) and evaluations.make(state, start):
     return start, True
   alone = jax.process_count() == 1
-  host_batches = _batches_after(start, run, source)
-  in_flight: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
+  in_flight = InFlight(options, services)
   run_ahead = calls_ahead(options)
-  stopping = early_grid = False
+  stopping = False
 
-  with contextlib.closing(host_batches):
-
-    def settle(at_most: int) -> None:
-      """Waits until that many calls are in flight, reports the others, and counts the votes of the processes."""
-      nonlocal stopping, early_grid
-      while len(in_flight) > at_most:
-        made, metrics, votes = in_flight.popleft()
-        reports.check(made, metrics)
-        done = made[-1]
-        if done % options.log_every == 0 or done == options.num_steps or evaluations.due(done):
-          reports.metrics(made, metrics)
-        if not alone:
-          stop_now, grid_now = to_host(votes).tolist()
-          stopping, early_grid = stopping or bool(stop_now), early_grid or bool(grid_now)
-        watchdog.beat(f"update {done}")
-
+  with contextlib.closing(_batches_after(start, run, source)) as host_batches:
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
-      step = steps[-1]
-      placed = parallel.put_batches([next(host_batches) for _ in steps], updates=options.steps_per_dispatch)
-      order = parallel.put_order(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
-      first = steps[0] == start + 1
+      step, first = steps[-1], steps[0] == start + 1
+      batch = mesh.put_batches([next(host_batches) for _ in steps], max_steps=options.steps_per_dispatch)
+      command = mesh.put_step_command(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
       profile.before(steps, state)
       with progress.compiling("the training step") if first else contextlib.nullcontext():
         with (
-          jax.profiler.StepTraceAnnotation("train", step_num=steps[-1]),
+          jax.profiler.StepTraceAnnotation("train", step_num=step),
           jax.transfer_guard("disallow"),  # nothing moves between host and device unasked
         ):
-          state, *outputs = make_updates(state, placed, order)
+          state, *outputs = run_steps(state, batch, command)
         if first:
           stop.defer()  # from now on there is something to save
           jax.block_until_ready(outputs)
       profile.after(steps, outputs)
-      in_flight.append((steps, *outputs))
+      in_flight.add(steps, *outputs)
       if first:
         reports.compiled(steps)
         compilation.look_for_garbage_as_usual()
       else:
         progress.advance(len(steps))
-      # The device is never left without a next update, and a request to stop finds few under way.
-      # Several processes hear of it when all of them read the same vote; one alone need not wait for that.
-      settle(run_ahead)
-      if alone:
-        stopping, early_grid = stop.requested is not None, early.due(compiling=preview.compiling)
+      # The device is never left without a next step, and a request to stop finds few under way.
+      in_flight.drain(run_ahead)
+      # Several processes hear of a request when all of them read the same vote; one alone need not wait for that.
+      stopping = stop.requested is not None if alone else in_flight.stop_voted
+      grid_wanted = early.due(compiling=preview.compiling) if alone else in_flight.grid_voted
       saver.poll(step)
 
-      save_now = stopping or step == options.num_steps or saver.due(step) or evaluations.due(step)
-      preview_now = early_grid or _grid_due(options, step)
-      if not (save_now or (preview_now and not stopping)):
+      last = stopping or step == options.num_steps
+      save_now = last or saver.due(step) or evaluations.due(step)
+      grid_now = not stopping and (grid_wanted or _grid_due(options, step))
+      if not (save_now or grid_now):
         continue
-      settle(0)
-      last = save_now and (stopping or step == options.num_steps)
+      in_flight.drain(0)
       with reports.paused():
-        # Drawn beside what a save does before it returns: what it does afterwards is beside the next updates.
-        picture = preview(parallel.globalize(state)) if preview_now and not stopping else None
+        # Drawn beside what a save does before it returns: what it does afterwards is beside the next steps.
+        picture = preview(mesh.to_global_array(state)) if grid_now else None
         if save_now:
-          saver.save(parallel.globalize(state), step, last=last, so_far={"so_far": reports.so_far(step)})
+          saver.save(mesh.to_global_array(state), step, last=last, so_far={"so_far": reports.so_far(step)})
           watchdog.beat(f"checkpoint {step}")
         if picture:
           reports.samples(step, picture(), preview.settings)
           early.drawn()
-          early_grid = False
+          in_flight.grid_voted = False
           watchdog.beat(f"the sample grid of update {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
-          stopping = evaluations.make(parallel.globalize(state), step)  # stopped: it is made when the run goes on
+          stopping = evaluations.make(mesh.to_global_array(state), step)  # stopped: it is made when the run goes on
           last |= stopping
       if last:
         break
     saver.finish(step)
   return step, stopping and (step < options.num_steps or evaluations.due(step))
+
+
+class InFlight:
+  """Calls of the training step that the device has not finished, as far as the host has looked.
+
+  Attributes:
+    stop_voted: whether a process has asked to stop; the same on all processes.
+    grid_voted: whether a process has asked for a sample grid, likewise.
+  """
+
+  def __init__(self, options: TrainConfig, services: TrainServices):
+    self._options, self._services = options, services
+    self._calls: collections.deque[tuple[range, Metrics, jax.Array]] = collections.deque()
+    self.stop_voted = self.grid_voted = False
+
+  def add(self, steps: range, metrics: Metrics, votes: jax.Array) -> None:
+    """A call that was dispatched just now."""
+    self._calls.append((steps, metrics, votes))
+
+  def drain(self, at_most: int) -> None:
+    """Waits until at most that many calls are unfinished; reports the others and counts their votes."""
+    services, options = self._services, self._options
+    while len(self._calls) > at_most:
+      steps, metrics, votes = self._calls.popleft()
+      services.reports.check(steps, metrics)
+      done = steps[-1]
+      if done % options.log_every == 0 or done == options.num_steps or services.evaluations.due(done):
+        services.reports.metrics(steps, metrics)
+      if jax.process_count() > 1:
+        stop, grid = to_host(votes).tolist()
+        self.stop_voted |= bool(stop)
+        self.grid_voted |= bool(grid)
+      services.watchdog.beat(f"update {done}")
 
 
 def _grid_due(options: TrainConfig, step: int) -> bool:
@@ -371,60 +366,3 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     threads=run.config.data.data_threads,
     workers=run.config.data.data_workers,
   )
-
-
-def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
-  """Raises UserError if the checkpoints after step `start` will not find room. Before compression, to be sure.
-
-  leaving: the number of those in `checkpoints/` that are about to be moved elsewhere.
-  """
-  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
-  options = run.config.train
-  saves = sum(
-    (options.num_steps - start) // every + 1 for every in (options.checkpoint_every, options.evaluate_every) if every
-  )
-  begin = decay_start(run.config.optimizer, options.num_steps)
-  decay = begin is not None  # one more is kept, and written unless it exists
-  saves += decay and begin > start
-  layout.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + leaving)
-
-
-def _headline(
-  run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool, passed: pathlib.Path | None
-) -> str:
-  """What is going to happen. `passed`: where the end of a shorter run is now, which this one does not go on from."""
-  height, width, channels = run.image_shape
-  total = run.config.train.num_steps
-  what = (
-    f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
-    f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
-    f"({run.parallel.mode})\n{job.text}\n"
-  )
-  if finished:
-    return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
-  if passed:
-    what += (
-      f"going back to step {start}, after which the learning rate decayed toward another --num_steps; later "
-      f"checkpoints are kept in {passed}, which is a workdir\n"
-    )
-  if start and run.lr_restart == start:
-    what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
-  if start:
-    return what + f"resuming {workdir} after update {start} of {total}; compiling"
-  first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
-  return what + f"a new run: training {total} updates{first} in {workdir}; compiling"
-
-
-def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
-  done, quick = step >= total, min(QUICK, num_timesteps)
-  end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
-  again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
-  metrics = f"{workdir / 'metrics.jsonl'}, loss.png and report.html beside it"
-  if importlib.util.find_spec("tensorboard") and (workdir / "tensorboard").is_dir():
-    metrics += f", and {shlex.join(['tensorboard', f'--logdir={workdir}'])}"
-  draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
-  return f"""{end}
-  checkpoint    {workdir / "checkpoints" / str(step)}
-  samples       {workdir / "samples"}
-  metrics       {metrics}
-{again}  draw images   {draw}"""

@@ -16,7 +16,7 @@ from ddpm_jax.runtime.paths import expanded, home
 _USUAL_GARBAGE = gc.get_threshold()
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
 
-# What makes programs faster on CPUs, by version of jaxlib: benchmarks/README.md has what it brings. XLA ends the
+# What makes programs faster on CPUs, by version of jaxlib: docs/results/speed.md has what it brings. XLA ends the
 # process at a flag that it does not know, so only what was tried is here.
 _YNNPACK = {
   # Products, element-wise operations and reductions by the library YNNPACK, as convolutions.
@@ -67,7 +67,7 @@ def _add_unless_any_is_set(ours: dict[str, str]) -> None:
     os.environ["XLA_FLAGS"] = " ".join([flags, *(f"--{name}={value}" for name, value in ours.items())]).strip()
 
 
-def seldom_look_for_garbage() -> None:
+def relax_gc() -> None:
   """Importing and tracing make many objects, which stay: Python would look for garbage among them again and again."""
   gc.set_threshold(100_000)
 
@@ -77,7 +77,7 @@ def look_for_garbage_as_usual() -> None:
   gc.set_threshold(*_USUAL_GARBAGE)
 
 
-def keep_compiled_programs(where: str) -> None:
+def enable_compilation_cache(where: str) -> None:
   """Lets JAX keep what it compiles, so that a later process with the same program need not compile it again.
 
   A damaged entry is noticed (entries are compressed with a checksum); its program is then compiled again, and the

@@ -1,10 +1,10 @@
-"""The only module that prints: what is only said may neither end a run nor hold it up.
+"""The only module that prints. Output never raises and never blocks: it may neither end a run nor hold it up.
 
 `say`, `warn`, `note` and `error` print a line, `show_png` a picture where the terminal can show it.
 
-`protect_streams` makes standard output and standard error of a command such that whatever anybody prints, a library for
-one, cannot raise and cannot block: where nobody reads a pipe, the disk with the log on it is full or a terminal is
-gone, lines wait in memory, within limits, and are written later or left out. `add_times` begins each line of a log with
+`protect_streams` replaces standard output and standard error of a command, so that this holds for libraries too: where
+nobody reads a pipe, the disk with the log on it is full or a terminal is gone, lines wait in memory, within limits, and
+are written later or left out. `add_times` begins each line of a log with
 the time.
 """
 
@@ -29,9 +29,9 @@ from absl import logging as absl_logging
 if TYPE_CHECKING:
   import tqdm
 
-_PATIENCE_S = 0.1  # of a caller, for its line to be written; no longer waited for until the stream has caught up
+_PATIENCE_S = 0.1  # that a caller waits for its line to be written; 0 until the stream has caught up
 _LAST_PATIENCE_S = 1.0  # at the end of the process
-_RETRY_S = 1.0  # from one try to write to the next, where writing fails
+_RETRY_S = 1.0  # between two attempts, where writing fails
 _MOST_BYTES = 2**20  # that wait to be written
 _MOST_PICTURE = 2**19  # bytes of a PNG that is shown; a third more when it is written as text
 _KITTY_CHUNK = 4096  # the most that one escape sequence of its protocol may carry
@@ -56,7 +56,7 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def error(text: str, more: str = "") -> None:
-  """Prints the line that says why the process ends, to standard error: `error: TEXT`. From any thread.
+  """Prints why the process ends to standard error: `error: TEXT`. From any thread.
 
   Other programs read it: it is one line, without a time. `more`: further lines, such as stacks.
   """
@@ -87,7 +87,7 @@ def show_png(path: pathlib.Path) -> None:
 
 
 def _picture_protocol() -> Callable[[str, int], str] | None:
-  """(a PNG in base64, its number of bytes) -> what shows it on this terminal; None if nothing is known to."""
+  """(PNG in base64, its size in bytes) -> the escape sequence that shows it on this terminal; None if none is known."""
   about = os.environ
   term, program = about.get("TERM", ""), about.get("TERM_PROGRAM", "")
   if "TMUX" in about or term.startswith(("screen", "tmux")):
@@ -133,12 +133,12 @@ def bar(**options: Any) -> tqdm.tqdm:
 
 
 def stdout_to_stderr() -> contextlib.AbstractContextManager:
-  """While this lasts, what others print to standard output goes to standard error."""
+  """Redirects standard output to standard error, for what libraries print."""
   return contextlib.redirect_stdout(sys.stderr)
 
 
 def drain() -> None:
-  """Waits until all is written, for a second at most. Call it before `os._exit`."""
+  """Waits until all is written, at most a second. Call it before `os._exit`."""
   for stream in (sys.stdout, sys.stderr):
     if stream is not None:
       with contextlib.suppress(OSError, ValueError):
@@ -148,9 +148,9 @@ def drain() -> None:
 
 
 def protect_streams() -> None:
-  """Puts streams that never raise and never block in the place of Python's own. At the start of a command.
+  """Replaces Python's streams by ones that never raise and never block. At the start of a command.
 
-  Streams that somebody else has put there, as in a notebook, stay. A standard descriptor that is closed (`>&-`) is
+  Streams that were replaced before, as in a notebook, stay. A standard descriptor that is closed (`>&-`) is
   opened on the null device: else the next file that is opened, a checkpoint for one, would get what is printed.
   """
   for number in range(3):
@@ -186,22 +186,22 @@ def _print(stream: TextIO | None, text: str, *, times: bool = True) -> None:
 
 
 class _Outlet(io.RawIOBase):
-  """A descriptor that takes everything that is written to it, at once.
+  """A descriptor whose `write` never blocks for long and never raises.
 
-  A thread writes. Whoever has something to write waits until it is written, so that lines come at once and in order,
-  but no longer than `_PATIENCE_S`, and not at all while earlier lines still wait. Where too much waits, the oldest
-  lines are left out, and their number is told as soon as something can be written.
+  A thread writes. The caller waits until its line is written, so that lines come at once and in order, but no longer
+  than `_PATIENCE_S`, and not at all while earlier lines still wait. Where too much waits, the oldest lines are left
+  out, and their number is reported as soon as something can be written.
   """
 
   def __init__(self, number: int):
     self._number, self.name = number, f"<output {number}>"
-    self._file = os.dup(number)  # whoever closes the standard descriptor, and opens another file, changes nothing here
+    self._file = os.dup(number)  # stays when the standard descriptor is closed and reused for another file
     self._changed = threading.Condition()
     self._waiting: collections.deque[bytes] = collections.deque()
     self._size = 0  # bytes in `_waiting`
     self._current = b""  # what the thread writes now
     self._left_out = 0  # lines
-    self._behind = False  # nobody waits for the thread
+    self._behind = False  # callers do not wait for the thread
     self._over = False  # the thread may be gone: write without it, or not at all
     self._thread = threading.Thread(target=self._write_all, name=f"output {number}", daemon=True)
     self._thread.start()
@@ -284,7 +284,7 @@ class _Outlet(io.RawIOBase):
     self._over = True
 
   def _forget(self) -> None:
-    """In a copy of this process, which has no thread."""
+    """In a forked process, which has no thread."""
     self._over = True
 
   def _write_if_possible(self, text: bytes) -> None:

@@ -2,7 +2,7 @@
 
 XLA asks the system for hundreds of megabytes in every update and gives them back after it. In pages of 4 KiB the system
 then spends a third of the time on filling in pages, and in pages of 2 MiB still a tenth, unless memory that is free
-stays with the process; `benchmarks/README.md` has what either brings.
+stays with the process; `docs/results/speed.md` has what either brings.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What JAX's options do to numbers: pinned where this package compiles, refused, or recorded; docs/precision.md."""
+"""What JAX's options do to numbers: pinned where we compile, refused, or recorded; see docs/concepts/precision.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees while something runs: a bar with the time left on a terminal, plain lines elsewhere."""
+"""Progress of a task: a bar with the time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Progress:
     _shown.append(self)
 
   def describe(self, text: str) -> None:
-    """From now on the bar and the lines say `text`, and not how many units of how many."""
+    """From now on the bar and the lines show `text` in place of the count."""
     self._text = text
     if self._bar is not None:
       self._bar.bar_format = _BAR
@@ -60,7 +60,7 @@ class Progress:
 
   @contextlib.contextmanager
   def compiling(self, what: str = "") -> Iterator[None]:
-    """Says, while it lasts, that something compiles, what, and for how long. That time is no part of the speed."""
+    """Shows, while it lasts, what compiles and for how long. That time does not count in the speed."""
     began, over = time.perf_counter(), threading.Event()
 
     def tick() -> None:
@@ -106,7 +106,7 @@ class Progress:
       console.say(f"{self._text or f'{self._what} {done}/{self._total}'}{text and '  ' + text}{speed}")
 
   def estimate(self, done: int, rate: float) -> None:
-    """Says how long the rest takes, where there are no facts yet. A bar says so anyway. rate: units a second."""
+    """Shows the time left where there are no facts yet; a bar shows it anyway. rate: units a second."""
     if self._bar is None:
       self.report(done, {}, rate)
 
@@ -124,29 +124,29 @@ class Progress:
 
 
 def compiling() -> contextlib.AbstractContextManager[None]:
-  """`Progress.compiling` of what is shown at present; says nothing where nothing is."""
+  """`Progress.compiling` of the innermost open `Progress`; without one it shows nothing."""
   return _shown[-1].compiling() if _shown else contextlib.nullcontext()
 
 
 def _growing(first: float, longest: float) -> Iterator[float]:
-  """Distances in seconds, each twice the one before: who looks soon sees something, and no log fills up."""
+  """Intervals in seconds, each twice the one before: lines come early, and no log fills up."""
   while True:
     yield first
     first = min(2 * first, longest)
 
 
 class Drawing(NamedTuple):
-  """How far a draw of images is, which are drawn batch by batch, each by so many evaluations of the network."""
+  """Progress of sampling: batch by batch, each by a number of network evaluations."""
 
   number: int  # images in all
   first: int  # images before those of this batch, all of them drawn
   count: int  # images of this batch
-  made: int  # network evaluations of this batch
-  evaluations: int  # how many it takes
+  made: int  # network evaluations done for this batch
+  evaluations: int  # network evaluations that a batch takes
 
   @property
   def images(self) -> float:
-    """How many images that is, parts of images included."""
+    """Images done, as a float: parts of images count."""
     return self.first + self.count * self.made / self.evaluations
 
   def __str__(self) -> str:
@@ -157,17 +157,17 @@ class Drawing(NamedTuple):
 
 
 class Done(Protocol):
-  """Is told how many units are done, and in which words to say it, if not as so many of how many."""
+  """Callback with the number of units done, and a text in place of the count."""
 
   def __call__(self, number: float, text: str = "") -> None: ...
 
 
 @contextlib.contextmanager
 def counted(what: str, *, total: int, quiet: bool) -> Iterator[tuple[Done, Callable[[str], None]]]:
-  """Progress of something that counts: yields a function that is told how many are done, and one that takes a line.
+  """Progress of a counted task: yields a function that takes the number done, and one that prints a line.
 
-  Where there is no terminal lines are printed at growing distances, and one at the end. The speed is measured from the
-  first call on, without compilations: neither they nor what was there before are part of it.
+  Off a terminal lines are printed at growing intervals, and one at the end. The speed is measured from the first call
+  on, without compilations.
   """
   with contextlib.closing(Progress(what, total=total, quiet=quiet)) as progress:
     waits = _growing(_FIRST_LINE_S, _LONGEST_S)

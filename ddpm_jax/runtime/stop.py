@@ -5,7 +5,7 @@ ends a run at once: a terminal that closes may send it twice, and systemd, with 
 `nohup`, or wherever else SIGHUP is ignored when the process starts, it stays ignored.
 
 Python handles signals between two bytecodes of the main thread, which may be inside a compilation or a collective for
-minutes. So a thread of its own listens: the kernel's note of a signal reaches it through a pipe at any time.
+minutes. So a thread listens: the wakeup descriptor of `signal` tells it of a signal at any time.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 class StopRequest:
   """Listens for signals while it is open (a context manager, in the main thread).
 
-  At first there is nothing to save, and a signal ends the process at once: what is being written then is written under
-  another name first. After `defer()` the first signal only sets `requested`, and whoever called it must look there.
+  At first there is nothing to save, and a signal ends the process at once; files are written under another name first,
+  so none is left half written. After `defer()` the first signal only sets `requested`, which the caller must check.
   """
 
   def __init__(self, exit_code: int | None = None):
@@ -54,18 +54,18 @@ class StopRequest:
     os.close(self._reader)
     os.close(self._writer)
 
-  def again(self) -> None:
-    """Takes the signals back from a library that has installed a handler of its own."""
+  def reinstall(self) -> None:
+    """Installs the handlers again, after a library has installed its own."""
     for number in self._numbers:
       signal.signal(number, _heard)
 
   def defer(self) -> None:
-    """From now on there is something to save: the first signal only sets `requested`."""
+    """From now on the first signal only sets `requested`: there is something to save."""
     self._deferred = True
 
   @contextlib.contextmanager
   def at_rest(self) -> Iterator[None]:
-    """While this lasts everything is saved, and a signal ends the process at once."""
+    """Everything is saved while this lasts: a signal ends the process at once."""
     before = self._deferred, self._exit_text
     self._deferred, self._exit_text = False, "stopped; everything was saved before"
     try:
@@ -98,4 +98,4 @@ class StopRequest:
 
 
 def _heard(_number: int, _frame) -> None:
-  """Nothing: the thread has heard it. But without a handler of Python's the kernel would write no note of it."""
+  """Does nothing: the thread acts. But only a signal with a Python handler is written to the wakeup descriptor."""

@@ -20,10 +20,10 @@ from ddpm_jax.runtime import console, watcher
 
 _FIRST_S = 3600.0  # the least that the time before the first beat may take: the compilation
 _TICK_S = 1.5  # at most
-_LAST_WORDS_S = 3.0  # for standard error and the folder, which may be stuck too
-_LEAVING_S = 20.0  # what ends the process has limits of its own; after that the watcher kills it
+_REPORT_S = 3.0  # to report, as standard error and the folder may be stuck too
+_EXIT_S = 20.0  # for `leave`, which has limits of its own; after that the watcher kills the process
 _REMEDY = "raise --step_timeout if this is normal"
-_SIGNAL = signal.SIGURG  # asks for the stacks; without somebody who listens it is ignored
+_SIGNAL = signal.SIGURG  # asks for the stacks; ignored by default
 
 
 class Watchdog:
@@ -71,7 +71,7 @@ class Watchdog:
       self._thread.join()
 
   def beat(self, what: str) -> None:
-    """Something is done: `what`, as in 'update 12'. Costs less than a microsecond."""
+    """Reports progress: `what` is done, as in 'update 12'. Costs less than a microsecond."""
     self._last = (what,)
 
   def _watch(self) -> None:
@@ -90,21 +90,21 @@ class Watchdog:
         where = f"after {seen[0] or 'the start'} on process {self._process} ({here}): stuck"
         if silent > limit:
           if helper:
-            helper.tell(_LEAVING_S, silent, f"{where}, and the process cannot exit; {_REMEDY}")
+            helper.send(_EXIT_S, silent, f"{where}, and the process cannot exit; {_REMEDY}")
           self._end(f"no progress for {silent:.0f} s {where}; the process exits; {_REMEDY}")
         if helper is None:
           helper = cleanup.enter_context(_Watcher(self._file))
-        helper.tell(limit - silent, silent, f"{where} in compiled code; the process is killed; {_REMEDY}")
+        helper.send(limit - silent, silent, f"{where} in compiled code; the process is killed; {_REMEDY}")
 
   def _end(self, line: str) -> None:
-    last_words = exit_within(_LAST_WORDS_S, 1)
+    deadline = exit_within(_REPORT_S, 1)
     stacks = _stacks()
     to_file = threading.Thread(target=self._write, args=[f"error: {line}\n{stacks}"], daemon=True)
     to_file.start()
     console.error(line, more=stacks)
-    to_file.join(timeout=_LAST_WORDS_S / 2)
+    to_file.join(timeout=_REPORT_S / 2)
     console.drain()
-    last_words.cancel()  # what follows has limits of its own
+    deadline.cancel()  # what follows has limits of its own
     self._leave(1)
     os._exit(1)
 
@@ -115,7 +115,7 @@ class Watchdog:
 
 
 class _Watcher:
-  """The process that does what the thread cannot (a context manager). Where it cannot be started, nothing does that."""
+  """The helper process (a context manager). Where it cannot be started, there is none."""
 
   def __init__(self, file: pathlib.Path | None):
     command = [sys.executable, "-I", "-S", watcher.__file__, str(os.getpid()), str(int(_SIGNAL)), str(file or "")]
@@ -139,15 +139,15 @@ class _Watcher:
       self._process.wait()
       self._process.stdin.close()
 
-  def tell(self, left: float, silent: float, rest: str) -> None:
-    """At every tick."""
+  def send(self, left: float, silent: float, rest: str) -> None:
+    """Sends the state, at every tick."""
     if self._process:
       with contextlib.suppress(OSError):  # somebody has stopped it, or ended it
         os.write(self._pipe, (json.dumps([left, silent, rest]) + "\n").encode())
 
 
 def _stacks() -> str:
-  """Of all threads, the innermost call first, as faulthandler has them; that would wait for standard error."""
+  """The stacks of all threads, innermost call first. faulthandler would print them, and wait for standard error."""
   names = {thread.ident: thread.name for thread in threading.enumerate()}
   parts = []
   for number, frame in sys._current_frames().items():

@@ -26,7 +26,7 @@ _TICK_S = 0.5
 _FROZEN_S = 1.0  # a tick that took so much longer was no time in which anything ran
 _MARGIN_S = 3.0  # the watchdog's own thread, if it gets a turn, is first
 _STACKS_S = 0.5  # after the last part of them
-_LAST_WORDS_S = 1.5  # for standard error and the file, which may be stuck too
+_REPORT_S = 1.5  # to report, as standard error and the file may be stuck too
 
 
 def main(process: int, number: int, path: str) -> None:
@@ -36,12 +36,12 @@ def main(process: int, number: int, path: str) -> None:
   left, silent, rest = float("inf"), 0.0, ""
   unheard, before = 0.0, time.monotonic()
   while True:
-    heard = _hear(_TICK_S)
+    data = _read(_TICK_S)
     now = time.monotonic()
     took, before = now - before, now
-    if heard == "":
+    if data == "":
       return
-    ticks = [line for line in (heard or "").splitlines() if line.startswith("[")]
+    ticks = [line for line in (data or "").splitlines() if line.startswith("[")]
     if ticks:  # and not stacks, for which somebody else has asked
       left, silent, rest = json.loads(ticks[-1])
       unheard = 0.0
@@ -50,25 +50,25 @@ def main(process: int, number: int, path: str) -> None:
     if unheard > left + _MARGIN_S:
       os.kill(process, number)
       stacks = ""
-      while part := _hear(_STACKS_S):
+      while part := _read(_STACKS_S):
         stacks += part
       if "[" in (line[:1] for line in stacks.splitlines()):  # the watchdog has had its turn after all
         unheard = 0.0
         continue
-      _tell(f"error: no progress for {silent + unheard:.0f} s {rest}\n{stacks}", path)
+      _report(f"error: no progress for {silent + unheard:.0f} s {rest}\n{stacks}", path)
       os.kill(process, signal.SIGKILL)
       return
 
 
-def _hear(seconds: float) -> str | None:
-  """What comes within that time; None if nothing does, '' at the end."""
+def _read(seconds: float) -> str | None:
+  """Returns what arrives on standard input within that time; None if nothing does, '' at the end."""
   if not select.select([0], [], [], seconds)[0]:
     return None
   return os.read(0, 2**16).decode(errors="replace")  # all of a pipe, so whole lines: each is written at once
 
 
 def _is_running(process: int) -> bool:
-  """Whether the process is not stopped, by SIGSTOP or a debugger."""
+  """Returns False if the process is stopped, by SIGSTOP or a debugger."""
   try:
     with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
       state = file.read().rpartition(")")[2].split()[0]
@@ -77,7 +77,7 @@ def _is_running(process: int) -> bool:
   return state[:1] not in ("T", "t")
 
 
-def _tell(text: str, path: str) -> None:
+def _report(text: str, path: str) -> None:
   data = text.encode(errors="backslashreplace")
 
   def write(file: int | str) -> None:
@@ -88,7 +88,7 @@ def _tell(text: str, path: str) -> None:
   for writer in writers:
     writer.start()
   for writer in writers:
-    writer.join(_LAST_WORDS_S)
+    writer.join(_REPORT_S)
 
 
 if __name__ == "__main__":

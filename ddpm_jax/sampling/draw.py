@@ -9,12 +9,15 @@ import jax
 import numpy as np
 
 from ddpm_jax.config import SampleConfig
-from ddpm_jax.data import images
-from ddpm_jax.devices.parallel import ByRows, ByStretches, Loop, Parallel, free_memory, from_all_processes
-from ddpm_jax.diffusion.samplers import PredictX0, SamplerTable, Trajectory, make_sampler, sample, x0_predictor
+from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
+from ddpm_jax.devices.hosts import all_gather_host
+from ddpm_jax.devices.mesh import DeviceMesh
+from ddpm_jax.diffusion.denoiser import DenoiseFn, Denoiser, thresholded
+from ddpm_jax.diffusion.samplers import SamplerTable, Trajectory, make_sampler, sample
 from ddpm_jax.diffusion.schedules import NoiseSchedule
+from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.keys import Seeded, indexed_keys, stream_key
-from ddpm_jax.models.build import Network, Params
+from ddpm_jax.models.build import Params
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -22,23 +25,12 @@ _SHARE = 0.85  # of the free memory: XLA's plan leaves out what the runtime need
 
 
 QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
-Predictor = Callable[[Params], PredictX0]
+Bind = Callable[[Params], DenoiseFn]
 
 
-def make_predictor(
-  network: Network,
-  schedule: NoiseSchedule,
-  prediction: str,
-  options: SampleConfig = SampleConfig(),  # noqa: B008  frozen
-) -> Predictor:
-  """params -> ((x_t, t) -> x0_hat), kept in range as `options` say."""
-  return lambda params: x0_predictor(
-    lambda xt, t: network(params, xt, t, None),
-    schedule,
-    prediction,
-    threshold=options.threshold,
-    quantile=options.threshold_quantile,
-  )
+def bind_for_sampling(denoiser: Denoiser, options: SampleConfig = SampleConfig()) -> Bind:  # noqa: B008  frozen
+  """`Denoiser.bind`, with x0 kept in range as the options say."""
+  return lambda params: thresholded(denoiser.bind(params), options.threshold, options.threshold_quantile)
 
 
 def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, first: int = 0) -> SamplerTable:
@@ -55,7 +47,7 @@ def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, firs
 
 
 def draw_of(
-  predictor: Predictor, table: SamplerTable, *, image_shape: tuple[int, int, int], stream: str
+  bind: Bind, table: SamplerTable, *, first_stage: FirstStage, stream: str
 ) -> Callable[[Seeded, jax.Array], jax.Array]:
   """Returns the pure function (`Seeded`, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
 
@@ -64,57 +56,57 @@ def draw_of(
 
   def draw(constants: Seeded, index: jax.Array) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return images.to_uint8(sample(table, predictor(constants.params), keys, image_shape)[0])
+    return first_stage.decode(None, sample(table, bind(constants.params), keys, first_stage.latent_shape)[0])
 
   return draw
 
 
 def make_draw(
-  predictor: Predictor,
+  bind: Bind,
   table: SamplerTable,
   *,
-  image_shape: tuple[int, int, int],
-  parallel: Parallel,
+  first_stage: FirstStage,
+  mesh: DeviceMesh,
   stream: str,
   keep: bool = False,
-) -> ByRows:
+) -> BatchedFn:
   """Returns draw(`Seeded`, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` on all devices.
 
   One compilation for each B, whatever the seed. The result does not depend on B or on the number of devices beyond
-  float32 rounding. keep: as in `Parallel.by_rows`.
+  float32 rounding. keep: as in `BatchedFn`.
   """
-  return parallel.by_rows(draw_of(predictor, table, image_shape=image_shape, stream=stream), keep=keep)
+  return BatchedFn(draw_of(bind, table, first_stage=first_stage, stream=stream), mesh, keep=keep)
 
 
 def make_long_draw(
-  predictor: Predictor,
+  bind: Bind,
   table: SamplerTable,
   *,
-  image_shape: tuple[int, int, int],
-  parallel: Parallel,
+  first_stage: FirstStage,
+  mesh: DeviceMesh,
   stream: str,
-) -> ByStretches:
+) -> BatchedLoop:
   """`make_draw` in stretches of network evaluations, so that somebody can be told how far it is. The same images."""
 
   def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return Trajectory(table, predictor(constants.params), keys, image_shape)
+    return Trajectory(table, bind(constants.params), keys, first_stage.latent_shape)
 
-  return by_stretches(parallel, len(table.t), trajectory, lambda x0, _: images.to_uint8(x0))
+  return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: first_stage.decode(None, x0))
 
 
 def by_stretches(
-  parallel: Parallel, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
-) -> ByStretches:
+  mesh: DeviceMesh, evaluations: int, trajectory: Callable[..., Trajectory], end: Callable[..., Any]
+) -> BatchedLoop:
   """Compiles a draw on all devices, in stretches.
 
   Args:
-    parallel: the devices.
+    mesh: the devices.
     evaluations: rows of the sampler's table.
     trajectory: (constants, *columns [B, ...]) -> the way of these B examples.
     end: (x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
   """
-  return parallel.by_stretches(
+  return BatchedLoop(
     Loop(
       begin=lambda constants, *columns: trajectory(constants, *columns).begin(),
       advance=lambda constants, state, first, last, *columns: trajectory(constants, *columns).advance(
@@ -122,7 +114,8 @@ def by_stretches(
       ),
       end=lambda constants, state, *columns: end(*trajectory(constants, *columns).end(state)),
       number=evaluations,
-    )
+    ),
+    mesh,
   )
 
 
@@ -146,7 +139,7 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
   return size
 
 
-def fit_batch(draw: ByRows | ByStretches, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
+def fit_batch(draw: BatchedFn | BatchedLoop, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
   """How many of `number` images to draw at once where the user leaves it open; the same on every process.
 
   columns: arrays like those that `draw` takes beside the constants, of at least one row.
@@ -154,7 +147,7 @@ def fit_batch(draw: ByRows | ByStretches, constants: Seeded | Params, *columns: 
   devices = jax.device_count()
   on_cpu = jax.devices()[0].platform == "cpu"
   most = min(number, devices * (_MOST_ON_A_CPU if on_cpu else _MOST_ON_A_DEVICE))
-  free = int(from_all_processes(np.asarray(free_memory())).min())
+  free = int(all_gather_host(np.asarray(free_memory())).min())
   return largest_batch(
     lambda size: draw.bytes_needed(constants, *columns, size=size), free, most=most, first=devices * _MOST_ON_A_CPU
   )

@@ -16,12 +16,13 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import ByStretches, from_all_processes
+from ddpm_jax.devices.batched import BatchedLoop
+from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import Seeded, seeded
 from ddpm_jax.runtime.progress import Drawing
-from ddpm_jax.sampling.draw import fit_batch, make_long_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_long_draw, table_of
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir.storage import Records, size_text
 
@@ -60,7 +61,7 @@ class Drawn:
         ) from None
       except OSError as error:
         raise cannot_write(folder, error) from error
-    self._done = int(from_all_processes(np.asarray(self._done))[0])
+    self._done = int(all_gather_host(np.asarray(self._done))[0])
 
   def draw(self, number: int, *, done: Callable[[Drawing], None], say: Callable[[str], None]) -> None:
     """Draws until there are `number` images.
@@ -84,10 +85,10 @@ class Drawn:
       return
     run = self._weights.run
     draw = make_long_draw(
-      make_predictor(run.network, run.schedule, self._config.diffusion.prediction, options),
+      bind_for_sampling(run.denoiser, options),
       self.table,
-      image_shape=run.image_shape,
-      parallel=run.parallel,
+      first_stage=run.first_stage,
+      mesh=run.mesh,
       stream="sample",
     )
     size = self._batch_size(draw, constants, number - before)
@@ -110,7 +111,7 @@ class Drawn:
       self._done = first + len(index)
       done(Drawing(number, first, len(index), self.evaluations, self.evaluations))
 
-  def _batch_size(self, draw: ByStretches, constants: Seeded, number: int) -> int:
+  def _batch_size(self, draw: BatchedLoop, constants: Seeded, number: int) -> int:
     asked = self._config.sample.sample_batch_size
     return min(asked, number) if asked else fit_batch(draw, constants, np.zeros(1, np.int32), number=number)
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config, SampleConfig
-from ddpm_jax.data import images
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
@@ -33,7 +32,7 @@ from ddpm_jax.diffusion.samplers import (
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime.progress import Drawing, counted
-from ddpm_jax.sampling.draw import Predictor, by_stretches, fit_batch, make_predictor, table_of
+from ddpm_jax.sampling.draw import Bind, bind_for_sampling, by_stretches, fit_batch, table_of
 from ddpm_jax.training.setup import Run
 from ddpm_jax.workdir import grids
 
@@ -65,7 +64,7 @@ class Parts(NamedTuple):
   run: Run
   params: Params
   config: Config
-  predictor: Predictor
+  bind: Bind
   quiet: bool
 
   @property
@@ -73,12 +72,25 @@ class Parts(NamedTuple):
     """The options of drawing."""
     return self.config.sample
 
+  @property
+  def shape(self) -> tuple[int, int, int]:
+    """Of an x_0."""
+    return self.run.first_stage.latent_shape
+
+  def x0(self, images: jax.Array) -> jax.Array:
+    """The x_0 of given images, uint8 [B, H, W, C]."""
+    return self.run.first_stage.x0(None, self.run.first_stage.moments(None, images))
+
+  def images(self, x0: jax.Array) -> jax.Array:
+    """The images uint8 [B, H, W, C] of x_0."""
+    return self.run.first_stage.decode(None, x0)
+
   def draw(
     self,
     table: SamplerTable,
     trajectory: Callable[..., Trajectory],
     *columns: np.ndarray,
-    end: Callable[..., Any] = lambda x0, _: images.to_uint8(x0),
+    end: Callable[..., Any] | None = None,
   ) -> Any:
     """Draws in batches, and shows how far it is.
 
@@ -86,13 +98,13 @@ class Parts(NamedTuple):
       table: that of the trajectory.
       trajectory: (`Seeded`, *columns) -> the way of these rows.
       *columns: NumPy arrays, one entry for each row.
-      end: (x_0, x0_hat at the kept rows) -> what is returned of a row.
+      end: (x_0, x0_hat at the kept rows) -> what is returned of a row; None: the image of x_0.
 
     Returns:
       NumPy arrays.
     """
     evaluations, number = len(table.t), len(columns[0])
-    shared = by_stretches(self.run.parallel, evaluations, trajectory, end)
+    shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
     constants = seeded(self.params, self.options.sample_seed)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
@@ -116,8 +128,7 @@ def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
 
 def make_parts(run: Run, params: Params, config: Config, *, quiet: bool) -> Parts:
   """Binds the weights. quiet: say nothing of how far it is."""
-  predictor = make_predictor(run.network, run.schedule, config.diffusion.prediction, config.sample)
-  return Parts(run, params, config, predictor, quiet)
+  return Parts(run, params, config, bind_for_sampling(run.denoiser, config.sample), quiet)
 
 
 def progressive(parts: Parts) -> Outcome:
@@ -127,11 +138,11 @@ def progressive(parts: Parts) -> Outcome:
   keep = np.unique(np.round(np.linspace(0, len(table.t) - 1, frames)).astype(int))
 
   def rows(constants: Seeded, index: jax.Array) -> Trajectory:
-    keys, predict = _keys(constants, index), parts.predictor(constants.params)
-    return Trajectory(table, predict, keys, parts.run.image_shape, keep=tuple(keep.tolist()))
+    keys, denoise = _keys(constants, index), parts.bind(constants.params)
+    return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()))
 
   index = np.arange(parts.options.num_samples, dtype=np.int32)
-  final, kept = parts.draw(table, rows, index, end=lambda x0, kept: (images.to_uint8(x0), images.to_uint8(kept)))
+  final, kept = parts.draw(table, rows, index, end=lambda x0, kept: (parts.images(x0), parts.images(kept)))
   shown = np.unique(np.round(np.linspace(0, len(keep) - 1, _STRIP - 1)).astype(int))
   strip = np.concatenate([kept[:, shown], final[:, None]], axis=1)
   movie = [grids.image_grid(kept[:, i]) for i in range(len(keep))]
@@ -151,12 +162,10 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
 
   def rows(constants: Seeded, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> Trajectory:
     keys = _keys(constants, pair)
-    eps = numbered_noise(keys, run.image_shape)(len(table.t) + 1)
-    diffuse = jax.vmap(functools.partial(q_sample, schedule), (0, None, 0))
-    start = jax.vmap(lerp)(
-      diffuse(images.to_float(a), jnp.asarray(first), eps), diffuse(images.to_float(b), jnp.asarray(first), eps), share
-    )
-    return Trajectory(table, parts.predictor(constants.params), keys, run.image_shape, start=start)
+    eps = numbered_noise(keys, parts.shape)(len(table.t) + 1)
+    diffuse = jax.vmap(functools.partial(q_sample, level=schedule.level(first)))
+    start = jax.vmap(lerp)(diffuse(parts.x0(a), eps), diffuse(parts.x0(b), eps), share)
+    return Trajectory(table, parts.bind(constants.params), keys, parts.shape, start=start)
 
   pair, share = _pairs_and_shares(len(given) // 2)
   drawn = parts.draw(table, rows, pair, given[2 * pair], given[2 * pair + 1], share)
@@ -171,10 +180,10 @@ def slerp_noises(parts: Parts) -> Outcome:
   table = table_of(parts.options, run.schedule, parts.config.diffusion.variance)
 
   def rows(constants: Seeded, pair: jax.Array, share: jax.Array) -> Trajectory:
-    ends = [numbered_noise(_keys(constants, 2 * pair + end), run.image_shape)(0) for end in (0, 1)]
+    ends = [numbered_noise(_keys(constants, 2 * pair + end), parts.shape)(0) for end in (0, 1)]
     start = jax.vmap(slerp)(ends[0], ends[1], share)
     keys = _keys(constants, 2 * pair)
-    return Trajectory(table, parts.predictor(constants.params), keys, run.image_shape, start=start)
+    return Trajectory(table, parts.bind(constants.params), keys, parts.shape, start=start)
 
   drawn = parts.draw(table, rows, *_pairs_and_shares(parts.options.num_samples))
   drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
@@ -201,11 +210,11 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
     after_row = inpaint_after_row(
       schedule,
       jumps,
-      images.to_float(known),
+      parts.x0(known),
       jnp.asarray(drawn_here, jnp.float32)[None],
-      numbered_noise(keys, run.image_shape),
+      numbered_noise(keys, parts.shape),
     )
-    return Trajectory(table, parts.predictor(constants.params), keys, run.image_shape, after_row=after_row)
+    return Trajectory(table, parts.bind(constants.params), keys, parts.shape, after_row=after_row)
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
   drawn = parts.draw(table, rows, index, given[index // _VERSIONS]).reshape(-1, _VERSIONS, *run.image_shape)
@@ -226,22 +235,22 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
   unclipped = dataclasses.replace(options, threshold="none")
-  predictor = make_predictor(run.network, schedule, parts.config.diffusion.prediction, unclipped)
+  bind = bind_for_sampling(run.denoiser, unclipped)
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array) -> Trajectory:
-    keys, start = _keys(constants, index), images.to_float(known)
-    return Trajectory(up, predictor(constants.params), keys, run.image_shape, start=start)
+    keys, start = _keys(constants, index), parts.x0(known)
+    return Trajectory(up, bind(constants.params), keys, parts.shape, start=start)
 
   def decode(constants: Seeded, index: jax.Array, noise: jax.Array) -> Trajectory:
-    return Trajectory(down, predictor(constants.params), _keys(constants, index), run.image_shape, start=noise)
+    return Trajectory(down, bind(constants.params), _keys(constants, index), parts.shape, start=noise)
 
   index, as_floats = np.arange(len(given), dtype=np.int32), lambda x, _: x
   noise = parts.draw(up, encode, index, given, end=as_floats)
   back = parts.draw(down, decode, index, noise, end=as_floats)
-  pixels = np.asarray(images.to_uint8(back))
+  pixels = np.asarray(parts.images(back))
   difference = pixels.astype(int) - given
-  shown = [given, np.asarray(images.to_uint8(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
+  shown = [given, np.asarray(parts.images(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
   error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
   told = {
     "time_grid": grid,

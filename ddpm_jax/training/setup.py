@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import FOLDER, Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.mesh import DeviceMesh
+from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.schedules import (
   NoiseSchedule,
   betas_that_reach_noise,
@@ -18,11 +20,13 @@ from ddpm_jax.diffusion.schedules import (
   make_schedule,
   reaches_noise,
 )
+from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
-from ddpm_jax.models.build import Network, Params, build_model, init_params, network_of
+from ddpm_jax.models.build import Params, build_denoiser, build_model, init_params
+from ddpm_jax.training.objective import Batch, DenoiserObjective, Objective
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
-from ddpm_jax.training.step import make_loss, train_step
+from ddpm_jax.training.step import Metrics, train_step
 
 _MANY_IMAGES, _MANY_PASSES = 5000, 100  # see `copies_warning`
 
@@ -33,8 +37,9 @@ class Run(NamedTuple):
   config: Config
   image_shape: tuple[int, int, int]  # H, W, C
   schedule: NoiseSchedule
-  network: Network
-  parallel: Parallel
+  first_stage: FirstStage
+  denoiser: Denoiser
+  mesh: DeviceMesh
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
 
@@ -45,7 +50,7 @@ class Run(NamedTuple):
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
     init = functools.partial(_initial_state, self.config, self.image_shape)
-    compiled = jax.jit(init, out_shardings=self.parallel.state_shardings(self.abstract_state))
+    compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
     return compiled(np.uint32(self.config.train.seed), params)
 
   def place(self, params: Params) -> Params:
@@ -57,18 +62,19 @@ class Run(NamedTuple):
     )
 
 
-def build_run(config: Config, image_shape: tuple[int, int, int], parallel: Parallel) -> Run:
+def build_run(config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh) -> Run:
   """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together."""
-  model = build_model(config.model, image_shape)
   d = config.diffusion
+  first_stage = Pixels(image_shape)
+  denoiser = build_denoiser(config.model, d.prediction, first_stage.latent_shape)
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
   shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape), np.uint32(config.train.seed))
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
-    parallel.state_shardings(shapes),
+    mesh.state_shardings(shapes),
   )
-  return Run(config, image_shape, schedule, network_of(model), parallel, abstract_state)
+  return Run(config, image_shape, schedule, first_stage, denoiser, mesh, abstract_state)
 
 
 def noise_warning(run: Run) -> str | None:
@@ -108,19 +114,36 @@ def copies_warning(config: Config, images: int) -> str | None:
   )
 
 
-def make_train_step(run: Run) -> functools.partial:
-  """`step.train_step` with everything bound but (state, batch) and axis_name; another seed may be given."""
+def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
+  """`step.train_step` as (state, batch, axis_name=..., seed=...) -> (state, metrics), with all else bound.
+
+  Args:
+    run: the run.
+    objective: what to minimise; None: the denoiser's loss, as the settings name it.
+  """
   config = run.config
-  loss_fn = make_loss(run.network, run.schedule, config.diffusion, random_flip=config.data.random_flip)
-  return functools.partial(
+  bound = functools.partial(
     train_step,
-    seed=config.train.seed,
-    loss_fn=run.parallel.spread(loss_fn),
+    objective=objective or make_objective(run),
     optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,
     grad_accum_steps=config.train.grad_accum_steps,
+    wrap_loss=run.mesh.wrap_loss,
   )
+
+  def step(
+    state: TrainState, batch: Batch, *, axis_name: str | None = None, seed: int | jax.Array = config.train.seed
+  ) -> tuple[TrainState, Metrics]:
+    return bound(state, {}, batch, axis_name=axis_name, seed=seed)  # nothing is frozen
+
+  return step
+
+
+def make_objective(run: Run) -> DenoiserObjective:
+  """The denoiser's loss."""
+  flip = run.config.data.random_flip
+  return DenoiserObjective(run.denoiser, run.schedule, run.first_stage, run.config.diffusion, flip)
 
 
 def _initial_state(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -34,25 +36,44 @@ class TrainState:
   Attributes:
     step: int32 scalar, the number of updates made or, where they were not finite, left out.
     params: the network's parameters.
-    ema_params: their exponential moving average, float32 always.
+    ema: moving averages of them by name, float32 always; "ema" is the one that is drawn with.
     opt_state: of the Optax chain.
     counts: of updates left out and images replaced.
+    extra: what an objective keeps from step to step, a tree of finite arrays.
   """
 
   step: jax.Array
   params: Params
-  ema_params: Params
+  ema: dict[str, Params]
   opt_state: optax.OptState
   counts: Counts
+  extra: Any = flax.struct.field(default_factory=dict)
 
 
-def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first update: the average equals the parameters."""
+def create_state(params: Params, optimizer: optax.GradientTransformation, extra: Any = None) -> TrainState:
+  """The state before the first step: the average equals the parameters; no `extra` is an empty one."""
   zero = jnp.zeros((), jnp.int32)  # an array, not a Python int: that would be weakly typed and compile the step twice
   return TrainState(
     step=zero,
     params=params,
-    ema_params=jax.tree.map(jnp.copy, params),  # a copy, as the step donates its input and no buffer may go twice
+    ema={"ema": jax.tree.map(jnp.copy, params)},  # a copy, as the step donates its input and no buffer may go twice
     opt_state=optimizer.init(params),
     counts=Counts(nonfinite=jnp.copy(zero), nonfinite_in_row=jnp.copy(zero), bad_records=jnp.copy(zero)),
+    extra={} if extra is None else extra,
+  )
+
+
+def to_stored(state: TrainState) -> dict[str, Any]:
+  """The tree that a checkpoint holds: that of release 0.1.0, and what it did not know where there is any."""
+  stored = {name: getattr(state, name) for name in ("step", "params", "opt_state", "counts")}
+  others = {name: average for name, average in state.ema.items() if name != "ema"}
+  new = {"averages": others, "extra": state.extra}
+  return stored | {"ema_params": state.ema["ema"]} | {name: part for name, part in new.items() if jax.tree.leaves(part)}
+
+
+def from_stored(stored: dict[str, Any]) -> TrainState:
+  """The inverse of `to_stored`."""
+  ema = {"ema": stored["ema_params"], **stored.get("averages", {})}
+  return TrainState(
+    stored["step"], stored["params"], ema, stored["opt_state"], stored["counts"], stored.get("extra", {})
   )

@@ -16,7 +16,8 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import manifest
 from ddpm_jax.config import Config, SampleConfig, TrainConfig
-from ddpm_jax.devices.parallel import Parallel, from_all_processes, gather
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime import paths
@@ -117,7 +118,7 @@ def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[
   except UserError as error:
     raise UserError(f"init_from: {error}") from error
   digest = np.frombuffer(bytes.fromhex(arrays_sha256(to_flat(params), "")), np.uint8)
-  if np.any(from_all_processes(digest) != digest[None]):
+  if np.any(all_gather_host(digest) != digest[None]):
     raise UserError(
       f"init_from: {config.exchange.init_from} does not hold the same weights for all processes; give every host a copy"
     )
@@ -164,7 +165,7 @@ def find_weights(config: Config, workdir: pathlib.Path | None) -> Weights:
   if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
     return load_weights(config, workdir)
   params, image_shape = read_params(config)
-  run = build_run(config, image_shape, Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision))
+  run = build_run(config, image_shape, make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision))
   params = run.place(params)
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)))
 

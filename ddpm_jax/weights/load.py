@@ -18,12 +18,11 @@ from ddpm_jax.checkpoint.manifest import Manifest
 from ddpm_jax.checkpoint.saver import first_checkpoint
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import Run, build_run
-from ddpm_jax.training.state import TrainState
 from ddpm_jax.workdir import layout, lock
 
 
@@ -53,30 +52,28 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
   folder = workdir / ("best" if name == "best" else "checkpoints")
   if not folder.is_dir():
     raise UserError(_missing(name, workdir))
-  parallel, runs = Parallel(config.train.parallel, matmul_precision=config.model.matmul_precision), {}
-
-  def expect(manifest: Manifest) -> TrainState:
-    resume.check_config(manifest, config, workdir, once_trained=True)
-    run = runs[manifest["step"]] = build_run(config, tuple(manifest["image_shape"]), parallel)
-    return run.abstract_state
-
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     only = int(name) if name.isdecimal() else None
-    restored = checkpoints.restore(expect, on_corrupt=config.train.on_corrupt, only=only)
-  if restored is None:
-    raise UserError(_missing(name, workdir))
+    candidates = checkpoints.candidates(on_corrupt=config.train.on_corrupt, only=only)
+    for candidate in candidates:
+      resume.check_config(candidate.manifest, config, workdir, once_trained=True)
+      run = build_run(config, tuple(candidate.manifest["image_shape"]), mesh)
+      state = candidate.restore(run.abstract_state)
+      if state is not None:
+        break
+    else:
+      raise UserError(_missing(name, workdir))
+  step, manifest = candidate.step, candidate.manifest
   if jax.process_index() == 0:
-    for number, reason in restored.damaged.items():
-      console.warn(f"checkpoint {number} is damaged: {reason}; using {restored.step}")
+    for number, reason in candidates.damaged.items():
+      console.warn(f"checkpoint {number} is damaged: {reason}; using {step}")
   which = config.sample.sample_weights
-  field = "ema_params" if which == "ema" else "params"
+  field, params = ("ema_params", state.ema["ema"]) if which == "ema" else ("params", state.params)
   leaves = {
-    name.removeprefix(f"{field}/"): leaf
-    for name, leaf in restored.manifest["leaves"].items()
-    if name.startswith(f"{field}/")
+    name.removeprefix(f"{field}/"): leaf for name, leaf in manifest["leaves"].items() if name.startswith(f"{field}/")
   }
-  params, number = getattr(restored.state, field), restored.step
-  return Weights(runs[number], params, number, which, identity_of(leaves), restored.manifest)
+  return Weights(run, params, step, which, identity_of(leaves), manifest)
 
 
 def _missing(name: str, workdir: pathlib.Path) -> str:

@@ -24,7 +24,7 @@ _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 class Lock:
   """The right to write into a workdir.
 
-  The file `lock` says who has it. It stays behind, as a removal could hit the lock of another process.
+  The file `lock` names its holder. It is not removed, as that could hit the lock of another process.
   """
 
   def __init__(self, workdir: pathlib.Path):
@@ -50,7 +50,7 @@ class Lock:
     os.register_at_fork(after_in_child=lambda: (lock := reference()) and lock.close())
 
   def check(self) -> None:
-    """Looks whether the workdir is still the one that was locked; to be called before anything is written into it.
+    """Checks that the workdir is still the one that was locked; to be called before anything is written into it.
 
     Raises:
       RunError: if it was deleted, moved away, or made anew.
@@ -67,14 +67,14 @@ class Lock:
       )
 
   def close(self) -> None:
-    """Lets another process in."""
+    """Releases the lock."""
     if self._file >= 0:
       os.close(self._file)
       self._file = -1
 
 
 def holder(workdir: pathlib.Path) -> str | None:
-  """Which process trains in a workdir at this moment, in words; None if none does, or if that cannot be seen."""
+  """Describes the process that trains in a workdir; None if there is none, or if that cannot be seen."""
   try:
     file = os.open(workdir / NAME, os.O_RDONLY | os.O_NOFOLLOW)
   except OSError:
@@ -130,7 +130,7 @@ def _write_holder(file: int) -> None:
 
 
 def _holder(file: int) -> str:
-  """Who has the lock, in words."""
+  """Describes the process that holds the lock."""
   try:
     facts = json.loads(os.pread(file, 4096, 0))
     return f"process {facts['pid']} on host {facts['host']} since {facts['started']}"

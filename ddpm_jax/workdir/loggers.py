@@ -1,8 +1,7 @@
-"""Where else the metrics of a run go: Weights & Biases, or a class of a person's own. `--writers` names them.
+"""Further loggers of metrics, named by `--writers`: Weights & Biases, or a class of the user.
 
-`metrics.jsonl` is always written, and TensorBoard's files by the same module, `writers.py`: they are part of the
-workdir, and a checkpoint is not written without them. What goes elsewhere is only reported: whatever goes wrong there
-is told once, and the run goes on.
+`metrics.jsonl` and TensorBoard's files, written by `writers.py`, are part of the workdir, and a checkpoint is not
+written without them. These loggers are extras: the first failure of each is reported, and the run goes on.
 """
 
 from __future__ import annotations
@@ -25,17 +24,17 @@ Settings = Mapping[str, Mapping[str, Any]]  # section -> option -> value, JSON v
 
 
 class Logger(Protocol):
-  """What a class that `--writers=package.module:Class` names must have.
+  """The interface of a class that `--writers=package.module:Class` names.
 
   It is made by Class(workdir, settings, resume_step): the folder of the run, its settings by section without folders of
   the machine, and the step after which training goes on; 0 for a new run. Steps up to there have been logged before. A
   run that was killed takes some later steps again: they then come again, with the same values.
 
-  It is called by the thread that trains, on the first process alone. What it raises is told once.
+  It is called by the training thread, on process 0. The first error that it raises is reported.
   """
 
   def scalars(self, step: int, values: dict[str, float]) -> None:
-    """Takes the metrics of a training step. More of the same step may follow: what an evaluation measured."""
+    """Takes the metrics of a training step. Those of an evaluation at the same step may follow."""
     ...
 
   def image(self, step: int, name: str, picture: np.ndarray) -> None:
@@ -51,7 +50,7 @@ class WandB:
   """A run of Weights & Biases. Project, entity, mode and so on are those of its environment variables, WANDB_*."""
 
   def __init__(self, workdir: pathlib.Path, settings: Settings, resume_step: int):
-    """Begins the run, or goes on with that of this workdir."""
+    """Starts the run, or resumes that of this workdir."""
     import wandb  # pyright: ignore[reportMissingImports]  an extra
 
     if (workdir / "wandb").is_symlink():
@@ -89,7 +88,7 @@ def _run_id(path: pathlib.Path) -> str:
 
 
 def find(names: Sequence[str]) -> dict[str, Callable[[pathlib.Path, Settings, int], Logger]]:
-  """The classes of `--writers`, by name; but for 'tensorboard', which has none here.
+  """The classes of `--writers` by name, without 'tensorboard', which has none here.
 
   Raises:
     UserError: if one cannot be imported.
@@ -110,7 +109,7 @@ def _imported(name: str) -> Any:
   module, _, attribute = name.partition(":")
   try:
     found = getattr(importlib.import_module(module), attribute)
-  except (Exception, SystemExit) as error:  # code of somebody else, which raises what it likes
+  except (Exception, SystemExit) as error:  # the user's code, which may raise anything
     raise UserError(f"writers: {name} cannot be imported ({_line(error)}); mend it, or leave it out") from error
   if not callable(found):
     raise UserError(f"writers: {name} is a {type(found).__name__} and no class; name one")
@@ -127,11 +126,11 @@ class Loggers:
     settings: Settings,
     resume_step: int,
   ):
-    """Makes one of each of the classes that `find` found. One that cannot be made is told, and left out."""
+    """Makes one of each of the classes that `find` found. One that fails is reported and left out."""
     self._failing: set[str] = set()
     self._loggers: dict[str, Logger] = {}
     for name, kind in classes.items():
-      made = self._tried(name, lambda kind=kind: kind(workdir, settings, resume_step))
+      made = self._try(name, lambda kind=kind: kind(workdir, settings, resume_step))
       if made is not None:
         self._loggers[name] = made
 
@@ -149,13 +148,13 @@ class Loggers:
 
   def _each(self, call: Callable[[Logger], None]) -> None:
     for name, logger in self._loggers.items():
-      self._tried(name, lambda logger=logger: call(logger))
+      self._try(name, lambda logger=logger: call(logger))
 
-  def _tried(self, name: str, call: Callable[[], Any]) -> Any:
-    """What a call returns; None if it fails. Of each logger the first failure is told."""
+  def _try(self, name: str, call: Callable[[], Any]) -> Any:
+    """Returns what the call returns, None if it fails. The first failure of each logger is reported."""
     try:
       return call()
-    except (Exception, SystemExit) as error:  # code of somebody else, which raises what it likes
+    except (Exception, SystemExit) as error:  # the user's code, which may raise anything
       if name not in self._failing:
         console.warn(f"writers: {name} fails ({_line(error)}); the run goes on, and metrics.jsonl has everything")
       self._failing.add(name)

@@ -1,4 +1,4 @@
-"""The lines of `metrics.jsonl`: what of them is time, and how long training took.
+"""The lines of `metrics.jsonl`: their timing fields, and the seconds of training.
 
 A line has `step`; `images`, those seen so far; `time`, seconds since the epoch; `seconds`, those of training so far,
 over all resumes, without compilation, checkpoints, sample grids and evaluations; `loss`, the mean of the training steps
@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# All that may differ between the lines of two runs whose training steps are the same.
+# The only fields that may differ between two runs of the same training steps.
 TIMES = ("time", "seconds", "steps_per_second", "images_per_second")
 
 
@@ -22,19 +22,19 @@ def training_seconds(rows: Iterable[Mapping[str, Any]]) -> list[float]:
   evaluation, have the seconds of the line before.
 
   Args:
-    rows: the lines, in order; whatever stands in them that is no number counts as missing.
+    rows: the lines, in order; a value that is not a number counts as missing.
 
   Returns:
     A number for each line, never falling.
   """
   found, seconds, before = [], 0.0, 0.0
   for row in rows:
-    step, told, speed = (_number(row.get(name)) for name in ("step", "seconds", "steps_per_second"))
-    if told is not None:
-      seconds = max(seconds, told)
+    step, given, speed = (_number(row.get(name)) for name in ("step", "seconds", "steps_per_second"))
+    if given is not None:
+      seconds = max(seconds, given)
     elif speed is not None and speed > 0 and step is not None:
       seconds += max(0.0, step - before) / speed
-    if step is not None and (told is not None or speed is not None):
+    if step is not None and (given is not None or speed is not None):
       before = step
     found.append(seconds)
   return found

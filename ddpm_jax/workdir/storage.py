@@ -1,4 +1,4 @@
-"""Writing that neither a kill nor a full disk can leave half done."""
+"""Atomic replacement of files, and files that grow by whole records, also on a full disk or after a kill."""
 
 from __future__ import annotations
 
@@ -15,17 +15,29 @@ def write_whole(path: pathlib.Path, data: bytes) -> None:
   Raises:
     OSError: if it cannot be written.
   """
+  os.close(_replace(path, data))
+
+
+def _replace(path: pathlib.Path, data: bytes) -> int:
+  """As `write_whole`; returns the descriptor of the new file, open for writing."""
   temporary = path.with_name(f".{path.name}.tmp")
+  file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
   try:
-    with temporary.open("wb") as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
+    _write_at(file, data, 0)
+    os.fsync(file)
     os.replace(temporary, path)
   except OSError:
+    os.close(file)
     with contextlib.suppress(OSError):
       temporary.unlink()  # it takes space that is missing
     raise
+  return file
+
+
+def _write_at(file: int, data: bytes, offset: int) -> None:
+  done = 0
+  while done < len(data):
+    done += os.pwrite(file, data[done:], offset + done)
 
 
 def size_text(number: int) -> str:
@@ -34,7 +46,7 @@ def size_text(number: int) -> str:
 
 
 def sync_file(path: pathlib.Path) -> None:
-  """Waits until a loss of power cannot take what a file holds. Raises OSError."""
+  """Flushes a file to the disk. Raises OSError."""
   file = os.open(path, os.O_RDONLY)
   try:
     os.fsync(file)
@@ -51,26 +63,27 @@ class Records:
     Args:
       path: of the file.
       flags: more of `os.open`.
-      unit: records are whole multiples of that many bytes; what a kill cut short is taken off.
-      exclusive: no second process may write the file so, where the file system has locks.
+      unit: size of a record in bytes, or a divisor of it; a part of one that a kill left at the end is cut off.
+      exclusive: lock the file against other processes that ask for this, where the file system has locks.
 
     Raises:
       OSError: if it cannot be opened; BlockingIOError if another process has it.
     """
+    self._path = path
     self._file = os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666)
     try:
       if exclusive:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      size = os.fstat(self._file).st_size
-      if size % unit:
-        os.ftruncate(self._file, size - size % unit)
     except OSError as error:
-      if not exclusive or error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+      if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
         os.close(self._file)
         raise
-    self._length = self._safe_length = os.fstat(self._file).st_size  # of what is written, and of what survives
+    size = os.fstat(self._file).st_size
+    self._length = self._synced = size - size % unit  # bytes that are written, and bytes that a loss of power leaves
+    if size > self._length:
+      self._cut()
     self._pending: list[bytes] = []  # not written yet
-    self._unsafe: list[bytes] = []  # written, but some storage says only at fsync that it could not keep it
+    self._unsynced: list[bytes] = []  # written, but some storage says only at fsync that it could not keep it
 
   def add(self, record: bytes) -> None:
     """Takes a record, which stays in memory until it is written."""
@@ -79,35 +92,19 @@ class Records:
   def write(self) -> None:
     """Hands all records to the kernel: a kill cannot take them any more. Raises OSError at the first that fails."""
     while self._pending:
-      self._write_one(self._pending[0])
-      self._unsafe.append(self._pending.pop(0))
+      self.write_or_drop(self._pending[0])
+      self._unsynced.append(self._pending.pop(0))
 
   def write_or_drop(self, record: bytes) -> None:
     """Writes a record at once, ahead of those that wait, and forgets it if that fails. Raises OSError."""
-    self._write_one(record)
-
-  def replace_last(self, old: bytes, new: bytes) -> None:
-    """Writes `new` over the last record, which is `old`. Raises OSError, and leaves it as it was.
-
-    A longer record that begins as the old one is there as a whole or not at all where the process is killed.
-    """
-    self.write()
-    start = self._length - len(old)
-    if os.pread(self._file, len(old) + 1, start) != old:
-      raise ValueError("the file does not end with that record")
+    if os.fstat(self._file).st_size > self._length:
+      os.ftruncate(self._file, self._length)  # `_cut` had failed
     try:
-      done = 0
-      while done < len(new):
-        done += os.pwrite(self._file, new[done:], start + done)
-      os.ftruncate(self._file, start + len(new))
+      _write_at(self._file, record, self._length)
     except OSError:
-      with contextlib.suppress(OSError):
-        os.pwrite(self._file, old, start)
       self._cut()
       raise
-    self._length = start + len(new)
-    self._unsafe = [*self._unsafe[:-1], new]  # the old one too, where it was safe, has been written over
-    self._safe_length = min(self._safe_length, start)
+    self._length += len(record)
 
   def sync(self) -> None:
     """Writes all records and waits until a loss of power cannot take them. Raises OSError."""
@@ -116,10 +113,16 @@ class Records:
       os.fsync(self._file)
     except OSError:
       # The kernel has thrown away what it could not store: all since the last time is written again.
-      self._pending, self._unsafe, self._length = self._unsafe, [], self._safe_length
+      self._pending, self._unsynced, self._length = self._unsynced, [], self._synced
       self._cut()
       raise
-    self._unsafe, self._safe_length = [], self._length
+    self._unsynced, self._synced = [], self._length
+
+  def rewrite(self, data: bytes) -> None:
+    """Replaces all that the file holds by `data`, as `write_whole` does. Raises OSError, and leaves it as it was."""
+    file = _replace(self._path, data)
+    os.close(self._file)
+    self._file, self._length, self._synced, self._unsynced = file, len(data), len(data), []
 
   def close(self) -> None:
     """Tries to write what is left, and closes the file. Raises nothing: whoever must know calls `sync` before."""
@@ -127,18 +130,6 @@ class Records:
       self.write()
     with contextlib.suppress(OSError):
       os.close(self._file)
-
-  def _write_one(self, record: bytes) -> None:
-    if os.fstat(self._file).st_size > self._length:
-      os.ftruncate(self._file, self._length)  # `_cut` had failed
-    done = 0
-    try:
-      while done < len(record):
-        done += os.pwrite(self._file, record[done:], self._length + done)
-    except OSError:
-      self._cut()
-      raise
-    self._length += len(record)
 
   def _cut(self) -> None:
     """Takes a part of a record off the end at once, for whoever reads the file meanwhile."""

@@ -14,7 +14,8 @@ import pathlib
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from tensorboardX import summary
@@ -31,11 +32,11 @@ class MetricsWriter:
   """Appends to a workdir's metrics; each step at most once, also after a crash and a resume, or on a full disk."""
 
   def __init__(self, workdir: pathlib.Path, *, resume_step: int = 0, tensorboard: bool = True):
-    """Opens the files, forgetting what was written after `resume_step`: those updates are about to be made again.
+    """Opens the files and drops what was written after `resume_step`: those training steps are about to be repeated.
 
     Args:
-      workdir: where they are.
-      resume_step: the number of training steps made before.
+      workdir: their folder.
+      resume_step: number of training steps done.
       tensorboard: write TensorBoard's files too.
 
     Raises:
@@ -44,13 +45,14 @@ class MetricsWriter:
     self._last = resume_step
     path = self._path = workdir / "metrics.jsonl"
     try:
-      _forget_after(path, resume_step)
-      self.trained_before = _trained_before(path)
+      self.trained_before = _forget_after(path, resume_step)
       with contextlib.ExitStack() as opened:
         self._lines = opened.enter_context(contextlib.closing(Records(path)))
-        self._events: Records | None = None
+        self._files = [self._lines]
         if tensorboard:
-          self._events = opened.enter_context(contextlib.closing(_event_file(workdir / "tensorboard", resume_step)))
+          self._files.append(
+            opened.enter_context(contextlib.closing(_event_file(workdir / "tensorboard", resume_step)))
+          )
         opened.pop_all()
     except OSError as error:
       raise RunError(
@@ -68,45 +70,37 @@ class MetricsWriter:
     """
     if step > self._last:
       self._last = step
-      facts = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-      self._lines.add(json.dumps({"step": step, **facts}, allow_nan=False).encode() + b"\n")
-      if self._events:
-        self._events.add(_scalars(step, metrics))
-    _each(*(file.write for file in self._files))
-
-  @property
-  def _files(self) -> list[Records]:
-    return [self._lines, self._events] if self._events else [self._lines]
+      self._lines.add(_line({"step": step}, metrics))
+      for events in self._files[1:]:
+        events.add(_scalars(step, metrics))
+    _call_all(file.write for file in self._files)
 
   def amend(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Adds what became known later to the line of `step`, which is the last; one is written if there is none.
+    """Adds later metrics, of an evaluation, to the line of `step`, which is the last; writes one if there is none.
 
     Raises:
       OSError: if it cannot be written; the line is then as it was.
     """
     self._lines.write()
-    lines = self._path.read_bytes().splitlines(keepends=True)
-    last = lines[-1] if lines else b""
-    if last and _step(last) == step:
-      facts = json.loads(last) | {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-      self._lines.replace_last(last, json.dumps(facts, allow_nan=False).encode() + b"\n")
-      if self._events:
-        self._events.add(_scalars(step, metrics))
-        self._events.write()
-    else:
+    *lines, last = self._path.read_bytes().splitlines(keepends=True) or [b""]
+    if _step(last) != step:
       self._last = min(self._last, step - 1)
       self.write(step, metrics)
+      return
+    self._lines.rewrite(b"".join([*lines, _line(json.loads(last), metrics)]))
+    for events in self._files[1:]:
+      events.add(_scalars(step, metrics))
+      events.write()
 
   def write_image(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds a picture uint8 [height, width, 3] to TensorBoard. Raises OSError if it cannot, and forgets it."""
-    if not self._events:
-      return
-    image = summary.image(name, picture, dataformats="HWC")
-    self._events.write_or_drop(_record(Event(wall_time=time.time(), step=step, summary=image)))
+    for events in self._files[1:]:
+      image = summary.image(name, picture, dataformats="HWC")
+      events.write_or_drop(_record(Event(wall_time=time.time(), step=step, summary=image)))
 
   def flush(self) -> None:
-    """Returns once everything is where a loss of power cannot take it. Raises OSError, and keeps what is left."""
-    _each(*(file.sync for file in self._files))
+    """Flushes everything to the disk. Raises OSError, and keeps what is left."""
+    _call_all(file.sync for file in self._files)
 
   def close(self) -> None:
     """Closes the files. What could not be written by now is lost: `flush` before this to know."""
@@ -114,32 +108,30 @@ class MetricsWriter:
       file.close()
 
 
-def _each(*actions: Callable[[], None]) -> None:
-  """Does them all, whichever fails. Raises the first OSError."""
-  errors = []
-  for action in actions:
-    try:
-      action()
-    except OSError as error:
-      errors.append(error)
-  if errors:
-    raise errors[0]
+def _call_all(actions: Iterable[Callable[[], None]]) -> None:
+  """Calls them all, whichever fails, and raises the error of the first that does."""
+  with contextlib.ExitStack() as stack:
+    for action in reversed([*actions]):
+      stack.callback(action)
 
 
-def _forget_after(path: pathlib.Path, step: int) -> None:
-  """Drops the lines after `step`, and a last line that a kill cut short."""
-  if not path.exists():
-    return
-  before = path.read_bytes()
-  kept = b"".join(line for line in before.splitlines(keepends=True) if line.endswith(b"\n") and _step(line) <= step)
-  if kept != before:
-    write_whole(path, kept)
+def _forget_after(path: pathlib.Path, step: int) -> tuple[int, float]:
+  """Drops the lines after `step`, and a last line that a kill cut short.
 
-
-def _trained_before(path: pathlib.Path) -> tuple[int, float]:
-  """The step of the last line, and the seconds of training up to it; 0, 0 if there is none."""
-  rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+  Returns:
+    The step of the last line that stays, and the seconds of training up to it; 0, 0 if there is none.
+  """
+  before = path.read_bytes() if path.exists() else b""
+  kept = [line for line in before.splitlines(keepends=True) if line.endswith(b"\n") and _step(line) <= step]
+  if (data := b"".join(kept)) != before:
+    write_whole(path, data)
+  rows = [json.loads(line) for line in kept]
   return (rows[-1]["step"], training_seconds(rows)[-1]) if rows else (0, 0.0)
+
+
+def _line(row: Mapping[str, Any], metrics: Mapping[str, float]) -> bytes:
+  facts = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+  return json.dumps({**row, **facts}, allow_nan=False).encode() + b"\n"
 
 
 def _step(line: bytes) -> float:

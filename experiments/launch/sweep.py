@@ -79,7 +79,7 @@ def summary(workdir: pathlib.Path) -> str:
 
 if __name__ == "__main__":
   console.protect_streams()
-  compilation.seldom_look_for_garbage()
+  compilation.relax_gc()
   flags.define()
   absl_flags.DEFINE_list("seeds", None, "Seeds of the runs, separated by commas.")
   if {"--help", "-help", "--helpfull", "-h"} & set(sys.argv[1:]):

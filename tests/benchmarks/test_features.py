@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from benchmarks import features
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 
@@ -12,7 +12,7 @@ SHAPE = (8, 8, 3)
 def pictures(number=60):
   images = np.random.default_rng(0).integers(40, 200, (number, *SHAPE), dtype=np.uint8)
   labels = np.arange(number, dtype=np.int32) % 10
-  return Source("pictures", SHAPE, number, Rows(images, np.zeros(number, bool)).take, {}, lambda: labels)
+  return Source("pictures", SHAPE, number, DecodedRows(images, np.zeros(number, bool)).take, {}, lambda: labels)
 
 
 def test_halves_share_nothing():

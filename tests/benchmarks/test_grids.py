@@ -8,8 +8,10 @@ from benchmarks import command, grids
 from benchmarks.grids import GRIDS, Cell
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.denoiser import Denoiser, from_x0
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.samplers import make_sampler, sample
 from ddpm_jax.diffusion.schedules import at, make_schedule
 from ddpm_jax.errors import UserError
@@ -19,18 +21,20 @@ SCHEDULE = make_schedule("linear", 30, beta_start=0.003, beta_end=0.6)
 SHAPE = (2, 2, 1)
 
 
-def network(params, xt, t, dropout_keys):
+def network(params, xt, time, cond):
   """The noise in pixels x_0 ~ N(0, 1/4), which the closed form knows."""
-  alpha_bar = at(SCHEDULE.alpha_bar, t)[:, None, None, None]
+  alpha_bar = at(SCHEDULE.alpha_bar, time + 1)[:, None, None, None]
   return xt * jnp.sqrt(1 - alpha_bar) / (alpha_bar / 4 + 1 - alpha_bar)
 
 
 @pytest.fixture
 def model(monkeypatch):
-  run = types.SimpleNamespace(network=network, schedule=SCHEDULE, image_shape=SHAPE)
+  run = types.SimpleNamespace(
+    denoiser=Denoiser(network, PARAMETERIZATIONS["eps"]), schedule=SCHEDULE, image_shape=SHAPE
+  )
   config = config_lib.override(Config(), {"num_timesteps": 30, "threshold": "none", "preview_steps": 5})
   data = (127.5 + 64 * np.random.default_rng(0).standard_normal((200, *SHAPE))).clip(0, 255).astype(np.uint8)
-  source = Source("pictures", SHAPE, len(data), Rows(data, np.zeros(len(data), bool)).take, {})
+  source = Source("pictures", SHAPE, len(data), DecodedRows(data, np.zeros(len(data), bool)).take, {})
   monkeypatch.setattr(grids, "open_source", lambda config: source)
   return grids.Model(config, types.SimpleNamespace(run=run, params={}))
 
@@ -41,11 +45,11 @@ def test_distances_to_the_solution(model):
   keys = indexed_keys(stream_key(0, "sample"), jnp.arange(16))
 
   def draw(name, number, grid):
-    def predict(xt, t):
-      alpha_bar = at(SCHEDULE.alpha_bar, t)[:, None, None, None]
-      return jnp.sqrt(alpha_bar) / 4 / (alpha_bar / 4 + 1 - alpha_bar) * xt  # E[x_0 | x_t]
+    def denoise(xt, level):
+      x0 = level.alpha / 4 / (level.alpha**2 / 4 + level.sigma**2) * xt  # E[x_0 | x_t]
+      return from_x0(x0, xt, level)
 
-    return sample(make_sampler(SCHEDULE, name, num_steps=number, grid=grid), predict, keys, SHAPE)[0]
+    return sample(make_sampler(SCHEDULE, name, num_steps=number, grid=grid), denoise, keys, SHAPE)[0]
 
   solution = draw("dpmpp", 30, "trailing")
   for name, grid in (("ddim", "trailing"), ("heun", "logistic"), ("dpmpp", "quadratic")):

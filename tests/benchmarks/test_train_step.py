@@ -53,14 +53,14 @@ def test_several_updates_in_a_call_are_counted_one_by_one(no_peak):
 
 
 def test_batches_may_be_those_of_the_run(monkeypatch, no_peak):
-  from ddpm_jax.data.encoded import Rows
+  from ddpm_jax.data.encoded import DecodedRows
   from ddpm_jax.data.sources import Source
 
   seen = []
 
   def read(indices):
     seen.extend(indices)
-    return Rows(np.zeros((len(indices), *IMAGE_SHAPE), np.uint8), np.zeros(len(indices), bool))
+    return DecodedRows(np.zeros((len(indices), *IMAGE_SHAPE), np.uint8), np.zeros(len(indices), bool))
 
   monkeypatch.setattr(step_work, "open_source", lambda data: Source("x", IMAGE_SHAPE, 40, read))
   first = step_work._first_batches(tiny_config())

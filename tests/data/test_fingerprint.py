@@ -13,7 +13,7 @@ from PIL import Image
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import fingerprint, prepare, sources
-from ddpm_jax.data.encoded import EncodedImages, Rows
+from ddpm_jax.data.encoded import DecodedRows, EncodedImages
 from tests.data import old_digits
 
 N = 300  # more than the probe has, so that there are images outside of it
@@ -171,7 +171,7 @@ def test_one_pixel_in_a_cached_set():
   assert 2 not in {k * 500 // 256 for k in range(256)}
 
   def take(pixels, everything):
-    rows = Rows(pixels, np.zeros(500, bool))
+    rows = DecodedRows(pixels, np.zeros(500, bool))
     encoded = EncodedImages("n", 500, (4, 4, 3), False, "folder", "0", lambda _: [], str)
     return fingerprint.take(encoded, rows.take, everything)
 

@@ -87,11 +87,10 @@ def test_images_in_memory_need_no_workers(folder):
 def with_read(source, read):
   """The source, but as images its workers give what `read` makes of the indices. It is sent there, by value."""
 
-  def rows(indices, usual=source.elsewhere.read):
-    found, skipped = usual(indices)
-    return found._replace(images=read(indices)), skipped
+  def rows(indices, usual=source.remote.read):
+    return usual(indices)._replace(images=read(indices))
 
-  return dataclasses.replace(source, elsewhere=source.elsewhere._replace(read=rows))
+  return dataclasses.replace(source, remote=source.remote._replace(read=rows))
 
 
 def test_a_worker_is_a_child_that_hears_no_signal_and_starts_no_device(folder):
@@ -138,11 +137,16 @@ def test_bad_images_that_are_skipped_are_told_of_here_and_once(folder, capfd):
 
 @pytest.mark.parametrize("error", [StopIteration(), KeyError("label"), MemoryError()], ids=lambda e: type(e).__name__)
 def test_whatever_is_raised_in_a_worker_is_raised_here(folder, error):
-  def read(_):
-    raise error
+  first = pipeline.order(N, batch_size=B, seed=3)[0]
+
+  def read(indices, first=tuple(first)):
+    if tuple(indices) == first:
+      raise error
+    return np.zeros(3)
 
   expected = RuntimeError if isinstance(error, StopIteration) else type(error)  # as it is, it would end the batches
-  with stream(with_read(open_folder(folder), read), workers=1) as batches, pytest.raises(expected):
+  workers = 2 if expected is RuntimeError else 1  # a StopIteration would end the part of one worker alone
+  with stream(with_read(open_folder(folder), read), workers=workers) as batches, pytest.raises(expected):
     next(batches)
 
 

@@ -16,20 +16,20 @@ def test_q_sample_numbers():
   x0, eps = jnp.asarray([1.0, -1.0, 0.0]), jnp.asarray([0.0, 2.0, -1.0])
   # alpha_bar at t = 501 is 0.0777966584 (golden); its root 0.2789205, the root of the rest 0.9603142.
   expected = [0.2789205, -0.2789205 + 2 * 0.9603142, -0.9603142]
-  for function in (q_sample, jax.jit(q_sample, static_argnums=0)):
-    np.testing.assert_allclose(function(LINEAR, x0, 501, eps), expected, atol=1e-6)
-  chex.assert_trees_all_equal(q_sample(LINEAR, x0, 0, eps), x0)  # t = 0 is data
+  for function in (q_sample, jax.jit(q_sample)):
+    np.testing.assert_allclose(function(x0, eps, LINEAR.level(501)), expected, atol=1e-6)
+  chex.assert_trees_all_equal(q_sample(x0, eps, LINEAR.level(0)), x0)  # t = 0 is data
 
 
 def test_q_sample_batches_by_vmap():
   x0 = jax.random.normal(jax.random.key(0), (4, 3, 3, 1))
   eps = jax.random.normal(jax.random.key(1), x0.shape)
-  t = jnp.asarray([1, 10, 500, 1000])
-  batch = jax.vmap(lambda x, t, e: q_sample(LINEAR, x, t, e))(x0, t, eps)
-  for i in range(4):
-    chex.assert_trees_all_close(batch[i], q_sample(LINEAR, x0[i], t[i], eps[i]), rtol=1e-6)
+  levels = LINEAR.level(jnp.asarray([1, 10, 500, 1000]))
+  batch = jax.vmap(q_sample)(x0, eps, levels)
+  for i, t in enumerate([1, 10, 500, 1000]):
+    chex.assert_trees_all_close(batch[i], q_sample(x0[i], eps[i], LINEAR.level(t)), rtol=1e-6)
   with pytest.raises(AssertionError):
-    q_sample(LINEAR, x0, t, eps)  # a batched t is a mistake, not a broadcast
+    q_sample(x0, eps, levels)  # a batched level is a mistake, not a broadcast
 
 
 @pytest.mark.parametrize("name", ["linear", "quadratic", "cosine", "sigmoid"])

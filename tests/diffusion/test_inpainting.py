@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion.denoiser import from_x0
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
-from ddpm_jax.diffusion.schedules import at, make_schedule
+from ddpm_jax.diffusion.schedules import make_schedule
 
 SHORT = make_schedule("linear", 100, beta_start=1e-3, beta_end=0.2)
 
@@ -87,13 +88,13 @@ MEAN, STD, RHO = np.array([0.1, -0.2]), 0.4, 0.9
 COVARIANCE = STD**2 * np.array([[1, RHO], [RHO, 1]])
 
 
-def predict_x0(xt, t):
+def denoise(xt, level):
   """E[x_0 | x_t] for x_0 ~ N(MEAN, COVARIANCE)."""
-  grid = np.arange(101)
-  ab = SHORT.alpha_bar[grid][:, None, None]
+  ab = SHORT.alpha_bar[:, None, None]
   gains = np.sqrt(ab) * COVARIANCE @ np.linalg.inv(ab * COVARIANCE + (1 - ab) * np.eye(2))
-  away = xt - at(SHORT.sqrt_alpha_bar, t)[:, None] * jnp.asarray(MEAN, jnp.float32)[None]
-  return jnp.asarray(MEAN, jnp.float32)[None] + jnp.einsum("bij,bj->bi", jnp.asarray(gains, jnp.float32)[t], away)
+  mean = jnp.asarray(MEAN, jnp.float32)[None]
+  gain = jnp.asarray(gains, jnp.float32)[level.time + 1]
+  return from_x0(mean + (xt - level.alpha * mean) @ gain.T, xt, level)
 
 
 def inpainted(jump, resamples, *, name="ddpm", known=0.7, number=3000, seed=0):
@@ -108,7 +109,7 @@ def inpainted(jump, resamples, *, name="ddpm", known=0.7, number=3000, seed=0):
 
   def run():
     after_row = inpaint_after_row(SHORT, jumps, given, mask, samplers.numbered_noise(keys, (2,)))
-    return samplers.sample(table, predict_x0, keys, (2,), after_row=after_row)[0]
+    return samplers.sample(table, denoise, keys, (2,), after_row=after_row)[0]
 
   return np.asarray(jax.jit(run)())
 

@@ -8,9 +8,10 @@ from jax.extend.core import jaxprs_in_params
 from scipy import special, stats
 
 from ddpm_jax.diffusion import likelihood
+from ddpm_jax.diffusion.denoiser import Denoiser, Prediction
 from ddpm_jax.diffusion.forward import prior_kl, q_sample
-from ddpm_jax.diffusion.prediction import training_target
-from ddpm_jax.diffusion.schedules import at, make_schedule
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
+from ddpm_jax.diffusion.schedules import make_schedule
 
 LINEAR = make_schedule("linear", 1000)
 COSINE = make_schedule("cosine", 1000)
@@ -119,15 +120,19 @@ def test_one_stratum_is_too_few_to_have_the_decoder_exact():
   assert likelihood.strata(1000, 1).tolist() == [1, 2, 1001]
 
 
-def gaussian_eps(schedule, mean, std):
-  """-sqrt(1 - alpha_bar) times the score of N(sqrt(alpha_bar) mean, alpha_bar std^2 + 1 - alpha_bar)."""
+def of_eps(eps):
+  """The denoise function of (x_t, level) -> eps_hat."""
 
-  def predict_eps(xt, t):
-    ab = at(schedule.alpha_bar, t).reshape(-1, *(1,) * (xt.ndim - 1))
-    noise = at(1 - schedule.alpha_bar, t).reshape(ab.shape)
-    return jnp.sqrt(noise) * (xt - jnp.sqrt(ab) * mean) / (ab * std**2 + noise)
+  def denoise(xt, level):
+    eps_hat = eps(xt, level)
+    return Prediction((xt - level.sigma * eps_hat) / level.alpha, eps_hat)
 
-  return predict_eps
+  return denoise
+
+
+def gaussian(mean, std):
+  """eps_hat = -sigma times the score of N(alpha mean, alpha^2 std^2 + sigma^2)."""
+  return of_eps(lambda xt, a: a.sigma * (xt - a.alpha * mean) / (a.alpha**2 * std**2 + a.sigma**2))
 
 
 @pytest.mark.parametrize(
@@ -149,14 +154,12 @@ def test_bound_of_gaussian_pixels_is_just_above_their_entropy(schedule, variance
   x0 = jnp.asarray(np.concatenate([half, half]), jnp.float32)
   normal = stats.norm.ppf(quantiles)
   normal = jax.random.permutation(jax.random.key(0), jnp.asarray(normal / normal.std(), jnp.float32))
-  predict_eps = gaussian_eps(schedule, mean, std)
+  denoise = gaussian(mean, std)
 
   def term(t):
     eps = jnp.roll(normal, t)  # a variance of exactly 1, and, with both signs, no correlation with x0
-    xt = q_sample(schedule, x0, t, jnp.concatenate([eps, -eps]))
-    eps_hat = predict_eps(xt[None], t[None])[0]
-    x0_hat = (xt - at(schedule.sqrt_one_minus_alpha_bar, t) * eps_hat) / at(schedule.sqrt_alpha_bar, t)
-    return likelihood.bound_term(schedule, variance, x0, t, jnp.clip(x0_hat, -1, 1))
+    xt = q_sample(x0, jnp.concatenate([eps, -eps]), schedule.level(t))
+    return likelihood.bound_term(schedule, variance, x0, t, jnp.clip(denoise(xt, schedule.level(t)).x0, -1, 1))
 
   terms = np.asarray(jax.jit(lambda: jax.lax.map(term, jnp.arange(1, 1001)))(), np.float64)
   # The mean squared error of a perfect estimate is the variance of x_0 given x_t.
@@ -176,10 +179,10 @@ def test_bound_of_gaussian_pixels_is_just_above_their_entropy(schedule, variance
   np.testing.assert_allclose(total - entropy, gap, atol=0.005)
 
 
-def evaluate(schedule, predict_eps, x0, num_steps, num_probes=1, seed=0):
+def evaluate(schedule, denoise, x0, num_steps, num_probes=1, seed=0):
   keys = jax.random.split(jax.random.key(seed), len(x0))
   function = jax.jit(
-    lambda x: likelihood.ode_log_density(schedule, predict_eps, x, keys, num_steps=num_steps, num_probes=num_probes)
+    lambda x: likelihood.ode_log_density(schedule, denoise, x, keys, num_steps=num_steps, num_probes=num_probes)
   )
   return np.asarray(function(jnp.asarray(x0, jnp.float32)), np.float64)
 
@@ -199,12 +202,12 @@ def test_ode_of_gaussian_data_is_its_density_to_second_order():
   # Beside the part up to sbar_1 there is the prior, as x_T is not quite N(0, I).
   np.testing.assert_allclose(expected, stats.norm.logpdf(x0, mean, std).sum(axis=1), atol=0.01)
   steps = np.asarray([25, 50, 100])
-  predict_eps = gaussian_eps(LINEAR, mean, std)
-  errors = [np.abs(evaluate(LINEAR, predict_eps, x0, n) - expected).max() for n in steps]
+  denoise = gaussian(mean, std)
+  errors = [np.abs(evaluate(LINEAR, denoise, x0, n) - expected).max() for n in steps]
   slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
   assert -2.2 < slope < -1.8
   assert errors[-1] < 0.006  # nats, of 3 dimensions
-  np.testing.assert_allclose(evaluate(LINEAR, predict_eps, x0, 1000), expected, atol=6e-4)
+  np.testing.assert_allclose(evaluate(LINEAR, denoise, x0, 1000), expected, atol=6e-4)
 
 
 def test_ode_of_a_mixture_is_its_density():
@@ -220,12 +223,12 @@ def test_ode_of_a_mixture_is_its_density():
       jax.scipy.stats.norm.logpdf(x, jnp.sqrt(ab) * means, jnp.sqrt(ab * stds**2 + noise)), b=weights
     )
 
-  def predict_eps(xt, t):
-    score = jax.vmap(jax.grad(log_p))(xt[:, 0], at(schedule.alpha_bar, t), at(1 - schedule.alpha_bar, t))
-    return (-jnp.sqrt(at(1 - schedule.alpha_bar, t)) * score)[:, None]
+  def eps(xt, level):
+    score = jax.vmap(jax.grad(log_p), (0, None, None))(xt[:, 0], level.alpha**2, level.sigma**2)
+    return (-level.sigma * score)[:, None]
 
   x0 = np.linspace(-2, 2, 401)[:, None]
-  got = evaluate(schedule, predict_eps, x0, 200)
+  got = evaluate(schedule, of_eps(eps), x0, 200)
   expected = np.asarray(jax.vmap(log_p, (0, None, None))(jnp.asarray(x0[:, 0]), 1.0, 0.0))
   likely = np.exp(expected) > 0.05
   np.testing.assert_allclose(got[likely], expected[likely], atol=0.02)
@@ -236,18 +239,18 @@ VARIANCES = np.asarray([0.7, 0.2])
 TURN = np.asarray([[0.8, -0.6], [0.6, 0.8]])
 
 
-def correlated_eps(xt, t):
+@of_eps
+def correlated(xt, level):
   """For N(0, C), C with the eigenvalues VARIANCES and the eigenvectors TURN: its Jacobian is not diagonal."""
-  ab, noise = at(LINEAR.alpha_bar, t)[:, None], at(1 - LINEAR.alpha_bar, t)[:, None]
   turn, variances = jnp.asarray(TURN, jnp.float32), jnp.asarray(VARIANCES, jnp.float32)[None]
-  return (jnp.sqrt(noise) * (xt @ turn) / (ab * variances + noise)) @ turn.T
+  return (level.sigma * (xt @ turn) / (level.alpha**2 * variances + level.sigma**2)) @ turn.T
 
 
 def test_hutchinsons_estimate_is_unbiased_and_more_probes_are_more_exact():
   """In two dimensions v . J v is J_11 + J_22 + 2 J_12 or J_11 + J_22 - 2 J_12: the middle of the two is the trace."""
   x0 = np.tile([0.4, -0.6], (400, 1))
   expected = stats.multivariate_normal.logpdf(x0[0], np.zeros(2), TURN @ np.diag(VARIANCES) @ TURN.T)
-  one, eight = (evaluate(LINEAR, correlated_eps, x0, 100, probes) for probes in (1, 8))
+  one, eight = (evaluate(LINEAR, correlated, x0, 100, probes) for probes in (1, 8))
   low, high = one.min(), one.max()
   assert high - low > 1 and np.minimum(one - low, high - one).max() < 1e-3
   np.testing.assert_allclose((low + high) / 2, expected, atol=0.01)
@@ -267,7 +270,7 @@ def test_probes_share_one_evaluation_of_the_network():
 
   def density(x0):
     keys = jax.random.split(jax.random.key(0), len(x0))
-    return likelihood.ode_log_density(LINEAR, lambda xt, t: jnp.tanh(xt), x0, keys, num_steps=4, num_probes=5)
+    return likelihood.ode_log_density(LINEAR, of_eps(lambda xt, _: jnp.tanh(xt)), x0, keys, num_steps=4, num_probes=5)
 
   found = list(evaluations(jax.make_jaxpr(density)(jnp.zeros((3, 2))).jaxpr))
   assert found == [((3, 2), likelihood.ode_evaluations(4) // 2)] * 2
@@ -280,31 +283,31 @@ def test_density_of_an_example_depends_on_its_own_key_alone():
   @jax.jit
   def density(rows):
     arguments = dict(num_steps=3, num_probes=5)
-    return likelihood.ode_log_density(LINEAR, correlated_eps, x0[rows], keys[rows], **arguments)
+    return likelihood.ode_log_density(LINEAR, correlated, x0[rows], keys[rows], **arguments)
 
   got = density(jnp.arange(4))
   np.testing.assert_allclose(density(jnp.asarray([3, 0, 2, 2])), got[np.asarray([3, 0, 2, 2])], rtol=1e-5)
   assert len(np.unique(np.round(got, 3))) > 2
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
-def test_ode_is_the_same_whatever_is_predicted(prediction):
-  of_eps = gaussian_eps(LINEAR, 0.2, 0.8)
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_eps_is_the_same_whatever_is_predicted(prediction):
+  """Also where x0_hat is far outside [-1, 1]."""
+  parameterization, denoise = PARAMETERIZATIONS[prediction], gaussian(0.2, 0.8)
 
-  def network(xt, t):
-    eps = of_eps(xt, t)
-    a, b = at(LINEAR.sqrt_alpha_bar, t)[:, None], at(LINEAR.sqrt_one_minus_alpha_bar, t)[:, None]
-    return jax.vmap(lambda x, e, step: training_target(prediction, LINEAR, x, e, step))((xt - b * eps) / a, eps, t)
+  def network(params, x, time, cond):
+    return jax.vmap(lambda x, level: parameterization.target(*denoise(x, level), level))(x, LINEAR.level(time + 1))
 
-  xt, t = jax.random.normal(jax.random.key(0), (3, 5)) * 3, jnp.asarray([1, 400, 1000])
-  predict_eps = likelihood.eps_predictor(network, LINEAR, prediction)
-  np.testing.assert_allclose(predict_eps(xt, t), of_eps(xt, t), atol=1e-4)  # also where x0_hat is far outside [-1, 1]
+  xt, level = jax.random.normal(jax.random.key(0), (3, 5)) * 3, LINEAR.level(jnp.asarray([1, 400, 1000]))
+  eps = Denoiser(network, parameterization).bind({})(xt, level).eps
+  np.testing.assert_allclose(eps, jax.vmap(denoise)(xt, level).eps, atol=1e-4)
 
 
 def test_the_grid_of_the_ode():
   table = likelihood.ode_table(LINEAR, 60)
-  assert (table.t[:8] == 1).all()  # the network is not defined at 0
-  times = table.t[8:]
+  t = table.level.time + 1
+  assert (t[:8] == 1).all()  # the network is not defined at 0
+  times = t[8:]
   assert len(times) == 60 and (np.diff(times) > 0).all() and times[0] == 1 and times[-1] == 1000
   sbar = np.concatenate([[0], np.cumsum(table.step)[:-1]])
   np.testing.assert_allclose(sbar[8:], np.sqrt((1 - LINEAR.alpha_bar) / LINEAR.alpha_bar)[times], rtol=1e-9)
@@ -315,7 +318,7 @@ def test_the_grid_of_the_ode():
   # Exact for a divergence of 1 / sbar, whose integral over [sbar_1, sbar_T] is a logarithm, and of 1 / sbar_1 before.
   inverse = np.concatenate([np.full(8, 1 / sbar[8]), 1 / sbar[8:]])
   np.testing.assert_allclose(np.sum(table.weight * inverse), 1 + np.log(sbar[-1] / sbar[8]), rtol=1e-9)
-  assert len(likelihood.ode_table(LINEAR, 1).t) == 9
+  assert len(likelihood.ode_table(LINEAR, 1).step) == 9
   with pytest.raises(ValueError, match="num_steps"):
     likelihood.ode_table(LINEAR, 1001)
 
@@ -324,7 +327,7 @@ def test_the_grid_of_the_ode():
 def test_ode_of_pixels_that_hardly_vary_is_a_density(std):
   """The network of t = 1 is steep there. The integral over all x_0 is 1, whatever the network says below t = 1."""
   x0 = np.linspace(-1, 1, 2001)[:, None] * max(6 * std, 0.06)
-  got = evaluate(LINEAR, gaussian_eps(LINEAR, 0.0, std), x0, 200)
+  got = evaluate(LINEAR, gaussian(0.0, std), x0, 200)
   np.testing.assert_allclose(np.trapezoid(np.exp(got), x0[:, 0]), 1, atol=6e-3)
 
 
@@ -332,7 +335,7 @@ def test_density_of_no_noise_at_all():
   """A network that predicts 0 leaves xbar where it is: x_0 ~ N(0, I / alpha_bar_T)."""
   x0 = np.asarray([[0.5, -0.5, 100.0]])
   expected = stats.norm.logpdf(x0, scale=1 / LINEAR.sqrt_alpha_bar[-1]).sum()
-  got = evaluate(LINEAR, lambda xt, t: jnp.zeros_like(xt), x0, 4)
+  got = evaluate(LINEAR, of_eps(lambda xt, _: jnp.zeros_like(xt)), x0, 4)
   np.testing.assert_allclose(got, [expected], rtol=1e-6)
 
 

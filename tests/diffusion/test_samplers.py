@@ -8,28 +8,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.diffusion import samplers
+from ddpm_jax.diffusion import reference, samplers
+from ddpm_jax.diffusion.denoiser import Denoiser, from_x0, thresholded
 from ddpm_jax.diffusion.forward import q_posterior
-from ddpm_jax.diffusion.schedules import at, make_schedule
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
+from ddpm_jax.diffusion.schedules import make_schedule
 
 LINEAR = make_schedule("linear", 1000)
 MEAN, STD = 0.3, 0.2  # of Gaussian data
 
 
-def gaussian_x0(schedule):
-  """E[x_0 | x_t] for x_0 ~ N(MEAN, STD^2): the perfect denoiser, by Bayes' rule."""
+def gaussian(std):
+  """E[x_0 | x_t] for x_0 ~ N(MEAN, std^2): the perfect denoiser, by Bayes' rule."""
 
-  def predict_x0(xt, t):
-    alpha_bar = at(schedule.alpha_bar, t)[:, None]
-    gain = jnp.sqrt(alpha_bar) * STD**2 / (alpha_bar * STD**2 + 1 - alpha_bar)
-    return MEAN + gain * (xt - jnp.sqrt(alpha_bar) * MEAN)
+  def denoise(xt, level):
+    gain = level.alpha * std**2 / (level.alpha**2 * std**2 + level.sigma**2)
+    return from_x0(MEAN + gain * (xt - level.alpha * MEAN), xt, level)
 
-  return predict_x0
+  return denoise
 
 
-def draw(table, schedule, number=4000, seed=0):
+def draw(table, number=4000, seed=0):
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(number))
-  return np.asarray(jax.jit(lambda: samplers.sample(table, gaussian_x0(schedule), keys, (1,))[0])())
+  return np.asarray(jax.jit(lambda: samplers.sample(table, gaussian(STD), keys, (1,))[0])())
+
+
+def denoiser(network, prediction):
+  """Of a network (x_t, time) -> output that has no parameters."""
+  return Denoiser(lambda params, x, time, cond, **_: network(x, time), PARAMETERIZATIONS[prediction]).bind({})
 
 
 @pytest.mark.parametrize(
@@ -44,7 +50,7 @@ def draw(table, schedule, number=4000, seed=0):
   ],
 )
 def test_samples_of_gaussian_data_have_its_mean_and_deviation(name, options):
-  images = draw(samplers.make_sampler(LINEAR, name, **options), LINEAR)
+  images = draw(samplers.make_sampler(LINEAR, name, **options))
   # Four standard errors of 4,000 draws, and the discretisation error of the shorter chain (first order in its step).
   assert abs(images.mean() - MEAN) < 4 * STD / np.sqrt(4000)
   assert abs(images.std() / STD - 1) < 4 / np.sqrt(2 * 4000) + (0.06 if "num_steps" in options else 0.005)
@@ -62,19 +68,6 @@ def test_ddim_with_eta_1_on_the_full_grid_is_the_ancestral_posterior():
     np.testing.assert_allclose(table.sigma[row] ** 2, variance, rtol=1e-5, atol=1e-12)
 
 
-def test_ddpm_mean_is_the_formula_of_algorithm_2():
-  """mu = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_hat) / sqrt(alpha_t): line 4, in terms of eps."""
-  table = samplers.make_sampler(LINEAR, "ddpm", variance="fixed_large")
-  xt, eps_hat = -0.8, 0.6
-  for row in (0, 300, 998):
-    t = int(table.t[row])
-    beta, ab = LINEAR.betas[t], LINEAR.alpha_bar[t]
-    mu = (xt - beta / np.sqrt(1 - ab) * eps_hat) / np.sqrt(1 - beta)
-    x0_hat = (xt - np.sqrt(1 - ab) * eps_hat) / np.sqrt(ab)
-    np.testing.assert_allclose(table.c_xt[row] * xt + table.c_x0[row] * x0_hat, mu, rtol=1e-9)
-    np.testing.assert_allclose(table.sigma[row] ** 2, beta)
-
-
 def test_the_last_step_adds_no_noise_and_returns_x0_hat():
   for name in ("ddpm", "ddim"):
     for num_steps in (0, 10, 1):
@@ -83,34 +76,23 @@ def test_the_last_step_adds_no_noise_and_returns_x0_hat():
       np.testing.assert_allclose([table.c_xt[-1], table.c_x0[-1]], [0, 1], atol=1e-12)
 
 
-def test_ddim_step_numbers():
-  """One DDIM step by Song et al.'s eq. 12, written out."""
-  t, s, xt, x0_hat, eta = 600, 400, 0.9, -0.4, 0.7
-  ab_t, ab_s = LINEAR.alpha_bar[t], LINEAR.alpha_bar[s]
-  sigma = eta * np.sqrt((1 - ab_s) / (1 - ab_t)) * np.sqrt(1 - ab_t / ab_s)
-  eps_hat = (xt - np.sqrt(ab_t) * x0_hat) / np.sqrt(1 - ab_t)
-  expected = np.sqrt(ab_s) * x0_hat + np.sqrt(1 - ab_s - sigma**2) * eps_hat
-  table = samplers.ddim_table(LINEAR, np.array([t]), np.array([s]), eta)
-  np.testing.assert_allclose(table.c_xt[0] * xt + table.c_x0[0] * x0_hat, expected)
-  np.testing.assert_allclose(table.sigma[0], sigma)
-
-
 def test_image_i_depends_on_key_i_alone():
   table = samplers.make_sampler(LINEAR, "ddpm", num_steps=20)
-  few, many = draw(table, LINEAR, number=3), draw(table, LINEAR, number=8)
+  few, many = draw(table, number=3), draw(table, number=8)
   chex.assert_trees_all_close(few, many[:3], rtol=1e-5)
   assert len(np.unique(many)) == 8
-  assert not np.allclose(draw(table, LINEAR, number=3, seed=1), few)
+  assert not np.allclose(draw(table, number=3, seed=1), few)
 
 
 def test_clipping():
-  network = lambda xt, t: jnp.zeros_like(xt)  # noqa: E731  says: no noise in x_t, so x0_hat = x_t / sqrt(alpha_bar)
-  xt, t = jnp.full((2, 1), 0.5), jnp.asarray([1, 1000])
-  clipped = samplers.x0_predictor(network, LINEAR, "eps")(xt, t)
+  network = lambda xt, time: jnp.zeros_like(xt)  # noqa: E731  says: no noise in x_t, so x0_hat = x_t / sqrt(alpha_bar)
+  xt, level = jnp.full((2, 1), 0.5), LINEAR.level(jnp.asarray([1, 1000]))
+  free = denoiser(network, "eps")
+  clipped = thresholded(free, "static")(xt, level).x0
   np.testing.assert_allclose(clipped[:, 0], [0.5 / np.sqrt(0.9999), 1.0], rtol=1e-6)
-  np.testing.assert_allclose(samplers.x0_predictor(network, LINEAR, "eps")(-xt, t), -clipped)
-  free = samplers.x0_predictor(network, LINEAR, "eps", threshold="none")(xt, t)
-  np.testing.assert_allclose(free[1, 0], 0.5 / np.sqrt(LINEAR.alpha_bar[1000]), rtol=1e-5)
+  np.testing.assert_allclose(thresholded(free, "static")(-xt, level).x0, -clipped)
+  for denoise in (free, thresholded(free, "none")):
+    np.testing.assert_allclose(denoise(xt, level).x0[1, 0], 0.5 / np.sqrt(LINEAR.alpha_bar[1000]), rtol=1e-5)
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -133,10 +115,10 @@ def test_the_number_of_steps_reaches_the_table():
 
 def test_prior_and_steps_have_noise_of_their_own():
   """A table that only adds: the sample is the sum of the prior's draw (number 0) and of those of its rows (1, 2)."""
-  zeros, ones = np.zeros(2), np.ones(2)
-  table = samplers.SamplerTable(np.array([1000, 500]), np.array([500, 0]), ones, zeros, zeros, ones)
+  zeros, ones, t = np.zeros(2), np.ones(2), np.array([1000, 500])
+  table = samplers.SamplerTable(t, np.array([500, 0]), LINEAR.level(t), ones, zeros, zeros, ones)
   keys = jax.random.split(jax.random.key(0), 3)
-  got = samplers.sample(table, gaussian_x0(LINEAR), keys, (2,))[0]
+  got = samplers.sample(table, gaussian(STD), keys, (2,))[0]
   for i in range(3):
     parts = [jax.random.normal(jax.random.fold_in(keys[i], number), (2,)) for number in (0, 1, 2)]
     np.testing.assert_allclose(got[i], sum(parts), rtol=1e-5)
@@ -144,9 +126,9 @@ def test_prior_and_steps_have_noise_of_their_own():
 
 def test_the_arithmetic_is_float32_also_for_a_bfloat16_network():
   output = jnp.asarray([[0.3], [0.7]], jnp.bfloat16)
-  x0_hat = samplers.x0_predictor(lambda xt, t: output, LINEAR, "x0")(jnp.zeros((2, 1)), jnp.asarray([1, 2]))
-  assert x0_hat.dtype == jnp.float32
-  eps_x0 = samplers.x0_predictor(lambda xt, t: output, LINEAR, "eps")(jnp.full((2, 1), 0.4), jnp.asarray([5, 5]))
+  x0, eps = denoiser(lambda xt, time: output, "x0")(jnp.zeros((2, 1)), LINEAR.level(jnp.asarray([1, 2])))
+  assert x0.dtype == eps.dtype == jnp.float32
+  eps_x0 = denoiser(lambda xt, time: output, "eps")(jnp.full((2, 1), 0.4), LINEAR.level(5)).x0
   a, b = LINEAR.sqrt_alpha_bar[5], LINEAR.sqrt_one_minus_alpha_bar[5]
   np.testing.assert_allclose(eps_x0, (0.4 - b * np.asarray(output, np.float64)) / a, rtol=1e-6)
 
@@ -154,13 +136,11 @@ def test_the_arithmetic_is_float32_also_for_a_bfloat16_network():
 GRIDS = ["trailing", "uniform", "quadratic", "logsnr", "logistic"]
 
 
-@pytest.mark.parametrize("kind", GRIDS)
-@pytest.mark.parametrize("num_steps", [1, 2, 7, 50, 599, 600])
-@pytest.mark.parametrize("first", [0, 600])
-def test_time_grids_fall_strictly_from_first_to_0(kind, num_steps, first):
-  grid = samplers.time_grid(LINEAR, num_steps, kind, first)
-  assert len(grid) == num_steps + 1 and grid[0] == (first or 1000) and grid[-1] == 0
-  assert (np.diff(grid) < 0).all()
+def test_time_grids_fall_strictly_from_first_to_0():
+  for kind, num_steps, first in itertools.product(GRIDS, (1, 2, 7, 50, 599, 600), (0, 600)):
+    grid = samplers.time_grid(LINEAR, num_steps, kind, first)
+    ends = (len(grid), grid[0], grid[-1]) == (num_steps + 1, first or 1000, 0)
+    assert ends and (np.diff(grid) < 0).all(), (kind, num_steps, first)
 
 
 def test_time_grids_are_even_in_what_they_say():
@@ -187,25 +167,12 @@ def test_impossible_requests():
     samplers.make_sampler(LINEAR, "euler")
   with pytest.raises(ValueError, match="'even'"):
     samplers.time_grid(LINEAR, 10, "even")
-  with pytest.raises(ValueError, match="'soft'"):
-    samplers.threshold_x0(jnp.zeros(3), "soft", 0.9)
 
 
 # Order of convergence, against the exact solution of the probability-flow ODE.
 
 FINE = make_schedule("linear", 4000, beta_start=2.5e-5, beta_end=0.005)  # 1000 steps of LINEAR are no limit here
 WIDE = 0.5  # deviation of the data
-
-
-def wide_x0(schedule):
-  """E[x_0 | x_t] for x_0 ~ N(MEAN, WIDE^2)."""
-
-  def predict_x0(xt, t):
-    alpha_bar = at(schedule.alpha_bar, t)[:, None]
-    gain = jnp.sqrt(alpha_bar) * WIDE**2 / (alpha_bar * WIDE**2 + 1 - alpha_bar)
-    return MEAN + gain * (xt - jnp.sqrt(alpha_bar) * MEAN)
-
-  return predict_x0
 
 
 def on_the_flow(schedule, u, t):
@@ -224,7 +191,7 @@ def flow_error(name, num_steps, first=0):
   assert len(table.t) == evaluations
   start = jnp.asarray(on_the_flow(FINE, PLACES, first or 4000), jnp.float32)
   keys = jax.random.split(jax.random.key(0), len(PLACES))
-  got = jax.jit(lambda start: samplers.sample(table, wide_x0(FINE), keys, (1,), start=start)[0])(start)
+  got = jax.jit(lambda start: samplers.sample(table, gaussian(WIDE), keys, (1,), start=start)[0])(start)
   return np.sqrt(np.mean((np.asarray(got) - (MEAN + WIDE * PLACES)) ** 2))
 
 
@@ -267,11 +234,10 @@ def mixture_x0(alpha_bar, xt, xp=np):
 def mixture_network(prediction):
   """A network that says what the closed form knows, as the prediction has it."""
 
-  def network(xt, t):
-    alpha_bar = at(SHORT.alpha_bar, t)[:, None]
-    a, b = jnp.sqrt(alpha_bar), at(SHORT.sqrt_one_minus_alpha_bar, t)[:, None]
+  def network(xt, time):
+    a, b, _ = (value[:, None] for value in SHORT.level(time + 1))
     with jax.numpy_rank_promotion("allow"):
-      x0 = mixture_x0(alpha_bar, xt, jnp)
+      x0 = mixture_x0(a**2, xt, jnp)
     eps = (xt - a * x0) / b
     return {"x0": x0, "eps": eps, "v": a * eps - b * x0}[prediction]
 
@@ -297,8 +263,8 @@ def test_every_sampler_draws_a_mixture_whatever_the_network_predicts(name, optio
   keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(number))
 
   def run():
-    predictors = [samplers.x0_predictor(mixture_network(kind), SHORT, kind) for kind in ("eps", "x0", "v")]
-    return [samplers.sample(table, predictor, keys, (1,))[0][:, 0] for predictor in predictors]
+    denoisers = [thresholded(denoiser(mixture_network(kind), kind), "static") for kind in ("eps", "x0", "v")]
+    return [samplers.sample(table, denoise, keys, (1,))[0][:, 0] for denoise in denoisers]
 
   eps, x0, v = map(np.asarray, jax.jit(run)())
   # Between the two hills a rounding decides which one a draw falls to.
@@ -311,29 +277,61 @@ def test_every_sampler_draws_a_mixture_whatever_the_network_predicts(name, optio
     assert abs(hill.std() / std - 1) < 4 / np.sqrt(2 * len(hill)) + 0.03
 
 
-# Steps of second order by hand: the papers' algorithms in float64, with a denoiser that is not linear.
+# The papers' algorithms, in float64, with a denoiser that is not linear.
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
+def test_ddpm_is_algorithm_2_of_ho_et_al(variance):
+  z = np.random.default_rng(0).standard_normal((251, 7))
+  check("ddpm", lambda x: reference.ddpm_sample(eps_theta, SHORT.betas, x, z, variance), z[:0:-1], variance=variance)
+
+
+@pytest.mark.parametrize(("num_steps", "eta"), [(0, 0.0), (10, 0.0), (10, 0.7), (0, 1.0), (1, 1.0)])
+def test_ddim_is_equation_12_of_song_et_al(num_steps, eta):
+  z, times = (
+    np.random.default_rng(0).standard_normal((250, 7)),
+    samplers.sampler_grid(SHORT, "ddim", num_steps=num_steps),
+  )
+  expected = lambda x: reference.ddim(eps_theta, SHORT.alpha_bar, times, x, z, eta)  # noqa: E731
+  check("ddim", expected, z, num_steps=num_steps, eta=eta)
 
 
 def test_dpmpp_is_algorithm_2_of_lu_et_al():
   times = samplers.time_grid(SHORT, 6, "logistic")
   alpha, sigma = np.sqrt(SHORT.alpha_bar), np.sqrt(1 - SHORT.alpha_bar)
-  start = np.linspace(-1.5, 1.5, 7)
-  x, buffer = start, []
-  for i in range(1, 7):
-    before, now = times[i - 1], times[i]
-    buffer.append(mixture_x0(SHORT.alpha_bar[before], x))
-    if now == 0:  # lambda is infinite: e^-h = 0, and of first order
-      x = buffer[-1]
-      break
-    lam = np.log(alpha[times[: i + 1]] / sigma[times[: i + 1]])
-    h = lam[i] - lam[i - 1]
-    data = buffer[-1]
-    if i > 1:
-      r = (lam[i - 1] - lam[i - 2]) / h
-      data = (1 + 1 / (2 * r)) * buffer[-1] - 1 / (2 * r) * buffer[-2]
-    x = sigma[now] / sigma[before] * x - alpha[now] * (np.exp(-h) - 1) * data
-  np.testing.assert_allclose(run_in_float64(samplers.make_sampler(SHORT, "dpmpp", num_steps=6), start), x, rtol=1e-9)
-  np.testing.assert_allclose(run_sample(samplers.make_sampler(SHORT, "dpmpp", num_steps=6), start), x, atol=1e-5)
+  check("dpmpp", lambda x: reference.dpm_solver_pp_2m(x_theta, alpha, sigma, times, x), num_steps=6)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 9, 10])
+def test_heun_is_algorithm_1_of_karras_et_al(num_steps):
+  """On x_t / sqrt(alpha_bar_t). Even numbers of evaluations are one less: the last step takes one."""
+  times = samplers.sampler_grid(SHORT, "heun", num_steps=num_steps)
+  alpha, sigmas, evaluated = np.sqrt(SHORT.alpha_bar), np.sqrt(1 / SHORT.alpha_bar - 1), []
+
+  def D(x, sigma):
+    evaluated.append(int(np.argmin(abs(sigmas - sigma))))
+    return x_theta(x * alpha[evaluated[-1]], evaluated[-1])
+
+  check("heun", lambda x: reference.heun(D, sigmas[times], x / alpha[times[0]]), num_steps=num_steps)
+  assert evaluated == samplers.make_sampler(SHORT, "heun", num_steps=num_steps).t.tolist()
+  assert len(evaluated) == num_steps - (num_steps % 2 == 0)
+
+
+def x_theta(x, t):
+  return mixture_x0(SHORT.alpha_bar[t], x)
+
+
+def eps_theta(x, t):
+  return (x - np.sqrt(SHORT.alpha_bar[t]) * x_theta(x, t)) / np.sqrt(1 - SHORT.alpha_bar[t])
+
+
+def check(name, expected, z=None, **options):
+  """The table and the loop of a sampler against the reference, from seven x_T and with the given noise of the rows."""
+  table, start = samplers.make_sampler(SHORT, name, **options), np.linspace(-1.5, 1.5, 7)
+  z = np.zeros((len(table.t), 7)) if z is None else z[: len(table.t)]
+  wanted = expected(start)
+  np.testing.assert_allclose(run_in_float64(table, start, z), wanted, rtol=1e-7, atol=1e-9)
+  np.testing.assert_allclose(run_sample(table, start, z), wanted, atol=3e-5)
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])
@@ -364,43 +362,29 @@ def test_the_first_order_of_dpmpp_with_eta_1_is_the_posterior():
     np.testing.assert_allclose(getattr(table, name)[0], getattr(ddpm, name)[0], rtol=1e-9)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 9, 10])
-def test_heun_is_algorithm_1_of_karras_et_al(num_steps):
-  """Even numbers of evaluations are one less: the last step takes one."""
-  times = samplers.sampler_grid(SHORT, "heun", num_steps=num_steps)
-  alpha_bar = SHORT.alpha_bar
-  level = np.sqrt((1 - alpha_bar) / alpha_bar)  # their t: the deviation of the noise beside an unscaled image
-  start = np.linspace(-1.5, 1.5, 7)
-  x, evaluations = start / np.sqrt(alpha_bar[times[0]]), 0  # their x
-
-  def slope(x, t):
-    nonlocal evaluations
-    evaluations += 1
-    return (x - mixture_x0(alpha_bar[t], x * np.sqrt(alpha_bar[t]))) / level[t]
-
-  for before, now in itertools.pairwise(times):
-    d = slope(x, before)
-    euler = x + (level[now] - level[before]) * d
-    x = euler if now == 0 else x + (level[now] - level[before]) * (d + slope(euler, now)) / 2
-  table = samplers.make_sampler(SHORT, "heun", num_steps=num_steps)
-  assert len(table.t) == evaluations == num_steps - (num_steps % 2 == 0)
-  np.testing.assert_allclose(run_in_float64(table, start), x, rtol=1e-7, atol=1e-9)
-  np.testing.assert_allclose(run_sample(table, start), x, atol=3e-5)
-
-
-def run_in_float64(table, x):
-  """What a table says, row by row: x_s = c_xt x_t + c_x0 x0_hat + c_prev x0_hat_prev."""
+def run_in_float64(table, x, z):
+  """What a table says, row by row: x_s = c_xt x_t + c_x0 x0_hat + c_prev x0_hat_prev + sigma z."""
   previous = 0.0
-  for t, c_xt, c_x0, c_prev in zip(table.t, table.c_xt, table.c_x0, table.c_prev, strict=True):
-    x0_hat = mixture_x0(SHORT.alpha_bar[t], x)
-    x, previous = c_xt * x + c_x0 * x0_hat + c_prev * previous, x0_hat
+  columns = (table.t, table.c_xt, table.c_x0, table.c_prev, table.sigma, z)
+  for t, c_xt, c_x0, c_prev, sigma, noise in zip(*columns, strict=True):
+    x0_hat = x_theta(x, t)
+    x, previous = c_xt * x + c_x0 * x0_hat + c_prev * previous + sigma * noise, x0_hat
   return x
 
 
-def run_sample(table, start):
-  predict = samplers.x0_predictor(mixture_network("x0"), SHORT, "x0", threshold="none")
+def run_sample(table, start, z):
+  """What `sample` draws; the noise is added after the rows, in place of its own."""
+  denoise = denoiser(mixture_network("x0"), "x0")
   keys = jax.random.split(jax.random.key(0), len(start))
-  return samplers.sample(table, predict, keys, (1,), start=jnp.asarray(start[:, None], jnp.float32))[0][:, 0]
+  noise = jnp.asarray(table.sigma[:, None] * z, jnp.float32)
+  return samplers.sample(
+    table._replace(sigma=np.zeros(len(z))),
+    denoise,
+    keys,
+    (1,),
+    start=jnp.asarray(start[:, None], jnp.float32),
+    after_row=lambda xs, row: xs + noise[row][:, None],
+  )[0][:, 0]
 
 
 # There and back.
@@ -409,7 +393,7 @@ def run_sample(table, start):
 @pytest.mark.parametrize("kind", ["uniform", "trailing"])
 def test_encoding_and_decoding_give_the_image_back_to_first_order(kind):
   images = jnp.asarray(MEAN + WIDE * PLACES, jnp.float32)
-  keys, predict = jax.random.split(jax.random.key(0), len(PLACES)), wide_x0(FINE)
+  keys, denoise = jax.random.split(jax.random.key(0), len(PLACES)), gaussian(WIDE)
   there, back = [], []
   for num_steps in (50, 100, 200, 400):
     times = samplers.time_grid(FINE, num_steps, kind)
@@ -417,8 +401,8 @@ def test_encoding_and_decoding_give_the_image_back_to_first_order(kind):
     assert up.t.min() == 1 and up.s.tolist() == times[-2::-1].tolist() and not up.sigma.any()
 
     def both(start, up=up, down=down):
-      noise, _ = samplers.sample(up, predict, keys, (1,), start=start)
-      return noise, samplers.sample(down, predict, keys, (1,), start=noise)[0]
+      noise, _ = samplers.sample(up, denoise, keys, (1,), start=start)
+      return noise, samplers.sample(down, denoise, keys, (1,), start=noise)[0]
 
     noise, again = map(np.asarray, jax.jit(both)(images))
     there.append(np.sqrt(np.mean((noise - on_the_flow(FINE, PLACES, 4000)) ** 2)))
@@ -439,34 +423,7 @@ def test_the_first_row_of_an_encoding_takes_eps_at_t_1():
   np.testing.assert_allclose(up.c_xt[0] * x0 + up.c_x0[0] * x0_hat, expected, rtol=1e-12)
 
 
-# What keeps x0_hat in range, and what else `sample` does.
-
-
-def test_thresholds():
-  x0_hat = np.random.default_rng(0).normal(0, [[0.3], [1.5]], (2, 400)).astype(np.float32).reshape(2, 20, 20)
-  keep = lambda how, quantile=0.9: np.asarray(  # noqa: E731
-    jax.vmap(lambda x: samplers.threshold_x0(x, how, quantile))(jnp.asarray(x0_hat))
-  )
-  np.testing.assert_array_equal(keep("none"), x0_hat)
-  np.testing.assert_array_equal(keep("static"), x0_hat.clip(-1, 1))
-  for quantile in (0.5, 0.9, 0.995, 1.0):
-    limits = [max(1.0, np.quantile(np.abs(x), quantile)) for x in x0_hat]
-    assert quantile == 0.5 or (limits[1] > 1.05 and (limits[0] == 1.0 or quantile == 1.0))
-    expected = np.stack([x.clip(-limit, limit) / limit for x, limit in zip(x0_hat, limits, strict=True)])
-    np.testing.assert_allclose(keep("dynamic", quantile), expected, rtol=2e-6, atol=1e-7)
-
-
-def test_the_threshold_reaches_the_predictor():
-  """For each example alone, after the conversion to x0."""
-  output = jnp.asarray([[0.1, 0.2, 0.3], [1.0, 2.0, 4.0]])
-  xt, t = jnp.zeros((2, 3)), jnp.asarray([5, 6])
-  predict = samplers.x0_predictor(lambda xt, t: output, LINEAR, "x0", threshold="dynamic", quantile=0.5)
-  np.testing.assert_allclose(predict(xt, t), [[0.1, 0.2, 0.3], [0.5, 1.0, 1.0]], rtol=1e-6)
-  by_v = samplers.x0_predictor(
-    lambda xt, t: -output / at(LINEAR.sqrt_one_minus_alpha_bar, t)[:, None], LINEAR, "v", threshold="dynamic"
-  )
-  limit = np.quantile([1, 2, 4], 0.995)
-  np.testing.assert_allclose(by_v(xt, t)[1], np.array([1, 2, limit]) / limit, rtol=1e-5)
+# What else `sample` does.
 
 
 def test_kept_estimates_are_those_of_their_rows():
@@ -474,11 +431,11 @@ def test_kept_estimates_are_those_of_their_rows():
   keys = jax.random.split(jax.random.key(1), 3)
   x0_hats, xt = [], jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), (2,)))(keys)
   for row in range(5):
-    x0_hats.append(gaussian_x0(LINEAR)(xt, jnp.full(3, table.t[row])))
+    x0_hats.append(gaussian(STD)(xt, LINEAR.level(table.t[row])).x0)
     z = jax.vmap(lambda key, n=row + 1: jax.random.normal(jax.random.fold_in(key, n), (2,)))(keys)
     xt = table.c_xt[row] * xt + table.c_x0[row] * x0_hats[-1] + table.sigma[row] * z
   for keep in ([], [0, 2, 3], [4, 1]):
-    x0, kept = samplers.sample(table, gaussian_x0(LINEAR), keys, (2,), keep=keep)
+    x0, kept = samplers.sample(table, gaussian(STD), keys, (2,), keep=keep)
     np.testing.assert_allclose(x0, xt, rtol=1e-5, atol=1e-6)
     assert kept.shape == (3, len(keep), 2)
     for place, row in enumerate(keep):
@@ -489,7 +446,7 @@ def test_a_start_takes_the_place_of_the_priors_draw():
   table = samplers.make_sampler(LINEAR, "ddpm", num_steps=5)
   keys = jax.random.split(jax.random.key(1), 3)
   prior = samplers.numbered_noise(keys, (2,))(0)
-  draw = lambda start: np.asarray(samplers.sample(table, gaussian_x0(LINEAR), keys, (2,), start=start)[0])  # noqa: E731
+  draw = lambda start: np.asarray(samplers.sample(table, gaussian(STD), keys, (2,), start=start)[0])  # noqa: E731
   np.testing.assert_array_equal(draw(prior), draw(None))
   # With the same noise in the rows, and a denoiser that is linear in x_t, a shift is multiplied in each row.
   ab = LINEAR.alpha_bar[table.t]
@@ -499,12 +456,12 @@ def test_a_start_takes_the_place_of_the_priors_draw():
 
 def test_what_is_done_after_a_row():
   """It sees x_s and the number of the row, and the next row goes on with what it gives."""
-  zeros, ones = np.zeros(3), np.ones(3)
-  table = samplers.SamplerTable(np.array([900, 500, 100]), np.array([500, 100, 0]), 2 * ones, zeros, zeros, zeros)
+  zeros, ones, t = np.zeros(3), np.ones(3), np.array([900, 500, 100])
+  table = samplers.SamplerTable(t, np.array([500, 100, 0]), LINEAR.level(t), 2 * ones, zeros, zeros, zeros)
   keys = jax.random.split(jax.random.key(1), 2)
   got, _ = samplers.sample(
     table,
-    gaussian_x0(LINEAR),
+    gaussian(STD),
     keys,
     (1,),
     start=jnp.ones((2, 1)),

@@ -12,9 +12,9 @@ import safetensors.numpy
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import sources
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import classifier, trained
 from ddpm_jax.models.classifier import Classifier
@@ -28,7 +28,7 @@ def classes_of_grey(number=60, replaced=(), shape=(4, 4, 1), seed=0):
   rng = np.random.default_rng(seed)
   labels = np.arange(number, dtype=np.int32) % 3
   pixels = (labels[:, None, None, None] * 90 + rng.integers(0, 60, (number, *shape))).astype(np.uint8)
-  rows = Rows(pixels, np.isin(np.arange(number), replaced))
+  rows = DecodedRows(pixels, np.isin(np.arange(number), replaced))
   return Source("greys", shape, number, rows.take, {"seed": seed}, lambda: labels)
 
 
@@ -36,7 +36,7 @@ def train(source, cache, *, said=None, batch_size=16, updates=3, **options):
   return classifier.classifier_features(
     source,
     cache=cache,
-    parallel=Parallel("pmap"),
+    mesh=make_mesh("pmap"),
     batch_size=batch_size,
     say=(said if said is not None else []).append,
     updates=updates,
@@ -191,7 +191,7 @@ def test_images_held_out_are_not_learnt_from(tmp_path):
   assert seen == set(range(200))
   pixels = source.read(np.arange(200)).images
   pixels[held_out] = 255 - pixels[held_out]
-  other = dataclasses.replace(source, read=Rows(pixels, np.zeros(200, bool)).take)
+  other = dataclasses.replace(source, read=DecodedRows(pixels, np.zeros(200, bool)).take)
   assert train(other, tmp_path / "b", updates=4).identity == train(source, tmp_path / "a", updates=4).identity
   assert len(training) == 180
 

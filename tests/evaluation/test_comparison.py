@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import comparison, measures, neighbours
 from ddpm_jax.evaluation.comparison import NAMES, Seen, compare, look_up, see
@@ -35,7 +35,7 @@ def random_images(number, seed, low=0):
 
 
 def source_of(images):
-  return Source("pictures", images.shape[1:], len(images), Rows(images, np.zeros(len(images), bool)).take, {})
+  return Source("pictures", images.shape[1:], len(images), DecodedRows(images, np.zeros(len(images), bool)).take, {})
 
 
 def reference_of(images, tmp_path):

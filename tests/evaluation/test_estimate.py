@@ -85,7 +85,7 @@ def test_the_first_process_decides(monkeypatch):
       return np.frombuffer(json.dumps(theirs).ljust(len(value)).encode(), np.uint8)[None]
     return np.asarray([[0.5, 0.25, 0.125]])
 
-  monkeypatch.setattr(estimate, "from_all_processes", of_the_first)
+  monkeypatch.setattr(estimate, "all_gather_host", of_the_first)
   config = config_of()
   found, left = as_before(config, Open(True, True, False), [result(1_000)])
   assert (found.evaluate.evaluate_samples, left) == (5_000, NOTHING)

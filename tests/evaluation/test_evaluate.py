@@ -9,14 +9,13 @@ import types
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import DataConfig, EvaluateConfig
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import AXIS, Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, statistics, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
@@ -46,7 +45,7 @@ PROJECT = np.random.default_rng(1).normal(size=(64, 4)) / 255
 
 def pictures(split="train", number=37):
   images = np.random.default_rng(len(split)).integers(0, 256, (number, *IMAGE_SHAPE), dtype=np.uint8)
-  read = Rows(images, np.zeros(number, bool)).take
+  read = DecodedRows(images, np.zeros(number, bool)).take
   return Source("pictures", IMAGE_SHAPE, number, read, {"split": split}, lambda: np.arange(number, dtype=np.int32) % 2)
 
 
@@ -80,25 +79,20 @@ def small_parts():
 
 
 def one_device():
-  parallel = Parallel("pmap")
-  parallel.num_devices = 1
-  parallel.mesh = Mesh(np.asarray(jax.devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,))
-  parallel.replicated = NamedSharding(parallel.mesh, PartitionSpec())
-  parallel.split = NamedSharding(parallel.mesh, PartitionSpec(AXIS))
-  return parallel
+  return make_mesh("pmap", jax.devices()[:1])
 
 
 def config_of(**changes):
   return tiny_config(**(OPTIONS | changes))
 
 
-def weights_of(config, parallel=None):
+def weights_of(config, mesh=None):
   run = tiny_run(config)
   params = run.initial_state().params
   # A fresh network answers 0; this one says something.
   params = jax.tree.map(lambda leaf: leaf + 0.02, params)
-  if parallel is not None:
-    run, params = run._replace(parallel=parallel), jax.device_put(params, parallel.replicated)
+  if mesh is not None:
+    run, params = run._replace(mesh=mesh), jax.device_put(params, mesh.replicated)
   return Weights(run, params, 5, "ema", "some identity")
 
 

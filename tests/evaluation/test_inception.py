@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception
 from ddpm_jax.models.inception import tensor_shapes
@@ -41,8 +41,8 @@ def expected():
 
 
 @pytest.fixture(scope="module")
-def parallel():
-  return Parallel("fsdp")
+def mesh():
+  return make_mesh("fsdp")
 
 
 # Resizing
@@ -109,7 +109,7 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(monkeypatch, parallel):
+def stand_in(monkeypatch, mesh):
   """resize -> extractor with a network of no cost."""
   monkeypatch.setattr(inception, "InceptionV3", StandIn)
   monkeypatch.setattr(inception, "variables_of", lambda tensors: {"scale": tensors["scale"]})
@@ -119,7 +119,7 @@ def stand_in(monkeypatch, parallel):
   monkeypatch.setattr(inception, "read_weights", lambda path: weights)
 
   def make(resize="fid", batch_size=16):
-    return inception.load_inception("weights.safetensors", resize, parallel, batch_size)
+    return inception.load_inception("weights.safetensors", resize, mesh, batch_size)
 
   return make
 
@@ -165,11 +165,11 @@ def test_identity_is_that_of_the_weights(stand_in, monkeypatch):
 # Weights
 
 
-def test_weights_and_network_together_are_those_of_the_reference(tmp_path, parallel, expected):
+def test_weights_and_network_together_are_those_of_the_reference(tmp_path, mesh, expected):
   """The whole network once: converter, reader, pixels, features, probabilities without the output bias."""
   path = tmp_path / "inception.safetensors"
   convert_inception.write(random_tensors(tensor_shapes()), SOURCE, path)
-  extractor = inception.inception_features(inception.read_weights(str(path), SOURCE), "fid", parallel, batch_size=8)
+  extractor = inception.inception_features(inception.read_weights(str(path), SOURCE), "fid", mesh, batch_size=8)
   image, others = golden.random_images(1, *golden.END_TO_END), golden.random_images(7, *golden.END_TO_END) // 2
   found = extractor.extract(np.concatenate([others[:5], image, others[5:]]))
   np.testing.assert_allclose(found.features[5], expected["end_to_end/features"][0], rtol=2e-5, atol=2e-5)

@@ -6,15 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from scipy import stats
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import AXIS, Parallel
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.diffusion.denoiser import Denoiser
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.schedules import at, make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import likelihood
+from ddpm_jax.first_stage.pixels import Pixels
 
 SHAPE = (4, 4, 1)
 SCHEDULE = make_schedule("linear", 31, beta_start=1e-3, beta_end=0.3)  # 31 strata: two calls of 16, the last is padding
@@ -25,7 +27,7 @@ def source_of(images):
 
   def read(indices):
     asked.extend(indices.tolist())
-    return Rows(images[indices], np.zeros(len(indices), bool))
+    return DecodedRows(images[indices], np.zeros(len(indices), bool))
 
   return Source("pictures", images.shape[1:], len(images), read), asked
 
@@ -37,40 +39,37 @@ def random_images(number, seed=0):
 
 
 def one_device():
-  parallel = Parallel("pmap")
-  parallel.num_devices = 1
-  parallel.mesh = Mesh(np.asarray(jax.devices()[:1]), (AXIS,), axis_types=(AxisType.Auto,))
-  parallel.replicated = NamedSharding(parallel.mesh, PartitionSpec())
-  parallel.split = NamedSharding(parallel.mesh, PartitionSpec(AXIS))
-  return parallel
+  return make_mesh("pmap", jax.devices()[:1])
 
 
-def constant(params, xt, t, dropout_keys):
+def constant(params, xt, time, cond, *, dropout_keys=None):
   """Says the same number for every pixel."""
-  assert dropout_keys is None
+  assert cond is None and dropout_keys is None
   return jnp.zeros_like(xt) + params["value"]
 
 
-def wavy(params, xt, t, dropout_keys):
+def wavy(params, xt, time, cond):
   """Depends on everything that it may depend on, and mixes the pixels."""
   mixed = jnp.roll(xt, 1, axis=1) - 0.5 * jnp.roll(xt, 1, axis=2)
-  return 0.5 * xt + 0.3 * jnp.sin(mixed + params["value"]) + (0.01 * t[:, None, None, None]).astype(jnp.float32)
+  return 0.5 * xt + 0.3 * jnp.sin(mixed + params["value"]) + (0.01 * time[:, None, None, None]).astype(jnp.float32)
 
 
-def bound(images, network=constant, value=0.0, schedule=SCHEDULE, parallel=None, **changes):
-  parallel = parallel or Parallel("pmap")
+def bound(images, network=constant, value=0.0, schedule=SCHEDULE, mesh=None, **changes):
+  mesh = mesh or make_mesh("pmap")
   source, _ = source_of(images)
   options = dict(prediction="x0", variance="fixed_large", examples=0, timesteps=0, batch_size=8, seed=0) | changes
-  params = jax.device_put({"value": np.float32(value)}, parallel.replicated)
-  return likelihood.bound(network, params, schedule, source=source, parallel=parallel, **options)
+  params = jax.device_put({"value": np.float32(value)}, mesh.replicated)
+  denoiser = Denoiser(network, PARAMETERIZATIONS[options.pop("prediction")])
+  return likelihood.bound(denoiser, params, schedule, Pixels(SHAPE), source=source, mesh=mesh, **options)
 
 
-def ode(images, network, value=0.0, schedule=SCHEDULE, parallel=None, **changes):
-  parallel = parallel or Parallel("pmap")
+def ode(images, network, value=0.0, schedule=SCHEDULE, mesh=None, **changes):
+  mesh = mesh or make_mesh("pmap")
   source, _ = source_of(images)
   options = dict(prediction="eps", examples=0, steps=5, probes=1, batch_size=8, seed=0) | changes
-  params = jax.device_put({"value": np.float32(value)}, parallel.replicated)
-  return likelihood.ode(network, params, schedule, source=source, parallel=parallel, **options)
+  params = jax.device_put({"value": np.float32(value)}, mesh.replicated)
+  denoiser = Denoiser(network, PARAMETERIZATIONS[options.pop("prediction")])
+  return likelihood.ode(denoiser, params, schedule, Pixels(SHAPE), source=source, mesh=mesh, **options)
 
 
 def terms_by_hand(images, x0_hat, schedule, variance):
@@ -173,7 +172,7 @@ def test_long_chains_are_pooled_by_timestep():
 def test_bound_depends_neither_on_the_devices_nor_on_the_batch(timesteps):
   images = random_images(13)
   options = dict(network=wavy, value=0.2, prediction="eps", timesteps=timesteps)
-  alone = bound(images, parallel=one_device(), batch_size=13, **options)
+  alone = bound(images, mesh=one_device(), batch_size=13, **options)
   other = bound(images, batch_size=5, **options)
   for name in ("t_low", "t_high", "bits", "eps_mse"):
     np.testing.assert_allclose(other["by_timestep"][name], alone["by_timestep"][name], rtol=2e-4)
@@ -189,7 +188,7 @@ def test_bound_depends_on_the_seed():
 
 def test_ode_depends_neither_on_the_devices_nor_on_the_batch():
   images = random_images(13)
-  alone = ode(images, wavy, 0.2, parallel=one_device(), batch_size=13, probes=2)
+  alone = ode(images, wavy, 0.2, mesh=one_device(), batch_size=13, probes=2)
   assert ode(images, wavy, 0.2, batch_size=5, probes=2) == pytest.approx(alone, rel=2e-5)
   assert alone["total"] != pytest.approx(ode(images, wavy, 0.2, probes=2, seed=1)["total"], rel=1e-4)
 
@@ -199,8 +198,8 @@ def test_ode_of_standard_normal_data(prediction):
   """The density is the standard normal one, whatever the image: its mean over a bin is known, and hardly varies."""
   schedule = make_schedule("linear", 1000)
 
-  def network(params, xt, t, dropout_keys):
-    share = at(schedule.sqrt_one_minus_alpha_bar, t)[:, None, None, None]
+  def network(params, xt, time, cond):
+    share = at(schedule.sqrt_one_minus_alpha_bar, time + 1)[:, None, None, None]
     return {"eps": share * xt, "v": jnp.zeros_like(xt)}[prediction]
 
   images = random_images(24)
@@ -236,18 +235,20 @@ def test_ode_spreads_pixels_over_their_bins():
 
 
 def test_images_are_spread_over_the_data_and_each_is_read_once():
-  parallel, done = Parallel("pmap"), []
-  params = jax.device_put({"value": np.float32(0)}, parallel.replicated)
+  mesh, done = make_mesh("pmap"), []
+  params = jax.device_put({"value": np.float32(0)}, mesh.replicated)
   for examples, expected in ((99, range(10)), (4, [0, 2, 5, 7]), (1, [0])):
     source, asked = source_of(random_images(10))
-    options = dict(source=source, examples=examples, batch_size=4, parallel=parallel, seed=0, progress=done.append)
-    got = likelihood.ode(constant, params, SCHEDULE, prediction="eps", steps=1, probes=1, **options)
+    options = dict(source=source, examples=examples, batch_size=4, mesh=mesh, seed=0, progress=done.append)
+    got = likelihood.ode(
+      Denoiser(constant, PARAMETERIZATIONS["eps"]), params, SCHEDULE, Pixels(SHAPE), steps=1, probes=1, **options
+    )
     assert asked == list(expected) and got["examples"] == len(asked)
     assert done == [*range(4, len(asked), 4), len(asked)]
     assert (got["standard_error"] is None) == (examples == 1)
     del asked[:], done[:]
-  options |= dict(prediction="x0", variance="fixed_large", examples=9, timesteps=2)
-  got = likelihood.bound(constant, params, SCHEDULE, **options)
+  options |= dict(variance="fixed_large", examples=9, timesteps=2)
+  got = likelihood.bound(Denoiser(constant, PARAMETERIZATIONS["x0"]), params, SCHEDULE, Pixels(SHAPE), **options)
   assert asked == [0, 1, 2, 3, 4, 5, 6, 7, 8] and got["examples"] == 9
   assert done == [2, 4, 6, 8, 8, 9]  # in and after each batch
 
@@ -255,7 +256,7 @@ def test_images_are_spread_over_the_data_and_each_is_read_once():
 def test_one_compilation_whatever_the_batches():
   traced = []
 
-  def network(params, xt, t, dropout_keys):
+  def network(params, xt, time, cond):
     traced.append(xt.shape)
     return jnp.zeros_like(xt)
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.evaluation import network, trained
-from ddpm_jax.evaluation.network import denoiser_for, network_features
+from ddpm_jax.evaluation.network import network_features, network_for
 from ddpm_jax.weights.arrays import load_arrays
 
 
@@ -22,15 +22,13 @@ def slopes(number=80, shape=(4, 4, 1), seed=0):
   rng = np.random.default_rng(seed)
   ramp = np.linspace(20, 200, shape[1])[None, None, :, None]
   pixels = (ramp + rng.integers(0, 50, (number, *shape))).astype(np.uint8)
-  return Source("slopes", shape, number, Rows(pixels, np.zeros(number, bool)).take, {"seed": seed})
+  return Source("slopes", shape, number, DecodedRows(pixels, np.zeros(number, bool)).take, {"seed": seed})
 
 
 def features_of(source, cache, *, said=None, batch_size=16, updates=3, **options):
   say = (said if said is not None else []).append
-  parallel = Parallel("pmap")
-  return network_features(
-    source, cache=cache, parallel=parallel, batch_size=batch_size, say=say, updates=updates, **options
-  )
+  mesh = make_mesh("pmap")
+  return network_features(source, cache=cache, mesh=mesh, batch_size=batch_size, say=say, updates=updates, **options)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +51,9 @@ def test_it_learns_to_remove_noise_without_labels(learnt):
 
 def test_before_it_is_trained_it_explains_nothing():
   """As its last layer is zero, it predicts the mean of the noise."""
-  source, denoiser = slopes(), denoiser_for((4, 4, 1))
-  weights = trained.flat(trained.fresh(denoiser.init, 0))
-  (share,) = network._ask(denoiser, source, np.arange(5, 80, 10), weights, Parallel("pmap"), 16).values()
+  source, unet = slopes(), network_for((4, 4, 1))
+  weights = trained.flat(trained.fresh(unet.init, 0))
+  (share,) = network._ask(unet, source, np.arange(5, 80, 10), weights, make_mesh("pmap"), 16).values()
   assert share == pytest.approx(0, abs=4 * np.sqrt(2 / (64 * 16)))  # the variance of that of 64 images of 16 pixels
 
 
@@ -66,12 +64,12 @@ def test_features_are_means_and_deviations_of_its_maps(learnt):
   f = lambda t: np.cos((t / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # noqa: E731  Nichol and Dhariwal 2021, eq. 17
   images = source.read(np.arange(9)).images
   x = np.sqrt(f(100) / f(0)) * (images / 127.5 - 1)
-  denoiser = denoiser_for((4, 4, 1))
+  unet = network_for((4, 4, 1))
   with jax.default_matmul_precision("highest"):
     apply = jax.jit(
-      lambda x, t: denoiser.model.apply({"params": trained.nested(weights)}, x, t, capture_intermediates=True)
+      lambda x, t: unet.model.apply({"params": trained.nested(weights)}, x, t, capture_intermediates=True)
     )
-    noise, state = apply(x.astype(np.float32), jnp.full(9, 100))
+    noise, state = apply(x.astype(np.float32), jnp.full(9, 99))
   low, full = (np.asarray(state["intermediates"][f"up{i}_block1"]["__call__"][0], np.float64) for i in (1, 0))
   parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2)), noise.mean((1, 2)), noise.std((1, 2))
   expected = np.concatenate(parts, axis=1)
@@ -91,10 +89,10 @@ def test_features_are_means_and_deviations_of_its_maps(learnt):
 )
 def test_large_images_are_cut_into_patches(shape, patch, taken):
   """Every pixel is there once, what is added repeats the edge, and neighbours stay neighbours."""
-  denoiser = denoiser_for(shape)
-  assert (denoiser.patch, denoiser.shape) == (patch, taken)
+  unet = network_for(shape)
+  assert (unet.patch, unet.shape) == (patch, taken)
   images = np.random.default_rng(0).integers(0, 256, (2, *shape), dtype=np.uint8)
-  found = np.asarray(denoiser.scaled(images))
+  found = np.asarray(unet.scaled(images))
   (rows, columns, _), channels = taken, shape[2]
   blocks = found.reshape(2, rows, columns, patch, patch, channels)
   whole = np.stack([np.concatenate([np.concatenate(list(row), axis=1) for row in image]) for image in blocks])
@@ -125,7 +123,7 @@ def test_images_held_out_are_not_learnt_from(tmp_path):
   source = slopes()
   pixels = source.read(np.arange(80)).images
   pixels[5::10] = 255 - pixels[5::10]
-  other = dataclasses.replace(source, read=Rows(pixels, np.zeros(80, bool)).take)
+  other = dataclasses.replace(source, read=DecodedRows(pixels, np.zeros(80, bool)).take)
   first, second = features_of(source, tmp_path / "a"), features_of(other, tmp_path / "b")
   assert first.identity == second.identity and first.about["explained"] != second.about["explained"]
 
@@ -156,16 +154,16 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(tmp_path):
 
 def test_the_noise_of_each_channel_is_told_apart():
   """Over all pixels, wherever a pixel of the U-Net's is a patch of the image."""
-  denoiser, source = denoiser_for((18, 18, 3)), slopes(shape=(18, 18, 3))
-  params = trained.fresh(denoiser.init, 0)
+  unet, source = network_for((18, 18, 3)), slopes(shape=(18, 18, 3))
+  params = trained.fresh(unet.init, 0)
   params["conv_out"]["kernel"] = jax.random.normal(jax.random.key(0), params["conv_out"]["kernel"].shape)
   images = source.read(np.arange(2)).images
-  x = np.float32(network._SCHEDULE.sqrt_alpha_bar[100]) * denoiser.scaled(images)
+  x = np.float32(network._SCHEDULE.sqrt_alpha_bar[100]) * unet.scaled(images)
   (found, _), noise = jax.jit(
-    lambda: (denoiser.forward(params, images), denoiser.model.apply({"params": params}, x, jnp.full(2, 100)))
+    lambda: (unet.forward(params, images), unet.model.apply({"params": params}, x, jnp.full(2, 99)))
   )()
   noise = np.asarray(noise)
-  assert found.shape == (2, 70) and denoiser.shape == (10, 10, 12)
+  assert found.shape == (2, 70) and unet.shape == (10, 10, 12)
   for channel in range(3):
     pixels = noise[..., channel::3].reshape(2, -1)
     np.testing.assert_allclose(found[:, 64 + channel], pixels.mean(1), rtol=1e-3, atol=1e-4)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import reference as reference_lib
 from ddpm_jax.evaluation.features import Extracted, Features
@@ -16,7 +16,9 @@ PROJECT = np.random.default_rng(1).normal(size=(16, 5))
 
 def pictures(number=37, seed=0):
   images = np.random.default_rng(seed).integers(0, 256, (number, *SHAPE), dtype=np.uint8)
-  return Source("pictures", SHAPE, number, Rows(images, np.zeros(number, bool)).take, {"probe": f"{seed}"}), images
+  return Source(
+    "pictures", SHAPE, number, DecodedRows(images, np.zeros(number, bool)).take, {"probe": f"{seed}"}
+  ), images
 
 
 def sums(images):

@@ -62,8 +62,6 @@ def test_what_is_written(workdir):
   assert grids.facts_of(workdir / pictures["samples"]) == {"checkpoint": 8, "sample_weights": "ema", "number": 10}
   with Image.open(workdir / pictures["samples"]) as picture:
     np.testing.assert_array_equal(np.asarray(picture), PICTURE)
-  page = (workdir / "report.html").read_text()
-  assert "3.25" in page and "classifier distance" in page.lower().replace("_", " ")
 
 
 def test_other_measures_are_added(workdir):
@@ -73,8 +71,6 @@ def test_other_measures_are_added(workdir):
   assert read(path) == of_samples() | of_model(train=3.5) | of_model(key="ode_bits_per_dim", train=3.25) | {
     "pictures": {"samples": "eval/8.samples.png"}
   }
-  page = (workdir / "report.html").read_text()
-  assert "3.5" in page and "3.25" in page
   first, second = (read(workdir / "eval" / f"8.{number}.json") for number in (1, 2))
   assert "bits_per_dim" not in first and "ode_bits_per_dim" not in second and "bits_per_dim" in second
 
@@ -307,4 +303,4 @@ def test_the_copy_is_the_checkpoint(tmp_path):
   assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
   weights = load_weights(config_lib.override(config, {"checkpoint": "best"}), tmp_path / "run")
   assert weights.step == 3
-  chex.assert_trees_all_equal(host(weights.params), host(state.ema_params))
+  chex.assert_trees_all_equal(host(weights.params), host(state.ema["ema"]))

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation.comparison import MOST
@@ -17,7 +17,9 @@ from ddpm_jax.evaluation.statistics import read_statistics, write_statistics
 
 NUMBERS = np.random.default_rng(0).standard_normal((50, 3)).astype(np.float32)
 FEATURES = Features("inception", "ab" * 32, {"resize": "clean", "source_sha256": "cd" * 32}, None)
-SOURCE = Source("cifar10", (32, 32, 3), 50, Rows(np.zeros((50, 1, 1, 1), np.uint8), np.zeros(50, bool)).take, {"a": 1})
+SOURCE = Source(
+  "cifar10", (32, 32, 3), 50, DecodedRows(np.zeros((50, 1, 1, 1), np.uint8), np.zeros(50, bool)).take, {"a": 1}
+)
 
 
 def reference(features=NUMBERS) -> Reference:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.evaluation import measures, yardsticks
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.reference import measure_reference
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
   source = pictures(number=200)
   images = source.read(np.arange(200)).images
   images[190:] = images[:10]
-  source = dataclasses.replace(source, read=Rows(images, np.zeros(200, bool)).take)
+  source = dataclasses.replace(source, read=DecodedRows(images, np.zeros(200, bool)).take)
   cache = tmp_path_factory.mktemp("reference")
   reference = measure_reference(source, summary_features(), cache=cache, batch_size=50, say=lambda line: None)
   return images, Data(source, reference, source.fingerprint)
@@ -87,7 +87,7 @@ def test_the_score_of_the_data_is_not_that_of_its_order(config, tmp_path):
     levels = np.asarray(images).mean((1, 2, 3))
     return summary_features().extract(images)._replace(probabilities=np.eye(4)[(levels / 80).round().astype(int)])
 
-  source = dataclasses.replace(pictures(number=200), read=Rows(images, np.zeros(200, bool)).take)
+  source = dataclasses.replace(pictures(number=200), read=DecodedRows(images, np.zeros(200, bool)).take)
   features = Features(*summary_features()[:3], extract)
   reference = measure_reference(source, features, cache=tmp_path, batch_size=50, say=lambda line: None)
   config = config_of(measures=("score",), evaluate_samples=100, random_flip=False)
@@ -101,10 +101,10 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
   assert found["noise"]["values"]["classifier_distance"] == pytest.approx(distance(uniform, images), rel=1e-4)
   weights = weights_of(config)
   draw = draw_lib.make_draw(
-    draw_lib.make_predictor(weights.run.network, weights.run.schedule, "eps", config.sample),
+    draw_lib.bind_for_sampling(weights.run.denoiser, config.sample),
     draw_lib.table_of(config.sample, weights.run.schedule, "fixed_large"),
-    image_shape=IMAGE_SHAPE,
-    parallel=weights.run.parallel,
+    first_stage=weights.run.first_stage,
+    mesh=weights.run.mesh,
     stream="sample",
   )
   drawn = draw(seeded(tiny_run(config).initial_state().params, 0), np.arange(40, dtype=np.int32))
@@ -115,9 +115,10 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
 
 def test_a_network_that_is_not_trained_answers_nothing(config):
   run, batch = tiny_run(config), random_batch(8)
-  xt, t = batch["image"] / np.float32(127.5) - 1, np.arange(1, 9, dtype=np.int32)
-  output = run.network(run.initial_state().params, xt, t, None)
-  np.testing.assert_array_equal(output, yardsticks.zero_network({}, xt, t, None))
+  xt, level = batch["image"] / np.float32(127.5) - 1, run.schedule.level(np.arange(1, 9))
+  found = run.denoiser.bind(run.initial_state().params)(xt, level)
+  untrained = yardsticks.untrained_denoiser(run.denoiser).bind({})(xt, level)
+  np.testing.assert_array_equal(found.x0, untrained.x0)
 
 
 def test_computed_once_for_each_number_of_samples(config, data, tmp_path):

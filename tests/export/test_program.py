@@ -11,12 +11,12 @@ from jax import export as jax_export
 from PIL import Image
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.export.program import export_sampler, write_program
 from ddpm_jax.keys import seeded
 from ddpm_jax.runs import export as run
-from ddpm_jax.sampling.draw import make_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, make_draw, table_of
 from ddpm_jax.sampling.drawn import Drawn
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights.load import Weights
@@ -31,11 +31,11 @@ PROGRAM = "sampler.stablehlo"
 def tiny(shape=IMAGE_SHAPE, **changes):
   """(config, weights) of a network that has something to say, of two levels with attention."""
   config = tiny_config(sampling_steps=4, sample_batch_size=8, export_format="jax", **changes)
-  parts = build_run(config, shape, Parallel("pmap"))
+  parts = build_run(config, shape, make_mesh("pmap"))
   rng = np.random.default_rng(0)
   noise = lambda leaf: 0.07 * rng.standard_normal(leaf.shape, np.float32)  # noqa: E731
   params = jax.tree.map(lambda leaf: leaf + noise(leaf), parts.initial_state().params)
-  return config, Weights(parts, jax.device_put(params, parts.parallel.replicated), 5, "ema", "0" * 64)
+  return config, Weights(parts, jax.device_put(params, parts.mesh.replicated), 5, "ema", "0" * 64)
 
 
 def having(config, **changes):
@@ -119,11 +119,11 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
   write_program(config, weights, tmp_path)
   index = np.arange(4, dtype=np.int32)
   got = load_and_call(tmp_path, PROGRAM, 3, index)
-  parts, one = weights.run, Parallel("pmap", jax.devices()[:1])
+  parts, one = weights.run, make_mesh("pmap", jax.devices()[:1])
   draw = make_draw(
-    make_predictor(parts.network, parts.schedule, config.diffusion.prediction, config.sample),
+    bind_for_sampling(parts.denoiser, config.sample),
     table_of(config.sample, parts.schedule, config.diffusion.variance),
-    image_shape=parts.image_shape,
+    first_stage=parts.first_stage,
     parallel=one,
     stream="sample",
   )
@@ -137,7 +137,7 @@ def test_each_platform_gets_its_own_convolutions_and_no_unstable_call(platform, 
   config, weights = tiny()
   text = export_sampler(having(config, export_platforms=(platform,)), weights, number).mlir_module()
   assert set(re.findall(r"custom_call @([\w.$]+)", text)) <= (STABLE if number is None else set())
-  # The convolution that halves the image has a stride everywhere but on CPUs, see models/convolution.py.
+  # The convolution that halves the image has a stride everywhere but on CPUs, see runtime/cpu/convolution.py.
   assert ("stride = [2, 2]" in text) == (platform != "cpu")
 
 

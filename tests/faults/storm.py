@@ -122,10 +122,7 @@ def stops(folder: pathlib.Path, number: int, generator: random.Random) -> str:
 
 
 def tiny_judge(folder: pathlib.Path) -> damage.Judge:
-  from tests.training.tiny import tiny_config, tiny_run
-
-  directory = folder / "damaged" / "checkpoints"
-  run = tiny_run(tiny_config(channels=64, channel_multipliers=(1,), attention_resolutions=()))
+  directory, run = folder / "damaged" / "checkpoints", damage.SmallRun()
   if not directory.exists():
     damage.two_checkpoints(directory, run)
   return damage.Judge(directory, run)

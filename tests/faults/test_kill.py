@@ -11,12 +11,15 @@ import pytest
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import describe
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.workdir import layout
 from tests import command
 from tests.command import checkpoints, digests, metrics
 from tests.faults.conftest import PLAIN
+from tests.training.tiny import newest_intact
+
+pytestmark = pytest.mark.slow
 
 KILLS = 5
 
@@ -66,10 +69,10 @@ def test_restored_on_other_devices_every_bit_is_the_same(five):
   assert jax.device_count() == 8
   config = layout.load_config(five)
   for mode in ("pmap", "fsdp"):
-    parallel = Parallel(mode)
-    run = build_run(config, (8, 8, 1), parallel)
+    mesh = make_mesh(mode)
+    run = build_run(config, (8, 8, 1), mesh)
     checkpoints = Checkpoints(five / "checkpoints")
-    state = checkpoints.restore(lambda manifest, run=run: run.abstract_state).state
+    state = newest_intact(checkpoints, run.abstract_state).state
     checkpoints.close()
     sharded = [leaf for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     assert bool(sharded) == (mode == "fsdp")

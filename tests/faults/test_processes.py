@@ -9,6 +9,8 @@ import pytest
 from tests import command
 from tests.faults import pair
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30", "--heartbeat_timeout=100"]
 
 

@@ -8,6 +8,8 @@ import pytest
 from tests.command import checkpoints
 from tests.faults.conftest import STEPS
 
+pytestmark = pytest.mark.slow
+
 CANARY = "canary5eb1d3"
 ENVIRONMENT = {
   "AWS_SECRET_ACCESS_KEY": CANARY,

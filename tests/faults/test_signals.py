@@ -10,6 +10,8 @@ import pytest
 
 from tests.command import checkpoints, digests, metrics, run
 
+pytestmark = pytest.mark.slow
+
 PROMPT = (
   15.0  # seconds from the signal to the end of the process, beside other tests, where it waits for no compilation
 )

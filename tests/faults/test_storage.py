@@ -10,6 +10,8 @@ import pytest
 from tests.command import checkpoints, digests, metrics
 from tests.faults.conftest import STEPS
 
+pytestmark = pytest.mark.slow
+
 # A cache that is cut short by the limit would be everybody's: such a process only reads it.
 READ_ONLY = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000000"}
 

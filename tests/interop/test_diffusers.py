@@ -13,10 +13,11 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion.prediction import to_x0
-from ddpm_jax.diffusion.samplers import make_sampler, sample, steps_table, threshold_x0, x0_predictor
+from ddpm_jax.diffusion.denoiser import Denoiser, thresholded
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
+from ddpm_jax.diffusion.samplers import make_sampler, sample, steps_table
 from ddpm_jax.diffusion.schedules import make_schedule, reverse_variance
-from ddpm_jax.models.build import build_model, network_of, num_params
+from ddpm_jax.models.build import UNetNetwork, build_denoiser, build_model, num_params
 from ddpm_jax.weights import diffusers as folders
 from ddpm_jax.weights.options import diffusion_settings, scheduler_options, unet_options
 from tests.weights.make_diffusers_golden import (
@@ -79,7 +80,7 @@ def test_one_network(tmp_path, unet, parameters):
   assert parameters is None or num_params(params) == parameters
   batch = 1 if parameters else 2
   x, t = network_input("x", shape)[:batch], np.array([1, 990])[-batch:]
-  ours = jax.jit(network_of(build_model(config.model, shape)))(params, x, jnp.asarray(t), None)
+  ours = jax.jit(UNetNetwork(build_model(config.model, shape)))(params, x, jnp.asarray(t - 1))
   expected = output_of(theirs, x, t - 1)
   error = relative(ours, expected)
   print(f"relative error {error:.1e}")
@@ -102,13 +103,12 @@ def test_a_whole_trajectory(tmp_path):
   start = network_input("start", shape)
   expected = ddim_trajectory(theirs, start, velocity, 100)[-1]
   schedule = make_schedule("linear", 1000)
-  network = network_of(build_model(config.model, shape))
-  predict = x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, config.diffusion.prediction)
+  denoise = thresholded(build_denoiser(config.model, config.diffusion.prediction, shape).bind(params), "static")
   table, keys = (
     make_sampler(schedule, "ddim", num_steps=100, grid="trailing"),
     jax.random.split(jax.random.key(0), len(start)),
   )
-  ours, _ = jax.jit(lambda x: sample(table, predict, keys, shape, start=x))(start)
+  ours, _ = jax.jit(lambda x: sample(table, denoise, keys, shape, start=x))(start)
   print(f"largest difference {np.abs(ours - expected).max():.1e}, deviation {expected.std():.2f}")
   assert 0.1 < expected.std() < 0.9 and np.abs(ours - expected).max() < 1e-3
 
@@ -132,7 +132,7 @@ def test_the_published_layout_with_older_names(tmp_path):
   write_tensors(flat / "diffusion_pytorch_model.safetensors", state)
   config, shape, params = open_folder(flat)
   x, t = network_input("x", shape), np.array([5, 500])
-  ours = jax.jit(network_of(build_model(config.model, shape)))(params, x, jnp.asarray(t), None)
+  ours = jax.jit(UNetNetwork(build_model(config.model, shape)))(params, x, jnp.asarray(t - 1))
   assert relative(ours, output_of(theirs, x, t - 1)) < 1e-4
   assert PUBLISHED.items() <= json.loads((flat / "config.json").read_text()).items()
 
@@ -196,11 +196,8 @@ def test_a_step_of_the_scheduler(prediction, variance, threshold):
   stepped = theirs.step(nchw(output), t - 1, nchw(x), generator=generator)
   noise = nhwc(torch.randn(nchw(x).shape, generator=torch.Generator().manual_seed(0)))
 
-  def x0_hat(output, xt):
-    raw = to_x0(prediction, schedule, output, xt, jnp.asarray(t))
-    return threshold_x0(raw, threshold, config.sample.threshold_quantile)
-
-  ours = np.asarray(jax.vmap(x0_hat)(output, x))
+  denoise = Denoiser(lambda *_, **__: jnp.asarray(output), PARAMETERIZATIONS[prediction]).bind({})
+  ours = np.asarray(thresholded(denoise, threshold, config.sample.threshold_quantile)(x, schedule.level(t)).x0)
   np.testing.assert_allclose(ours, nhwc(stepped.pred_original_sample), atol=2e-4)
   table = make_sampler(schedule, "ddpm", variance=variance)
   row = 1000 - t
@@ -252,14 +249,13 @@ def test_a_draw_of_50_steps_is_that_of_the_pipeline(exported, kind):
   x = nhwc(torch.randn((2, shape[2], *shape[:2]), generator=generator))
   d = config.diffusion
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
-  network = network_of(build_model(config.model, shape))
-  predict = jax.jit(x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, d.prediction))
+  denoise = jax.jit(thresholded(build_denoiser(config.model, d.prediction, shape).bind(params), "static"))
   times = np.append(np.asarray(theirs.scheduler.timesteps) + 1, 0)
   assert (times[0], times[-2], len(times)) == (981, 1, 51)
   table = steps_table(schedule, kind, times[:-1], times[1:], eta=0.0, variance=d.variance)
-  for t, _, c_xt, c_x0, _, sigma in zip(*table, strict=True):
+  for t, c_xt, c_x0, sigma in zip(table.t, table.c_xt, table.c_x0, table.sigma, strict=True):
     noise = nhwc(torch.randn(nchw(x).shape, generator=generator)) if sigma else 0.0
-    x = (c_xt * x + c_x0 * np.asarray(predict(x, np.full(2, t))) + sigma * noise).astype(np.float32)
+    x = (c_xt * x + c_x0 * np.asarray(denoise(x, schedule.level(int(t))).x0) + sigma * noise).astype(np.float32)
   ours = (x / 2 + 0.5).clip(0, 1)
   print(f"largest difference {np.abs(ours - drawn).max():.1e}, deviation {drawn.std():.2f}")
   assert drawn.std() > 0.05 and np.abs(ours - drawn).max() < 1e-3

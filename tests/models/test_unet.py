@@ -14,8 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
-from ddpm_jax.models.build import build_model, fitted, init_params, network_of, num_params
-from ddpm_jax.models.convolution import Conv3x3
+from ddpm_jax.models.build import UNetNetwork, build_model, fitted, init_params, num_params
 from tests.models import reference
 
 TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
@@ -38,7 +37,7 @@ def randomize(params, seed=0):
 def tiny():
   model = build_model(TINY, (8, 8, 1))
   params = jax.jit(lambda key: init_params(model, key, (8, 8, 1)))(jax.random.key(0))
-  return jax.jit(network_of(model)), params
+  return jax.jit(UNetNetwork(model)), params
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,7 @@ def test_forward_pass_is_that_of_the_reference():
     params, xt, t, channels=8, multipliers=(1, 2, 2), num_res_blocks=2, attention_resolutions=(4,), groups=2
   )
   single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, xt))
-  got = jax.jit(network_of(model))(*single, jnp.asarray(t), None)
+  got = jax.jit(UNetNetwork(model))(*single, jnp.asarray(t - 1))
   assert np.abs(expected).max() > 0.5
   np.testing.assert_allclose(got, expected, atol=2e-5)
 
@@ -132,11 +131,11 @@ def test_dropout_masks_follow_the_example_not_the_batch(tiny):
   params = randomize(params)
   xt = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 8, 8, 1)), (4, 8, 8, 1))
   t, keys = jnp.full(4, 7), jax.random.split(jax.random.key(2), 4)
-  together = network(params, xt, t, keys)
-  reverse = network(params, xt, t, keys[::-1])[::-1]
+  together = network(params, xt, t, dropout_keys=keys)
+  reverse = network(params, xt, t, dropout_keys=keys[::-1])[::-1]
   chex.assert_trees_all_close(reverse, together, rtol=1e-4, atol=1e-4)
   assert len(np.unique(np.round(together[:, 0, 0, 0], 4))) == 4  # four examples, four masks
-  same = network(params, xt, t, keys[jnp.asarray([0, 0, 0, 0])])
+  same = network(params, xt, t, dropout_keys=keys[jnp.asarray([0, 0, 0, 0])])
   chex.assert_trees_all_close(same[0], same[3], rtol=1e-4, atol=1e-4)
 
 
@@ -215,7 +214,7 @@ def test_bfloat16_keeps_float32_parameters_and_output(tiny):
   params = randomize(params)
   xt, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.asarray([5, 900])
   model = build_model(ModelConfig(**{**vars(TINY), "dtype": "bfloat16"}), (8, 8, 1))
-  wide, narrow = tiny[0](params, xt, t, None), jax.jit(network_of(model))(params, xt, t, None)
+  wide, narrow = tiny[0](params, xt, t, None), jax.jit(UNetNetwork(model))(params, xt, t, None)
   assert narrow.dtype == jnp.float32
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes_of(TINY, (8, 8, 1))))
   assert 0 < np.abs(wide - narrow).max() < 0.1 * np.abs(wide).max()
@@ -227,7 +226,7 @@ def with_remat(dtype, remat):
   """A network of two levels, with its parameters (shapes) and inputs: images, timesteps, dropout keys."""
   config = ModelConfig(**{**vars(TINY), "channels": 4, "dtype": dtype, "remat": remat})
   inputs = jnp.ones((2, 8, 8, 1)), jnp.asarray([5, 900]), jax.random.split(jax.random.key(3), 2)
-  return network_of(build_model(config, (8, 8, 1))), shapes_of(config, (8, 8, 1)), inputs
+  return UNetNetwork(build_model(config, (8, 8, 1))), shapes_of(config, (8, 8, 1)), inputs
 
 
 def equations(jaxpr):
@@ -256,7 +255,7 @@ def test_gradients_by_biases_of_a_bfloat16_network_are_sums_in_float32():
 
   def loss(params, added):
     def intercept(call, args, kwargs, context):
-      if context.method_name != "__call__" or not isinstance(context.module, Conv3x3 | layers.Dense):
+      if context.method_name != "__call__" or not isinstance(context.module, layers.Conv3x3 | layers.Dense):
         return call(*args, **kwargs)
       output, name = call(*args, **kwargs), "/".join(context.module.path)
       shapes[name] = output.shape
@@ -307,6 +306,7 @@ def test_second_and_batched_derivatives_can_be_taken(dtype, remat):
     assert jax.tree.structure(found) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_second_and_batched_derivatives_are_right():
   """The Hessian times a vector is the difference of two gradients; the batch's gradient the mean of its examples'."""
   network, params, (_, t, keys) = with_remat("float32", "none")
@@ -314,7 +314,7 @@ def test_second_and_batched_derivatives_are_right():
   xt = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
 
   def loss(params, xt, t, keys):
-    return jnp.mean(jnp.square(network(params, xt, t, keys)))
+    return jnp.mean(jnp.square(network(params, xt, t, dropout_keys=keys)))
 
   @jax.jit
   def derivatives(params):
@@ -336,14 +336,15 @@ def test_second_and_batched_derivatives_are_right():
   assert error(jax.tree.map(lambda leaf: leaf.mean(0), each), gradient) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["norms", "blocks"])
 def test_remat_changes_nothing(tiny, remat):
   network, params = tiny
   params = randomize(params)
-  remat = network_of(build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1)))
+  remat = UNetNetwork(build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1)))
   keys = jax.random.split(jax.random.key(3), 2)
   xt, t = jax.random.normal(jax.random.key(1), (2, 8, 8, 1)), jnp.asarray([5, 900])
-  gradient = lambda f: jax.jit(jax.grad(lambda p: jnp.sum(f(p, xt, t, keys) ** 2)))(params)  # noqa: E731
+  gradient = lambda f: jax.jit(jax.grad(lambda p: jnp.sum(f(p, xt, t, dropout_keys=keys) ** 2)))(params)  # noqa: E731
   chex.assert_trees_all_close(gradient(network), gradient(remat), rtol=1e-3, atol=1e-3)
 
 
@@ -354,7 +355,7 @@ def test_what_remat_computes_again():
     model = build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1))
     shapes = shapes_of(TINY, (8, 8, 1))
     xt, t = jnp.zeros((2, 8, 8, 1)), jnp.asarray([5, 900])
-    gradient = jax.jit(jax.grad(lambda params: jnp.sum(network_of(model)(params, xt, t, None) ** 2)))
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(UNetNetwork(model)(params, xt, t, None) ** 2)))
     text = gradient.trace(shapes).lower(lowering_platforms=("tpu",)).as_text()
     return text.count("stablehlo.convolution"), text.count("stablehlo.rsqrt")
 
@@ -369,7 +370,7 @@ def test_what_remat_keeps():
   def kept(remat):
     model = build_model(ModelConfig(**{**vars(TINY), "remat": remat}), (8, 8, 1))
     xt, t = jnp.zeros((2, 8, 8, 1)), jnp.asarray([5, 900])
-    forward = lambda params: jax.vjp(lambda p: network_of(model)(p, xt, t, None), params)[1]  # noqa: E731
+    forward = lambda params: jax.vjp(lambda p: UNetNetwork(model)(p, xt, t, None), params)[1]  # noqa: E731
     shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(forward, shapes_of(TINY, (8, 8, 1))))]
     return [shape for shape in shapes if len(shape) == 4 and shape[0] == 2]
 

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ddpm_jax.devices.parallel import AXIS, Parallel
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.mesh import AXIS
 from ddpm_jax.plan import hlo
 from ddpm_jax.plan.collectives import Collective, collectives
 
-MESH = Parallel("pmap").mesh
+MESH = make_mesh("pmap").jax_mesh
 EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 
 

@@ -4,7 +4,6 @@ import functools
 import types
 
 import jax
-import numpy as np
 import pytest
 
 from ddpm_jax.data.pipeline import batches
@@ -42,9 +41,9 @@ def test_the_batch_is_what_the_pipeline_yields():
 def test_the_step_is_the_one_that_training_compiles(mode):
   """Lowered from the shapes, and from the arrays that training puts on the devices: the same program."""
   run = tiny_run(tiny_config(parallel=mode))
-  step = run.parallel.compile(make_train_step(run), run.abstract_state)
-  batch, order = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
-  real = run.parallel.put_batches([random_batch()]), run.parallel.put_order()
+  step = run.mesh.compile(make_train_step(run), run.abstract_state)
+  batch, order = run.mesh.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
+  real = run.mesh.put_batches([random_batch()]), run.mesh.put_step_command()
   shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding), ((batch, order), real))
   assert shapes[0] == shapes[1]
   texts = [step.lower(run.abstract_state, *inputs).as_text() for inputs in ((batch, order), real)]
@@ -82,7 +81,7 @@ def test_all_memory_is_that_of_the_compiler():
     temp_size_in_bytes=5 * 10**6,
     generated_code_size_in_bytes=7 * 10**5,
   )
-  inputs = run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
+  inputs = run.mesh.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16))
   memory = compiling._memory(run, inputs, stats)
   assert memory.total == 10**6 + 100 + 5 * 10**6 + 7 * 10**5
   assert memory.padding == 10**6 - sum(memory[:5]) > 0
@@ -148,7 +147,7 @@ def test_a_cpu_counts_what_goes_in_and_out():
 
 
 class Elsewhere:
-  """Takes the place of what `Parallel.compile` returns, on a machine without that hardware."""
+  """Takes the place of what `DeviceMesh.compile` returns, on a machine without that hardware."""
 
   def __init__(self, outcome):
     self.outcome = outcome
@@ -165,14 +164,14 @@ class Elsewhere:
 def run_elsewhere(outcome, platform):
   """The tiny run, as if its devices were of another platform."""
   run = tiny_run(tiny_config())
-  parallel = types.SimpleNamespace(
-    abstract_inputs=run.parallel.abstract_inputs,
-    spread=run.parallel.spread,
+  mesh = types.SimpleNamespace(
+    abstract_inputs=run.mesh.abstract_inputs,
+    wrap_loss=run.mesh.wrap_loss,
     compile=lambda *_: Elsewhere(outcome),
     num_devices=8,
-    mesh=types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)])),
+    platform=platform,
   )
-  return run._replace(parallel=parallel)
+  return run._replace(mesh=mesh)
 
 
 def test_a_refusal_for_memory_is_an_outcome_and_any_other_an_error():

@@ -53,7 +53,7 @@ def test_curves_over_steps_images_and_time(tmp_path):
     ("Loss over seconds of training", "0.9 at 2.5", "0.3 at 7.5 seconds"),
   ):
     assert charts[title] == f"{title}: {first}, {last}"
-  assert page.source.count('class="curve c1"') == page.source.count('class="curve c2"') == 3
+  assert page.source.count("fill: none; stroke: var(--c1)") == page.source.count("fill: none; stroke: var(--c2)") == 3
   assert rows_of(page, "Runs")[1:] == [
     ["new", "20 of 40", "1,280", "2 s", "", "0.25"],
     ["old", "30 of 40", "960", "8 s", "4", "0.3"],
@@ -66,15 +66,15 @@ def test_curves_over_steps_images_and_time(tmp_path):
 def test_grids_of_the_latest_step_that_all_have(tmp_path):
   a, b, c = (make(tmp_path / name, grids=steps) for name, steps in (("a", (5, 10, 15)), ("b", (5, 10)), ("c", ())))
   page = page_of(tmp_path, a, b)
-  assert "At step 10, the latest of which all have a grid." in page.text
+  assert "At step 10, the latest at which all have one." in page.text
   assert [image["alt"] for image in page.all("img")] == ["Sample grid of a", "Sample grid of b"]
   assert page.text.count(", step 10") == 2 and "15" not in page.text
   page = page_of(tmp_path, a, b, c)
-  assert "The latest of each, as there is no step of which all have one." in page.text
+  assert "The latest of each run, as there is no step at which all have one." in page.text
   assert "a, step 15" in page.text and "b, step 10" in page.text and len(page.all("img")) == 2
   (a / "samples" / "step_00000010.png").write_text("no picture")
   page = page_of(tmp_path, a, b)
-  assert "step_00000010.png is no picture" in page.text and len(page.all("img")) == 1
+  assert "a: samples/step_00000010.png: left out, as it is no picture" in page.text and len(page.all("img")) == 1
 
 
 def test_only_what_was_measured_alike_shares_a_column(tmp_path):
@@ -129,7 +129,7 @@ def test_runs_of_one_name_and_nasty_ones(tmp_path):
   assert "one/run: metrics.jsonl has damaged lines, which are left out: 1." in page.text
   many = [make(tmp_path / f"run {i} <b>", lines((10, 20), i + 1.0)) for i in range(10)]
   page = page_of(tmp_path, *many)
-  assert {f"c{i}" for i in range(1, 9)} <= set(re.findall(r'class="curve (c\d)"', page.source)) and "<b>" not in (
+  assert {f"c{i}" for i in range(1, 9)} <= set(re.findall(r"stroke: var\(--(c\d)\)", page.source)) and "<b>" not in (
     page.source.replace("<b>Loss", "").replace("<b>Notes", "")
   )
   assert write_comparison(many, tmp_path / "again.html") is None

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import STRATEGIES
 from ddpm_jax.runs import train as train_lib
 from tests.runs.test_train import LITTLE, noise, train
 
@@ -21,7 +21,7 @@ def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkey
   """
   monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
   news, placed, waited, late = threading.Condition(), [], set(), set()
-  put, make = Parallel.put_batches, train_lib.make_train_step
+  put, make = STRATEGIES[parallel].put_batches, train_lib.make_train_step
 
   def put_and_note(self, batches, **options):
     batch = jax.block_until_ready(put(self, batches, **options))
@@ -48,7 +48,7 @@ def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkey
 
     return waiting
 
-  monkeypatch.setattr(Parallel, "put_batches", put_and_note)
+  monkeypatch.setattr(STRATEGIES[parallel], "put_batches", put_and_note)
   monkeypatch.setattr(train_lib, "make_train_step", make_waiting)
   train(tmp_path / "run", **LITTLE, parallel=parallel, steps_per_dispatch=size, **dict.fromkeys(EVERY, STEPS))
   assert waited == set(range(size, STEPS - size))

@@ -23,13 +23,16 @@ OPTIONS = DECAY | dict(checkpoint_every=5, sample_every=5, log_every=3, keep_che
 COSINE = LITTLE | dict(lr_schedule="cosine", warmup_steps=2, checkpoint_every=4, log_every=1, steps_per_dispatch=1)
 
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
   monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
 
 
 @pytest.fixture(scope="module")
-def short_and_long(tmp_path_factory):
+def short_and_long(shared_programs, tmp_path_factory):
   """Ten steps; twenty from the start."""
   folder = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +102,7 @@ def test_a_stopped_run_that_is_made_longer_was_long_from_the_start(short_and_lon
   assert (workdir / "earlier").exists() == (step == 8)
 
 
+@pytest.mark.slow
 def test_a_kill_while_it_goes_back(short_and_long, tmp_path, monkeypatch):
   """At each file that is moved: the same command goes on, and the end of the shorter run is in one place."""
   workdir, options = tmp_path / "run", OPTIONS | dict(num_steps=20)
@@ -196,9 +200,10 @@ def test_with_cosine_the_rate_begins_anew(tmp_path, monkeypatch, capsys):
 def go_on(workdir, **given):
   """What the command does with --workdir and these flags."""
   with StopRequest() as stop:
-    train_lib.train(resolve.resolve_config("train", given, workdir), workdir, stop)
+    train_lib.train(resolve.resolve_config("train", given, workdir), workdir, train_lib.Invocation(stop))
 
 
+@pytest.mark.slow
 def test_the_workdir_alone_goes_on_with_its_own_settings(short_and_long, tmp_path, monkeypatch):
   """And --num_steps alone makes it longer."""
   workdir = tmp_path / "run"
@@ -209,6 +214,7 @@ def test_the_workdir_alone_goes_on_with_its_own_settings(short_and_long, tmp_pat
   assert digests(workdir) == digests(short_and_long[1])
 
 
+@pytest.mark.slow
 def test_a_run_that_decays_from_its_first_step_is_made_longer_from_there(tmp_path):
   """One step, or a decay over the whole length: all that both have in common is the initial state."""
   for number, (few, more, options) in enumerate(((1, 4, {}), (4, 6, {"decay_fraction": 1.0}))):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import plots
 from ddpm_jax.config import SampleConfig
+from ddpm_jax.report import report
 from ddpm_jax.runs import preview, reports
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runs.preview import EarlyGrids, Preview
@@ -105,13 +105,13 @@ def test_processes_are_asked_once_for_a_grid():
 
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])
 def test_a_vote_of_one_process_is_heard_by_all(mode):
-  parallel = tiny_run(tiny_config(parallel=mode)).parallel
+  mesh = tiny_run(tiny_config(parallel=mode)).mesh
   state = {"x": np.zeros(8, np.float32)}
-  step = parallel.compile(lambda state, batch, axis_name: (state, {}), state)
-  rows = parallel.put_batches([{"rows": np.zeros((8, 2), np.float32)}])
+  step = mesh.compile(lambda state, batch, axis_name: (state, {}), state)
+  rows = mesh.put_batches([{"rows": np.zeros((8, 2), np.float32)}])
   for votes in itertools.product((False, True), (False, True)):
-    order = parallel.put_order(stop=votes[0], grid=votes[1])
-    _, _, heard = step(jax.device_put(state, parallel.state_shardings(state)), rows, order)
+    order = mesh.put_step_command(stop=votes[0], grid=votes[1])
+    _, _, heard = step(jax.device_put(state, mesh.state_shardings(state)), rows, order)
     assert tuple(map(bool, np.asarray(heard))) == votes
 
 
@@ -128,7 +128,7 @@ def test_a_grid_has_the_timesteps_that_the_command_draws_with(monkeypatch):
 
 def train(workdir, clock=lambda: 0.0, **changes):
   with StopRequest() as stop:
-    train_lib.train(tiny_config(**(OPTIONS | changes)), workdir, stop, clock=clock)
+    train_lib.train(tiny_config(**(OPTIONS | changes)), workdir, train_lib.Invocation(stop, clock=clock))
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_pages_that_cannot_be_written_are_told_and_the_run_goes_on(tmp_path, mon
 
   monkeypatch.setattr(reports, "ThreadPoolExecutor", AtOnce)
   with monkeypatch.context() as patch:
-    patch.setattr(plots, "loss_curve", full)
+    patch.setattr(report, "write_report", full)
     train(workdir, sample_every=4, log_every=2)
   out, err = capsys.readouterr()
   assert "done: 12 updates" in out

@@ -10,15 +10,15 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.pmap import PmapMesh
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import yardsticks
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.results import read_result, scalars
-from ddpm_jax.runs import evaluating
+from ddpm_jax.runs import evaluating, workdirs
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
@@ -52,7 +52,7 @@ NUMBERS = {"evaluation/classifier_distance", "evaluation/bits_per_dim_train"}
 def noise():
   """Dim noise, 40 images, with labels."""
   images = np.random.default_rng(0).integers(0, 100, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.zeros(40, bool))
+  rows = DecodedRows(images, np.zeros(40, bool))
   return Source("noise", IMAGE_SHAPE, 40, rows.take, {"probe": "0"}, lambda: np.arange(40, dtype=np.int32) % 2)
 
 
@@ -99,13 +99,13 @@ def small_parts():
     patch.setattr(
       yardsticks, "_untrained", lambda config, weights, number, beat: noise().read(np.arange(number)).images
     )
-    patch.setattr(Parallel, "compile", once("update", Parallel.compile))
+    patch.setattr(PmapMesh, "compile", once("update", PmapMesh.compile))
     yield
 
 
 def train(workdir, **changes):
   with StopRequest() as stop:
-    train_lib.train(tiny_config(**(EVALUATED | changes)), workdir, stop)
+    train_lib.train(tiny_config(**(EVALUATED | changes)), workdir, train_lib.Invocation(stop))
 
 
 def metrics(workdir):
@@ -227,7 +227,7 @@ def test_stopped_while_it_measures(whole, tmp_path, monkeypatch, capsys, step, p
 
   monkeypatch.setattr(Watchdog, "beat", beat)
   with stop:
-    train_lib.train(tiny_config(**EVALUATED), workdir, stop)
+    train_lib.train(tiny_config(**EVALUATED), workdir, train_lib.Invocation(stop))
   monkeypatch.setattr(Watchdog, "beat", real)
   assert ("stopped on request after update 3 of 8, saved" if step == 3 else "done: 8") in capsys.readouterr().out
   assert steps(workdir)[-1] == step and results(workdir) == before
@@ -347,10 +347,10 @@ def test_no_labels_are_found_out_before_anything_is_written(tmp_path, monkeypatc
 
 def test_room_for_checkpoints_counts_those_of_evaluations(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(train_lib.workdir_lib, "check_space", lambda *args, **_: asked.append(args))
+  monkeypatch.setattr(workdirs.layout, "check_space", lambda *args, **_: asked.append(args))
   run = tiny_run(tiny_config(**EVALUATED))
-  train_lib.check_space(run, tmp_path, 0)
-  train_lib.check_space(run._replace(config=config_lib.override(run.config, {"evaluate_every": 0})), tmp_path, 0)
+  workdirs.check_space(run, tmp_path, 0)
+  workdirs.check_space(run._replace(config=config_lib.override(run.config, {"evaluate_every": 0})), tmp_path, 0)
   assert asked[0][3] >= 4 and asked[1][3] == 3
 
 
@@ -382,5 +382,7 @@ def test_flags_of_the_command_reach_the_evaluation(tmp_path, monkeypatch):
   monkeypatch.setattr(evaluate_lib, "evaluate", evaluate)
   given = frozenset({"sampler", "likelihood_examples"})
   with StopRequest() as stop:
-    assert not train_lib.train(tiny_config(**EVALUATED | {"num_steps": 3}), tmp_path / "run", stop, given=given)
+    assert not train_lib.train(
+      tiny_config(**EVALUATED | {"num_steps": 3}), tmp_path / "run", train_lib.Invocation(stop, given=given)
+    )
   assert heard == [given]

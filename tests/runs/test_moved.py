@@ -54,7 +54,7 @@ def train(folder, dataset, num_steps, *more):
   """The command `train`. Returns the settings that it kept."""
   config = resolve("train", folder, *TINY, f"--dataset={dataset}", f"--num_steps={num_steps}", *more)
   with StopRequest() as stop:
-    train_lib.train(config, folder, stop)
+    train_lib.train(config, folder, train_lib.Invocation(stop))
   return layout.load_config(folder)
 
 
@@ -85,6 +85,7 @@ def test_a_run_goes_on_however_its_folder_is_written(place, monkeypatch):
   assert (run / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch, capsys):
   run = place / "run"
   train(run, "folder:pictures", 1)
@@ -132,6 +133,7 @@ def test_other_images_in_another_place_are_refused_and_not_kept(place):
   assert train(run, "folder:others", 2, "--allow_data_change").data.dataset == f"folder:{place}/others"
 
 
+@pytest.mark.slow
 def test_unlabelled_images_while_training(place, monkeypatch):
   """By the features of a network that needs no labels; part of the folder is held out."""
   monkeypatch.setitem(network_features.__kwdefaults__, "updates", 2)

@@ -106,7 +106,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch(old):
   lines = (folder / "metrics.jsonl").read_text().splitlines()
   config = resolve_config("train", {}, folder)
   with StopRequest() as stop:
-    assert train_lib.train(config, folder, stop)
+    assert train_lib.train(config, folder, train_lib.Invocation(stop))
   for weights in ("raw", "ema"):
     ours += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
   for leaf, wanted in zip(ours, theirs, strict=True):

@@ -42,6 +42,7 @@ def compiled(monkeypatch):
   return types.SimpleNamespace(sizes=sizes, target=target)
 
 
+@pytest.mark.slow
 def test_a_plan_for_this_machine(here, capsys, monkeypatch):
   """All is real but the size of the memory: the images' shape without the images, the compiler, the measured peaks."""
   find = plan_run.topology.find

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.config import SampleConfig
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.runs import preview as preview_lib
 from ddpm_jax.runs.preview import Preview
 from ddpm_jax.runs.programs import Compiler, StepProgram
@@ -30,13 +30,13 @@ def lowered() -> int:
 def test_the_first_call_finds_what_was_compiled(mode, updates):
   run = tiny_run(tiny_config(parallel=mode, steps_per_dispatch=updates))
   before, compiler = lowered(), Compiler()
-  make_updates = StepProgram(run, make_train_step(run), compiler, ahead=True)
+  run_steps = StepProgram(run, make_train_step(run), compiler, ahead=True)
   assert lowered() > before  # the listener hears
   state = run.initial_state()
   before = lowered()
   for number in (updates, 1):
-    batches = run.parallel.put_batches([random_batch(seed=i) for i in range(number)], updates=updates)
-    state, *_ = make_updates(state, batches, run.parallel.put_order(number))
+    batches = run.mesh.put_batches([random_batch(seed=i) for i in range(number)], max_steps=updates)
+    state, *_ = run_steps(state, batches, run.mesh.put_step_command(number))
   assert lowered() == before and state.step == updates + 1
   compiler.close()
 
@@ -56,8 +56,8 @@ def test_another_seed_is_the_same_program(mode):
     run = tiny_run(tiny_config(parallel=mode, seed=seed, steps_per_dispatch=1, **little))
     given = StepProgram(run, make_train_step(run), Heard(), ahead=True)._step
   assert texts[0] == texts[1]
-  bound = run.parallel.compile(make_train_step(run), run.abstract_state)
-  inputs = run.parallel.put_batches([random_batch()]), run.parallel.put_order()
+  bound = run.mesh.compile(make_train_step(run), run.abstract_state)
+  inputs = run.mesh.put_batches([random_batch()]), run.mesh.put_step_command()
   (state, metrics, _), expected = (step(run.initial_state(), *inputs) for step in (given, bound))
   chex.assert_trees_all_equal(host((state, metrics)), host(expected[:2]))
 
@@ -101,7 +101,7 @@ def test_no_grid_is_compiled_where_none_will_be_drawn_or_the_device_is_needed_fo
   run, before = tiny_run(tiny_config(sample_every=0)), lowered()
   Preview(run, Compiler())
   assert lowered() == before
-  monkeypatch.setattr(Parallel, "compiles_beside_updates", False)
+  monkeypatch.setattr(DeviceMesh, "compiles_beside_steps", False)
   Preview(tiny_run(tiny_config(sample_every=1)), Compiler())
   assert lowered() == before
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+import types
 import warnings
 
 import chex
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.data import shuffle
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import order
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
@@ -27,15 +28,18 @@ from ddpm_jax.runs import reports
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.training.optimizer import decay_start
+from ddpm_jax.training.setup import make_objective
 from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
-from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
+from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 def noise(seed=0, replaced=()):
   """40 images: with batches of 16, an epoch ends in the middle of the third batch. Some of them stand for bad ones."""
   images = np.random.default_rng(seed).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.isin(np.arange(40), replaced))
+  rows = DecodedRows(images, np.isin(np.arange(40), replaced))
   return Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": f"{seed:064d}"})
 
 
@@ -46,7 +50,7 @@ def noise_images(monkeypatch):
 
 def train(workdir, clock=lambda: 0.0, **changes):  # no grid because of the time
   with StopRequest() as stop:
-    return train_lib.train(tiny_config(**changes), workdir, stop, clock=clock)
+    return train_lib.train(tiny_config(**changes), workdir, train_lib.Invocation(stop, clock=clock))
 
 
 def train_little(workdir, clock=lambda: 0.0, **changes):
@@ -69,7 +73,7 @@ def restore(workdir, step=None, **changes):
   run = tiny_run(tiny_config(**changes))
   if step is not None:
     checkpoints.steps = lambda: [step]
-  state = checkpoints.restore(lambda manifest: run.abstract_state).state
+  state = newest_intact(checkpoints, run.abstract_state).state
   checkpoints.close()
   return host(state)
 
@@ -91,7 +95,7 @@ def signal_with(monkeypatch, step):
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted(shared_programs, tmp_path_factory):
   """Eight updates in one go, with grids."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   with pytest.MonkeyPatch.context() as patch:
@@ -263,7 +267,7 @@ def test_a_class_of_a_persons_own_is_told_and_ends_nothing(tmp_path, capsys):
   assert told[1][1] == {k: v for k, v in rows[0].items() if k not in ("step", "time")}
   assert not (tmp_path / "run" / "tensorboard").exists()
   err = capsys.readouterr().err
-  assert err.count("test_loop:Told fails (ConnectionError: no network); the run goes on") == 1
+  assert err.count("test_train:Told fails (ConnectionError: no network); the run goes on") == 1
   assert int(restore(tmp_path / "run", **LITTLE, seed=5).step) == 3
   train_little(tmp_path / "run", num_steps=4, seed=5, writers="")  # it may change
   assert len(told) == 7 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
@@ -337,16 +341,18 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 def poisoned(updates, value=float("nan")):
-  """`make_loss`, whose loss and gradients are not finite at these updates: a function of the keys, as the state is."""
+  """`make_train_step` with a loss, and so gradients, that are not finite at these updates."""
 
   def make(run):
-    real = loop_make_train_step(run)
+    real = make_objective(run)
 
     def step(state, batch, **options):
-      bad = jnp.isin(state.step + 1, jnp.asarray(updates))
-      loss_fn = real.keywords["loss_fn"]
-      spoilt = lambda params, batch, keys: loss_fn(params, batch, keys) * jnp.where(bad, value, 1.0)  # noqa: E731
-      return real.func(state, batch, **(real.keywords | {"loss_fn": spoilt} | options))
+      def loss(*arguments):
+        (terms, per_example), bad = real.loss(*arguments), jnp.isin(state.step + 1, jnp.asarray(updates))
+        return {"simple": terms["simple"] * jnp.where(bad, value, 1.0)}, per_example
+
+      spoilt = types.SimpleNamespace(loss=loss, update_extra=real.update_extra)
+      return loop_make_train_step(run, spoilt)(state, batch, **options)
 
     return step
 
@@ -374,7 +380,7 @@ def test_skip_leaves_the_update_out_and_counts_it(tmp_path, monkeypatch, capsys)
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([3, 4]))
   train_little(tmp_path / "run", **options)
   before, after, later = (restore(tmp_path / "run", step, **LITTLE) for step in (2, 4, 5))
-  for name in ("params", "ema_params", "opt_state"):
+  for name in ("params", "ema", "opt_state"):
     chex.assert_trees_all_equal(getattr(after, name), getattr(before, name))
   assert (after.step, after.counts.nonfinite, after.counts.nonfinite_in_row) == (4, 2, 2)
   assert (later.step, later.counts.nonfinite, later.counts.nonfinite_in_row) == (5, 2, 0)
@@ -568,6 +574,7 @@ def test_calls_end_where_something_is_written(start, changes, want):
   assert [step for steps in calls for step in steps] == list(range(start + 1, changes["num_steps"] + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "parts"), [("pmap", 1), ("fsdp", 2)])
 def test_several_updates_in_a_call_are_the_same_updates(uninterrupted, tmp_path, parallel, parts):
   options = dict(steps_per_dispatch=2, log_every=2, parallel=parallel, grad_accum_steps=parts)
@@ -599,6 +606,7 @@ def traced(workdir):
     return sorted({int(dict(call.stats)["step_num"]) for call in calls})
 
 
+@pytest.mark.slow
 def test_a_trace_is_of_whole_calls_and_changes_no_bit(tmp_path, capsys):
   """Calls are of the steps 1 2, 3 4, 5 6, 7 8."""
   options = LITTLE | dict(steps_per_dispatch=2, log_every=4)

@@ -33,7 +33,7 @@ def as_before(monkeypatch, tmp_path):
 
 
 def test_auto_is_a_folder_of_this_machine(tmp_path, monkeypatch):
-  compilation.keep_compiled_programs("auto")
+  compilation.enable_compilation_cache("auto")
   folder = pathlib.Path(jax.config.jax_compilation_cache_dir)
   assert folder.is_dir()
   assert folder.parent == tmp_path / "home" / "ddpm_jax"
@@ -50,17 +50,17 @@ def test_auto_leaves_what_the_user_has_set(tmp_path, monkeypatch):
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # which JAX has read when it was imported
   jax.config.update("jax_compilation_cache_dir", str(tmp_path))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
-  compilation.keep_compiled_programs("auto")
+  compilation.enable_compilation_cache("auto")
   assert jax.config.jax_compilation_cache_dir == str(tmp_path)
   assert jax.config.jax_persistent_cache_min_compile_time_secs == 7
   assert not (tmp_path / "home").exists()
 
 
 def test_off_and_a_folder(tmp_path):
-  compilation.keep_compiled_programs(str(tmp_path / "a" / "b"))
+  compilation.enable_compilation_cache(str(tmp_path / "a" / "b"))
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / "a" / "b")
   assert (tmp_path / "a" / "b").is_dir()
-  compilation.keep_compiled_programs("off")
+  compilation.enable_compilation_cache("off")
   assert not jax.config.jax_enable_compilation_cache
 
 
@@ -74,18 +74,18 @@ def told(capsys) -> list[str]:
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match=r"^compilation_cache: cannot write to .*/file/x \(Not a directory\); name "):
-    compilation.keep_compiled_programs(str(tmp_path / "file" / "x"))
+    compilation.enable_compilation_cache(str(tmp_path / "file" / "x"))
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-  compilation.keep_compiled_programs("auto")  # not worth failing for
+  compilation.enable_compilation_cache("auto")  # not worth failing for
   assert not jax.config.jax_enable_compilation_cache
   (line,) = told(capsys)
   assert f"none, as {tmp_path / 'file'}/ddpm_jax/" in line and "(Not a directory); --compilation_cache names" in line
   monkeypatch.setattr(compilation, "default_folder", lambda: None)
-  compilation.keep_compiled_programs("auto")
+  compilation.enable_compilation_cache("auto")
   assert told(capsys) == [
     "compilation cache: none, as this user has no home folder; --compilation_cache names a folder"
   ]
-  compilation.keep_compiled_programs("off")
+  compilation.enable_compilation_cache("off")
   assert told(capsys) == []
 
 
@@ -96,10 +96,10 @@ def test_what_was_not_used_for_longest_goes_first(monkeypatch, capsys):
     (folder / f"{age}-cache").write_bytes(bytes(10))
     os.utime(folder / f"{age}-cache", (1000 - age, 500))
   monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 100)
-  compilation.keep_compiled_programs("auto")
+  compilation.enable_compilation_cache("auto")
   assert len(list(folder.glob("*-cache"))) == 10 and told(capsys) == []
   monkeypatch.setattr(compilation, "MAX_CACHE_BYTES", 99)
-  compilation.keep_compiled_programs("auto")
+  compilation.enable_compilation_cache("auto")
   assert sorted(path.name for path in folder.iterdir()) == ["0-cache", "1-cache", "2-cache", "3-cache", "of XLA"]
   assert told(capsys) == [f"compilation cache: 6 of 10 programs removed, as those in {folder} took 9.3e-08 GiB"]
 
@@ -111,7 +111,7 @@ def test_a_damaged_entry_is_compiled_again_and_all_are_removed(capsys):
   def triple(x):
     return x * 3 + 0.125
 
-  compilation.keep_compiled_programs("auto")
+  compilation.enable_compilation_cache("auto")
   folder = compilation.default_folder()
   jax._src.compilation_cache.reset_cache()
   x = jnp.arange(5.0)
@@ -169,7 +169,7 @@ def test_the_flags_reach_the_library():
   """The convolutions of the command are those of the library that the flags name, where this version has flags."""
   program = (
     "from ddpm_jax import compilation; compilation.set_xla_flags(); import jax, jax.numpy as jnp;"
-    "from ddpm_jax.models.convolution import convolve;"
+    "from ddpm_jax.runtime.cpu import convolve;"
     "print(jax.jit(convolve).lower(jnp.ones((4, 8, 8, 8)), jnp.ones((3, 3, 8, 8))).compile().as_text())"
   )
   environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -199,7 +199,7 @@ def test_a_program_that_cannot_be_kept_is_no_warning(tmp_path, monkeypatch, caps
   monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
   if where == "of the user":
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder))
-  compilation.keep_compiled_programs(str(folder) if where == "named" else "auto")
+  compilation.enable_compilation_cache(str(folder) if where == "named" else "auto")
   writing, reading = (f"Error {what} persistent compilation cache entry for 'f': " for what in ("writing", "reading"))
   full = f"{writing}OSError: [Errno 28] No space left on device: '/a'"
   for message in (f"{writing}MemoryError", full, full, "another warning"):

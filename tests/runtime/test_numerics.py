@@ -14,9 +14,10 @@ import pytest
 import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import resume
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.parallel import ByRows, ByStretches, Parallel
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.batched import BatchedFn, BatchedLoop
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.export.program import export_sampler
@@ -48,7 +49,7 @@ class Lowered:
 
 def build(parallel: str = "fsdp", **changes) -> Run:
   config = tiny_config(parallel=parallel, sampler="ddim", sampling_steps=2, sample_batch_size=8, **changes)
-  return build_run(config, IMAGE_SHAPE, Parallel(parallel, matmul_precision=config.model.matmul_precision))
+  return build_run(config, IMAGE_SHAPE, make_mesh(parallel, matmul_precision=config.model.matmul_precision))
 
 
 def weights_of(run: Run) -> Weights:
@@ -57,20 +58,20 @@ def weights_of(run: Run) -> Weights:
 
 def pictures() -> Source:
   images = np.random.default_rng(0).integers(0, 256, (8, *IMAGE_SHAPE), dtype=np.uint8)
-  return Source("pictures", IMAGE_SHAPE, 8, Rows(images, np.zeros(8, bool)).take, {"split": "train"}, None)
+  return Source("pictures", IMAGE_SHAPE, 8, DecodedRows(images, np.zeros(8, bool)).take, {"split": "train"}, None)
 
 
 def training(run: Run, platform: str) -> str:
-  step = run.parallel.compile(make_train_step(run), run.abstract_state)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state)
   texts = []
   step._step = Lowered(step._step, platform, texts)
   with contextlib.suppress(StopAfterLowering):
-    step.lower(run.abstract_state, *run.parallel.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16)))
+    step.lower(run.abstract_state, *run.mesh.abstract_inputs(abstract_batch(IMAGE_SHAPE, 16)))
   return texts[0]
 
 
 def rows_of(monkeypatch, platform: str, call) -> str:
-  """What `call` lowers by `Parallel.by_rows`, or of the loop of `Parallel.by_stretches`."""
+  """What `call` lowers by `BatchedFn`, or of the loop of `BatchedLoop`."""
   texts: list[str] = []
 
   def recorded(init, name):
@@ -81,8 +82,8 @@ def rows_of(monkeypatch, platform: str, call) -> str:
     return recording
 
   with monkeypatch.context() as patch, contextlib.suppress(StopAfterLowering):
-    patch.setattr(ByRows, "__init__", recorded(ByRows.__init__, "_jitted"))
-    patch.setattr(ByStretches, "__init__", recorded(ByStretches.__init__, "_advance"))
+    patch.setattr(BatchedFn, "__init__", recorded(BatchedFn.__init__, "_jitted"))
+    patch.setattr(BatchedLoop, "__init__", recorded(BatchedLoop.__init__, "_advance"))
     call()
   return texts[0]
 

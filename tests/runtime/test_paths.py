@@ -14,7 +14,7 @@ from ddpm_jax import flags
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
 from ddpm_jax.errors import UserError
-from ddpm_jax.runs import train as train_lib
+from ddpm_jax.runs import workdirs
 from ddpm_jax.runtime import compilation, paths
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -77,15 +77,15 @@ def test_printed_commands_can_be_pasted(tmp_path, monkeypatch):
   workdir = tmp_path / "it's a $run; #1"
   assert shlex.split(paths.command(f"--workdir={workdir}")) == ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}"]
   assert paths.command("--workdir=/runs/a-b_1.2") == "python -m ddpm_jax.main --workdir=/runs/a-b_1.2"
-  farewell = train_lib._farewell(workdir, 1, 2, 1000)
+  farewell = workdirs._farewell(workdir, 1, 2, 1000)
   quickly = ["--mode=sample", "--sampler=dpmpp", "--sampling_steps=20", f"--workdir={workdir}"]
   assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[3:] == quickly
-  assert " --sampling_steps=7 " in train_lib._farewell(workdir, 1, 2, 7)  # more than T is refused
+  assert " --sampling_steps=7 " in workdirs._farewell(workdir, 1, 2, 7)  # more than T is refused
   assert "tensorboard" not in farewell  # it wrote nothing
   (workdir / "tensorboard").mkdir(parents=True)
   for installed in (None, "a specification"):
-    monkeypatch.setattr(train_lib.importlib.util, "find_spec", lambda name, found=installed: found)
-    board = train_lib._farewell(workdir, 1, 2, 1000).partition("and tensorboard ")[2]
+    monkeypatch.setattr(workdirs.importlib.util, "find_spec", lambda name, found=installed: found)
+    board = workdirs._farewell(workdir, 1, 2, 1000).partition("and tensorboard ")[2]
     assert shlex.split(board.partition("\n")[0]) == ([f"--logdir={workdir}"] if installed else [])
 
 

@@ -111,7 +111,7 @@ def test_a_library_that_takes_the_signals_is_taken_them_back():
   script = """
 with StopRequest(0) as stop:
   signal.signal(signal.SIGTERM, signal.SIG_IGN)
-  stop.again()
+  stop.reinstall()
   ready()
   time.sleep(20)
 """

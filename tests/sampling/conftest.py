@@ -13,7 +13,9 @@ from PIL import Image
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.diffusion.denoiser import Denoiser
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.schedules import at
 from ddpm_jax.runs import sample as sampling
 from ddpm_jax.training.setup import build_run
@@ -73,18 +75,18 @@ def make_workdir(folder: pathlib.Path) -> Trained:
   """A workdir `run` in a folder, with checkpoints 3 and 5 of different weights."""
   path, config = folder / "run", settings_of(folder)
   layout.create(path, config)
-  run = build_run(config, IMAGE_SHAPE, Parallel("pmap"))
+  run = build_run(config, IMAGE_SHAPE, make_mesh("pmap"))
   checkpoints = Checkpoints(path / "checkpoints", keep=9)
   facts = {"image_shape": list(IMAGE_SHAPE), "config": json.loads(config_lib.to_json(config))}
   first = run.initial_state()
   for step in (3, 5):
     # The network says nothing at first: give every weight something to say.
-    fields = {
-      name: jax.tree.map(lambda leaf, seed=seed: leaf + noise(leaf.shape, seed), getattr(first, name))
-      for name, seed in (("params", step), ("ema_params", 10 * step))
-    }
-    state = first.replace(step=jnp.asarray(step), **fields)
-    checkpoints.save(jax.device_put(state, run.parallel.state_shardings(run.abstract_state)), step, facts)
+    params, average = (
+      jax.tree.map(lambda leaf, seed=seed: leaf + noise(leaf.shape, seed), tree)
+      for tree, seed in ((first.params, step), (first.ema["ema"], 10 * step))
+    )
+    state = first.replace(step=jnp.asarray(step), params=params, ema={"ema": average})
+    checkpoints.save(jax.device_put(state, run.mesh.state_shardings(run.abstract_state)), step, facts)
     checkpoints.wait()
   checkpoints.close()
   return Trained(path, config)
@@ -116,16 +118,16 @@ STD = 0.3  # of the images that `quick` draws, around the first of `pictures`
 def perfect(tmp_path_factory) -> Weights:
   """Weights of a network that compiles in a moment: eps_hat of images N(mean, STD^2), the mean being its weights."""
   config = settings_of(tmp_path_factory.mktemp("perfect"))
-  run = build_run(config, IMAGE_SHAPE, Parallel("pmap"))
+  run = build_run(config, IMAGE_SHAPE, make_mesh("pmap"))
   schedule = run.schedule
 
-  def network(params, xt, t, _keys):
-    ab = at(schedule.alpha_bar, t)[:, None, None, None]
+  def network(params, xt, time, _cond):
+    ab = at(schedule.alpha_bar, time + 1)[:, None, None, None]
     return jnp.sqrt(1 - ab) * (xt - jnp.sqrt(ab) * params["mean"][None]) / (ab * STD**2 + 1 - ab)
 
   mean = pictures(1)[0] / np.float32(127.5) - 1
-  params = {"mean": jax.device_put(mean, run.parallel.replicated)}
-  return Weights(run._replace(network=network), params, 5, "ema", "0" * 64)
+  params = {"mean": jax.device_put(mean, run.mesh.replicated)}
+  return Weights(run._replace(denoiser=Denoiser(network, PARAMETERIZATIONS["eps"])), params, 5, "ema", "0" * 64)
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ from PIL import Image
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import main
-from ddpm_jax.data import images as images_lib
 from ddpm_jax.data.sources import open_source
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import likelihood
+from ddpm_jax.first_stage import pixels
 from ddpm_jax.keys import seeded
 from ddpm_jax.runs import sample as sampling
 from ddpm_jax.runs.preview import Preview
 from ddpm_jax.sampling import drawn as drawn_lib
-from ddpm_jax.sampling.draw import fit_batch, largest_batch, make_draw, make_long_draw, make_predictor, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, largest_batch, make_draw, make_long_draw, table_of
 from ddpm_jax.sampling.drawn import Drawn
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import grids
@@ -67,7 +67,7 @@ def test_images_are_what_the_sampler_says(perfect, config, twenty, tmp_path):
   config, run = having(config, eta=0.7), perfect.run
   table = table_of(config.sample, run.schedule, "fixed_large")
   root = jax.random.fold_in(jax.random.key(0), 0xF10B76C3)  # zlib.crc32(b"sample")
-  network = jax.jit(lambda xt, t: run.network(perfect.params, xt, t, None))
+  network = jax.jit(lambda xt, t: run.denoiser.network(perfect.params, xt, t - 1, None))
   got = draw(perfect, config, tmp_path, 3)
   for i in range(3):
     key = jax.random.fold_in(root, i)
@@ -77,7 +77,7 @@ def test_images_are_what_the_sampler_says(perfect, config, twenty, tmp_path):
       ab = run.schedule.alpha_bar[t]
       x0_hat = jnp.clip((xt - np.float32(np.sqrt(1 - ab)) * network(xt, jnp.asarray([t]))) / np.sqrt(ab), -1, 1)
       xt = table.c_xt[row] * xt + table.c_x0[row] * x0_hat + table.sigma[row] * noise(row + 1)
-    assert_close(got[i : i + 1], np.asarray(images_lib.to_uint8(xt)))
+    assert_close(got[i : i + 1], np.asarray(pixels.to_uint8(xt)))
   assert np.abs(got.astype(int) - twenty[:3]).mean() > 2  # eta matters
   assert len(np.unique(twenty.reshape(20, -1), axis=0)) == 20
 
@@ -91,10 +91,10 @@ def test_one_device_draws_what_eight_draw(perfect, config, twenty, tmp_path, mon
   first = jax.devices()[:1]
   monkeypatch.setattr(jax, "device_count", lambda: 1)
   monkeypatch.setattr(jax, "devices", lambda: first)
-  few = Parallel("pmap")
+  few = make_mesh("pmap")
   assert few.num_devices == 1
   params = jax.device_put(perfect.params, few.replicated)
-  alone = perfect._replace(run=perfect.run._replace(parallel=few), params=params)
+  alone = perfect._replace(run=perfect.run._replace(mesh=few), params=params)
   assert_close(draw(alone, config, tmp_path, 9), twenty[:9])
 
 
@@ -104,9 +104,9 @@ def test_one_device_draws_what_eight_draw(perfect, config, twenty, tmp_path, mon
 def both_draws(weights, options):
   """The images as one program draws them, and what draws them in stretches."""
   run = weights.run
-  predictor = make_predictor(run.network, run.schedule, "eps", options)
+  predictor = bind_for_sampling(run.denoiser, options)
   table = table_of(options, run.schedule, "fixed_large")
-  shared = dict(image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  shared = dict(first_stage=run.first_stage, mesh=run.mesh, stream="sample")
   index = np.arange(5, dtype=np.int32)
   return (
     make_draw(predictor, table, **shared)(seeded(weights.params, 3), index),
@@ -311,9 +311,9 @@ def test_the_largest_batch(each, free, most, first, size, tries):
 
 def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
   run = perfect.run
-  predictor = make_predictor(run.network, run.schedule, "eps", config.sample)
+  predictor = bind_for_sampling(run.denoiser, config.sample)
   table = table_of(config.sample, run.schedule, "fixed_large")
-  function = make_draw(predictor, table, image_shape=run.image_shape, parallel=run.parallel, stream="sample")
+  function = make_draw(predictor, table, first_stage=run.first_stage, mesh=run.mesh, stream="sample")
   constants = seeded(perfect.params, 0)
   needed = function.bytes_needed(constants, np.zeros(1, np.int32), size=64)
   assert needed > 64 * 64 / 8  # its share of the state at least
@@ -344,11 +344,13 @@ def test_too_little_room_is_said_before_anything_is_drawn(quick, monkeypatch, ca
 def _likelihood(perfect, config, folder, name, seed):
   run, weights = perfect.run, perfect.params
   source = open_source(having(config, dataset=f"folder:{save_pictures(folder / name / str(seed), pictures())}").data)
-  common = dict(source=source, examples=2, batch_size=8, parallel=run.parallel, seed=seed, prediction="eps")
+  common = dict(source=source, examples=2, batch_size=8, mesh=run.mesh, seed=seed)
   if name == "bound":
-    likelihood.bound(run.network, weights, run.schedule, variance="fixed_large", timesteps=2, **common)
+    likelihood.bound(
+      run.denoiser, weights, run.schedule, run.first_stage, variance="fixed_large", timesteps=2, **common
+    )
   else:
-    likelihood.ode(run.network, weights, run.schedule, steps=2, probes=1, **common)
+    likelihood.ode(run.denoiser, weights, run.schedule, run.first_stage, steps=2, probes=1, **common)
 
 
 def _preview(config, seed):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from ddpm_jax.data import images as images_lib
+from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.inpainting import repaint_jumps
+from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.samplers import time_grid
 from ddpm_jax.diffusion.schedules import make_schedule
+from ddpm_jax.first_stage import pixels
 from ddpm_jax.runs import sample as sampling
 from ddpm_jax.workdir import grids
 from tests.sampling.conftest import STD, pictures, save_pictures
@@ -135,8 +137,8 @@ def test_interpolation_half_way_takes_the_first_of_the_data_set(quick):
 def test_one_timestep_is_enough_to_interpolate(perfect, quick, monkeypatch):
   """T/2 of T = 1 would be no noise at all."""
   one = perfect._replace(run=perfect.run._replace(schedule=make_schedule("linear", 1, beta_start=0.01, beta_end=0.01)))
-  network = lambda params, xt, t, keys: xt * 0  # noqa: E731
-  one = one._replace(run=one.run._replace(network=network))
+  denoiser = Denoiser(lambda params, xt, time, cond: xt * 0, PARAMETERIZATIONS["eps"])
+  one = one._replace(run=one.run._replace(denoiser=denoiser))
   monkeypatch.setattr(sampling, "find_weights", lambda config, path: one)
   arrays, settings = draw(quick, sample_task="interpolate", sampling_steps=0, num_samples=1)
   assert settings["timestep"] == 1
@@ -240,7 +242,7 @@ def test_colours(quick, perfect, monkeypatch, tmp_path):
   """Three channels from end to end."""
   images = np.stack([pictures(6)[..., 0], pictures(6)[::-1, ..., 0], 255 - pictures(6)[..., 0]], -1)
   folder = save_pictures(tmp_path / "colour", images)
-  params = {"mean": images_lib.to_float(images[0])}
+  params = {"mean": pixels.to_float(images[0])}
   wide = perfect._replace(run=perfect.run._replace(image_shape=(8, 8, 3)), params=params)
   monkeypatch.setattr(sampling, "find_weights", lambda config, path: wide)
   png = tmp_path / "png"

@@ -12,7 +12,7 @@ from absl import flags as absl_flags
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.models.build import num_params
 from ddpm_jax.training.setup import build_run, make_train_step
 from tests.training.tiny import random_batch, tiny_config, tiny_run
@@ -46,14 +46,14 @@ def test_all_presets_are_here():
 @pytest.mark.parametrize("name", PRESETS)
 def test_builds(name):
   image_shape, size = PRESETS[name]
-  run = build_run(read(name), image_shape, Parallel("pmap"))
+  run = build_run(read(name), image_shape, make_mesh("pmap"))
   assert num_params(run.abstract_state.params) == size
-  run.parallel.check_batch(run.config.data.batch_size)  # eight devices share it
+  run.mesh.check_batch(run.config.data.batch_size)  # eight devices share it
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cifar10_step(dtype):
-  run = build_run(read("cifar10", f"--dtype={dtype}"), (32, 32, 3), Parallel("pmap"))
+  run = build_run(read("cifar10", f"--dtype={dtype}"), (32, 32, 3), make_mesh("pmap"))
   batch = {
     "image": jax.ShapeDtypeStruct((128, 32, 32, 3), jnp.uint8),
     "index": jax.ShapeDtypeStruct((128,), jnp.int32),

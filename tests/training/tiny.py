@@ -1,11 +1,13 @@
 """The smallest run that has everything: two levels, attention, dropout, flips. Shared by the tests of training."""
 
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.devices.parallel import Parallel
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.training.setup import Run, build_run
 
 IMAGE_SHAPE = (8, 8, 1)
@@ -34,7 +36,7 @@ def tiny_config(**changes) -> Config:
 
 
 def tiny_run(config: Config) -> Run:
-  return build_run(config, IMAGE_SHAPE, Parallel(config.train.parallel))
+  return build_run(config, IMAGE_SHAPE, make_mesh(config.train.parallel))
 
 
 def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
@@ -45,3 +47,20 @@ def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
 def host(tree):
   """A tree of arrays, placed anyhow, as NumPy."""
   return jax.tree.map(np.asarray, tree)
+
+
+class Restored(NamedTuple):
+  step: int
+  state: Any
+  manifest: dict
+  damaged: dict[int, str]
+
+
+def newest_intact(checkpoints, abstract_state, **options) -> Restored | None:
+  """What a program that takes any run restores; None if there is no checkpoint."""
+  candidates = checkpoints.candidates(**options)
+  for candidate in candidates:
+    state = candidate.restore(abstract_state)
+    if state is not None:
+      return Restored(candidate.step, state, candidate.manifest, candidates.damaged)
+  return None

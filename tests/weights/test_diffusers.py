@@ -11,10 +11,11 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.diffusion.samplers import make_sampler, sample, x0_predictor
+from ddpm_jax.diffusion.denoiser import thresholded
+from ddpm_jax.diffusion.samplers import make_sampler, sample
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import build_model, network_of
+from ddpm_jax.models.build import UNetNetwork, build_denoiser, build_model
 from ddpm_jax.weights import diffusers
 from tests.weights.folders import (
   change_json,
@@ -46,8 +47,8 @@ def refusal(folder) -> str:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_are_those_of_diffusers(tmp_path, name):
   config, shape, params = open_folder(published(tmp_path / "model", name))
-  network = network_of(build_model(config.model, shape))
-  ours = jax.jit(network)(params, network_input(name, shape), jnp.asarray(TIMESTEPS) + 1, None)
+  network = UNetNetwork(build_model(config.model, shape))
+  ours = jax.jit(network)(params, network_input(name, shape), jnp.asarray(TIMESTEPS))
   theirs = golden(f"{name}/output")
   assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
@@ -57,14 +58,13 @@ def test_a_ddim_trajectory_is_that_of_diffusers(tmp_path, name):
   config, shape, params = open_folder(saved(tmp_path / "model", name))
   d = config.diffusion
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
-  network = network_of(build_model(config.model, shape))
-  predict = x0_predictor(lambda xt, t: network(params, xt, t, None), schedule, d.prediction, threshold="static")
+  denoise = thresholded(build_denoiser(config.model, d.prediction, shape).bind(params), "static")
   start, keys = network_input("start", shape), jax.random.split(jax.random.key(0), BATCH)
   middle, end = golden(f"{name}/ddim")
   whole = make_sampler(schedule, "ddim", num_steps=STEPS, grid="trailing")
-  half = type(whole)(*(column[:5] for column in whole))
+  half = jax.tree.map(lambda column: column[:5], whole)
   for table, theirs in ((half, middle), (whole, end)):
-    ours, _ = jax.jit(lambda x, table=table: sample(table, predict, keys, shape, start=x))(start)
+    ours, _ = jax.jit(lambda x, table=table: sample(table, denoise, keys, shape, start=x))(start)
     assert np.abs(ours - theirs).max() < 1e-4  # of numbers up to 1; their tables are float32
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs import export as exchange_run
@@ -142,7 +142,7 @@ def test_what_an_unsupported_folder_says(tmp_path):
 @pytest.fixture
 def noise_images(monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
-  rows = Rows(images, np.zeros(40, bool))
+  rows = DecodedRows(images, np.zeros(40, bool))
   source = Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": "0" * 64})
   monkeypatch.setattr(train_lib, "open_source", lambda data: source)
 
@@ -157,7 +157,7 @@ def train(workdir, path, **changes):
   stored = layout.load_config(workdir) if layout.holds_run(workdir) else None
   config = config_lib.override(initial.base_config(str(path), stored), SHORT | {"init_from": str(path)} | changes)
   with StopRequest() as stop:
-    train_lib.train(config, workdir, stop)
+    train_lib.train(config, workdir, train_lib.Invocation(stop))
   return config
 
 
@@ -166,7 +166,7 @@ def test_the_first_state_holds_the_weights_twice_and_no_memory():
   params = jax.tree.map(lambda leaf: np.random.default_rng(0).normal(size=leaf.shape).astype(np.float32),
                         run.abstract_state.params)  # fmt: skip
   state, plain = run.initial_state(params), host(run.initial_state())
-  for tree in (state.params, state.ema_params):
+  for tree in (state.params, state.ema["ema"]):
     for ours, theirs in zip(jax.tree.leaves(tree), jax.tree.leaves(params), strict=True):
       np.testing.assert_array_equal(ours, theirs)
   for ours, theirs in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(plain.opt_state), strict=True):

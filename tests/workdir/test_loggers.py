@@ -11,7 +11,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.workdir import loggers
 from ddpm_jax.workdir.loggers import Loggers, find
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PICTURE = np.zeros((4, 5, 3), np.uint8)
 
 
@@ -122,7 +122,7 @@ def test_a_run_keeps_its_identity_there(tmp_path):
 
 
 def test_the_class_in_the_documents(tmp_path, monkeypatch, capsys):
-  text = (ROOT / "docs" / "several_runs.md").read_text(encoding="utf-8")
+  text = (ROOT / "docs" / "guides" / "compare.md").read_text(encoding="utf-8")
   (code,) = re.findall(r"<!-- own-writer -->\n```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
   (tmp_path / "my_lines.py").write_text(code)
   monkeypatch.syspath_prepend(tmp_path)

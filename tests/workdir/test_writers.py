@@ -425,101 +425,34 @@ def test_the_time_of_a_line_is_no_curve(tmp_path):
 # What becomes known later.
 
 
-@pytest.mark.parametrize("synced", [False, True])
-@pytest.mark.parametrize("new", [b"third, longer\n", b"3\n", b"third\n", b"THIRD\n", b""])
-def test_the_last_record_is_replaced(tmp_path, new, synced):
-  records = Records(tmp_path / "a")
-  for record in (b"first\n", b"second\n", b"third\n"):
-    records.add(record)
-  records.sync() if synced else records.write()
-  records.replace_last(b"third\n", new)
-  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n" + new
-  records.add(b"fourth\n")
-  records.sync()
-  records.close()
-  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n" + new + b"fourth\n"
-
-
-def test_a_record_that_waits_is_replaced(tmp_path):
-  records = Records(tmp_path / "a")
-  records.add(b"first\n")
-  records.replace_last(b"first\n", b"1st\n")
-  records.close()
-  assert (tmp_path / "a").read_bytes() == b"1st\n"
-
-
-@pytest.mark.parametrize("old", [b"first\n", b"2\n", b"second", b"xfirst\nsecond\n"])
-def test_only_the_last_record_is_replaced(tmp_path, old):
-  records = Records(tmp_path / "a")
-  for record in (b"first\n", b"second\n"):
-    records.add(record)
-  with pytest.raises((ValueError, OSError)):
-    records.replace_last(old, b"new\n")
-  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n"
-  records.close()
-
-
-@pytest.mark.parametrize("room", [0, 4])
-def test_a_replacement_that_finds_no_room_leaves_the_record(tmp_path, room):
-  records = Records(tmp_path / "a")
-  for record in (b"first\n", b"second\n"):
-    records.add(record)
-  records.write()
-  with files_of_at_most(13 + room), pytest.raises(OSError, match=FULL):
-    records.replace_last(b"second\n", b"SECOND, and much more of it\n")
-  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n"
-  records.replace_last(b"second\n", b"SECOND, and much more of it\n")
-  records.add(b"third\n")
-  records.close()
-  assert (tmp_path / "a").read_bytes() == b"first\nSECOND, and much more of it\nthird\n"
-
-
-@pytest.mark.parametrize("fails", ["pwrite", "ftruncate"])
-def test_a_shorter_replacement_that_fails_leaves_the_record(tmp_path, monkeypatch, fails):
-  records, pwrite, calls = Records(tmp_path / "a"), os.pwrite, []
-  for record in (b"first\n", b"second\n"):
-    records.add(record)
-  records.write()
-
-  def after_a_part(file, data, offset):
-    calls.append(data)
-    if len(calls) == 2:
-      raise OSError(errno.EIO, "Input/output error")
-    return pwrite(file, data[:2] if len(calls) == 1 else data, offset)
-
-  with monkeypatch.context() as patch:
-    patch.setattr(os, fails, after_a_part if fails == "pwrite" else no_cut)
-    with pytest.raises(OSError, match=r"Input/output|No space"):
-      records.replace_last(b"second\n", b"2nd\n")
-  assert (tmp_path / "a").read_bytes() == b"first\nsecond\n"
-  records.add(b"third\n")
-  records.close()
-  assert (tmp_path / "a").read_bytes() == b"first\nsecond\nthird\n"
-
-
-@pytest.mark.parametrize("safe", [False, True])
-@pytest.mark.parametrize("new", [b"second, longer\n", b"2\n"])
-def test_a_replacement_that_storage_loses_is_written_again(tmp_path, monkeypatch, safe, new):
-  """Storage that fails only at fsync: what was written since is not there, the record before it neither."""
+def test_a_file_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
+  """And what comes after goes where it belongs, also where storage says only at fsync that it lost it."""
   records, fsync = Records(tmp_path / "a"), os.fsync
   records.add(b"first\n")
-  records.sync()
-  records.add(b"second\n")
-  records.sync() if safe else records.write()
-  records.replace_last(b"second\n", new)
-  records.add(b"third\n")
+  records.write()
+  with files_of_at_most(8), pytest.raises(OSError, match=FULL):
+    records.rewrite(b"FIRST, and much more of it\n")
+  assert [path.name for path in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == b"first\n"
 
-  def failing(file):
-    (tmp_path / "a").write_bytes(b"first\n" + bytes(9))
+  def failing(_):
     raise OSError(errno.EDQUOT, "Disk quota exceeded")
 
   monkeypatch.setattr(os, "fsync", failing)
   with pytest.raises(OSError, match="quota"):
+    records.rewrite(b"FIRST\n")
+  assert (tmp_path / "a").read_bytes() == b"first\n"
+  monkeypatch.setattr(os, "fsync", fsync)
+  records.rewrite(b"FIRST\n2\n")
+  records.add(b"third\n")
+  monkeypatch.setattr(os, "fsync", failing)
+  with pytest.raises(OSError, match="quota"):
     records.sync()
+  (tmp_path / "a").write_bytes(b"FIRST\n2\n" + bytes(9))
   monkeypatch.setattr(os, "fsync", fsync)
   records.sync()
+  assert len(open_files(tmp_path)) == 1
   records.close()
-  assert (tmp_path / "a").read_bytes() == b"first\n" + new + b"third\n"
+  assert (tmp_path / "a").read_bytes() == b"FIRST\n2\nthird\n"
 
 
 def test_a_line_is_amended(tmp_path):

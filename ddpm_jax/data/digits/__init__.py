@@ -31,7 +31,7 @@ _SIZE, _NUMBER = 8, 1797
 
 
 def is_digits(data: DataConfig) -> bool:
-  """Whether the data set is this one, in whatever version."""
+  """Returns True for this data set, in any version."""
   return data.dataset.partition(":")[0] == "digits"
 
 
@@ -82,7 +82,7 @@ def _in_order() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fetch(pixels: np.ndarray, indices: list[int]) -> list[bytes]:
-  """As PNG: what decodes and resizes images takes files."""
+  """As PNG: decoding and resizing start from files."""
   files = []
   for index in indices:
     file = io.BytesIO()

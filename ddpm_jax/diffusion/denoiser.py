@@ -1,0 +1,123 @@
+"""The central types: a network and a parameterization make a denoiser, and all that draws or measures sees only that.
+
+  level = schedules.level(schedule, t)                    # x_t = alpha x_0 + sigma eps
+  denoise = Denoiser(network, parameterization).bind(params)
+  denoise(xt, level).x0                                   # the estimate of x_0, and beside it that of eps
+
+A denoise function is a plain function of arrays: what changes a prediction (`thresholded`) wraps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.diffusion.parameterization import Parameterization
+from ddpm_jax.diffusion.schedules import Level
+
+Params = Any  # a pytree of arrays
+Cond = Any  # what the network is conditioned on: a pytree of arrays [B, ...], None for nothing
+
+
+class Network(Protocol):
+  """A network as a pure function of its parameters. To be equal by value, it is a frozen dataclass or a function."""
+
+  def __call__(
+    self, params: Params, x: jax.Array, time: jax.Array, cond: Cond, *, dropout_keys: jax.Array | None = None
+  ) -> jax.Array:
+    """Runs the network on a batch.
+
+    Args:
+      params: its parameters.
+      x: x_t, float32 [B, ...].
+      time: `Level.time` of each example, [B].
+      cond: what it is conditioned on.
+      dropout_keys: B random keys; None for no dropout.
+
+    Returns:
+      What the parameterization says, of the shape of x.
+    """
+    ...
+
+
+class Prediction(NamedTuple):
+  """The estimates of x_0 and of eps in x_t = alpha x_0 + sigma eps, float32, the shape of x_t."""
+
+  x0: jax.Array
+  eps: jax.Array
+
+
+DenoiseFn = Callable[[jax.Array, Level], Prediction]  # (x_t [B, ...], its level: scalars or [B]) -> Prediction
+
+
+def from_x0(x0: jax.Array, xt: jax.Array, level: Level) -> Prediction:
+  """The prediction with that x0 [B, ...] and the eps that is left of x_t then; sigma > 0."""
+
+  def eps(x0: jax.Array, xt: jax.Array, level: Level) -> jax.Array:
+    return (xt - level.alpha * x0) / level.sigma
+
+  return Prediction(x0, jax.vmap(eps)(x0, xt, _for_each(level, xt)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+  """A network and what its output means. Equal and hashed by value; holds no arrays."""
+
+  network: Network
+  parameterization: Parameterization
+
+  def bind(self, params: Params, cond: Cond = None) -> DenoiseFn:
+    """The denoise function with these parameters, conditioned on `cond`; nothing is clipped, no dropout."""
+
+    def denoise(xt: jax.Array, level: Level) -> Prediction:
+      level = _for_each(level, xt)
+      output = self.network(params, xt, level.time, cond).astype(jnp.float32)
+      return from_x0(jax.vmap(self.parameterization.x0_hat)(output, xt, level), xt, level)
+
+    return denoise
+
+
+def thresholded(denoise: DenoiseFn, how: str, quantile: float = 0.995) -> DenoiseFn:
+  """The denoise function with the x0 of each example kept in the range of the data, see `threshold_x0`."""
+
+  def kept_in_range(xt: jax.Array, level: Level) -> Prediction:
+    x0 = jax.vmap(lambda x0: threshold_x0(x0, how, quantile))(denoise(xt, level).x0)
+    return from_x0(x0, xt, level)
+
+  return kept_in_range
+
+
+def threshold_x0(x0_hat: jax.Array, how: str, quantile: float) -> jax.Array:
+  """Keeps the x0_hat of one example in the range of the data, [-1, 1].
+
+  >>> threshold_x0(jnp.asarray([-0.5, 2.0]), "static", 0.995).tolist()
+  [-0.5, 1.0]
+
+  Args:
+    x0_hat: any shape.
+    how: 'static' clips, as Ho et al. do when they sample; 'dynamic' clips at the given quantile of |x0_hat|, but not
+      below 1, and divides by it (Saharia et al. 2022, section 2.3); 'none' does nothing.
+    quantile: in (0, 1], for 'dynamic'.
+
+  Raises:
+    ValueError: for an unknown `how`.
+  """
+  match how:
+    case "static":
+      return jnp.clip(x0_hat, -1.0, 1.0)
+    case "dynamic":
+      limit = jnp.maximum(jnp.quantile(jnp.abs(x0_hat), quantile), 1.0)
+      return jnp.clip(x0_hat, -limit, limit) / limit
+    case "none":
+      return x0_hat
+    case _:
+      raise ValueError(f"unknown threshold {how!r}")
+
+
+def _for_each(level: Level, x: jax.Array) -> Level:
+  """The level with an entry for each of the B examples of x."""
+  return Level(*(jnp.broadcast_to(value, x.shape[:1]) for value in level))

@@ -1,0 +1,162 @@
+"""The workdir of a training run: taken before anything is written, told about, and finished."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import pathlib
+import shlex
+
+import jax
+from jax.experimental import multihost_utils
+
+from ddpm_jax.checkpoint import resume
+from ddpm_jax.checkpoint.checkpoint import Checkpoints
+from ddpm_jax.checkpoint.resume import Start
+from ddpm_jax.config import Config, reset_weight_selectors
+from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import num_params
+from ddpm_jax.runs.reports import write_pages
+from ddpm_jax.runtime import console, numerics, paths
+from ddpm_jax.runtime.distributed import Job
+from ddpm_jax.sampling.draw import QUICK
+from ddpm_jax.training.optimizer import decay_start
+from ddpm_jax.training.setup import Run, copies_warning, noise_warning
+from ddpm_jax.workdir import layout
+from ddpm_jax.workdir.lock import Lock
+
+
+def take(run: Run, workdir: pathlib.Path, job: Job, cleanup: contextlib.ExitStack, note: str) -> Lock | None:
+  """Makes the workdir of a new run, or checks that it is this run's, and locks it. All processes must call it.
+
+  Args:
+    run: the run.
+    workdir: its folder.
+    job: the processes that take part.
+    cleanup: releases the lock.
+    note: a line for the user, printed once the workdir is taken.
+
+  Returns:
+    The lock, in the first process; None in the others.
+
+  Raises:
+    UserError: if another process trains there, it holds another run, has no room, or is not shared by all processes.
+  """
+  lock, exists = None, layout.holds_run(workdir)
+  if job.process == 0:
+    if not exists:
+      check_space(run, workdir, 0)
+    lock = cleanup.enter_context(contextlib.closing(Lock(workdir)))
+    exists = layout.check(workdir, run.config)  # only now, as another process may have been faster
+    if not exists:
+      layout.create(workdir, run.config)
+    if note:
+      console.say(note)
+  multihost_utils.sync_global_devices("the workdir exists")
+  try:
+    resume.check_shared(workdir)
+  except UserError:
+    if lock and not exists:
+      layout.discard(workdir)
+    raise
+  return lock
+
+
+def set_aside_damaged(checkpoints: Checkpoints, start: Start, *, quiet: bool) -> None:
+  """Moves damaged checkpoints to `damaged/`, and says so. All processes must call it."""
+  for step, reason in start.damaged.items():
+    moved = checkpoints.set_aside(step)
+    if not quiet:
+      console.warn(f"checkpoint {step} is damaged: {reason}; moved to {moved}")
+
+
+def warn(run: Run, source: Source) -> None:
+  """Warns of settings that are likely to disappoint."""
+  for warning in filter(None, (noise_warning(run), copies_warning(run.config, len(source)))):
+    console.warn(warning)
+
+
+def renew(workdir: pathlib.Path, config: Config) -> None:
+  """Writes the settings anew if they are others."""
+  if config != layout.load_config(workdir):
+    layout.create(workdir, config)
+
+
+def finish(run: Run, workdir: pathlib.Path, last: int) -> None:
+  """Writes the pages of the run, and says where its results are. `last` is the step of the last checkpoint."""
+  try:
+    renew(workdir, reset_weight_selectors(run.config))
+    write_pages(workdir)
+  except OSError as error:  # all that matters is saved
+    console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
+  except UserError as error:
+    console.warn(f"{error}")
+  console.say(_farewell(workdir, last, run.config.train.num_steps, run.schedule.num_timesteps))
+
+
+def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
+  """Raises UserError if the checkpoints after step `start` will not find room. Before compression, to be sure.
+
+  leaving: the number of those in `checkpoints/` that are about to be moved elsewhere.
+  """
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
+  options = run.config.train
+  saves = sum(
+    (options.num_steps - start) // every + 1 for every in (options.checkpoint_every, options.evaluate_every) if every
+  )
+  begin = decay_start(run.config.optimizer, options.num_steps)
+  decay = begin is not None  # one more is kept, and written unless it exists
+  saves += decay and begin > start
+  layout.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + leaving)
+
+
+def say_headline(
+  run: Run, source: Source, workdir: pathlib.Path, start: Start, job: Job, finished: bool, moved: pathlib.Path | None
+) -> None:
+  """Says, in the first process, what is going to happen.
+
+  moved: where the end of a shorter run is now, from which this one does not go on.
+  """
+  if job.process == 0:
+    console.say(_headline(run, source, workdir, start.step, job, finished, moved))
+
+
+def _headline(
+  run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool, moved: pathlib.Path | None
+) -> str:
+  height, width, channels = run.image_shape
+  total = run.config.train.num_steps
+  what = (
+    f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
+    f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
+    f"({run.mesh.strategy})\n{job.text}\n"
+  )
+  if finished:
+    return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
+  if moved:
+    what += (
+      f"going back to step {start}, after which the learning rate decayed toward another --num_steps; later "
+      f"checkpoints are kept in {moved}, which is a workdir\n"
+    )
+  if start and run.lr_restart == start:
+    what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
+  if start:
+    return what + f"resuming {workdir} after update {start} of {total}; compiling"
+  first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
+  return what + f"a new run: training {total} updates{first} in {workdir}; compiling"
+
+
+def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
+  done, quick = step >= total, min(QUICK, num_timesteps)
+  end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
+  again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
+  metrics = f"{workdir / 'metrics.jsonl'}, loss.png and report.html beside it"
+  if importlib.util.find_spec("tensorboard") and (workdir / "tensorboard").is_dir():
+    metrics += f", and {shlex.join(['tensorboard', f'--logdir={workdir}'])}"
+  draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
+  return f"""{end}
+  checkpoint    {workdir / "checkpoints" / str(step)}
+  samples       {workdir / "samples"}
+  metrics       {metrics}
+{again}  draw images   {draw}"""

@@ -1,0 +1,105 @@
+"""Objectives: the loss that training minimises. The denoiser's is Algorithm 1 of Ho et al. 2020, lines 2 to 5."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from ddpm_jax.config import DiffusionConfig
+from ddpm_jax.data.images import random_flip
+from ddpm_jax.diffusion.denoiser import Denoiser, Params
+from ddpm_jax.diffusion.forward import q_sample
+from ddpm_jax.diffusion.losses import loss_weights, pointwise_loss
+from ddpm_jax.diffusion.schedules import NoiseSchedule, at
+from ddpm_jax.first_stage.pixels import FirstStage
+
+# image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
+# the row holds another image, because its own could not be read
+Batch = dict[str, jax.Array]
+Terms = dict[str, jax.Array]  # scalars by name, means over the batch; training minimises their sum
+PerExample = dict[str, jax.Array]  # [B] by name
+
+
+class Objective(Protocol):
+  """The loss that `step.train_step` minimises: the denoiser's or your own. Pure functions."""
+
+  def loss(self, params: Params, extra: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
+    """The loss of a batch.
+
+    Args:
+      params: the parameters that are trained.
+      extra: `TrainState.extra`.
+      frozen: parameters of networks that are not trained.
+      batch: B examples: all of the global batch, or the part of a device or of a microbatch.
+      keys: a random key for each example, [B].
+
+    Returns:
+      The terms of the loss, and numbers of each example for `update_extra`.
+    """
+    ...
+
+  def update_extra(self, extra: Any, per_example: PerExample) -> Any:
+    """`TrainState.extra` after a step, from the numbers of the global batch in the order of its index."""
+    ...
+
+
+class NoisedExample(NamedTuple):
+  """The random choices in the training of one example."""
+
+  image: jax.Array
+  t: jax.Array
+  eps: jax.Array
+  dropout_key: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserObjective:
+  """The weighted simple loss (Ho et al. 2020, eq. 14) of a denoiser.
+
+  Attributes:
+    denoiser: the network that is trained, and what it predicts.
+    schedule: the noise schedule.
+    first_stage: turns images into x_0; its parameters are `frozen`.
+    config: names the pointwise loss and the weighting.
+    flip: mirror each image with probability 1/2.
+  """
+
+  denoiser: Denoiser
+  schedule: NoiseSchedule
+  first_stage: FirstStage
+  config: DiffusionConfig
+  flip: bool
+
+  def sample_training_example(self, key: jax.Array, image: jax.Array) -> NoisedExample:
+    """Lines 2 to 4 of Algorithm 1 for one example: the image (flipped or not), t ~ U{1..T}, eps ~ N(0, I).
+
+    Args:
+      key: of this example at this step.
+      image: uint8 [H, W, C].
+    """
+    t_key, eps_key, flip_key, dropout_key = jax.random.split(key, 4)
+    image = random_flip(flip_key, image) if self.flip else image
+    t = jax.random.randint(t_key, (), 1, self.schedule.num_timesteps + 1)
+    eps = jax.random.normal(eps_key, self.first_stage.latent_shape, jnp.float32)
+    return NoisedExample(image, t, eps, dropout_key)
+
+  def loss(self, params: Params, extra: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
+    """Line 5 of Algorithm 1, averaged over the batch."""
+    network, parameterization = self.denoiser.network, self.denoiser.parameterization
+    weights = loss_weights(self.config.loss_weighting, parameterization, self.schedule)
+
+    images, t, eps, dropout_keys = jax.vmap(self.sample_training_example)(keys, batch["image"])
+    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images)), self.schedule.level(t)
+    xt = jax.vmap(q_sample)(x0, eps, level)
+    output = network(params, xt, level.time, None, dropout_keys=dropout_keys)
+    target = jax.vmap(parameterization.target)(x0, eps, level)
+    losses = jax.vmap(functools.partial(pointwise_loss, self.config.loss))(output, target)
+    return {"simple": jnp.mean(at(weights, t) * losses)}, {}
+
+  def update_extra(self, extra: Any, per_example: PerExample) -> Any:
+    """The same: it keeps nothing."""
+    return extra
