@@ -144,11 +144,12 @@ def test_tests_and_files_exist():
   assert not missing, "\n".join(missing)
 
 
-def test_no_page_is_unfinished_or_of_one_machine():
+def test_no_page_is_unfinished_or_of_one_machine_or_wide():
   found = []
   for page, text in PAGES.items():
     found += [f"{page}: {left}" for left in re.findall(r"TODO.*", text)]
     found += [f"{page}: {path}" for path in re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)\b", text)]
+    found += [f"{page}: {line}" for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
   assert not found, "\n".join(found)
 
 

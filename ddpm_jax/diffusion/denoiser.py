@@ -82,7 +82,7 @@ class Denoiser:
 
 
 def thresholded(denoise: DenoiseFn, how: str, quantile: float = 0.995) -> DenoiseFn:
-  """The denoise function with the x0 of each example kept in the range of the data, see `threshold_x0`."""
+  """The denoise function with the x0 of each example kept in the range of the data, see `threshold_x0`; eps follows."""
 
   def kept_in_range(xt: jax.Array, level: Level) -> Prediction:
     x0 = jax.vmap(lambda x0: threshold_x0(x0, how, quantile))(denoise(xt, level).x0)

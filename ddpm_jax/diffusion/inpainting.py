@@ -31,6 +31,9 @@ def repaint_jumps(grid: np.ndarray, jump: int, resamples: int) -> Jumps:
     grid: falling timesteps with 0 at the end.
     jump: steps that are undone at a time, j; where the grid is shorter than that, none are.
     resamples: how often each stretch is drawn, r >= 1; with 1 none is undone.
+
+  >>> repaint_jumps(np.asarray([30, 20, 10, 0]), jump=1, resamples=2).up.tolist()  # 20 is diffused to 30 again, once
+  [30, 20, 20, 10, 0]
   """
   last = len(grid) - 1
   place = 0  # in the grid
@@ -54,7 +57,7 @@ def inpaint_after_row(
   mask: jax.Array,
   noise: Callable[[jax.Array], jax.Array],
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What `samplers.sample` is to do after each row.
+  """The `after_row` of `samplers.sample`: known pixels are replaced, and stretches undone.
 
   Args:
     schedule: the noise schedule.

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 
 def lerp(start: jax.Array, end: jax.Array, share: jax.Array) -> jax.Array:
-  """(1 - share) start + share end: between diffused images (Ho et al. 2020, section 4.4), share in [0, 1]."""
+  """(1 - share) start + share end: between diffused images (Ho et al. 2020, section 4.4), share in [0, 1].
+
+  >>> lerp(jnp.zeros(2), jnp.asarray([4.0, 8.0]), 0.25).tolist()
+  [1.0, 2.0]
+  """
   return (1 - share) * start + share * end
 
 

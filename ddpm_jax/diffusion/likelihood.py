@@ -106,6 +106,9 @@ def strata(num_timesteps: int, number: int) -> np.ndarray:
 
   Returns:
     int64 [strata + 1]: stratum i is edges[i] .. edges[i + 1] - 1; edges[0] = 1, edges[-1] = T + 1.
+
+  >>> strata(1000, 5).tolist()
+  [1, 2, 7, 36, 188, 1001]
   """
   if number == 0 or number >= num_timesteps:
     return np.arange(1, num_timesteps + 2)

@@ -4,9 +4,9 @@ The fast samplers are tested against them; nothing else uses them. A model is th
 eps_theta(x, t), x_theta(x, t) or D(x; sigma), and x a number, or an array of which each entry is treated alike. The
 noise z is an argument, so that all is deterministic.
 
->>> alpha_bar = np.cumprod(np.append(1.0, 1.0 - np.array([0.1, 0.2, 0.3])))
->>> x0 = 0.5  # all data are this one number, of which a perfect model knows the noise
->>> eps_theta = lambda x, t: (x - np.sqrt(alpha_bar[t]) * x0) / np.sqrt(1 - alpha_bar[t])
+>>> alpha_bar = [1.0, 0.9, 0.9 * 0.8, 0.9 * 0.8 * 0.7]
+>>> def eps_theta(x, t):  # the perfect model of data that are the one number 0.5
+...   return (x - math.sqrt(alpha_bar[t]) * 0.5) / math.sqrt(1 - alpha_bar[t])
 >>> round(ddim(eps_theta, alpha_bar, [3, 1, 0], x_T=1.7), 12)
 0.5
 """

@@ -58,6 +58,10 @@ def time_grid(
 
   Raises:
     ValueError: unless 1 <= num_steps <= T, or `first`; or for an unknown kind.
+
+  >>> from ddpm_jax.diffusion.schedules import make_schedule
+  >>> time_grid(make_schedule("linear", 1000), 4).tolist()
+  [1000, 750, 500, 250, 0]
   """
   last = first or schedule.num_timesteps
   if not 1 <= num_steps <= last:

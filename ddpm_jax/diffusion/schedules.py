@@ -117,6 +117,9 @@ def posterior(schedule: NoiseSchedule, s: np.ndarray, t: np.ndarray) -> Posterio
   """The posterior of x_s given x_t and x_0 for integer arrays 0 <= s < t <= T (Ho et al. eqs. 6 and 7 at s = t - 1).
 
   At s = 0 the variance is exactly 0 and the mean exactly x_0: the last step needs no mask.
+
+  >>> posterior(make_schedule("linear", 1000), np.asarray([0]), np.asarray([1]))
+  Posterior(c_x0=array([1.]), c_xt=array([0.]), variance=array([0.]))
   """
   beta = step_beta(schedule, s, t)
   one_minus_t = 1.0 - schedule.alpha_bar[t]
@@ -191,6 +194,9 @@ def cosine_betas(num_timesteps: int) -> np.ndarray:
 
 def make_schedule(name: str, num_timesteps: int, *, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
   """The schedule of that name; the one place where names become schedules.
+
+  >>> make_schedule("linear", 1000).alpha_bar[[0, 1, 1000]].round(6).tolist()
+  [1.0, 0.9999, 4e-05]
 
   Args:
     name: 'linear', 'quadratic' or 'scaled_linear' (one formula, two names), 'sigmoid', 'cosine'.

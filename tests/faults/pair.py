@@ -20,8 +20,12 @@ def start(folder: pathlib.Path, *flags: str, **options):
   )
 
 
-def wait_for_checkpoint(folder: pathlib.Path, processes) -> None:
-  command.wait_for(lambda: command.checkpoints(folder / "pair"), *processes)
+def start_and_save(folder: pathlib.Path, *flags: str):
+  """A pair that has saved something."""
+  before = command.checkpoints(folder / "pair")
+  processes = start(folder, *flags)
+  command.wait_for(lambda: command.checkpoints(folder / "pair")[-1:] > before[-1:], *processes)
+  return processes
 
 
 def ends(processes, seconds: float, codes) -> list[tuple[str, str]]:
@@ -36,8 +40,7 @@ def ends(processes, seconds: float, codes) -> list[tuple[str, str]]:
 
 def stopped(folder: pathlib.Path, index: int, number: int = signal.SIGTERM) -> float:
   """A signal to one process: all save the same update and exit with 0."""
-  processes = start(folder)
-  wait_for_checkpoint(folder, processes)
+  processes = start_and_save(folder)
   began = time.monotonic()
   processes[index].send_signal(number)
   (out, err), _ = ends(processes, 10, [0])
@@ -51,8 +54,7 @@ def stopped(folder: pathlib.Path, index: int, number: int = signal.SIGTERM) -> f
 
 def lost(folder: pathlib.Path, index: int) -> float:
   """SIGKILL to one process: the other ends, and names it."""
-  processes = start(folder, f"--heartbeat_timeout={HEARTBEAT}")
-  wait_for_checkpoint(folder, processes)
+  processes = start_and_save(folder, f"--heartbeat_timeout={HEARTBEAT}")
   began = time.monotonic()
   processes[index].kill()
   ((_, err),) = ends([processes[1 - index]], HEARTBEAT + 5, [1])

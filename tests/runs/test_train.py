@@ -273,9 +273,14 @@ def test_a_class_of_a_persons_own_is_told_and_ends_nothing(tmp_path, capsys):
   assert len(told) == 7 and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
-def test_a_writer_that_does_not_exist_is_said_before_anything_is_written(tmp_path):
-  with pytest.raises(UserError, match="writers: no_such_module:Class cannot be imported"):
-    train_little(tmp_path / "run", writers="no_such_module:Class")
+def test_what_cannot_be_run_is_said_before_anything_is_written(tmp_path):
+  for changes, message in (
+    ({"writers": "no_such_module:Class"}, "writers: no_such_module:Class cannot be imported"),
+    ({"batch_size": 12}, "batch_size: 12 cannot be divided among 8 devices"),
+    ({"channel_multipliers": (1,) * 5}, "image_size: 8 is not divisible by 16"),
+  ):
+    with pytest.raises(UserError, match=message):
+      train_little(tmp_path / "run", **changes)
   assert not (tmp_path / "run").exists()
 
 
