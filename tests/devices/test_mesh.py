@@ -26,13 +26,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def train(mode, **changes):
-  """Ten updates with dropout and flips: (final state, losses, gradient norms, run, step)."""
+  """Ten training steps with dropout and flips: (final state, losses, gradient norms, run, step)."""
   run = tiny_run(tiny_config(parallel=mode, **changes))
   state, rows = run.initial_state(), []
   step = run.mesh.compile(make_train_step(run), run.abstract_state)
   for i in range(STEPS):
     batch = run.mesh.put_batches([random_batch(seed=i)])
-    # As if one process, of this device, had asked to stop before the last update.
+    # As if one process, of this device, had asked to stop before the last training step.
     stop = [0, 0, 0, i == STEPS - 1, 0, 0, 0, 0]
     command = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.mesh.split)
     with jax.transfer_guard("disallow"):
@@ -148,7 +148,7 @@ def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
 
 
 def test_a_loop_over_updates_sends_what_one_update_does():
-  """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in an update."""
+  """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in a training step."""
   run = tiny_run(tiny_config(parallel="fsdp", channel_multipliers=(1,), attention_resolutions=()))
 
   def sent(updates: int) -> collections.Counter:
