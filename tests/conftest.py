@@ -25,6 +25,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 assert jax.device_count() == 8
 
 
+def pytest_configure(config):
+  """`--dist loadfile` would begin with the files of many tests; the order below is by how long they take."""
+  config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+  """Files with slow tests come first, so that no process begins one when the others have nothing left to do."""
+  slow = {item.path for item in items if item.get_closest_marker("slow")}
+  items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def few_programs():
   """JAX keeps what it has compiled, each program hundreds of mappings of memory; Linux allows a process 65,530."""

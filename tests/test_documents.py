@@ -144,11 +144,12 @@ def test_tests_and_files_exist():
   assert not missing, "\n".join(missing)
 
 
-def test_no_page_is_unfinished_or_of_one_machine():
+def test_no_page_is_unfinished_or_of_one_machine_or_wide():
   found = []
   for page, text in PAGES.items():
     found += [f"{page}: {left}" for left in re.findall(r"TODO.*", text)]
     found += [f"{page}: {path}" for path in re.findall(r"(?<![\w.])/(?:work|tmp|home|root|Users)\b", text)]
+    found += [f"{page}: {line}" for line in text.splitlines() if len(line) > 120 and not line.startswith("|")]
   assert not found, "\n".join(found)
 
 
@@ -242,6 +243,14 @@ def test_every_guide_is_in_the_index():
   index = PAGES["docs/guides/index.md"]
   guides = {page.rpartition("/")[2] for page in PAGES if page.startswith("docs/guides/")} | {"benchmarks.md"}
   assert set(re.findall(r"\]\((\w+\.md)", index)) == guides - {"index.md"}
+
+
+def test_where_a_new_thing_goes_names_what_exists():
+  """Functions, tables and fields; files are for `test_tests_and_files_exist`."""
+  sources = [path.read_text(encoding="utf-8") for folder in (PACKAGE, ROOT / "tests") for path in folder.rglob("*.py")]
+  known = set(re.findall(r"\w+", " ".join(sources)))
+  named = set(re.findall(r"`(\w+)`", PAGES["docs/develop/add.md"]))
+  assert len(named) > 30 and not {name for name in named if "NAME" not in name} - known
 
 
 def test_everything_that_a_run_writes_is_explained():

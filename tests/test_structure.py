@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import sys
 
 import ddpm_jax
@@ -98,7 +99,7 @@ def test_some_rooms_know_little_else():
   """The mathematics knows arrays, networks know arrays and their own settings, the config the standard library."""
   bounds = {
     "diffusion": ({"diffusion"}, {"numpy", "jax", "chex"}),
-    "models": ({"models", "config", "errors"}, None),
+    "models": ({"models", "config", "errors", "runtime"}, None),
     "config": ({"config", "errors"}, set()),
     "errors": (set(), set()),
     "report": ({"report", "evaluation", "config", "errors", "workdir"}, None),
@@ -111,7 +112,33 @@ def test_some_rooms_know_little_else():
       strangers = third_party - libraries if libraries is not None else set()
       found += [f"{file} -> {name}" for name in {room(name) for name in ours(file)} - rooms | strangers]
   assert not found, found
-  assert {file for file in FILES if room(file) == "models" and "ddpm_jax.config" in ours(file)} == {"models/build.py"}
+  for below in ("ddpm_jax.config", "ddpm_jax.runtime.cpu"):
+    assert {file for file in FILES if room(file) == "models" and below in ours(file)} == {"models/build.py"}
+
+
+def test_tuning_for_cpus_wraps_from_outside():
+  """Behind one door, and its words stand nowhere but there and where it is opened."""
+  inside = {file for file in FILES if file.startswith("runtime/cpu/")}
+  users = {"models/build.py", "devices/pmap.py", "training/optimizer.py"}
+  assert importers("ddpm_jax.runtime.cpu") - inside == users
+  assert (
+    len(inside) > 1 and not importers(*(module_name(file) for file in inside - {"runtime/cpu/__init__.py"})) - inside
+  )
+  words = re.compile(r"\bcpus?\b|packed|optimization_barrier|platform_dependent", re.IGNORECASE)
+  read = [file for file in FILES if room(file) == "diffusion" or file in ("models/unet.py", "training/step.py")]
+  assert not [file for file in read if words.search(FILES[file].read_text(encoding="utf-8"))]
+
+
+def test_one_place_knows_the_strategies():
+  """A strategy is chosen by its name in `devices.make_mesh`; what runs is asked by methods."""
+  tests = {
+    f"{file}:{node.lineno}"
+    for file, tree in TREES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Compare | ast.MatchValue)
+    and {"pmap", "fsdp"} & {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+  }
+  assert not tests, tests
 
 
 def test_one_module_for_each_library_behind_a_wall():

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from ddpm_jax.devices.mesh import AXIS, DeviceMesh, PinnedStep, Tree
-from ddpm_jax.devices.packed import pack, unpack
 from ddpm_jax.devices.steps import run_steps
+from ddpm_jax.runtime import cpu
 
 
 class PmapMesh(DeviceMesh):
@@ -30,9 +30,9 @@ class PmapMesh(DeviceMesh):
   def wrap_loss(self, loss_fn: Callable[..., tuple[Tree, Tree]]) -> Callable[..., tuple[Tree, Tree]]:
     """The loss as it is: the step runs on each device with its rows, and `train_step` averages over `axis_name`.
 
-    Its parameters may be packed (`packed.pack`); the gradient is then, too.
+    Its parameters may be packed (`cpu.pack`); the gradient is then, too.
     """
-    return lambda params, *rest: loss_fn(unpack(params), *rest)
+    return lambda params, *rest: loss_fn(cpu.unpack(params), *rest)
 
   def compile(
     self,
@@ -48,10 +48,11 @@ class PmapMesh(DeviceMesh):
 
     def steps(state: Tree, batches: Tree, command: jax.Array, scalars: Tree):
       command = jax.lax.pmax(command, AXIS)
+      num_steps, votes = command[0], command[1:]
       step = functools.partial(train_step, axis_name=AXIS, **scalars)
-      state = pack(state, state.params) if packs else state
-      state, metrics = run_steps(step, state, batches, command[0], max_steps=max_steps)
-      return unpack(state) if packs else state, metrics, command[1:]
+      state = cpu.pack(state, state.params) if packs else state
+      state, metrics = run_steps(step, state, batches, num_steps, max_steps=max_steps)
+      return cpu.unpack(state) if packs else state, metrics, votes
 
     mapped = jax.pmap(
       steps,

@@ -189,11 +189,11 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
   """
   found: dict[tuple[str, str], dict[str, Column]] = {}
 
-  def add(key: Any, value: Any, spread: Any, conditions: dict[str, Any], name: str, *text: str) -> None:
+  def add(key: Any, value: Any, spread: Any, conditions: dict[str, Any], name: str, title: str, remark: str) -> None:
     if (known := finite(value)) is not None:
       told = json.dumps({"weights": str(results[key].get("weights")), **conditions}, sort_keys=True)
-      same = found.setdefault((name, text[1]), {})
-      same.setdefault(told, Column(name, *text, direction(name), told)).values[key] = known, finite(spread)
+      same = found.setdefault((name, remark), {})
+      same.setdefault(told, Column(name, title, remark, direction(name), told)).values[key] = known, finite(spread)
 
   for key, result in results.items():
     features = str(part(result, "features").get("name", "unknown"))

@@ -12,8 +12,6 @@ from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from ddpm_jax.models.convolution import Conv3x3
-
 # Uniform Glorot, the initialisation of every layer in the authors' code that is not a last one.
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()  # where the authors' code has a variance of 1e-10
@@ -73,6 +71,38 @@ class Dense(nn.Module):
     bias = self.param("bias", zeros_init, (self.features,), jnp.float32)
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
     return x @ kernel + bias[None, :]
+
+
+class Conv3x3(nn.Module):
+  """`flax.linen.Conv` with a 3x3 kernel and zeros around the image: parameters of the same names, shapes and values.
+
+  Attributes:
+    features: F, channels of the output.
+    kernel_init: of the kernel; the bias begins with zeros.
+    dtype: of the computation; the parameters are float32.
+    resample: 'none'; 'up' convolves the input enlarged by two, each pixel repeated; 'down' has stride 2.
+  """
+
+  features: int
+  kernel_init: nn.initializers.Initializer
+  dtype: DTypeLike
+  resample: str = "none"
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H, W, F], [B, 2H, 2W, F] or, of even H and W, [B, H/2, W/2, F]."""
+    kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", zeros_init, (self.features,), jnp.float32)
+    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
+    y = self.convolve(x, kernel)
+    return (y + bias[None, None, None, :]).astype(y.dtype)  # added as float32, for the reason that Dense gives
+
+  def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, H, W, C], kernel [3, 3, C, F], of one type -> [B, H', W', F]; see `build.fast_convolutions`."""
+    if self.resample == "up":
+      x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    strides = (2, 2) if self.resample == "down" else (1, 1)
+    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def pixelwise(dense: Dense, x: jax.Array) -> jax.Array:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ddpm_jax.models.convolution import Conv3x3
 from ddpm_jax.models.layers import (
   CONVOLUTION,
+  Conv3x3,
   Dense,
   Downsample,
   GroupNorm,

@@ -20,8 +20,8 @@ class Memory(NamedTuple):
 
   Attributes:
     parameters, average, optimizer: of the state. It is donated: the new state takes the place of the old one.
-    counters: the number of updates, and what went wrong in them.
-    batch: images, their indices, and the order: how many updates to make.
+    counters: the number of training steps, and what went wrong in them.
+    batch: images, their indices, and the command: how many steps to make.
     padding: what the device's layout adds to all of these.
     temporaries: activations, gradients and whatever else lives within a step.
     outputs: the metrics.
@@ -81,10 +81,10 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
     run: of the devices to compile for, with abstract state.
     batch_size: a multiple of the devices times `grad_accum_steps`.
   """
-  batch, order = run.mesh.abstract_inputs(abstract_batch(run.image_shape, batch_size))
+  batch, command = run.mesh.abstract_inputs(abstract_batch(run.image_shape, batch_size))
   step = run.mesh.compile(make_train_step(run), run.abstract_state)
   try:
-    compiled = step.lower(run.abstract_state, batch, order).compile()
+    compiled = step.lower(run.abstract_state, batch, command).compile()
   except jax.errors.JaxRuntimeError as error:
     refused = out_of_memory(error)
     if refused is None:
@@ -94,7 +94,7 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
   has_caches = run.mesh.platform == "cpu"
   return CompiledStep(
     batch_size=batch_size,
-    memory=_memory(run, (batch, order), stats),
+    memory=_memory(run, (batch, command), stats),
     flops=(
       _operations(run, batch_size, parts=1) / run.mesh.num_devices
       if has_caches

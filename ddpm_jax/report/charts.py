@@ -6,7 +6,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,12 @@ Points = Sequence[tuple[float, float]]
 
 COLOURS = 8  # of curves
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 8, 36  # margins around the axes, in units of the drawing
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "ddpm_jax", "path.simplify": True, "path.simplify_threshold": 1.0}
+_STYLE: Any = {
+  "svg.fonttype": "none",
+  "svg.hashsalt": "ddpm_jax",
+  "path.simplify": True,
+  "path.simplify_threshold": 1.0,
+}
 # Variables of the page's style, which depend on light or dark, and the colours that stand for them while drawing.
 _OF_PAGE = {"soft": "#00fe01", "line": "#00fe02", "card": "#00fe03"} | {f"c{i}": f"#00ff0{i}" for i in range(1, 9)}
 _OF_PNG = {"soft": "#444444", "line": "#dddddd", "card": "#ffffff", "c1": "#1f77b4"}

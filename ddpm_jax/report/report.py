@@ -220,8 +220,11 @@ def _by_timestep(splits: dict[str, Any]) -> list[Chart | None]:
     for i, (split, terms) in enumerate(splits.items()):
       lists = [part(terms, "by_timestep").get(name) for name in ("t_low", "t_high", key)]
       triples = zip(*(values if isinstance(values, list) else [] for values in lists), strict=False)
-      numbers = [[finite(value) for value in triple] for triple in triples]
-      points = sorted((math.sqrt(a * b), y) for a, b, y in numbers if None not in (a, b, y) and 0 < a <= b)
+      points = []
+      for low, high, y in ([finite(value) for value in triple] for triple in triples):
+        if low is not None and high is not None and y is not None and 0 < low <= high:
+          points.append((math.sqrt(low * high), y))
+      points.sort()
       series.append(Series(split, points, colour=i % charts.COLOURS + 1, marks=len(points) <= 60))
     drawn.append(line_chart(title, series, x_label="timestep t", remark=remark, log_x=True, log_y=True))
   return drawn

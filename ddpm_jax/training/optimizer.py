@@ -8,6 +8,7 @@ import optax
 
 from ddpm_jax.config import OptimizerConfig
 from ddpm_jax.models.build import Params
+from ddpm_jax.runtime import cpu
 
 
 def decay_start(config: OptimizerConfig, num_steps: int) -> int | None:
@@ -68,7 +69,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) ->
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-  """`optax.scale_by_adam`, whose moments are computed once: gradients -> mu_hat / (sqrt(nu_hat) + eps).
+  """`optax.scale_by_adam`, whose moments are computed but once: gradients -> mu_hat / (sqrt(nu_hat) + eps).
 
   Algorithm 1 of Kingma and Ba 2015.
   """
@@ -77,7 +78,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
   def update(updates: Params, state: optax.OptState, params: Params | None = None, **finite):
     _, new = moments.update(updates, state, params, **finite)
     assert isinstance(new, optax.ScaleByAdamState)
-    mu, nu = computed_once((new.mu, new.nu))
+    mu, nu = cpu.materialize((new.mu, new.nu))
     mu_hat = optax.tree.bias_correction(mu, b1, new.count)
     nu_hat = optax.tree.bias_correction(nu, b2, new.count)
     updates = jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu_hat, nu_hat)
@@ -87,7 +88,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 
 
 def if_finite(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """The transformation, whose state stays as it is, bit for bit, where `finite` is false; the updates are no use then.
+  """The transformation, whose state stays as it is, bit for bit, where `finite` is false; its updates are no use then.
 
   `optax.apply_if_finite` looks at the gradients alone, and has a count of its own.
   """
@@ -99,24 +100,21 @@ def if_finite(transformation: optax.GradientTransformation) -> optax.GradientTra
   return optax.GradientTransformationExtraArgs(transformation.init, update)
 
 
-def computed_once(tree: Params) -> Params:
-  """The same arrays. On CPUs, XLA computes them anew wherever they are used, unless it is kept from that.
-
-  Elsewhere one pass over the memory yields several results, and nothing may come between.
-  """
-  return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
+def apply_updates(params: Params, updates: Params, finite: jax.Array) -> Params:
+  """`optax.apply_updates`, but the parameters as they are, bit for bit, where `finite` is false."""
+  return cpu.materialize(optax.tree.where(finite, optax.apply_updates(params, updates), params))
 
 
 def ema_decay_at(decay: float, num_updates: jax.Array) -> jax.Array:
-  """min(decay, (1 + n) / (10 + n)) after n >= 1 updates: a short memory first, so that early samples are usable.
+  """min(decay, (1 + n) / (10 + n)) after n >= 1 training steps: a short memory first, so that early samples are usable.
 
   The rule of TensorFlow's ExponentialMovingAverage(num_updates=n). The authors' code uses the full decay from the
-  second update on; at 0.9999 the two agree after about 90,000 updates.
+  second training step on; at 0.9999 the two agree after about 90,000 updates.
   """
   n = num_updates.astype(jnp.float32)
   return jnp.minimum(jnp.float32(decay), (1.0 + n) / (10.0 + n))
 
 
 def update_ema(ema_params: Params, new_params: Params, decay: jax.Array) -> Params:
-  """ema <- decay ema + (1 - decay) params, from the parameters after the update, in float32."""
+  """ema <- decay ema + (1 - decay) params, from the parameters after the training step, in float32."""
   return jax.tree.map(lambda ema, new: ema + (1.0 - decay) * (new - ema), ema_params, new_params)

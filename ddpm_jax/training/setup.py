@@ -44,7 +44,7 @@ class Run(NamedTuple):
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
 
   def initial_state(self, params: Params | None = None) -> TrainState:
-    """The state before the first update, placed.
+    """The state before the first training step, placed.
 
     Args:
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.

@@ -18,7 +18,7 @@ import optax
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Params
 from ddpm_jax.training.objective import Batch, Objective, PerExample
-from ddpm_jax.training.optimizer import computed_once, ema_decay_at, update_ema
+from ddpm_jax.training.optimizer import apply_updates, ema_decay_at, update_ema
 from ddpm_jax.training.state import Counts, TrainState
 
 Metrics = dict[str, jax.Array]  # scalars
@@ -118,8 +118,7 @@ def train_step(
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, finite=finite)
-  params = optax.tree.where(finite, optax.apply_updates(state.params, updates), state.params)
-  params = computed_once(params)
+  params = apply_updates(state.params, updates, finite)
   applied = state.step - state.counts.nonfinite  # what the optimiser counts
   decay = ema_decay_at(ema_decay, applied + 1)
   ema = {
@@ -150,7 +149,7 @@ def in_order_of_index(per_example: PerExample, index: jax.Array, axis_name: str 
 
 
 def count(counts: Counts, finite: jax.Array, replaced: jax.Array, axis_name: str | None) -> Counts:
-  """The counts after one more update: whether it was finite, and which rows bool [B] of its batch were replaced."""
+  """The counts after one more step: whether it was finite, and which rows bool [B] of its batch were replaced."""
   bad_records = jnp.sum(replaced, dtype=jnp.int32)
   if axis_name is not None:
     bad_records = jax.lax.psum(bad_records, axis_name)

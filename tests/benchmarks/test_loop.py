@@ -22,6 +22,7 @@ def hold():
   return BLOCK
 
 
+@pytest.mark.slow
 def test_a_whole_run_is_timed_from_its_first_update_to_its_last_checkpoint(tmp_path):
   words = [*command.FLAGS, "--num_steps=12"]
   _, (setting,) = command_line.parse(loop.make_parser(), words)

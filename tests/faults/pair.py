@@ -20,8 +20,12 @@ def start(folder: pathlib.Path, *flags: str, **options):
   )
 
 
-def wait_for_checkpoint(folder: pathlib.Path, processes) -> None:
-  command.wait_for(lambda: command.checkpoints(folder / "pair"), *processes)
+def start_and_save(folder: pathlib.Path, *flags: str):
+  """A pair that has saved something."""
+  before = command.checkpoints(folder / "pair")
+  processes = start(folder, *flags)
+  command.wait_for(lambda: command.checkpoints(folder / "pair")[-1:] > before[-1:], *processes)
+  return processes
 
 
 def ends(processes, seconds: float, codes) -> list[tuple[str, str]]:
@@ -35,24 +39,22 @@ def ends(processes, seconds: float, codes) -> list[tuple[str, str]]:
 
 
 def stopped(folder: pathlib.Path, index: int, number: int = signal.SIGTERM) -> float:
-  """A signal to one process: all save the same update and exit with 0."""
-  processes = start(folder)
-  wait_for_checkpoint(folder, processes)
+  """A signal to one process: all save the same training step and exit with 0."""
+  processes = start_and_save(folder)
   began = time.monotonic()
   processes[index].send_signal(number)
   (out, err), _ = ends(processes, 10, [0])
   seconds = time.monotonic() - began
-  assert "stopped on request after update" in out and "Traceback" not in err, (out, err)
+  assert "stopped on request after step" in out and "Traceback" not in err, (out, err)
   newest = command.checkpoints(folder / "pair")[-1]
-  assert f"after update {newest} of 5000" in out, (out, newest)
+  assert f"after step {newest} of 5000" in out, (out, newest)
   assert newest - 2 < command.metrics(folder / "pair")[-1]["step"] <= newest
   return seconds
 
 
 def lost(folder: pathlib.Path, index: int) -> float:
   """SIGKILL to one process: the other ends, and names it."""
-  processes = start(folder, f"--heartbeat_timeout={HEARTBEAT}")
-  wait_for_checkpoint(folder, processes)
+  processes = start_and_save(folder, f"--heartbeat_timeout={HEARTBEAT}")
   began = time.monotonic()
   processes[index].kill()
   ((_, err),) = ends([processes[1 - index]], HEARTBEAT + 5, [1])
@@ -72,7 +74,7 @@ def stuck(folder: pathlib.Path) -> float:
   began = time.monotonic()
   _, (_, err) = ends(processes, STEP_TIMEOUT + 5, [1])
   seconds = time.monotonic() - began
-  assert f"error: no progress for {STEP_TIMEOUT} s after update" in err and "hanging_batches" in err, err
+  assert f"error: no progress for {STEP_TIMEOUT} s after step" in err and "hanging_batches" in err, err
   assert "hanging_batches" in (folder / "pair" / "stuck.1.txt").read_text()
   assert seconds < STEP_TIMEOUT + 5, seconds
   return seconds

@@ -27,7 +27,7 @@ from ddpm_jax.runtime import terminal
 from tests import command
 from tests.faults import damage
 
-# Enough updates that all kills meet a run, in a network that is built in a moment.
+# Enough training steps that all kills meet a run, in a network that is built in a moment.
 STEPS = 4000
 FLAGS = [
   f"--num_steps={STEPS}",
@@ -122,10 +122,7 @@ def stops(folder: pathlib.Path, number: int, generator: random.Random) -> str:
 
 
 def tiny_judge(folder: pathlib.Path) -> damage.Judge:
-  from tests.training.tiny import tiny_config, tiny_run
-
-  directory = folder / "damaged" / "checkpoints"
-  run = tiny_run(tiny_config(channels=64, channel_multipliers=(1,), attention_resolutions=()))
+  directory, run = folder / "damaged" / "checkpoints", damage.SmallRun()
   if not directory.exists():
     damage.two_checkpoints(directory, run)
   return damage.Judge(directory, run)
@@ -191,9 +188,7 @@ def long_run(folder: pathlib.Path, number: int, *_) -> str:
 
   more = growth(soak(folder, number))
   expect(more.megabytes < 30 and more.threads <= 2 and more.files <= 4, more)
-  return (
-    f"{number} updates: {more.megabytes:+.1f} MB, {more.threads:+d} threads, {more.files:+d} files in the last third"
-  )
+  return f"{number} steps: {more.megabytes:+.1f} MB, {more.threads:+d} threads, {more.files:+d} files in the last third"
 
 
 def pairs(folder: pathlib.Path, number: int, generator: random.Random) -> str:

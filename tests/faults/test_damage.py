@@ -5,14 +5,13 @@ import random
 import pytest
 
 from tests.faults import damage
-from tests.training.tiny import tiny_config, tiny_run
 
 FLIPS = 25
 
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-  run = tiny_run(tiny_config(channels=64, channel_multipliers=(1,), attention_resolutions=()))
+  run = damage.SmallRun()
   directory = tmp_path_factory.mktemp("damage") / "checkpoints"
   damage.two_checkpoints(directory, run)
   judge = damage.Judge(directory, run)

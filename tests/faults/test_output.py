@@ -5,7 +5,11 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.command import FLAGS, ROOT, checkpoints, metrics, wait_for
+
+pytestmark = pytest.mark.slow
 
 
 def test_stopped_when_the_reader_goes_it_saves_all_the_same(folder):

@@ -9,6 +9,8 @@ import pytest
 from tests import command
 from tests.faults import pair
 
+pytestmark = pytest.mark.slow
+
 SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30", "--heartbeat_timeout=100"]
 
 
@@ -29,7 +31,7 @@ def empty(folder):
 
 
 def goes_on_as_if_nothing_had_been(folder):
-  """Back to a checkpoint before update 90, as the stopped run may be past it; then on to 90, as a pair."""
+  """Back to a checkpoint before step 90, as the stopped run may be past it; then on to 90, as a pair."""
   workdir = folder / "pair"
   for step in command.checkpoints(workdir):
     if step >= 90:
@@ -40,12 +42,9 @@ def goes_on_as_if_nothing_had_been(folder):
   assert command.metrics(workdir) == command.metrics(folder / "whole")
 
 
-def test_a_stop_of_the_worker_stops_both_at_one_update(empty):
+def test_a_worker_that_is_stopped_and_one_that_is_killed(empty):
+  """A stop stops both at one training step; who is killed is named, and the other ends; and nothing is lost."""
   assert pair.stopped(empty, 1, signal.SIGTERM) < 10
-  goes_on_as_if_nothing_had_been(empty)
-
-
-def test_a_killed_worker_is_named_and_the_other_ends(empty):
   pair.lost(empty, 1)
   goes_on_as_if_nothing_had_been(empty)
 

@@ -1,6 +1,10 @@
-"""2,000 updates with 40 checkpoints and 20 grids: memory, threads and open files stay as they are."""
+"""2,000 training steps with 40 checkpoints and 20 grids: memory, threads and open files stay as they are."""
+
+import pytest
 
 from tests.faults.soak import growth, soak
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_long_run_takes_no_more_than_a_short_one(tmp_path):

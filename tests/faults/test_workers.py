@@ -5,8 +5,12 @@ import pathlib
 import signal
 import time
 
+import pytest
+
 from tests.command import digests, metrics
 from tests.faults.test_signals import stop_and_save
+
+pytestmark = pytest.mark.slow
 
 WORKERS = ["--cache_gib=0", "--data_workers=2"]
 

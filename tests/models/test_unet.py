@@ -15,7 +15,6 @@ from ddpm_jax.config import ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
 from ddpm_jax.models.build import UNetNetwork, build_model, fitted, init_params, num_params
-from ddpm_jax.models.convolution import Conv3x3
 from tests.models import reference
 
 TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
@@ -256,7 +255,7 @@ def test_gradients_by_biases_of_a_bfloat16_network_are_sums_in_float32():
 
   def loss(params, added):
     def intercept(call, args, kwargs, context):
-      if context.method_name != "__call__" or not isinstance(context.module, Conv3x3 | layers.Dense):
+      if context.method_name != "__call__" or not isinstance(context.module, layers.Conv3x3 | layers.Dense):
         return call(*args, **kwargs)
       output, name = call(*args, **kwargs), "/".join(context.module.path)
       shapes[name] = output.shape
@@ -307,6 +306,7 @@ def test_second_and_batched_derivatives_can_be_taken(dtype, remat):
     assert jax.tree.structure(found) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_second_and_batched_derivatives_are_right():
   """The Hessian times a vector is the difference of two gradients; the batch's gradient the mean of its examples'."""
   network, params, (_, t, keys) = with_remat("float32", "none")
@@ -336,6 +336,7 @@ def test_second_and_batched_derivatives_are_right():
   assert error(jax.tree.map(lambda leaf: leaf.mean(0), each), gradient) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["norms", "blocks"])
 def test_remat_changes_nothing(tiny, remat):
   network, params = tiny

@@ -85,6 +85,7 @@ def test_a_run_goes_on_however_its_folder_is_written(place, monkeypatch):
   assert (run / "checkpoints" / "4").is_dir()
 
 
+@pytest.mark.slow
 def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch, capsys):
   run = place / "run"
   train(run, "folder:pictures", 1)
@@ -108,7 +109,7 @@ def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch
   evaluation_run.evaluate(resolve("evaluate", run, *drawn, f"--dataset=folder:{place}/moved"), run)
   assert layout.load_config(run).data.dataset == f"folder:{place}/moved"
   told = capsys.readouterr().out
-  assert "evaluating the ema weights after update 1: bound" in told
+  assert "evaluating the ema weights after step 1: bound" in told
   assert "left out: frechet, kid, score, precision_recall, density_coverage, neighbours (features: 'classifier'" in told
   assert "  bits_per_dim" in told
   with pytest.raises(UserError, match="features: 'classifier' needs labels"):
@@ -132,6 +133,7 @@ def test_other_images_in_another_place_are_refused_and_not_kept(place):
   assert train(run, "folder:others", 2, "--allow_data_change").data.dataset == f"folder:{place}/others"
 
 
+@pytest.mark.slow
 def test_unlabelled_images_while_training(place, monkeypatch):
   """By the features of a network that needs no labels; part of the folder is held out."""
   monkeypatch.setitem(network_features.__kwdefaults__, "updates", 2)

@@ -15,10 +15,11 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax import resolve
 from ddpm_jax.config.text import WITHOUT_THE_OPTION
 from ddpm_jax.evaluation.results import read_result
 from ddpm_jax.report.report import write_report
+from ddpm_jax.resolve import resolve_config
+from ddpm_jax.runs import evaluate
 from ddpm_jax.runs import export as exchange
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
@@ -26,6 +27,7 @@ from ddpm_jax.weights import initial
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.metrics import training_seconds
+from tests.command import digests
 
 ARCHIVE = pathlib.Path(__file__).with_name("release_0_1_0.tar.xz")
 NAMES = ("pmap", "fsdp")
@@ -40,14 +42,14 @@ def old(tmp_path):
 
 
 def weights_of(folder, **changes):
-  config = config_lib.override(resolve.resolve_config("sample", {}, folder), changes)
+  config = config_lib.override(resolve_config("sample", {}, folder), changes)
   return load_weights(config, folder)
 
 
 def test_what_it_stored_are_the_settings(old):
   """And a setting that it did not know means what it did."""
   for name in NAMES:
-    config = resolve.resolve_config("train", {}, old / name)
+    config = resolve_config("train", {}, old / name)
     stored = json.loads((old / name / "config.json").read_text())
     values = config_lib.values(config)
     for section in stored.values():
@@ -75,27 +77,23 @@ def test_a_default_of_today_is_none_of_an_old_run(old, monkeypatch):
   assert layout.load_config(old / "new").model.matmul_precision == "default"
 
 
-def test_the_same_bits_are_restored(old):
+def test_the_same_bits_are_restored_and_begun_with(old):
   """By the digests that it kept in its own manifest, which are those of the arrays' bytes."""
   for name in NAMES:
     weights = weights_of(old / name)
     assert weights.step == 150
-    folder = old / name / "checkpoints/150/manifest"
-    kept = json.loads((folder / "metadata").read_text())
-    digests = {leaf["sha256"] for leaf in _leaves_with_digests(kept)}
-    for leaf in jax.tree.leaves(weights.params):
-      assert hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest() in digests
+    path = str(old / name)
+    begun, shape = initial.read_params(config_lib.override(initial.base_config(path), {"init_from": path}))
+    assert shape == (8, 8, 1)
+    kept = digests(old / name, 150)
+    for tree in (weights.params, begun):
+      leaves = jax.tree_util.tree_leaves_with_path(tree)
+      found = {jax.tree_util.keystr(at, simple=True, separator="/"): digest(leaf) for at, leaf in leaves}
+      assert found == {name.removeprefix("ema_params/"): kept[name] for name in kept if name.startswith("ema_params/")}
 
 
-def _leaves_with_digests(tree):
-  if isinstance(tree, dict):
-    if isinstance(tree.get("sha256"), str):
-      yield tree
-    for part in tree.values():
-      yield from _leaves_with_digests(part)
-  if isinstance(tree, list):
-    for part in tree:
-      yield from _leaves_with_digests(part)
+def digest(leaf):
+  return hashlib.sha256(np.asarray(leaf).tobytes()).hexdigest()
 
 
 def test_training_goes_on_in_the_middle_of_an_epoch(old):
@@ -106,7 +104,7 @@ def test_training_goes_on_in_the_middle_of_an_epoch(old):
     theirs += jax.tree.leaves(jax.device_get(weights_of(folder, sample_weights=weights).params))
   keep.rename(old / "kept")
   lines = (folder / "metrics.jsonl").read_text().splitlines()
-  config = resolve.resolve_config("train", {}, folder)
+  config = resolve_config("train", {}, folder)
   with StopRequest() as stop:
     assert train_lib.train(config, folder, train_lib.Invocation(stop))
   for weights in ("raw", "ema"):
@@ -128,10 +126,19 @@ def test_it_is_drawn_from_exported_reported_and_begun_with(old, monkeypatch):
     assert images.shape == (4, 8, 8, 1) and images.std() > 20
     target = old / f"exported_{name}"
     given = {"export_format": "safetensors", "export_dir": str(target)}
-    exchange.export(resolve.resolve_config("export", given, old / name), old / name)
+    exchange.export(resolve_config("export", given, old / name), old / name)
     begun = ddpm_jax.load(target / "model.safetensors")
     np.testing.assert_array_equal(begun.sample(4, sampler="dpmpp", steps=5), images)
     config = initial.base_config(str(old / name))
     assert config.model.channels == 8 and config.diffusion.num_timesteps == 50
     assert "150" in write_report(old / name).read_text()
     assert read_result(old / name / "eval/150.json") is None
+
+
+def test_it_is_measured(old):
+  folder = old / "pmap"
+  given = {"measures": ("bound",), "likelihood_splits": "train", "likelihood_examples": 16, "bound_timesteps": 5}
+  evaluate.evaluate(resolve_config("evaluate", given, folder), folder, given)
+  result = read_result(folder / "eval/150.json")
+  assert result["step"] == 150 and 1 < result["bits_per_dim"]["train"]["total"] < 9
+  assert layout.load_config(folder) == resolve_config("train", {}, folder)

@@ -42,6 +42,7 @@ def compiled(monkeypatch):
   return types.SimpleNamespace(sizes=sizes, target=target)
 
 
+@pytest.mark.slow
 def test_a_plan_for_this_machine(here, capsys, monkeypatch):
   """All is real but the size of the memory: the images' shape without the images, the compiler, the measured peaks."""
   find = plan_run.topology.find
@@ -50,12 +51,12 @@ def test_a_plan_for_this_machine(here, capsys, monkeypatch):
   out, err = capsys.readouterr()
   for part in (
     "44,969 parameters",
-    "8x8x1 (digits), 16 in an update",
+    "8x8x1 (digits), 16 in a training step",
     "cpu: 8 x cpu, --parallel=pmap",
     "measured here",
     "3 of 179.2 kB in all; each device sends 313.6 kB",
     "bound: roofline",
-    "8 updates",
+    "8 training steps",
   ):
     assert part in out
   assert re.search(r"^fits: [\d.]+ \w+ of 2.00 MiB$", out, re.MULTILINE)

@@ -2,16 +2,14 @@
 
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ddpm_jax.models import convolution
-from ddpm_jax.models.convolution import Conv3x3, convolve
-from tests.models import derivatives
+from ddpm_jax.runtime.cpu import convolution, convolve
+from tests.runtime import derivatives
 
 
 def reference(x, kernel):
@@ -135,32 +133,6 @@ def test_a_sum_over_the_batch_is_not_forgotten():
   gradient = jax.grad(lambda kernel: jnp.sum(convolve(x, kernel)))(kernel)
   assert float(gradient[1, 1, 0, 0]) == 5 * 16
   assert float(gradient[0, 0, 1, 0]) == 5 * 9  # a corner entry misses one row and one column
-
-
-@pytest.mark.parametrize("resample", CASES)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_parameters_and_types_are_those_of_flax(resample, dtype):
-  init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
-  x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
-  strides = 2 if resample == "down" else 1
-  ours, theirs = Conv3x3(5, init, dtype, resample), nn.Conv(5, (3, 3), strides, kernel_init=init, dtype=dtype)
-  params = ours.init(jax.random.key(1), x)
-  assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, theirs.init(jax.random.key(1), x)))
-  params = jax.tree.map(lambda leaf: leaf + 0.5, params)  # a bias that counts
-  y, want = ours.apply(params, x), theirs.apply(params, jnp.asarray(enlarged(x)) if resample == "up" else x)
-  assert y.dtype == want.dtype == dtype
-  np.testing.assert_allclose(
-    np.asarray(y, np.float32), np.asarray(want, np.float32), atol=1e-5 if dtype == jnp.float32 else 0.15
-  )
-
-
-@pytest.mark.parametrize("resample", CASES)
-def test_the_gradient_by_a_bias_is_summed_in_float32(resample):
-  """That of a sum over the output is the number of pixels; bfloat16 counts to 256."""
-  conv, x = Conv3x3(2, nn.initializers.ones_init(), jnp.bfloat16, resample), jnp.zeros((2, 200, 250, 1))
-  params = conv.init(jax.random.key(0), x[:1, :2, :2])
-  gradient = jax.jit(jax.grad(lambda params: jnp.sum(conv.apply(params, x).astype(jnp.float32))))(params)
-  np.testing.assert_array_equal(gradient["params"]["bias"], {"none": 1e5, "up": 4e5, "down": 2.5e4}[resample])
 
 
 @pytest.mark.parametrize("resample", CASES)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpm_jax.devices.packed import SMALL, Packed, pack, unpack
+from ddpm_jax.runtime.cpu.packed import SMALL, Packed, pack, unpack
 from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
@@ -101,7 +101,7 @@ def test_updates_of_a_packed_state_are_the_updates(parts):
   chex.assert_trees_all_close(packed_metrics, jax.tree.map(lambda *values: np.stack(values), *rows), rtol=2e-5)
   for mine, theirs in zip(jax.tree.leaves(packed), jax.tree.leaves(host(state)), strict=True):
     assert mine.dtype == theirs.dtype
-    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02  # as in test_parallel.py
+    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02  # as in test_mesh.py
 
   first, left_out = together(1)[0], together(2)[0]
   for name in ("params", "ema", "opt_state"):

@@ -1,6 +1,6 @@
 """Derivatives of a convolution beside those of XLA's own in float64: the largest relative errors.
 
-python -m tests.models.derivatives
+python -m tests.runtime.derivatives
 """
 
 import functools
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.models.convolution import convolve
+from ddpm_jax.runtime.cpu import convolve
 
 MODES = ("none", "up", "down")
 DTYPES = ("float64", "float32", "bfloat16")

@@ -13,15 +13,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.dtypes import promote_dtype
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.typing import DTypeLike
 
 # Of a 3x3 kernel's three rows (or columns), which ones meet the two pixels that a row of the enlarged image sees:
 # [row's place, pixel, kernel row]. An even row sees (above, own), an odd one (own, below).
@@ -29,33 +26,6 @@ _MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
 # Of two neighbouring pairs of rows (or columns), which row meets which row of the kernel: [pair, row, kernel row].
 _PAIRS = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [0, 0, 0]]], np.float32)
 _PIXELS_AT_ONCE = 6272  # of a gradient by the kernel: their moved copies fit into a cache
-
-
-class Conv3x3(nn.Module):
-  """`flax.linen.Conv` with a 3x3 kernel and SAME padding: parameters of the same names, shapes and values.
-
-  Attributes:
-    features: channels of the output.
-    kernel_init: of the kernel; the bias begins with zeros.
-    dtype: of the computation; the parameters are float32.
-    resample: 'none'; 'up' convolves the input enlarged by two, each pixel repeated; 'down' has stride 2.
-  """
-
-  features: int
-  kernel_init: nn.initializers.Initializer
-  dtype: DTypeLike
-  resample: str = "none"
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H, W, features], [B, 2H, 2W, features] or, of even H and W, [B, H/2, W/2, features]."""
-    kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features), jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
-    x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-    y = convolve(x, kernel, self.resample)
-    # Added as float32 even if the activations are bfloat16: the gradient by the bias, a sum over all pixels, has the
-    # type of this addition.
-    return (y + bias[None, None, None, :]).astype(y.dtype)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Array:
@@ -181,8 +151,8 @@ def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> ja
   dtype = jnp.promote_types(dy.dtype, jnp.float32)
 
   def product(x: jax.Array, dy: jax.Array) -> jax.Array:
-    columns = _moved(x, 2, [before - j for j in range(n)], width)  # [B, H, W', n C]
-    rows = _moved(dy, 1, [i - before for i in range(n)], height)  # [B, H, W', n F]
+    columns = _shifted(x, 2, [before - j for j in range(n)], width)  # [B, H, W', n C]
+    rows = _shifted(dy, 1, [i - before for i in range(n)], height)  # [B, H, W', n F]
     columns, rows = (moved.reshape(-1, moved.shape[-1]) for moved in (columns, rows))
     return jnp.einsum("pc,pf->cf", columns, rows, preferred_element_type=dtype)
 
@@ -199,7 +169,7 @@ def _product(x: jax.Array, dy: jax.Array, n: int, before: int, after: int) -> ja
   return gradient(total)
 
 
-def _moved(x: jax.Array, axis: int, moves: list[int], size: int) -> jax.Array:
+def _shifted(x: jax.Array, axis: int, moves: list[int], size: int) -> jax.Array:
   """Copies of x [B, H, W, C] side by side in the channels, moved along `axis` by `moves`, zeros behind, cut to `size`.
 
   Each is put between zeros, in channels of its own, and their bits are merged: XLA for CPUs makes one loop of that, and
@@ -222,16 +192,16 @@ def _same(x: jax.Array) -> jax.Array:
   return x
 
 
-class _Way(NamedTuple):
-  """How a convolution and its two gradients are computed.
+class _ConvPlan(NamedTuple):
+  """The arithmetic of a convolution and of its two gradients.
 
-  On CPUs y = leave(_slide(enter(x), expand(kernel), before, after)); elsewhere y = _slide(x repeated, kernel, stride).
+  On CPUs y = post(_slide(pre(x), expand(kernel), before, after)); elsewhere y = _slide(x repeated, kernel, stride).
 
   Attributes:
     size: n, of the kernel that slides on CPUs.
-    before, after: zeros around enter(x).
+    before, after: zeros around pre(x).
     expand: [3, 3, C, F] to the kernel that slides, with its transpose.
-    enter, leave: of images, each with its transpose.
+    pre, post: of images, each with its transpose.
     repeat: how often a row of x is repeated.
     stride: of the 3x3 kernel.
   """
@@ -241,27 +211,27 @@ class _Way(NamedTuple):
   after: int
   expand: Callable[[jax.Array], jax.Array] = _same
   expand_transposed: Callable[[jax.Array], jax.Array] = _same
-  enter: Callable[[jax.Array], jax.Array] = _same
-  enter_transposed: Callable[[jax.Array], jax.Array] = _same
-  leave: Callable[[jax.Array], jax.Array] = _same
-  leave_transposed: Callable[[jax.Array], jax.Array] = _same
+  pre: Callable[[jax.Array], jax.Array] = _same
+  pre_transposed: Callable[[jax.Array], jax.Array] = _same
+  post: Callable[[jax.Array], jax.Array] = _same
+  post_transposed: Callable[[jax.Array], jax.Array] = _same
   repeat: int = 1
   stride: int = 1
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [B, H, W, C], kernel [3, 3, C, F] -> y."""
-    return self.leave(_slide(self.enter(x), self.expand(kernel), self.before, self.after))
+    return self.post(_slide(self.pre(x), self.expand(kernel), self.before, self.after))
 
   def image_gradient(self, kernel: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient of sum(dy * y) by x: the kernel, turned around, slides over dy."""
     # The barrier keeps XLA from folding the turn into the convolution, which within a loop then gets its slowest code.
     turned = jax.lax.optimization_barrier(self.expand(kernel)[::-1, ::-1].swapaxes(2, 3))
     before, after = self.size - 1 - self.before, self.size - 1 - self.after
-    return self.enter_transposed(_slide(self.leave_transposed(dy), turned, before, after))
+    return self.pre_transposed(_slide(self.post_transposed(dy), turned, before, after))
 
   def kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient [3, 3, C, F] of sum(dy * y) by the kernel."""
-    gradient = _product(self.enter(x), self.leave_transposed(dy), self.size, self.before, self.after)
+    gradient = _product(self.pre(x), self.post_transposed(dy), self.size, self.before, self.after)
     return self.expand_transposed(gradient).astype(dy.dtype)
 
   def plain_convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -290,23 +260,23 @@ class _Way(NamedTuple):
     )
 
 
-_WAYS = {
-  "none": _Way(3, 1, 1),
+_PLANS = {
+  "none": _ConvPlan(3, 1, 1),
   # The enlarged image is never made: 4/9 of the multiplications.
-  "up": _Way(
+  "up": _ConvPlan(
     *(2, 1, 1),
     expand=_merge,
     expand_transposed=_merge_transposed,
-    leave=_interleave,
-    leave_transposed=_part,
+    post=_interleave,
+    post_transposed=_part,
     repeat=2,
   ),
-  "down": _Way(
+  "down": _ConvPlan(
     *(2, 0, 1),
     expand=_pair,
     expand_transposed=_pair_transposed,
-    enter=_space_to_depth,
-    enter_transposed=_depth_to_space,
+    pre=_space_to_depth,
+    pre_transposed=_depth_to_space,
     stride=2,
   ),
 }
@@ -325,18 +295,18 @@ def _bilinear(name: str, a_axes: _Axes, b_axes: _Axes, c_axes: _Axes, on_cpu: Ca
   Args:
     name: of the primitive.
     a_axes, b_axes, c_axes: `_X`, `_KERNEL` or `_Y`.
-    on_cpu, plain: (way, a, b) -> c, of 4 axes, for CPUs and for other compilers.
+    on_cpu, plain: (plan, a, b) -> c, of 4 axes, for CPUs and for other compilers.
   """
   primitive = Primitive(name)
 
   def lower_for_cpus(a: jax.Array, b: jax.Array, *, resample: str, precision: Any) -> jax.Array:
-    function = functools.partial(on_cpu, _WAYS[resample])
+    function = functools.partial(on_cpu, _PLANS[resample])
     with jax.default_matmul_precision(precision):
       # A loop, as `jax.vmap` would make a grouped convolution, which is slow there.
       return function(a, b) if a.ndim == 4 else jax.lax.map(lambda pair: function(*pair), (a, b))
 
   def lower(a: jax.Array, b: jax.Array, *, resample: str, precision: Any) -> jax.Array:
-    function = functools.partial(plain, _WAYS[resample])
+    function = functools.partial(plain, _PLANS[resample])
     with jax.default_matmul_precision(precision):  # lowering may take place where another one is the default
       return function(a, b) if a.ndim == 4 else jax.vmap(function)(a, b)
 
@@ -400,9 +370,13 @@ def _split_axis(array: jax.Array, at: int, sizes: tuple[int, int]) -> jax.Array:
   return array.reshape(*array.shape[:at], *sizes, *array.shape[at + 1 :])
 
 
-_convolution = _bilinear("convolution_3x3", _X, _KERNEL, _Y, _Way.convolve, _Way.plain_convolve)
-_image_gradient = _bilinear("image_gradient_3x3", _KERNEL, _Y, _X, _Way.image_gradient, _Way.plain_image_gradient)
-_kernel_gradient = _bilinear("kernel_gradient_3x3", _X, _Y, _KERNEL, _Way.kernel_gradient, _Way.plain_kernel_gradient)
+_convolution = _bilinear("convolution_3x3", _X, _KERNEL, _Y, _ConvPlan.convolve, _ConvPlan.plain_convolve)
+_image_gradient = _bilinear(
+  "image_gradient_3x3", _KERNEL, _Y, _X, _ConvPlan.image_gradient, _ConvPlan.plain_image_gradient
+)
+_kernel_gradient = _bilinear(
+  "kernel_gradient_3x3", _X, _Y, _KERNEL, _ConvPlan.kernel_gradient, _ConvPlan.plain_kernel_gradient
+)
 
 # sum(dy * convolution(x, kernel)) is linear in each of the three arrays. Its gradient by dy is `_convolution`, by x
 # `_image_gradient`, by the kernel `_kernel_gradient`; so each one's transposes are the two others.

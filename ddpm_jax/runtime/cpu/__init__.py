@@ -1,0 +1,25 @@
+"""All that makes programs faster on CPUs; the results are the same to rounding.
+
+It wraps plain code from outside: `models.build` gives the network its convolutions, `devices.pmap` packs the state for
+a call of several steps. `materialize` alone stands within what it is for, `training.optimizer`. What is arranged with
+XLA and the operating system before JAX starts is in `runtime.compilation` and `runtime.hugepages`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from ddpm_jax.runtime.cpu.convolution import convolve
+from ddpm_jax.runtime.cpu.packed import pack, unpack
+
+__all__ = ["convolve", "materialize", "pack", "unpack"]
+
+
+def materialize(tree: Any) -> Any:
+  """The same arrays. On CPUs, XLA computes them anew wherever they are used, unless it is kept from that.
+
+  Elsewhere one pass over the memory yields several results, and nothing may come between.
+  """
+  return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)

@@ -1,0 +1,59 @@
+"""The 3x3 convolution of the U-Net beside `flax.linen.Conv`, and what takes its place on CPUs."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ddpm_jax.models.build import fast_convolutions
+from ddpm_jax.models.layers import Conv3x3
+
+RESAMPLE = ("none", "up", "down")
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "fast"])
+def convolutions(request):
+  """The convolution as the layer says it, and as `network_of` has it."""
+  if not request.param:
+    yield
+    return
+  with nn.intercept_methods(fast_convolutions):
+    yield
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_parameters_and_types_are_those_of_flax(resample, dtype, convolutions):
+  init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+  x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
+  strides = 2 if resample == "down" else 1
+  ours, theirs = Conv3x3(5, init, dtype, resample), nn.Conv(5, (3, 3), strides, kernel_init=init, dtype=dtype)
+  params = ours.init(jax.random.key(1), x)
+  assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, theirs.init(jax.random.key(1), x)))
+  params = jax.tree.map(lambda leaf: leaf + 0.5, params)  # a bias that counts
+  y, want = (
+    ours.apply(params, x),
+    theirs.apply(params, jnp.repeat(jnp.repeat(x, 2, 1), 2, 2) if resample == "up" else x),
+  )
+  assert y.dtype == want.dtype == dtype
+  np.testing.assert_allclose(
+    np.asarray(y, np.float32), np.asarray(want, np.float32), atol=1e-5 if dtype == jnp.float32 else 0.15
+  )
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+def test_the_gradient_by_a_bias_is_summed_in_float32(resample, convolutions):
+  """That of a sum over the output is the number of pixels; bfloat16 counts to 256."""
+  conv, x = Conv3x3(2, nn.initializers.ones_init(), jnp.bfloat16, resample), jnp.zeros((2, 200, 250, 1))
+  params = conv.init(jax.random.key(0), x[:1, :2, :2])
+  gradient = jax.jit(jax.grad(lambda params: jnp.sum(conv.apply(params, x).astype(jnp.float32))))(params)
+  np.testing.assert_array_equal(gradient["params"]["bias"], {"none": 1e5, "up": 4e5, "down": 2.5e4}[resample])
+
+
+@pytest.mark.parametrize("resample", RESAMPLE)
+def test_the_fast_convolution_is_the_one_that_runs(resample, convolutions, request):
+  conv, x = Conv3x3(2, nn.initializers.ones_init(), jnp.float32, resample), jnp.zeros((1, 4, 4, 1))
+  text = str(jax.make_jaxpr(conv.apply)(conv.init(jax.random.key(0), x), x))
+  fast = "fast" in request.node.callspec.id
+  assert ("convolution_3x3" in text) == fast and ("conv_general_dilated" in text) != fast
