@@ -1,4 +1,4 @@
-"""What training and sampling have in common: the parts of a run, built from its Config."""
+"""The parts of a run that training and sampling share, built from its Config."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Run(NamedTuple):
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
 
   def initial_state(self, params: Params | None = None) -> TrainState:
-    """The state before the first update, placed.
+    """The state before the first training step, placed.
 
     Args:
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
