@@ -29,7 +29,7 @@ INCLUDED = {
 }
 
 # Room -> page of the API with all its modules.
-ROOMS = ("diffusion", "models", "training")
+ROOMS = ("diffusion", "models", "first_stage", "training")
 
 
 def on_files(files: Any, config: Any) -> Any:
