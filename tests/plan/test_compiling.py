@@ -1,4 +1,4 @@
-"""The real step of the tiny run, compiled for the 8 simulated devices."""
+"""The real step of the tiny run, with one level, compiled for the 8 simulated devices."""
 
 import functools
 import types
@@ -17,10 +17,12 @@ from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 
+ONE_LEVEL = dict(channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
+
 
 @functools.cache
 def planned(mode, batch_size=16, **changes) -> tuple[CompiledStep, object]:
-  run = tiny_run(tiny_config(parallel=mode, batch_size=batch_size, **changes))
+  run = tiny_run(tiny_config(parallel=mode, batch_size=batch_size, **ONE_LEVEL, **changes))
   step = compile_step(run, batch_size)
   assert isinstance(step, CompiledStep)
   return step, run
