@@ -15,7 +15,7 @@ import pytest
 
 from ddpm_jax.runtime.watchdog import Watchdog
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 START = """
 import ctypes, faulthandler, os, pathlib, sys, time
 from ddpm_jax.runtime.watchdog import Watchdog
@@ -78,7 +78,7 @@ def test_stuck_with_the_lock_of_python(tmp_path):
 
 def test_stacks_that_somebody_else_asks_for_are_no_ticks():
   """SIGURG from outside: faulthandler writes into the pipe of the second process, which goes on."""
-  watcher = ROOT / "ddpm_jax" / "watcher.py"
+  watcher = ROOT / "ddpm_jax" / "runtime" / "watcher.py"
   command = [sys.executable, "-I", "-S", str(watcher), str(os.getpid()), "0", ""]
   with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
     for text in (b'[60.0, 0.0, "x"]\n', b"Thread 0x1 (most recent call first):\n", b'[60.0, 0.0, "x"]\n'):

@@ -30,8 +30,8 @@ def measured() -> dict[str, dict[str, float]]:
   step, state, found = jax.jit(make_train_step(run)), run.initial_state(), {}
   for number, name in enumerate(TOLERANCES):
     if name == "average":
-      state = state.replace(params=state.ema_params)
-    batch = jax.device_put(random_batch(seed=number), run.parallel.replicated)
+      state = state.replace(params=state.ema["ema"])
+    batch = jax.device_put(random_batch(seed=number), run.mesh.replicated)
     state, metrics = step(state, batch)
     found[name] = {key: float(metrics[key]) for key in ("loss", "grad_norm")}
   return found

@@ -243,7 +243,7 @@ class Remembering(NamedTuple):
     return terms, {"index": batch["index"], "image": batch["image"][:, 0, 0, 0]}
 
   def update_extra(self, extra, per_example):
-    return {"seen": per_example["index"] + 100 * per_example["image"], "steps": extra["steps"] + 1}
+    return {"seen": per_example["index"] + 100 * per_example["image"].astype(jnp.int32), "steps": extra["steps"] + 1}
 
 
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])
