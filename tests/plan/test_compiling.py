@@ -19,7 +19,6 @@ from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 
-
 ONE_LEVEL = dict(channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
 
 
