@@ -15,7 +15,7 @@ from ddpm_jax.checkpoint.manifest import describe
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.optimizer import make_optimizer
-from ddpm_jax.training.state import create_state
+from ddpm_jax.training.state import create_state, to_stored
 from tests.training.tiny import newest_intact
 
 
@@ -73,7 +73,7 @@ class Judge:
     except UserError as error:
       verdict = f"refused: {error}"
     else:
-      found = {name: leaf["sha256"] for name, leaf in describe(restored.state).items()}
+      found = {name: leaf["sha256"] for name, leaf in describe(to_stored(restored.state)).items()}
       if found != self._digests[restored.step]:
         verdict = "SILENT"
       elif restored.step == self.newer:
