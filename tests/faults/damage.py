@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
-from ddpm_jax.devices.parallel import Parallel
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import describe
 from ddpm_jax.config import Config
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.optimizer import make_optimizer
 from ddpm_jax.training.state import create_state, to_stored
@@ -96,11 +96,11 @@ class SmallRun:
   image_shape = (8, 8, 1)
 
   def __init__(self):
-    self.parallel, state = Parallel("pmap"), self.initial_state()
+    self.mesh, state = make_mesh("pmap"), self.initial_state()
     self.abstract_state = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       state,
-      self.parallel.state_shardings(state),
+      self.mesh.state_shardings(state),
     )
 
   def initial_state(self):
