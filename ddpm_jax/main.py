@@ -114,7 +114,7 @@ def _run(command: Command, config: Config, stop: StopRequest, job: Job, chosen: 
       from ddpm_jax.runs import train
 
       if job.processes > 1:
-        stop.defer()  # the others wait for this one: all stop together, after an update
+        stop.defer()  # the others wait for this one: all stop together, after a training step
       invocation = train.Invocation(stop, job, chosen, frozenset(command.given))
       finished = train.train(config, folder, invocation)
       return 0 if finished else config.train.stop_exit_code

@@ -29,7 +29,7 @@ INCLUDED = {
 }
 
 # Room -> page of the API with all its modules.
-ROOMS = ("diffusion", "models", "training")
+ROOMS = ("diffusion", "models", "first_stage", "training")
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -130,7 +130,8 @@ def permanence(field: Any) -> str:
 
 def spans(help: str) -> str:
   """A help text with its flags and quoted values as code spans."""
-  help = re.sub(r"(?<![\w`])(--[a-z_]+(?:=[\w.{}-]+)?)", r"`\1`", help)
+  help = re.sub(r"^<[\w|]+>: ", "", help)  # what absl puts before the help of an enum
+  help = re.sub(r"(?<![\w`])(--[a-z_]+(?:=[\w./{}-]*\w)?)", r"`\1`", help)
   help = re.sub(r"(?<!\w)'([^' ][^']*?)'(?!\w)", r"`\1`", help).replace("<", "&lt;")
   return re.sub(r"docs/([\w/]+\.md)", r"[docs/\1](../\1)", help)
 

@@ -75,7 +75,7 @@ def test_what_a_model_says_of_itself(trained, model):
   assert model.image_shape == IMAGE_SHAPE
   assert model.schedule.num_timesteps == 200 and model.schedule.alpha_bar[0] == 1
   assert repr(model).startswith("<Model of 8x8x1 images, ") and repr(model).endswith(
-    " parameters: the ema weights after update 5>"
+    " parameters: the ema weights after step 5>"
   )
 
 

@@ -45,7 +45,7 @@ def uninterrupted(folder):
   process = start(folder, "whole")
   out, err = process.communicate(timeout=300)
   assert process.returncode == 0 and len(TIME.findall(out)) == len(out.splitlines()), "every line has a time"
-  assert f"done: {STEPS} updates" in out and str(folder / "whole" / "metrics.jsonl") in out
+  assert f"done: {STEPS} training steps" in out and str(folder / "whole" / "metrics.jsonl") in out
   assert "1797 images 8x8x1 of digits" in out and "compiled" in out
   assert err == ""
   sample(folder, "whole", "--num_samples=5", "--sampling_steps=10")
@@ -71,7 +71,7 @@ def test_terminated_killed_and_resumed_is_uninterrupted(folder, uninterrupted):
   wait_for(lambda: (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_text(), process)
   process.send_signal(signal.SIGTERM)
   out, _ = finish(process)
-  assert "stopped on request after update" in out or "done" in out
+  assert "stopped on request after step" in out or "done" in out
 
   process = start(folder, "broken")
   wait_for(lambda: (workdir / "checkpoints" / "18").exists(), process)
@@ -88,7 +88,7 @@ def test_terminated_killed_and_resumed_is_uninterrupted(folder, uninterrupted):
   np.testing.assert_array_equal(drawn(workdir), drawn(uninterrupted))
 
   out, _ = finish(start(folder, "broken"))
-  assert "already holds all 24 updates: nothing to do" in out
+  assert "already holds all 24 steps: nothing to do" in out
   assert len(metrics(workdir)) == STEPS // 2
 
 
@@ -196,7 +196,7 @@ def test_weights_out_and_in_again(folder, uninterrupted):
   for form, target in formats.items():
     export = ["--mode=export", f"--export_format={form}", f"--export_dir={target}"]
     out, err = finish(start(folder, "whole", *export))
-    assert f"done: {target} holds the ema weights after update {STEPS}" in out and err == ""
+    assert f"done: {target} holds the ema weights after step {STEPS}" in out and err == ""
   paths = {"a": folder / "exported", "b": folder / "file" / "model.safetensors", "c": uninterrupted}
   draw = ["--mode=sample", "--num_samples=5", "--sampling_steps=10", "--sample_seed=77"]
   for name, path in paths.items():
@@ -231,8 +231,8 @@ def test_a_plan_of_a_run(folder, uninterrupted):
   """The stored run with another batch. Nothing is written."""
   before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
   process = start(folder, "whole", "--mode=plan", "--topology=cpu", "--batch_size=32")
-  out = wait_for_line(process, "24 updates")
-  assert "8x8x1 (digits), 32 in an update" in out and "cpu: 2 x cpu" in out and "fits: " in out
+  out = wait_for_line(process, "24 training steps")
+  assert "8x8x1 (digits), 32 in a training step" in out and "cpu: 2 x cpu" in out and "fits: " in out
   process.send_signal(signal.SIGTERM)  # the largest batch is not waited for
   _, err = finish(process, code=128 + signal.SIGTERM)
   assert err.startswith("compiling the step for a batch of 32 ... ") and "Traceback" not in err

@@ -71,21 +71,21 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
   def steps(self) -> list[int]:
-    """The numbers of updates in the checkpoints that are complete, in order."""
+    """The numbers of training steps in the checkpoints that are complete, in order."""
     return sorted(self._manager.all_steps())
 
   def newest(self) -> int | None:
-    """The number of updates in the newest checkpoint, or None."""
+    """The number of training steps in the newest checkpoint, or None."""
     return max(self.steps(), default=None)
 
   # Writing.
 
   def save(self, state: TrainState, step: int, facts: dict[str, Any]) -> None:
-    """Starts writing the state after `step` updates; returns once the state may be donated again.
+    """Starts writing the state after `step` training steps; returns once the state may be donated again.
 
     Args:
       state: global arrays.
-      step: the number of updates in it.
+      step: the number of training steps in it.
       facts: for the manifest, JSON values.
 
     Raises:

@@ -43,7 +43,7 @@ def make(state: Tree, step: int, facts: dict[str, Any]) -> Manifest:
 
   Args:
     state: global arrays.
-    step: the number of updates in it.
+    step: the number of training steps in it.
     facts: what the checkpoint is of: JSON values under names of their own.
 
   Returns:
@@ -56,7 +56,7 @@ def make(state: Tree, step: int, facts: dict[str, Any]) -> Manifest:
   for name, leaf in leaves.items():
     if not leaf.pop("finite"):
       raise NonFiniteError(
-        f"update {step}: {name} is no longer finite, so this state is not saved; what was saved before is intact; try "
+        f"step {step}: {name} is no longer finite, so this state is not saved; what was saved before is intact; try "
         "a lower --learning_rate in another --workdir"
       )
   manifest = facts | {"format": _FORMAT, "step": step, "leaves": leaves}
@@ -76,7 +76,7 @@ def check(manifest: Any, step: int) -> None:
       "the version that wrote it"
     )
   if manifest["step"] != step:
-    raise DamagedError(f"its manifest is of update {manifest['step']}")
+    raise DamagedError(f"its manifest is of step {manifest['step']}")
 
 
 def verify(manifest: Manifest, state: Tree) -> None:

@@ -25,7 +25,7 @@ def first_checkpoint(config: Config) -> int:
 
 
 class Saver:
-  """Saves every `checkpoint_every` updates, and puts up with failures until `max_unsaved_steps` updates are at risk."""
+  """Saves every `checkpoint_every` steps; retries failed saves until `max_unsaved_steps` steps are at risk."""
 
   def __init__(
     self,
@@ -44,7 +44,7 @@ class Saver:
       checkpoints: where to.
       options: the options.
       facts: for the manifests.
-      start_step: the number of updates in the newest checkpoint that exists.
+      start_step: the number of training steps in the newest checkpoint that exists.
       lock: of the workdir, which is looked at before each save; None where another process has it.
       flush: writes what belongs to a checkpoint, the metrics; called before each save, raises OSError.
       extra_step: is saved whatever `checkpoint_every` is.
@@ -57,7 +57,7 @@ class Saver:
     self._has_failed = self._last = False
 
   def due(self, step: int) -> bool:
-    """Whether the state after `step` updates is to be saved."""
+    """Whether the state after `step` training steps is to be saved."""
     last_chance = self._has_failed and self._pending is None and step - self._saved >= self._limit
     return step % self._every == 0 or step == self._extra_step or last_chance
 
@@ -68,12 +68,12 @@ class Saver:
 
     Args:
       state: global arrays.
-      step: the number of updates in it.
+      step: the number of training steps in it.
       so_far: what else belongs to this step, JSON values, for the manifest.
       last: nothing is trained after it, so that a failure is final.
 
     Raises:
-      RunError: if it fails, and more updates than may be lost have been made since the newest checkpoint.
+      RunError: if it fails, and more training steps than may be lost have been made since the newest checkpoint.
       NonFiniteError: if the state is not finite.
     """
     self._last = last
@@ -89,37 +89,37 @@ class Saver:
       self._checkpoints.save(state, step, {**self._facts, **so_far})
     except OSError as error:
       reason = f"checkpoint {step} could not be written, as its metrics cannot ({error})"
-      self._put_up_with(RunError(f"{reason}; the newest is {self._saved or None}"), step)
+      self._tolerate_or_raise(RunError(f"{reason}; the newest is {self._saved or None}"), step)
     except RunError as error:
-      self._put_up_with(error, step)
+      self._tolerate_or_raise(error, step)
     else:
       self._pending = step
       last_chance = self._has_failed and step - self._saved >= self._limit
       if last_chance and (error := self._settle(wait=True)):
-        self._put_up_with(error, step)
+        self._tolerate_or_raise(error, step)
 
   def poll(self, step: int) -> None:
     """To be called after every call of the step: hears of a save that failed in the background since.
 
-    If more updates than may be lost have been made since the newest checkpoint, `due` says so: a last chance.
+    If more training steps than may be lost have been made since the newest checkpoint, `due` says so: a last chance.
 
     Raises:
       RunError: if there are other processes, which may think that it succeeded, or the lock of the workdir is lost.
     """
     if error := self._settle(wait=False):
-      self._put_up_with(error, step, try_again=True)
+      self._tolerate_or_raise(error, step, try_again=True)
 
   def wait(self, step: int) -> bool:
     """Waits for the save of `step`. Returns whether it is on disk; raises as `save` does."""
     if error := self._settle(wait=True):
-      self._put_up_with(error, step)
+      self._tolerate_or_raise(error, step)
     return self._saved == step
 
   def finish(self, step: int) -> None:
     """Waits for the last save, of `step`. Raises RunError if it is not on disk."""
     self._last = True
     if error := self._settle(wait=True):
-      self._put_up_with(error, step)
+      self._tolerate_or_raise(error, step)
 
   def _settle(self, *, wait: bool) -> RunError | None:
     """Takes note of the save under way, if it has ended. Returns why it failed."""
@@ -144,12 +144,12 @@ class Saver:
     if self._lock:
       self._lock.check()
 
-  def _put_up_with(self, error: RunError, step: int, *, try_again: bool = False) -> None:
+  def _tolerate_or_raise(self, error: RunError, step: int, *, try_again: bool = False) -> None:
     self._has_failed = True
     if self._last:
-      raise RunError(f"{error}; the run has ended after update {step}, what came after the newest is lost") from error
+      raise RunError(f"{error}; the run has ended after step {step}, what came after the newest is lost") from error
     if jax.process_count() > 1:  # the others may think that it succeeded: no way back to one story
       raise error
     if step - self._saved >= self._limit and not try_again:
-      raise RunError(f"{error}; nothing could be saved since update {self._saved}, see --max_unsaved_steps") from error
+      raise RunError(f"{error}; nothing could be saved since step {self._saved}, see --max_unsaved_steps") from error
     console.warn(f"{error}; the run goes on and tries again")

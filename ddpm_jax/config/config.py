@@ -264,7 +264,7 @@ def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
       "--threshold=dynamic"
     )
   if sample.checkpoint not in ("newest", "best") and not (sample.checkpoint.isascii() and sample.checkpoint.isdigit()):
-    raise UserError(f"checkpoint: {sample.checkpoint!r} is unknown; use newest, best, or a number of updates")
+    raise UserError(f"checkpoint: {sample.checkpoint!r} is unknown; use newest, best, or a number of training steps")
 
 
 def _check_evaluate(config: Config) -> None:

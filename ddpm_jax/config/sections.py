@@ -30,7 +30,7 @@ class DataConfig:
                               "a huggingface_hub cache.", may_change=True)
   image_size: int = option(0, "Resize the short side to this many pixels and crop the centre (0: images as they are).",
                            minimum=0)
-  batch_size: int = option(64, "Images in one update, over all devices and processes.", minimum=1)
+  batch_size: int = option(64, "Images in one training step, over all devices and processes.", minimum=1)
   random_flip: bool = option(False, "Mirror each image left-right with probability 1/2.")
   cache_gib: float = option(4.0, "Data sets whose uint8 images take at most this many GiB are decoded once and kept "
                             "in memory; larger ones are read from disk.", minimum=0, may_change=True)
@@ -122,7 +122,7 @@ class TrainConfig:
   parallel: str = option("pmap", "How a step runs on several devices: 'pmap' replicates the state, 'fsdp' shards "
                          "parameters, optimiser state and EMA.", choices=("pmap", "fsdp"), may_change=True)
   grad_accum_steps: int = option(1, "Split each batch into this many parts, one after the other: less memory, the "
-                                 "same update.", minimum=1, may_change=True)
+                                 "same training step.", minimum=1, may_change=True)
   log_every: int = option(25, "Updates between two lines of metrics.", minimum=1, may_change=True)
   checkpoint_every: int = option(1000, "Updates between two checkpoints.", minimum=1, may_change=True)
   sample_every: int = option(1000, "Updates between two sample grids, beside those after 1, 2, 4, 8, ... minutes of "
@@ -133,19 +133,19 @@ class TrainConfig:
                              "lowest value counts. 'bound' is that of the last of --likelihood_splits.",
                              choices=("frechet", "kid", "bound", "ode"), may_change=True)
   keep_checkpoints: int = option(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
-  max_unsaved_steps: int = option(0, "After a checkpoint that could not be written, updates that may be at risk "
-                                  "before the run ends with an error, up to the end of a call of --steps_per_dispatch "
-                                  "(0: twice --checkpoint_every).", minimum=0, may_change=True)
+  max_unsaved_steps: int = option(0, "After a checkpoint that could not be written, training steps that may be at "
+                                  "risk before the run ends with an error, up to the end of a call of "
+                                  "--steps_per_dispatch (0: twice --checkpoint_every).", minimum=0, may_change=True)
   on_corrupt: str = option("fallback", "A checkpoint that is damaged: 'fallback' goes back to the newest intact one, "
                            "'fail' ends the run.", choices=("fallback", "fail"), may_change=True)
-  on_nonfinite: str = option("halt", "An update whose loss or gradient is infinite or not a number: 'halt' ends the "
-                             "run, 'skip' leaves the weights as they are and goes on.", choices=("halt", "skip"),
+  on_nonfinite: str = option("halt", "A training step whose loss or gradient is infinite or not a number: 'halt' ends "
+                             "the run, 'skip' leaves the weights as they are and goes on.", choices=("halt", "skip"),
                              may_change=True)
-  max_nonfinite: int = option(10, "Non-finite updates in a row at which the run ends, with --on_nonfinite=skip.",
+  max_nonfinite: int = option(10, "Non-finite training steps in a row at which the run ends, with --on_nonfinite=skip.",
                               minimum=1, may_change=True)
-  step_timeout: int = option(1800, "Seconds that a call of --steps_per_dispatch updates, a checkpoint or a sample "
-                             "grid may take before the process counts as stuck: every thread's stack is printed and "
-                             "the process ends (0: never).", minimum=0, may_change=True)
+  step_timeout: int = option(1800, "Seconds that a call of --steps_per_dispatch training steps, a checkpoint or a "
+                             "sample grid may take before the process counts as stuck: every thread's stack is "
+                             "printed and the process ends (0: never).", minimum=0, may_change=True)
   heartbeat_timeout: int = option(100, "Seconds after which a process of a job that is silent counts as lost.",
                                   minimum=5, may_change=True)
   preview_images: int = option(16, "Images in a sample grid during training, drawn with the EMA weights and with the "
@@ -155,8 +155,8 @@ class TrainConfig:
   distributed: str = option("auto", "'auto' joins the other processes of a Cloud TPU, Slurm, Open MPI or Kubernetes "
                             "job, or those that JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID "
                             "describe; 'off' trains alone.", choices=("auto", "off"), may_change=True)
-  steps_per_dispatch: int = option(5, "The most updates that the device makes without hearing from the host in "
-                                   "between: faster where a small network's updates take not much longer than "
+  steps_per_dispatch: int = option(5, "The most training steps that the device makes without hearing from the host in "
+                                   "between: faster where a small network's training steps take not much longer than "
                                    "starting them.", minimum=1, may_change=True)
   compilation_cache: str = option("auto", "Folder that keeps compiled programs for the next start: 'auto' is "
                                   "JAX_COMPILATION_CACHE_DIR, or else ddpm_jax/ in ~/.cache; 'off' keeps none.",

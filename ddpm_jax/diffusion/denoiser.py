@@ -1,10 +1,9 @@
-"""The central types: a network and a parameterization make a denoiser, and all that draws or measures sees only that.
+"""The denoiser: a network and a parameterization. All that samples or measures sees only its denoise function.
 
-  level = schedules.level(schedule, t)                    # x_t = alpha x_0 + sigma eps
   denoise = Denoiser(network, parameterization).bind(params)
-  denoise(xt, level).x0                                   # the estimate of x_0, and beside it that of eps
+  x0, eps = denoise(xt, schedule.level(t))
 
-A denoise function is a plain function of arrays: what changes a prediction (`thresholded`) wraps it.
+A denoise function is a plain function of arrays. Thresholding wraps one: it returns a denoise function, too.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ddpm_jax.diffusion.parameterization import Parameterization
 from ddpm_jax.diffusion.schedules import Level
 
 Params = Any  # a pytree of arrays
-Cond = Any  # what the network is conditioned on: a pytree of arrays [B, ...], None for nothing
+Cond = Any  # the condition: a pytree of arrays [B, ...]; None for an unconditional network
 
 
 class Network(Protocol):
@@ -35,11 +34,11 @@ class Network(Protocol):
       params: its parameters.
       x: x_t, float32 [B, ...].
       time: `Level.time` of each example, [B].
-      cond: what it is conditioned on.
+      cond: the condition.
       dropout_keys: B random keys; None for no dropout.
 
     Returns:
-      What the parameterization says, of the shape of x.
+      The output that the parameterization interprets, the shape of x.
     """
     ...
 
@@ -55,7 +54,7 @@ DenoiseFn = Callable[[jax.Array, Level], Prediction]  # (x_t [B, ...], its level
 
 
 def from_x0(x0: jax.Array, xt: jax.Array, level: Level) -> Prediction:
-  """The prediction with that x0 [B, ...] and the eps that is left of x_t then; sigma > 0."""
+  """The prediction of an x0 [B, ...]: eps = (x_t - alpha x_0) / sigma, for sigma > 0."""
 
   def eps(x0: jax.Array, xt: jax.Array, level: Level) -> jax.Array:
     return (xt - level.alpha * x0) / level.sigma
@@ -65,13 +64,13 @@ def from_x0(x0: jax.Array, xt: jax.Array, level: Level) -> Prediction:
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-  """A network and what its output means. Equal and hashed by value; holds no arrays."""
+  """A network and the parameterization of its output. Equal and hashed by value; holds no arrays."""
 
   network: Network
   parameterization: Parameterization
 
   def bind(self, params: Params, cond: Cond = None) -> DenoiseFn:
-    """The denoise function with these parameters, conditioned on `cond`; nothing is clipped, no dropout."""
+    """The denoise function with these parameters and this condition, without dropout and thresholding."""
 
     def denoise(xt: jax.Array, level: Level) -> Prediction:
       level = _for_each(level, xt)

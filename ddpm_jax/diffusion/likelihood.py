@@ -127,7 +127,7 @@ _BELOW_1 = 8  # steps on [0, sbar_1]
 
 
 class OdeTable(typing.NamedTuple):
-  """How the ODE is solved. One row for each of the n + 8 points of the grid, sbar = 0 first and sbar_T last.
+  """The steps of the ODE solver. One row for each of the n + 8 points of the grid, sbar = 0 first and sbar_T last.
 
   At row i the state is xbar_i. float64 [n + 8] each.
   """
@@ -164,7 +164,7 @@ def ode_table(schedule: NoiseSchedule, num_steps: int) -> OdeTable:
 
 
 def ode_evaluations(num_steps: int) -> int:
-  """How often `ode_log_density` evaluates the network."""
+  """The number of network evaluations of `ode_log_density`."""
   return 2 * (num_steps + _BELOW_1)
 
 

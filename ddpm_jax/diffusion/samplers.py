@@ -245,7 +245,7 @@ def numbered_noise(keys: jax.Array, shape: tuple[int, ...]) -> Callable[[jax.Arr
 
 
 class State(typing.NamedTuple):
-  """Where B examples are between two rows of a table.
+  """The state of B examples between two rows of a table.
 
   Attributes:
     xt: float32 [B, ...].

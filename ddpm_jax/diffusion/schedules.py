@@ -18,7 +18,7 @@ Tables = typing.TypeVar("Tables")  # a tree of NumPy arrays
 
 
 class Level(typing.NamedTuple):
-  """How noisy x = alpha x_0 + sigma eps is, for one example (scalars) or a batch ([B] each).
+  """The noise level of x = alpha x_0 + sigma eps, for one example (scalars) or a batch ([B] each).
 
   Attributes:
     alpha: the factor of x_0, > 0.
@@ -228,7 +228,7 @@ _LARGEST_BETA = 0.99  # that is proposed: 1 would be a step after which nothing 
 
 
 def reaches_noise(schedule: NoiseSchedule) -> bool:
-  """Whether what x_T still holds of x_0 is at most `SEEN_SIGNAL`, so that N(0, I) may stand for it."""
+  """True if x_T holds at most `SEEN_SIGNAL` of x_0, so that N(0, I) may replace it."""
   return bool(schedule.sqrt_alpha_bar[-1] <= SEEN_SIGNAL)
 
 

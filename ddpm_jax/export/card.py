@@ -50,14 +50,14 @@ In ddpm_jax: `python -m ddpm_jax.main --mode=sample --init_from=PATH --workdir=D
 def find_samples(workdir: pathlib.Path, weights: Weights) -> tuple[pathlib.Path, str] | None:
   """A picture of samples of these very weights in their workdir, and what it shows; None if there is none.
 
-  What --mode=sample drew last, or the grid of the training after that update.
+  What --mode=sample drew last, or the grid of the training after that step.
   """
   drawn, grid = workdir / "samples" / PICTURE, workdir / "samples" / f"step_{weights.step:08d}.png"
   facts = grids.facts_of(drawn)
   if facts.get("weights_sha256") == weights.identity:
     return drawn, f"Drawn with these weights by the sampler {_code(facts.get('sampler'))}."
   if grid.is_file():
-    return grid, f"Drawn after update {weights.step:,} of the training: the EMA weights beside the raw ones."
+    return grid, f"Drawn after step {weights.step:,} of the training: the EMA weights beside the raw ones."
   return None
 
 
@@ -105,7 +105,7 @@ def _training(config: Config, init_from: str, weights: Weights) -> str:
   first = f"- begun with the weights of {_code(pathlib.PurePath(init_from).name)}\n" if init_from else ""
   return (
     f"## Training\n\n- data set: {_code(data.dataset)}, split {_code(data.split)}\n{first}"
-    f"- updates: {weights.step:,} of batches of {data.batch_size:,} images\n"
+    f"- training steps: {weights.step:,} of batches of {data.batch_size:,} images\n"
     f"- exported: {which[weights.which]} after the last of them\n"
   )
 

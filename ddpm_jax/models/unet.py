@@ -23,7 +23,7 @@ from ddpm_jax.models.layers import (
 
 
 class UNet(nn.Module):
-  """What a parameterization says, eps, x0 or v, from (x_t, time).
+  """Predicts eps, x0 or v from (x_t, time).
 
   Attributes:
     out_channels: channels of the image.

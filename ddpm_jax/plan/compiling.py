@@ -20,7 +20,7 @@ class Memory(NamedTuple):
 
   Attributes:
     parameters, average, optimizer: of the state. It is donated: the new state takes the place of the old one.
-    counters: the number of updates, and what went wrong in them.
+    counters: the number of training steps, and what went wrong in them.
     batch: images, their indices, and the command: how many steps to make.
     padding: what the device's layout adds to all of these.
     temporaries: activations, gradients and whatever else lives within a step.

@@ -28,7 +28,7 @@ def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
       f"U-Net of {num_params(run.abstract_state.params):,} parameters, {config.model.dtype} activations, "
       f"{config.model.matmul_precision} matmul precision",
     ),
-    ("images", f"{height}x{width}x{channels} ({config.data.dataset}), {config.data.batch_size} in an update"),
+    ("images", f"{height}x{width}x{channels} ({config.data.dataset}), {config.data.batch_size} in a training step"),
     (
       "topology",
       f"{topology.name}: {len(topology.devices)} x {topology.kind}{chips}, --parallel={config.train.parallel}",
@@ -122,7 +122,7 @@ def bound(run: Run, step: CompiledStep, times: Roofline) -> str:
     ("step", f"at least {seconds_text(times.seconds)}; limit: {times.limit}"),
     ("speed", f"at most {1 / times.seconds:,.1f} updates/s, {step.batch_size / times.seconds:,.0f} images/s"),
     ("arithmetic", f"at most {times.utilisation:.0%} of its peak is used"),
-    (f"{total:,} updates", f"at least {duration_text(total * times.seconds)}"),
+    (f"{total:,} training steps", f"at least {duration_text(total * times.seconds)}"),
   ]
   return "bound: roofline, all three at the same time and at their peaks\n" + _table(rows)
 

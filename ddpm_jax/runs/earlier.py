@@ -14,7 +14,7 @@ from ddpm_jax.workdir import grids, layout
 
 
 def _step_of(path: pathlib.Path) -> int:
-  """The number of updates of the weights that drew or measured what a file holds; 0 if it does not say."""
+  """The number of training steps of the weights that drew or measured what a file holds; 0 if it does not say."""
   name = path.name.removeprefix("step_").split(".")[0]
   step = int(name) if name.isdecimal() else grids.facts_of(path.with_suffix(".png")).get("checkpoint")
   return step if isinstance(step, int) else 0

@@ -27,7 +27,7 @@ _BUDGET_S = 60.0  # of one evaluation, where --evaluate_samples leaves that open
 
 
 def evaluation_due(options: TrainConfig, step: int) -> bool:
-  """Whether the state after `step` updates is to be measured."""
+  """Whether the state after `step` training steps is to be measured."""
   every = options.evaluate_every
   return every > 0 and step > 0 and (step % every == 0 or step == options.num_steps)
 
@@ -38,9 +38,9 @@ def evaluation_missing(config: Config, workdir: pathlib.Path, step: int) -> bool
 
 
 class Evaluations:
-  """Measures the state every `--evaluate_every` updates, and at the end.
+  """Measures the state every `--evaluate_every` training steps, and at the end.
 
-  The checkpoint of that update is on disk before, so that nothing is lost by a stop or a kill meanwhile; the evaluation
+  The checkpoint of that step is on disk before, so that nothing is lost by a stop or a kill meanwhile; the evaluation
   is then made when the run goes on.
   """
 
@@ -60,7 +60,7 @@ class Evaluations:
     self._stop, self._beat, self._given = stop, beat, given
 
   def due(self, step: int) -> bool:
-    """Whether the state after `step` updates is to be measured."""
+    """Whether the state after `step` training steps is to be measured."""
     return evaluation_due(self._run.config.train, step)
 
   def missing(self, step: int) -> bool:
@@ -89,7 +89,7 @@ class Evaluations:
         raise evaluate_lib.Abandoned
 
     around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S, given=self._given)
-    around.say(f"evaluating update {step}")
+    around.say(f"evaluating step {step}")
     try:
       if alone:
         with self._stop.at_rest():
@@ -102,7 +102,7 @@ class Evaluations:
       try:
         self._keep(result, pictures)
       except RunError as error:  # the checkpoint is safe, and the same command can evaluate it
-        console.warn(f"{error}; update {step} counts as not evaluated")
+        console.warn(f"{error}; step {step} counts as not evaluated")
     return False
 
   def _keep(self, result: Result, pictures: dict[str, np.ndarray]) -> None:
@@ -114,6 +114,6 @@ class Evaluations:
     self._reports.renew_pages(step)
     others = ", ".join(f"{kind} {value:.3g}" for kind, value in yardsticks_of(result, measure).items())
     console.say(
-      f"evaluated update {step}: {measure} {measure_of(result, measure):.5g}{others and f' ({others})'}"
+      f"evaluated step {step}: {measure} {measure_of(result, measure):.5g}{others and f' ({others})'}"
       f"{', the best so far' * best}"
     )

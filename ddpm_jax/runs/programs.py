@@ -39,7 +39,7 @@ class StepProgram:
 
     Args:
       run: the run.
-      train_step: one update, (state, batch, axis_name, seed) -> (state, metrics), as `DeviceMesh.compile` takes it.
+      train_step: one step, (state, batch, axis_name, seed) -> (state, metrics), as `DeviceMesh.compile` takes it.
       compiler: has nothing else to do yet.
       ahead: whether it will be called soon.
     """

@@ -44,15 +44,15 @@ class Reports:
     so_far: Mapping[str, Any] = types.MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
   ):
-    """Opens the files of `workdir`; what they hold of updates after `start_step` is forgotten.
+    """Opens the files of `workdir`; what they hold of training steps after `start_step` is forgotten.
 
     Args:
       workdir: where they are.
       progress: the terminal.
       options: the options.
-      start_step: the number of updates made before.
+      start_step: the number of training steps made before.
       batch_size: B, over all processes.
-      images: update -> int [B], the indices of its images in the data set.
+      images: training step -> int [B], the indices of its images in the data set.
       settings: of the run, for others to read: no folder of this machine is named.
       so_far: what `so_far` returned at `start_step`; {} for a new run, and for checkpoints of release 0.1.0.
       clock: seconds since any moment.
@@ -81,15 +81,15 @@ class Reports:
 
   def compiled(self, steps: range) -> None:
     """Says how long the first call took, which includes the compilation, and starts to measure the speed."""
-    which = f"update {steps[0]}" if len(steps) == 1 else f"updates {steps[0]} to {steps[-1]}"
+    which = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     self._progress.say(f"compiled and made {which} in {self._clock.start(steps[-1]):.1f} s")
     self._progress.begin(steps[-1])
 
   def check(self, steps: range, metrics: Metrics) -> None:
-    """Waits for the updates `steps`, made in one call, and looks whether they were finite.
+    """Waits for the training steps `steps`, made in one call, and looks whether they were finite.
 
     Raises:
-      NonFiniteError: if one was not, and no more such updates are put up with.
+      NonFiniteError: if one was not, and no more such training steps are put up with.
     """
     in_row, losses = (np.atleast_1d(to_host(metrics[name])) for name in ("nonfinite_in_row", "loss"))
     self._losses += [loss for loss in losses[: len(steps)].tolist() if math.isfinite(loss)]
@@ -102,7 +102,7 @@ class Reports:
       self._due = math.inf
 
   def _nonfinite(self, step: int, in_row: int, loss: float, norm: float) -> None:
-    what = f"update {step}: loss {loss}, gradient norm {norm}"
+    what = f"step {step}: loss {loss}, gradient norm {norm}"
     indices = " ".join(map(str, self._images(step)))
     if in_row < self._max_nonfinite:
       self._progress.say(f"{what}; left out, the weights stay as they were; its images are {indices}")
@@ -114,9 +114,9 @@ class Reports:
     )
 
   def metrics(self, steps: range, metrics: Metrics) -> None:
-    """Writes and shows the metrics of the last of the updates `steps`, made in one call.
+    """Writes and shows the metrics of the last of the training steps `steps`, made in one call.
 
-    The loss is the mean over all updates since the line before, but for those that are not finite.
+    The loss is the mean over all training steps since the line before, but for those that are not finite.
     """
     step = steps[-1]
     values = {name: _of_update(len(steps) - 1, value) for name, value in metrics.items()}
@@ -128,7 +128,7 @@ class Reports:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
     values |= {"images": step * self._batch_size, "seconds": round(seconds, 3)}
     if self._writer and self._loggers:
-      with self._told(f"the metrics of update {step} wait to be written"):
+      with self._told(f"the metrics of step {step} wait to be written"):
         self._writer.write(step, values | {"time": round(time.time(), 3)})
       self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
@@ -144,9 +144,9 @@ class Reports:
     return {"losses": list(self._losses), "seconds": round(self._clock.at(step), 3)}
 
   def evaluated(self, step: int, values: dict[str, float]) -> None:
-    """Adds what was measured of the model after update `step` to its metrics."""
+    """Adds what was measured of the model after training step `step` to its metrics."""
     if self._writer and self._loggers:
-      with self._told(f"what was measured of update {step} is not in the metrics"):
+      with self._told(f"what was measured of step {step} is not in the metrics"):
         self._writer.amend(step, values)
       self._loggers.scalars(step, values)
 
@@ -158,10 +158,10 @@ class Reports:
     if not (self._writer and self._loggers):
       return
     path = self._workdir / "samples" / f"step_{step:08d}.png"
-    with self._told(f"the sample grid of update {step} is lost"):
+    with self._told(f"the sample grid of step {step} is lost"):
       grids.save_png(path, picture, {"checkpoint": step, **settings})
       self._writer.write_image(step, "samples", picture)
-      self._progress.say(f"sample grid of update {step}: {path}")
+      self._progress.say(f"sample grid of step {step}: {path}")
       console.show_png(path)
     self._loggers.image(step, "samples", picture)
     self.renew_pages(step)
@@ -175,7 +175,7 @@ class Reports:
   def _settle_pages(self, step: int) -> None:
     """Waits until the pages are written, and tells if they could not be."""
     if self._pages:
-      with self._told(f"loss.png and report.html are not renewed at update {step}"):
+      with self._told(f"loss.png and report.html are not renewed at step {step}"):
         self._pages.result()
       self._pages = None
 
@@ -227,7 +227,7 @@ def write_pages(workdir: pathlib.Path) -> None:
 
 
 def _of_update(i: int, metric: jax.Array) -> float:
-  """A metric of the i-th update of a call. Several updates have a leading axis, which may be longer than they are."""
+  """A metric of the i-th step of a call. Metrics of several steps have a leading axis, which may be longer."""
   return np.atleast_1d(to_host(metric))[i].item()
 
 

@@ -309,7 +309,7 @@ def training_loop(run: Run, source: Source, state: TrainState, start: int, servi
           reports.samples(step, picture(), preview.settings)
           early.drawn()
           in_flight.grid_voted = False
-          watchdog.beat(f"the sample grid of update {step}")
+          watchdog.beat(f"the sample grid of step {step}")
         if evaluations.due(step) and not stopping and saver.wait(step):
           stopping = evaluations.make(mesh.to_global_array(state), step)  # stopped: it is made when the run goes on
           last |= stopping
@@ -349,7 +349,7 @@ class InFlight:
         stop, grid = to_host(votes).tolist()
         self.stop_voted |= bool(stop)
         self.grid_voted |= bool(grid)
-      services.watchdog.beat(f"update {done}")
+      services.watchdog.beat(f"step {done}")
 
 
 def _grid_due(options: TrainConfig, step: int) -> bool:
@@ -358,12 +358,12 @@ def _grid_due(options: TrainConfig, step: int) -> bool:
 
 
 def calls_ahead(options: TrainConfig) -> int:
-  """Calls that may be under way while the host prepares the next one. Of several updates, one takes long enough."""
+  """Calls that may be under way while the host prepares the next one; one of several steps takes long enough."""
   return 2 if options.steps_per_dispatch == 1 else 1
 
 
 def dispatches(options: TrainConfig, start: int, extra_step: int | None = None) -> Iterator[range]:
-  """The updates after `start`, in the calls that the device gets them in: at most `steps_per_dispatch` in each.
+  """The training steps after `start`, in the calls that the device gets them in: at most `steps_per_dispatch` in each.
 
   A call ends where something is written, and at `extra_step`.
   """

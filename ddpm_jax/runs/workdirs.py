@@ -133,7 +133,7 @@ def _headline(
     f"({run.mesh.strategy})\n{job.text}\n"
   )
   if finished:
-    return what + f"{workdir} already holds all {total} updates: nothing to do; raise --num_steps to train longer"
+    return what + f"{workdir} already holds all {total} steps: nothing to do; raise --num_steps to train longer"
   if moved:
     what += (
       f"going back to step {start}, after which the learning rate decayed toward another --num_steps; later "
@@ -142,14 +142,14 @@ def _headline(
   if start and run.lr_restart == start:
     what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
   if start:
-    return what + f"resuming {workdir} after update {start} of {total}; compiling"
+    return what + f"resuming {workdir} after step {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
-  return what + f"a new run: training {total} updates{first} in {workdir}; compiling"
+  return what + f"a new run: {total} training steps{first} in {workdir}; compiling"
 
 
 def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
   done, quick = step >= total, min(QUICK, num_timesteps)
-  end = f"done: {step} updates" if done else f"stopped on request after update {step} of {total}, saved"
+  end = f"done: {step} training steps" if done else f"stopped on request after step {step} of {total}, saved"
   again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
   metrics = f"{workdir / 'metrics.jsonl'}, loss.png and report.html beside it"
   if importlib.util.find_spec("tensorboard") and (workdir / "tensorboard").is_dir():

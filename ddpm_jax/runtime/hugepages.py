@@ -1,6 +1,6 @@
 """Memory in pages of 2 MiB that stays, on Linux: for the arrays of CPUs.
 
-XLA asks the system for hundreds of megabytes in every update and gives them back after it. In pages of 4 KiB the system
+XLA asks the system for hundreds of megabytes in every step and gives them back after it. In pages of 4 KiB the system
 then spends a third of the time on filling in pages, and in pages of 2 MiB still a tenth, unless memory that is free
 stays with the process; `docs/results/speed.md` has what either brings.
 """

@@ -71,7 +71,7 @@ class Watchdog:
       self._thread.join()
 
   def beat(self, what: str) -> None:
-    """Reports progress: `what` is done, as in 'update 12'. Costs less than a microsecond."""
+    """Reports progress: `what` is done, as in 'step 12'. Costs less than a microsecond."""
     self._last = (what,)
 
   def _watch(self) -> None:

@@ -140,7 +140,7 @@ def largest_batch(bytes_needed: Callable[[int], int], free: int, *, most: int, f
 
 
 def fit_batch(draw: BatchedFn | BatchedLoop, constants: Seeded | Params, *columns: np.ndarray, number: int) -> int:
-  """How many of `number` images to draw at once where the user leaves it open; the same on every process.
+  """The batch size for `number` images where the user leaves it open; the same on every process.
 
   columns: arrays like those that `draw` takes beside the constants, of at least one row.
   """

@@ -134,7 +134,7 @@ class Drawn:
 
 
 def settings(config: Config, weights: Weights) -> dict[str, Any]:
-  """How images are drawn, JSON values: the options of the section `sample` and what else they depend on."""
+  """The settings of a draw, JSON values: the options of the section `sample` and what else the images depend on."""
   own = {field.name: value for section, field, value in config_lib.options(config) if section == "sample"}
   own["time_grid"] = grid_name(config.sample.sampler, config.sample.time_grid)  # 'auto' may once mean another one
   return own | {
@@ -147,7 +147,7 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
 
 
 def facts_of_picture(settings: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
-  """What a picture carries of what drew it. Pictures are passed on, so no path of this machine is among it."""
+  """The metadata of a picture. Pictures are passed on, so no path of this machine is among it."""
   told = {name: value for name, value in settings.items() if name not in _PATHS}
   return told | {"weights_sha256": weights.identity}
 
@@ -165,5 +165,5 @@ def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], nu
 
 
 def cannot_write(folder: pathlib.Path, error: OSError) -> RunError:
-  """What to raise where `folder` takes no more samples."""
+  """The error of a `folder` that takes no more samples."""
   return RunError(f"workdir: cannot write the samples into {folder} ({error.strerror}); make room and draw again")

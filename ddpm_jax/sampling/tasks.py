@@ -1,4 +1,4 @@
-"""What else can be drawn: how an image appears, what lies between two, what a mask covers, what noise an image is.
+"""Sampling tasks: progressive, interpolate, slerp, inpaint, reconstruct.
 
 Each task is a function (parts, what it is given) -> Outcome: arrays for the npz file and a picture, some with an
 animation.
@@ -43,7 +43,7 @@ _VERSIONS = 4  # drawn of each image that is inpainted: what is hidden has more 
 
 
 class Outcome(NamedTuple):
-  """What a task made.
+  """The result of a task.
 
   Attributes:
     arrays: for the npz file; images are uint8 [N, ..., H, W, C].
@@ -59,7 +59,7 @@ class Outcome(NamedTuple):
 
 
 class Parts(NamedTuple):
-  """What the tasks draw with."""
+  """The run, the weights and the options that a task draws with."""
 
   run: Run
   params: Params

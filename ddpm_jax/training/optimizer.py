@@ -88,7 +88,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 
 
 def if_finite(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """The transformation, whose state stays as it is, bit for bit, where `finite` is false; the updates are no use then.
+  """The transformation, whose state stays as it is, bit for bit, where `finite` is false; its updates are no use then.
 
   `optax.apply_if_finite` looks at the gradients alone, and has a count of its own.
   """
@@ -106,15 +106,15 @@ def apply_updates(params: Params, updates: Params, finite: jax.Array) -> Params:
 
 
 def ema_decay_at(decay: float, num_updates: jax.Array) -> jax.Array:
-  """min(decay, (1 + n) / (10 + n)) after n >= 1 updates: a short memory first, so that early samples are usable.
+  """min(decay, (1 + n) / (10 + n)) after n >= 1 training steps: a short memory first, so that early samples are usable.
 
   The rule of TensorFlow's ExponentialMovingAverage(num_updates=n). The authors' code uses the full decay from the
-  second update on; at 0.9999 the two agree after about 90,000 updates.
+  second training step on; at 0.9999 the two agree after about 90,000 updates.
   """
   n = num_updates.astype(jnp.float32)
   return jnp.minimum(jnp.float32(decay), (1.0 + n) / (10.0 + n))
 
 
 def update_ema(ema_params: Params, new_params: Params, decay: jax.Array) -> Params:
-  """ema <- decay ema + (1 - decay) params, from the parameters after the update, in float32."""
+  """ema <- decay ema + (1 - decay) params, from the parameters after the training step, in float32."""
   return jax.tree.map(lambda ema, new: ema + (1.0 - decay) * (new - ema), ema_params, new_params)

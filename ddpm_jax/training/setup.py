@@ -1,4 +1,4 @@
-"""What training and sampling have in common: the parts of a run, built from its Config."""
+"""The parts of a run that training and sampling share, built from its Config."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Run(NamedTuple):
   own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
 
   def initial_state(self, params: Params | None = None) -> TrainState:
-    """The state before the first update, placed.
+    """The state before the first training step, placed.
 
     Args:
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.

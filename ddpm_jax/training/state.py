@@ -1,4 +1,4 @@
-"""TrainState: everything that an update changes, as arrays only."""
+"""TrainState: everything that a training step changes, as arrays only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ddpm_jax.models.build import Params
 
 @flax.struct.dataclass
 class Counts:
-  """What went wrong so far, int32 scalars. Part of the state, so that a resumed run goes on counting.
+  """Counts of what went wrong so far, int32 scalars. Part of the state, so that a resumed run goes on counting.
 
   Attributes:
-    nonfinite: updates that were not applied, because their loss or gradient was infinite or not a number.
+    nonfinite: training steps that were not applied, because their loss or gradient was infinite or not a number.
     nonfinite_in_row: those of them at the end.
     bad_records: rows of batches that held another image, because theirs could not be read.
   """
@@ -34,12 +34,12 @@ class TrainState:
   Random keys and the position in the data are not part of it: both are functions of (seed, step).
 
   Attributes:
-    step: int32 scalar, the number of updates made or, where they were not finite, left out.
+    step: int32 scalar, the number of training steps made or, where they were not finite, left out.
     params: the network's parameters.
     ema: moving averages of them by name, float32 always; "ema" is the one that is drawn with.
     opt_state: of the Optax chain.
-    counts: of updates left out and images replaced.
-    extra: what an objective keeps from step to step, a tree of finite arrays.
+    counts: of training steps left out and images replaced.
+    extra: the state of an objective, a tree of finite arrays.
   """
 
   step: jax.Array
@@ -64,7 +64,7 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, extra:
 
 
 def to_stored(state: TrainState) -> dict[str, Any]:
-  """The tree that a checkpoint holds: that of release 0.1.0, and what it did not know where there is any."""
+  """The tree of a checkpoint: that of release 0.1.0, in which "ema" is `ema_params`, and new parts where not empty."""
   stored = {name: getattr(state, name) for name in ("step", "params", "opt_state", "counts")}
   others = {name: average for name, average in state.ema.items() if name != "ema"}
   new = {"averages": others, "extra": state.extra}

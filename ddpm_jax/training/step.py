@@ -149,7 +149,7 @@ def in_order_of_index(per_example: PerExample, index: jax.Array, axis_name: str 
 
 
 def count(counts: Counts, finite: jax.Array, replaced: jax.Array, axis_name: str | None) -> Counts:
-  """The counts after one more update: whether it was finite, and which rows bool [B] of its batch were replaced."""
+  """The counts after one more step: whether it was finite, and which rows bool [B] of its batch were replaced."""
   bad_records = jnp.sum(replaced, dtype=jnp.int32)
   if axis_name is not None:
     bad_records = jax.lax.psum(bad_records, axis_name)

@@ -31,7 +31,7 @@ class Weights(NamedTuple):
 
   run: Run
   params: Params
-  step: int  # the number of updates; 0 if nothing was trained here
+  step: int  # the number of training steps; 0 if nothing was trained here
   which: str  # 'ema' or 'raw'
   identity: str  # SHA-256, see `identity_of`
   manifest: Manifest | None = None  # of the checkpoint that they were read from, if they were
@@ -39,7 +39,7 @@ class Weights(NamedTuple):
   @property
   def text(self) -> str:
     """What they are, for people."""
-    return f"the {self.which} weights after update {self.step}" if self.step else "the weights of --init_from"
+    return f"the {self.which} weights after step {self.step}" if self.step else "the weights of --init_from"
 
 
 def load_weights(config: Config, workdir: pathlib.Path, network: TrainableNetwork | None = None) -> Weights:

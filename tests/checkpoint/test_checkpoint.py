@@ -218,7 +218,7 @@ def test_a_changed_manifest_is_found(copy, change):
 def test_a_manifest_of_another_checkpoint_is_found(copy):
   directory, _, _ = copy
   shutil.copy(directory / "5" / "manifest" / "metadata", directory / "9" / "manifest" / "metadata")
-  assert restore(directory).damaged == {9: "its manifest is of update 5"}
+  assert restore(directory).damaged == {9: "its manifest is of step 5"}
 
 
 def test_nothing_intact_is_an_error_and_never_a_new_start(copy):
@@ -265,7 +265,7 @@ def test_a_state_that_is_not_finite_is_not_saved(copy):
   newer.ema["ema"]["conv_in"]["bias"][2] = np.inf
   checkpoints = Checkpoints(directory, keep=2)
   state = jax.device_put(newer, run.mesh.state_shardings(run.abstract_state))
-  with pytest.raises(NonFiniteError, match="update 12: ema_params/conv_in/bias is no longer finite"):
+  with pytest.raises(NonFiniteError, match="step 12: ema_params/conv_in/bias is no longer finite"):
     checkpoints.save(state, 12, FACTS)
   checkpoints.close()
   assert sorted(os.listdir(directory)) == ["5", "9"]

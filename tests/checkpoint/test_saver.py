@@ -26,8 +26,8 @@ def test_beyond_the_limit_there_is_one_last_chance(monkeypatch, capsys):
   saver = Saver(checkpoints, options, {}, start_step=0, lock=None, flush=lambda: None)  # type: ignore[arg-type]
   saver.save(None, 4)  # type: ignore[arg-type]
   monkeypatch.setattr(checkpoints, "finished", checkpoints.wait)
-  saver.poll(7)  # a call of several updates ended behind the limit
+  saver.poll(7)  # a call of several training steps ended behind the limit
   assert "the disk is full; the run goes on and tries again" in capsys.readouterr().err
   assert saver.due(7)
-  with pytest.raises(RunError, match="the disk is full; nothing could be saved since update 0"):
+  with pytest.raises(RunError, match="the disk is full; nothing could be saved since step 0"):
     saver.save(None, 7)  # type: ignore[arg-type]

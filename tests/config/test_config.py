@@ -211,7 +211,7 @@ def test_names_are_unique_over_the_tree():
   assert not {"workdir", "mode"} & set(names)
 
 
-def test_every_knob_has_help():
+def test_every_option_has_help():
   """A sentence that ends in a full stop, with single spaces: strings that are joined may have two, or none."""
   texts = {field.name: field.metadata["help"] for _, field in OPTIONS}
   assert not {name: text for name, text in texts.items() if not re.fullmatch(r"\S+( \S+)*\.", text) or len(text) < 6}

@@ -21,17 +21,18 @@ from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
+LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def train(mode, **changes):
-  """Ten updates with dropout and flips: (final state, losses, gradient norms, run, step)."""
+  """Ten training steps with dropout and flips: (final state, losses, gradient norms, run, step)."""
   run = tiny_run(tiny_config(parallel=mode, **changes))
   state, rows = run.initial_state(), []
   step = run.mesh.compile(make_train_step(run), run.abstract_state)
   for i in range(STEPS):
     batch = run.mesh.put_batches([random_batch(seed=i)])
-    # As if one process, of this device, had asked to stop before the last update.
+    # As if one process, of this device, had asked to stop before the last training step.
     stop = [0, 0, 0, i == STEPS - 1, 0, 0, 0, 0]
     command = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.mesh.split)
     with jax.transfer_guard("disallow"):
@@ -109,7 +110,7 @@ def test_one_compilation_also_after_a_resume(mode, updates):
   jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **__: compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
   )
-  run = tiny_run(tiny_config(parallel=mode, batch_size=24))  # a shape that no other test has compiled
+  run = tiny_run(tiny_config(parallel=mode, batch_size=24, **LITTLE))  # a shape that no other test has compiled
   step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
   batches = [run.mesh.put_batches([random_batch(24, seed=i)], max_steps=updates) for i in range(4)]
@@ -126,7 +127,7 @@ def test_one_compilation_also_after_a_resume(mode, updates):
 
 @pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
 def test_the_state_is_donated(mode, updates):
-  run = tiny_run(tiny_config(parallel=mode))
+  run = tiny_run(tiny_config(parallel=mode, **LITTLE))
   step = run.mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
   state = run.initial_state()
   step(state, run.mesh.put_batches([random_batch()], max_steps=updates), run.mesh.put_step_command(updates))
@@ -147,7 +148,7 @@ def test_a_batch_that_the_devices_do_not_divide(batch_size, parts, message):
 
 
 def test_a_loop_over_updates_sends_what_one_update_does():
-  """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in an update."""
+  """In the loop too the state of fsdp is cut: nothing is gathered beside the parameters, once in a training step."""
   run = tiny_run(tiny_config(parallel="fsdp", channel_multipliers=(1,), attention_resolutions=()))
 
   def sent(updates: int) -> collections.Counter:

@@ -21,7 +21,7 @@ def test_runs_from_start_to_end(tmp_path):
   said = subprocess.run(
     [sys.executable, NOTEBOOK, trained.path, picture], env=variables, check=True, capture_output=True, text=True
   ).stdout
-  assert "8x8x1 images" in said and "the ema weights after update 5" in said
+  assert "8x8x1 images" in said and "the ema weights after step 5" in said
   errors = re.findall(r"t +(\d+)  error of x0_hat ([\d.]+)  of eps_hat ([\d.]+)", said)
   assert [int(errors[0][0]), int(errors[-1][0])] == [1, 200] and len(errors) == 9
   assert float(errors[0][1]) < float(errors[-1][1])  # little noise hides little of the image

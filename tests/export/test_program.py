@@ -83,7 +83,7 @@ def test_the_folder_holds_what_a_person_needs(written):
     "| sampler | ddpm |",
     "| variance | fixed_large |",
     "| network evaluations for each image | 4 |",
-    "| weights | the ema weights after update 5 |",
+    "| weights | the ema weights after step 5 |",
   ):
     assert line in readme.splitlines()
   program = jax_export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
@@ -214,4 +214,4 @@ def test_the_run_makes_the_folder_whole_or_not_at_all(tmp_path):
   assert {path.name for path in (tmp_path / "out").iterdir()} == {*("README.md", "run.py", "weights.npz"), PROGRAM}
   readme = (tmp_path / "out" / "README.md").read_text()
   assert "| variance |" not in readme  # of the ancestral sampler alone
-  assert "| sampler | dpmpp |" in readme and "| weights | the ema weights after update 3 |" in readme
+  assert "| sampler | dpmpp |" in readme and "| weights | the ema weights after step 3 |" in readme

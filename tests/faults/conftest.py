@@ -46,7 +46,7 @@ def complete(folder, whole, launch):
 
   def complete(name):
     out, err = launch(name).finish()
-    assert f"done: {STEPS} updates" in out
+    assert f"done: {STEPS} training steps" in out
     assert err == ""
     assert metrics(folder / name) == metrics(whole), "other lines of metrics than the uninterrupted run"
     assert digests(folder / name) == digests(whole), "another state than that of the uninterrupted run"

@@ -39,15 +39,15 @@ def ends(processes, seconds: float, codes) -> list[tuple[str, str]]:
 
 
 def stopped(folder: pathlib.Path, index: int, number: int = signal.SIGTERM) -> float:
-  """A signal to one process: all save the same update and exit with 0."""
+  """A signal to one process: all save the same training step and exit with 0."""
   processes = start_and_save(folder)
   began = time.monotonic()
   processes[index].send_signal(number)
   (out, err), _ = ends(processes, 10, [0])
   seconds = time.monotonic() - began
-  assert "stopped on request after update" in out and "Traceback" not in err, (out, err)
+  assert "stopped on request after step" in out and "Traceback" not in err, (out, err)
   newest = command.checkpoints(folder / "pair")[-1]
-  assert f"after update {newest} of 5000" in out, (out, newest)
+  assert f"after step {newest} of 5000" in out, (out, newest)
   assert newest - 2 < command.metrics(folder / "pair")[-1]["step"] <= newest
   return seconds
 
@@ -74,7 +74,7 @@ def stuck(folder: pathlib.Path) -> float:
   began = time.monotonic()
   _, (_, err) = ends(processes, STEP_TIMEOUT + 5, [1])
   seconds = time.monotonic() - began
-  assert f"error: no progress for {STEP_TIMEOUT} s after update" in err and "hanging_batches" in err, err
+  assert f"error: no progress for {STEP_TIMEOUT} s after step" in err and "hanging_batches" in err, err
   assert "hanging_batches" in (folder / "pair" / "stuck.1.txt").read_text()
   assert seconds < STEP_TIMEOUT + 5, seconds
   return seconds

@@ -27,7 +27,7 @@ def look(pid: int, step: int) -> Usage | None:
 
 
 def soak(folder: pathlib.Path, num_steps: int) -> list[Usage]:
-  """Trains `num_steps` updates with many checkpoints, metrics and grids, and looks five times a second."""
+  """Trains `num_steps` training steps with many checkpoints, metrics and grids, and looks five times a second."""
   flags = [f"--num_steps={num_steps}", "--checkpoint_every=50", "--log_every=5", "--sample_every=100"]
   process = command.start(folder, "soak", *flags, "--keep_checkpoints=2", devices=1)
   lines, seen = folder / "soak" / "metrics.jsonl", []

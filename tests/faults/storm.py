@@ -27,7 +27,7 @@ from ddpm_jax.runtime import terminal
 from tests import command
 from tests.faults import damage
 
-# Enough updates that all kills meet a run, in a network that is built in a moment.
+# Enough training steps that all kills meet a run, in a network that is built in a moment.
 STEPS = 4000
 FLAGS = [
   f"--num_steps={STEPS}",
@@ -188,9 +188,7 @@ def long_run(folder: pathlib.Path, number: int, *_) -> str:
 
   more = growth(soak(folder, number))
   expect(more.megabytes < 30 and more.threads <= 2 and more.files <= 4, more)
-  return (
-    f"{number} updates: {more.megabytes:+.1f} MB, {more.threads:+d} threads, {more.files:+d} files in the last third"
-  )
+  return f"{number} steps: {more.megabytes:+.1f} MB, {more.threads:+d} threads, {more.files:+d} files in the last third"
 
 
 def pairs(folder: pathlib.Path, number: int, generator: random.Random) -> str:

@@ -37,10 +37,10 @@ def test_killed_at_random_moments(folder, whole, launch, complete):
     heard.wait_for("compiling")
     assert temporary(workdir) == [], "what the last kill has left is still there"
     if number != 1:  # which is killed while it compiles
-      heard.wait_for("compiled and made update")
+      heard.wait_for("compiled and made step")
       rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
       assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "a line is missing or there twice"
-      assert len(rows) >= newest, "lines are gone of updates that are not made again"
+      assert len(rows) >= newest, "lines are gone of training steps that are not made again"
       at_least = newest + 1  # so that there is progress
       heard.wait_until(lambda: checkpoints(workdir)[-1:] >= [at_least])  # noqa: B023
     time.sleep(generator.uniform(0, 0.8))
@@ -52,13 +52,13 @@ def test_killed_at_random_moments(folder, whole, launch, complete):
     newest = checkpoints(workdir)[-1]
   assert inside_a_save, "no kill met a save; choose another seed"
   out = complete("killed")
-  assert f"after update {newest} of" in out
+  assert f"after step {newest} of" in out
   assert [path for path in workdir.rglob("*") if "tmp" in path.name] == []
 
 
 @pytest.fixture(scope="module")
 def five(folder):
-  """A workdir after 5 updates on 2 devices, stopped by its command."""
+  """A workdir after 5 training steps on 2 devices, stopped by its command."""
   command.run(folder, "five", *PLAIN, "--num_steps=5")
   assert checkpoints(folder / "five") == [5]
   return folder / "five"
@@ -85,7 +85,7 @@ def test_on_other_devices_the_run_goes_on_as_it_would_have(folder, whole, five, 
   name = f"{devices}-{mode}"
   shutil.copytree(five, folder / name)
   out, _ = launch(name, "--num_steps=10", f"--parallel={mode}", devices=devices).finish()
-  assert f"{devices} x cpu ({mode})" in out and "after update 5 of 10" in out
+  assert f"{devices} x cpu ({mode})" in out and "after step 5 of 10" in out
   found, wanted = metrics(folder / name), metrics(whole)[:10]
   assert found[:5] == wanted[:5]
   for key in ("step", "loss", "grad_norm"):

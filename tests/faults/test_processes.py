@@ -31,7 +31,7 @@ def empty(folder):
 
 
 def goes_on_as_if_nothing_had_been(folder):
-  """Back to a checkpoint before update 90, as the stopped run may be past it; then on to 90, as a pair."""
+  """Back to a checkpoint before step 90, as the stopped run may be past it; then on to 90, as a pair."""
   workdir = folder / "pair"
   for step in command.checkpoints(workdir):
     if step >= 90:
@@ -43,7 +43,7 @@ def goes_on_as_if_nothing_had_been(folder):
 
 
 def test_a_worker_that_is_stopped_and_one_that_is_killed(empty):
-  """A stop stops both at one update; who is killed is named, and the other ends; and nothing is lost."""
+  """A stop stops both at one training step; who is killed is named, and the other ends; and nothing is lost."""
   assert pair.stopped(empty, 1, signal.SIGTERM) < 10
   pair.lost(empty, 1)
   goes_on_as_if_nothing_had_been(empty)

@@ -88,10 +88,10 @@ def test_a_pickle_among_the_checkpoints_is_never_executed(folder, launch, payloa
     for place in (workdir, workdir / "checkpoints", intact, intact / "state", intact / "manifest"):
       (place / name).write_bytes(data)
   out, err = launch("pickled", "--mode=sample", "--num_samples=4", "--sampling_steps=2").finish()
-  assert "after update 1:" in out
+  assert "after step 1:" in out
   assert len(err.splitlines()) == newest - 1 == err.count("is damaged: "), err
   out, err = launch("pickled", f"--num_steps={newest}").finish()
-  assert f"after update 1 of {newest}" in out
+  assert f"after step 1 of {newest}" in out
   assert len(err.splitlines()) == newest - 1 == err.count("is damaged: "), err
   assert not marker.exists(), "a pickle was executed"
 

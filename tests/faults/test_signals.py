@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 PROMPT = (
   15.0  # seconds from the signal to the end of the process, beside other tests, where it waits for no compilation
 )
-STARTED, TRAINING = "compiling", "compiled and made update"
+STARTED, TRAINING = "compiling", "compiled and made step"
 
 
 def stop(heard, number, code=0):
@@ -31,9 +31,9 @@ def stop(heard, number, code=0):
 
 
 def stop_and_save(heard, number, workdir):
-  """Stops a run that has made updates. Returns the number of the update after which it stopped."""
+  """Stops a run that has made updates. Returns the number of the training step after which it stopped."""
   out, err = stop(heard, number)
-  step = int(re.search(r"stopped on request after update (\d+) of", out)[1])
+  step = int(re.search(r"stopped on request after step (\d+) of", out)[1])
   assert "saving after the training steps under way" in err
   assert checkpoints(workdir)[-1] == step == metrics(workdir)[-1]["step"], "a stop saves where it is"
   return step
@@ -79,7 +79,7 @@ def test_a_run_that_is_stopped_in_every_phase_is_never_stopped(folder, whole, la
   heard.wait_for(f"step {step + 2}/")
   heard.wait_until(lambda: list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp")))
   saving = stop_and_save(heard, signal.SIGTERM, workdir)
-  assert saving <= step + 6, f"{saving - step} updates, each with a checkpoint: it went on after the signal"
+  assert saving <= step + 6, f"{saving - step} training steps, each with a checkpoint: it went on after the signal"
 
   every = ["--preview_steps=50", "--preview_images=64", "--sample_every=2"]
   heard = launch("stopped", *every)
@@ -88,7 +88,7 @@ def test_a_run_that_is_stopped_in_every_phase_is_never_stopped(folder, whole, la
   time.sleep(0.1)
   assert not (workdir / "samples" / f"step_{grid:08d}.png").exists(), "the grid is too small to be met"
   step = stop_and_save(heard, signal.SIGTERM, workdir)
-  assert step <= grid + 1, f"stopped after update {step}, the signal came after update {grid}"
+  assert step <= grid + 1, f"stopped after step {step}, the signal came after step {grid}"
   assert (workdir / "samples" / f"step_{grid:08d}.png").exists()
 
   # Not the first signal, but the second ends a run at once.

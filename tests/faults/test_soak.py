@@ -1,4 +1,4 @@
-"""2,000 updates with 40 checkpoints and 20 grids: memory, threads and open files stay as they are."""
+"""2,000 training steps with 40 checkpoints and 20 grids: memory, threads and open files stay as they are."""
 
 import pytest
 

@@ -37,11 +37,11 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(folder, whole, launch):
   assert checkpoints(workdir)[-1] <= newest + 20  # one may have been finished just before
   limit(heard, resource.RLIM_INFINITY)
   out, err = heard.finish()
-  assert "done: 300 updates" in out
+  assert "done: 300 training steps" in out
   only(err, "warning: ")
   assert "cannot write" in err and err.count("File too large") == len(err.splitlines())
   for line in err.splitlines():
-    assert re.search(r"(checkpoint|update) \d+", line), f"what is it that could not be written? {line}"
+    assert re.search(r"(checkpoint|step) \d+", line), f"what is it that could not be written? {line}"
   assert checkpoints(workdir)[-1] == 300
   assert metrics(workdir) == metrics(whole)
   assert digests(workdir) == digests(whole)
@@ -57,7 +57,7 @@ def test_a_disk_that_stays_full_ends_the_run_before_more_is_lost_than_may_be(fol
   assert err.count("error: ") == 1 and err.splitlines()[-1].startswith("error: ") and "--max_unsaved_steps" in err
   newest = checkpoints(workdir)[-1]
   assert newest < metrics(workdir)[-1]["step"] <= newest + at_risk
-  assert f"after update {newest} of" in complete("fuller"), "an earlier checkpoint is lost, or damaged"
+  assert f"after step {newest} of" in complete("fuller"), "an earlier checkpoint is lost, or damaged"
 
 
 def test_a_stop_on_a_full_disk_says_what_is_lost(folder, whole, launch, copy):
@@ -79,7 +79,7 @@ def test_a_loss_curve_that_cannot_be_written_is_no_failure(folder, whole, launch
   (workdir / "loss.png").unlink()
   (workdir / "loss.png").mkdir()
   out, err = launch("curve", f"--num_steps={STEPS + 1}").finish()
-  assert f"done: {STEPS + 1} updates" in out and checkpoints(workdir)[-1] == STEPS + 1
+  assert f"done: {STEPS + 1} training steps" in out and checkpoints(workdir)[-1] == STEPS + 1
   only(err, "warning: ")
 
 

@@ -14,7 +14,7 @@ RESAMPLE = ("none", "up", "down")
 
 @pytest.fixture(params=[False, True], ids=["plain", "fast"])
 def convolutions(request):
-  """The convolution as the layer says it, and as `network_of` has it."""
+  """The convolution as the layer says it, and as `UNetNetwork` has it."""
   if not request.param:
     yield
     return

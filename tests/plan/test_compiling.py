@@ -6,6 +6,7 @@ import types
 import jax
 import pytest
 
+from ddpm_jax.data.encoded import Rows
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import Source
 from ddpm_jax.models.build import num_params
@@ -28,7 +29,7 @@ def planned(mode, batch_size=16, **changes) -> tuple[CompiledStep, object]:
 
 def test_the_batch_is_what_the_pipeline_yields():
   rows = random_batch(24)
-  source = Source("x", IMAGE_SHAPE, 24, lambda i: types.SimpleNamespace(images=rows["image"][i], replaced=i < 0))
+  source = Source("x", IMAGE_SHAPE, 24, lambda i: Rows(rows["image"][i], i < 0))
   options = dict(batch_size=16, seed=0, start_step=0, process_index=0, process_count=1, threads=1)
   real = next(iter(batches(source, **options)))
   planned = abstract_batch(IMAGE_SHAPE, 16)

@@ -75,7 +75,7 @@ def test_the_bound():
   assert "step               at least 10 ms; limit: compute" in text
   assert "at most 100.0 updates/s, 6,400 images/s" in text
   assert "at most 100% of its peak" in text
-  assert "3,600,000 updates  at least 10.0 hours" in text
+  assert "3,600,000 training steps  at least 10.0 hours" in text
 
 
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])

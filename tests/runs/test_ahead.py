@@ -1,4 +1,4 @@
-"""The device never waits for the host: the next batch is there before an update ends."""
+"""The device never waits for the host: the next batch is there before a training step ends."""
 
 import threading
 
@@ -15,9 +15,9 @@ STEPS, EVERY = 6, ("num_steps", "checkpoint_every", "log_every")
 
 @pytest.mark.parametrize(("parallel", "size"), [("pmap", 1), ("fsdp", 1), ("pmap", 2)])
 def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkeypatch, parallel, size):
-  """Each update waits, on the devices, for the batch after its own: a loop that waited for the update would be late.
+  """Each step waits, on the devices, for the batch after its own: a loop that waited for the step would be late.
 
-  size: updates in a call, whose batches come together.
+  size: training steps in a call, whose batches come together.
   """
   monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
   news, placed, waited, late = threading.Condition(), [], set(), set()

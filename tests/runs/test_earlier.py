@@ -74,7 +74,7 @@ def test_a_finished_run_that_is_made_longer_was_long_from_the_start(short_and_lo
   train(workdir, **OPTIONS, num_steps=20)
   out = capsys.readouterr().out
   assert "going back to step 6, " in out and str(workdir / "earlier" / "10") in out
-  assert "after update 6 of 20" in out
+  assert "after step 6 of 20" in out
   drawn = [(workdir / "samples" / name) for name in ("samples.1.npz", "samples.1.png")]
   for path in drawn:
     path.unlink()
@@ -150,7 +150,7 @@ def test_a_run_that_is_made_shorter(short_and_long, tmp_path, capsys):
   workdir = tmp_path / "run"
   shutil.copytree(short_and_long[0], workdir)
   train(workdir, **OPTIONS, num_steps=9)
-  assert "already holds all 9 updates: nothing to do; raise --num_steps" in capsys.readouterr().out
+  assert "already holds all 9 steps: nothing to do; raise --num_steps" in capsys.readouterr().out
   shutil.rmtree(workdir / "checkpoints" / "10")  # 6 is left; of 8 steps, the decay begins at 5, of 9 at 5, of 10 at 6
   with pytest.raises(
     UserError, match=r"num_steps: with 8 steps .* from step 5 on, .* use --num_steps=10 or at least .*=10, or"

@@ -173,7 +173,7 @@ def test_grids_of_a_run_come_with_the_clock_and_change_nothing(plain, tmp_path, 
     }
   assert seen and all(names == ["loss.png", "report.html"] for names in seen), "renewed with a grid, from the start"
   out = capsys.readouterr().out
-  assert f"sample grid of update 4: {workdir / 'samples' / 'step_00000004.png'}" in out
+  assert f"sample grid of step 4: {workdir / 'samples' / 'step_00000004.png'}" in out
   assert (plain / "report.html").exists() and not list(plain.glob("samples/*"))
 
 
@@ -220,8 +220,8 @@ def test_pages_that_cannot_be_written_are_told_and_the_run_goes_on(tmp_path, mon
     patch.setattr(report, "write_report", full)
     train(workdir, sample_every=4, log_every=2)
   out, err = capsys.readouterr()
-  assert "done: 12 updates" in out
-  assert "cannot write ([Errno 28] No space left on device); loss.png and report.html are not renewed at update" in err
+  assert "done: 12 training steps" in out
+  assert "cannot write ([Errno 28] No space left on device); loss.png and report.html are not renewed at step" in err
   assert f"cannot write loss.png and report.html into {workdir} (No space left on device)" in err
   train(workdir, num_steps=13)
   with Image.open(workdir / "loss.png") as picture:
@@ -233,7 +233,7 @@ def test_pages_that_cannot_be_written_are_told_and_the_run_goes_on(tmp_path, mon
 
 @pytest.fixture(scope="module")
 def every(tmp_path_factory):
-  """The loss of each update."""
+  """The loss of each training step."""
   workdir = tmp_path_factory.mktemp("every") / "run"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_lib, "open_source", lambda data: noise())
@@ -247,7 +247,7 @@ def stop_after(monkeypatch, step, workdir, **options):
 
 
 def test_the_logged_loss_is_the_mean_since_the_line_before(plain, every, tmp_path, monkeypatch):
-  """The other numbers are those of the update. Stopped between two lines, the line is the same, bit for bit."""
+  """The other numbers are those of the training step. Stopped between two lines, the line is the same, bit for bit."""
   lines = metrics(plain)
   assert [line["step"] for line in lines] == [4, 8, 12]
   assert [line["loss"] for line in lines] == [statistics.fmean(every[first : first + 4]) for first in (0, 4, 8)]

@@ -80,7 +80,7 @@ def weight(params):
 
 @pytest.fixture(autouse=True, scope="module")
 def small_parts():
-  """Nothing is compiled twice: all runs here have one network, one update and one sampler."""
+  """Nothing is compiled twice: all runs here have one network, one training step and one sampler."""
   made = {}
 
   def once(name, make):
@@ -144,7 +144,7 @@ def same_as(whole, workdir):
 
 @pytest.fixture(scope="module")
 def whole(small_parts, tmp_path_factory):
-  """Eight updates in one go, measured after 3, 6 and 8."""
+  """Eight training steps in one go, measured after 3, 6 and 8."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   train(workdir)
   return workdir
@@ -229,7 +229,7 @@ def test_stopped_while_it_measures(whole, tmp_path, monkeypatch, capsys, step, p
   with stop:
     train_lib.train(tiny_config(**EVALUATED), workdir, train_lib.Invocation(stop))
   monkeypatch.setattr(Watchdog, "beat", real)
-  assert ("stopped on request after update 3 of 8, saved" if step == 3 else "done: 8") in capsys.readouterr().out
+  assert ("stopped on request after step 3 of 8, saved" if step == 3 else "done: 8") in capsys.readouterr().out
   assert steps(workdir)[-1] == step and results(workdir) == before
   assert len(list((workdir / "samples").iterdir())) == 1, "what was drawn is kept"
   train(workdir)
@@ -244,7 +244,7 @@ def test_the_last_evaluation_of_a_finished_run_is_made(whole, tmp_path, capsys):
   before = {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
   train(workdir)
   out = capsys.readouterr().out
-  assert "evaluated update 8: frechet" in out and "done: 8 updates" in out
+  assert "evaluated step 8: frechet" in out and "done: 8 training steps" in out
   same_as(whole, workdir)
   assert before == {path: path.stat().st_mtime_ns for path in (workdir / "checkpoints").rglob("*")}
   train(workdir)
@@ -303,7 +303,7 @@ def test_a_save_that_fails_in_the_background_is_not_measured(tmp_path, monkeypat
 
 
 def test_switched_on_when_a_run_goes_on(tmp_path):
-  """The newest checkpoint is measured, also where no line of metrics describes its update."""
+  """The newest checkpoint is measured, also where no line of metrics describes its training step."""
   workdir, options = tmp_path / "run", dict(measures=("bound",), best_measure="bound")
   train(workdir, num_steps=3, evaluate_every=0, log_every=1)
   lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -319,7 +319,7 @@ def test_fewer_updates_than_were_made(whole, tmp_path, capsys):
   workdir = tmp_path / "run"
   forget(shutil.copytree(whole, workdir), 8)
   train(workdir, num_steps=5, evaluate_every=4)
-  assert "done: 8 updates" in capsys.readouterr().out and 8 in results(workdir)
+  assert "done: 8 training steps" in capsys.readouterr().out and 8 in results(workdir)
 
 
 @pytest.mark.parametrize(

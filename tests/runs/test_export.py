@@ -53,7 +53,7 @@ def test_a_folder_of_diffusers(trained, tmp_path, capsys):
     "unet/config.json",
     "unet/diffusion_pytorch_model.safetensors",
   }
-  assert f"done: {tmp_path / 'out'} holds the ema weights after update 5" in capsys.readouterr().out
+  assert f"done: {tmp_path / 'out'} holds the ema weights after step 5" in capsys.readouterr().out
   assert not (tmp_path / ".out.new").exists()
   params = diffusers.read_params(tmp_path / "out", trained.config.model, (8, 8, 1))
   expected = load_weights(trained.config, trained.path).params
@@ -187,13 +187,13 @@ def test_the_model_card(trained, tmp_path):
   assert (front["library_name"], front["pipeline_tag"]) == ("diffusers", "unconditional-image-generation")
   for part in (
     "`folder:data`, split `train`",
-    "updates: 5 of batches of 16 images",
+    "training steps: 5 of batches of 16 images",
     "| measure | value | the data itself | pure noise | an untrained network |",
     "| classifier_distance | 12.25 | 0.5 | 99 | 77.5 |",
     "| bits_per_dim_train | 3.75 |  | 8 | 7.25 |",
     "2,000 samples, dpmpp with 20 steps",
     "| `num_timesteps` | `200` |",
-    "after update 5",
+    "after step 5",
     "![Samples](samples.png)",
     "DDPMPipeline.from_pretrained",
   ):
@@ -205,7 +205,7 @@ def test_the_model_card(trained, tmp_path):
 
 
 def test_the_card_shows_no_picture_of_other_weights(trained, tmp_path, monkeypatch, capsys):
-  """Drawn at 3, trained to 5, exported. Also of other weights of that update, or of another run's."""
+  """Drawn at 3, trained to 5, exported. Also of other weights of that training step, or of another run's."""
   samples, identity = trained.path / "samples", load_weights(trained.config, trained.path).identity
   ours = {"checkpoint": 5, "sample_weights": "ema", "sampler": "dpmpp", "weights_sha256": identity}
 
@@ -228,12 +228,12 @@ def test_the_card_shows_no_picture_of_other_weights(trained, tmp_path, monkeypat
   for number, facts in enumerate(stale):
     shown, text = exported(f"stale{number}", facts)
     assert shown is None and "`python -m ddpm_jax.main --mode=sample --checkpoint=5 --sample_weights=ema" in text
-  (samples / "step_00000003.png").write_bytes(b"of update 3")
+  (samples / "step_00000003.png").write_bytes(b"of step 3")
   assert exported("another grid")[0] is None
-  (samples / "step_00000005.png").write_bytes(b"of update 5")
+  (samples / "step_00000005.png").write_bytes(b"of step 5")
   shown, text = exported("its grid")
-  assert shown == b"of update 5" and "after update 5 of the training" in text
-  assert exported("older", checkpoint="3")[0] == b"of update 3"
+  assert shown == b"of step 5" and "after step 5 of the training" in text
+  assert exported("older", checkpoint="3")[0] == b"of step 3"
   shown, text = exported("drawn", ours)
   assert shown == "drawn" and "with these weights by the sampler `dpmpp`" in text
 

@@ -109,7 +109,7 @@ def test_drawing_and_measuring_take_the_new_place_and_keep_it(place, monkeypatch
   evaluation_run.evaluate(resolve("evaluate", run, *drawn, f"--dataset=folder:{place}/moved"), run)
   assert layout.load_config(run).data.dataset == f"folder:{place}/moved"
   told = capsys.readouterr().out
-  assert "evaluating the ema weights after update 1: bound" in told
+  assert "evaluating the ema weights after step 1: bound" in told
   assert "left out: frechet, kid, score, precision_recall, density_coverage, neighbours (features: 'classifier'" in told
   assert "  bits_per_dim" in told
   with pytest.raises(UserError, match="features: 'classifier' needs labels"):

@@ -51,12 +51,12 @@ def test_a_plan_for_this_machine(here, capsys, monkeypatch):
   out, err = capsys.readouterr()
   for part in (
     "44,969 parameters",
-    "8x8x1 (digits), 16 in an update",
+    "8x8x1 (digits), 16 in a training step",
     "cpu: 8 x cpu, --parallel=pmap",
     "measured here",
     "3 of 179.2 kB in all; each device sends 313.6 kB",
     "bound: roofline",
-    "8 updates",
+    "8 training steps",
   ):
     assert part in out
   assert re.search(r"^fits: [\d.]+ \w+ of 2.00 MiB$", out, re.MULTILINE)

@@ -96,7 +96,7 @@ def signal_with(monkeypatch, step):
 
 @pytest.fixture(scope="module")
 def uninterrupted(shared_programs, tmp_path_factory):
-  """Eight updates in one go, with grids."""
+  """Eight training steps in one go, with grids."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train_lib, "open_source", lambda data: noise())
@@ -141,7 +141,7 @@ def test_what_a_run_leaves(uninterrupted):
 
 
 def test_stopped_again_and_again_is_never_stopped(uninterrupted, tmp_path):
-  """Stops after 2, 3 and 5 updates, across the end of an epoch: state and metrics are equal bit for bit."""
+  """Stops after 2, 3 and 5 training steps, across the end of an epoch: state and metrics are equal bit for bit."""
   for num_steps in (2, 3, 5, 8):
     train(tmp_path / "run", num_steps=num_steps)
   chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
@@ -300,7 +300,7 @@ def test_a_request_to_stop_saves_where_it_is(tmp_path, monkeypatch, capsys, size
   monkeypatch.setattr(train_lib, "batches", interrupt)
   before = signal.getsignal(signal.SIGTERM)
   assert not train(tmp_path / "run", **options)
-  assert f"stopped on request after update {ends_at} of 8, saved" in capsys.readouterr().out
+  assert f"stopped on request after step {ends_at} of 8, saved" in capsys.readouterr().out
   assert signal.getsignal(signal.SIGTERM) is before
   assert (tmp_path / "run" / "checkpoints" / str(ends_at)).exists()
   monkeypatch.setattr(train_lib, "batches", real)
@@ -323,7 +323,7 @@ def test_updates_lost_to_a_crash_are_made_and_logged_again(uninterrupted, tmp_pa
   monkeypatch.setattr(train_lib, "batches", crash)
   with pytest.raises(OSError, match="cable"):
     train(tmp_path / "run")
-  assert len(metrics(tmp_path / "run")) > 4  # logged beyond the checkpoint of update 4
+  assert len(metrics(tmp_path / "run")) > 4  # logged beyond the checkpoint of step 4
   monkeypatch.setattr(train_lib, "batches", real)
   train(tmp_path / "run")
   chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
@@ -335,13 +335,13 @@ def test_a_finished_run_does_nothing(uninterrupted, capsys):
   config = (uninterrupted / "config.json").read_text()
   assert train(uninterrupted, sample_every=6, num_samples=9)
   assert (uninterrupted / "config.json").read_text() == config
-  assert "already holds all 8 updates: nothing to do" in capsys.readouterr().out
+  assert "already holds all 8 steps: nothing to do" in capsys.readouterr().out
   assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "checkpoints").rglob("*")}
   assert len(metrics(uninterrupted)) == 8
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
-  with pytest.raises(NonFiniteError, match=r"update [23]: loss .*; what was saved before is intact; try a lower"):
+  with pytest.raises(NonFiniteError, match=r"step [23]: loss .*; what was saved before is intact; try a lower"):
     train_little(tmp_path / "run", learning_rate=1e38, warmup_steps=0, grad_clip=0.0)
 
 
@@ -370,9 +370,9 @@ loop_make_train_step = train_lib.make_train_step
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("log_every", [1, 8])
 def test_halt_names_the_update_and_its_images(tmp_path, monkeypatch, value, log_every):
-  """NaN and infinity, at an update that is logged and one that is not."""
+  """NaN and infinity, at a training step that is logged and one that is not."""
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([6], value))
-  with pytest.raises(NonFiniteError, match="update 6: loss") as caught:
+  with pytest.raises(NonFiniteError, match="step 6: loss") as caught:
     train_little(tmp_path / "run", log_every=log_every)
   images = [int(word) for word in str(caught.value).split("its images are ")[1].split()]
   assert images == list(order(40, batch_size=16, seed=0)[5])
@@ -397,14 +397,14 @@ def test_skip_leaves_the_update_out_and_counts_it(tmp_path, monkeypatch, capsys)
 
 def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([2, 5, 6, 7]))
-  with pytest.raises(NonFiniteError, match="update 7: loss nan, gradient norm nan, as the 2 before it"):
+  with pytest.raises(NonFiniteError, match="step 7: loss nan, gradient norm nan, as the 2 before it"):
     train_little(tmp_path / "run", on_nonfinite="skip", max_nonfinite=3)
 
 
 def test_the_count_of_a_row_survives_a_stop(tmp_path, monkeypatch):
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([3, 4, 5]))
   train_little(tmp_path / "run", on_nonfinite="skip", max_nonfinite=3, num_steps=4)
-  with pytest.raises(NonFiniteError, match=r"update 5: .* as the 2 before it"):
+  with pytest.raises(NonFiniteError, match=r"step 5: .* as the 2 before it"):
     train_little(tmp_path / "run", on_nonfinite="skip", max_nonfinite=3)
 
 
@@ -457,7 +457,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_made_again(uninterrupted, tmp_pat
   train(tmp_path / "run", sample_every=6)
   out, err = capsys.readouterr()
   assert "warning: checkpoint 8 is damaged: " in err and str(tmp_path / "run" / "damaged" / "8") in err
-  assert "after update 4 of 8" in out
+  assert "after step 4 of 8" in out
   chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
   assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
@@ -466,7 +466,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_made_again(uninterrupted, tmp_pat
 
 
 def test_a_save_that_fails_is_told_and_tried_again(uninterrupted, tmp_path, monkeypatch, capsys):
-  """The disk is full at update 2 and has room again at update 4: nothing is lost."""
+  """The disk is full at step 2 and has room again at step 4: nothing is lost."""
   real = Checkpoints.save
   monkeypatch.setattr(Checkpoints, "save", full_disk(real, [2]))
   train(tmp_path / "run", checkpoint_every=2)
@@ -496,7 +496,7 @@ def test_no_more_is_lost_than_may_be(tmp_path, monkeypatch, limit, ends_at):
     raise RunError(f"checkpoint {step} could not be written (the disk is full)")
 
   monkeypatch.setattr(Checkpoints, "save", failing)
-  with pytest.raises(RunError, match=r"the disk is full\); nothing could be saved since update 0"):
+  with pytest.raises(RunError, match=r"the disk is full\); nothing could be saved since step 0"):
     train_little(tmp_path / "run", checkpoint_every=2, max_unsaved_steps=limit)
   assert tried[-1] == ends_at
 
@@ -504,7 +504,7 @@ def test_no_more_is_lost_than_may_be(tmp_path, monkeypatch, limit, ends_at):
 def test_the_last_save_must_succeed(tmp_path, monkeypatch):
   monkeypatch.setattr(Checkpoints, "save", full_disk(Checkpoints.save, [8]))
   with pytest.raises(
-    RunError, match=r"checkpoint 8 .* the run has ended after update 8, what came after the newest is lost"
+    RunError, match=r"checkpoint 8 .* the run has ended after step 8, what came after the newest is lost"
   ):
     train_little(tmp_path / "run", checkpoint_every=3)
 
@@ -649,8 +649,8 @@ def test_a_trace_of_a_run_that_is_resumed_or_ends_early(tmp_path, monkeypatch, c
 def test_an_update_inside_a_call_is_named(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([6]))
   options = dict(steps_per_dispatch=4, log_every=4, num_steps=8)
-  with pytest.raises(NonFiniteError, match=r"^update 6: loss nan"):
+  with pytest.raises(NonFiniteError, match=r"^step 6: loss nan"):
     train_little(tmp_path / "halt", **options)
   train_little(tmp_path / "skip", **options, on_nonfinite="skip")
-  assert "update 6: loss nan" in capsys.readouterr().out
+  assert "step 6: loss nan" in capsys.readouterr().out
   assert metrics(tmp_path / "skip")[-1]["nonfinite"] == 1

@@ -168,7 +168,7 @@ def test_flags_of_xla(version, machine, before, after, monkeypatch):
 def test_the_flags_reach_the_library():
   """The convolutions of the command are those of the library that the flags name, where this version has flags."""
   program = (
-    "from ddpm_jax import compilation; compilation.set_xla_flags(); import jax, jax.numpy as jnp;"
+    "from ddpm_jax.runtime import compilation; compilation.set_xla_flags(); import jax, jax.numpy as jnp;"
     "from ddpm_jax.runtime.cpu import convolve;"
     "print(jax.jit(convolve).lower(jnp.ones((4, 8, 8, 8)), jnp.ones((3, 3, 8, 8))).compile().as_text())"
   )

@@ -16,10 +16,10 @@ import pytest
 
 from ddpm_jax.runtime import console
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 import pathlib, sys, time
-from ddpm_jax import console
+from ddpm_jax.runtime import console
 console.protect_streams()
 began = time.monotonic()
 for i in range(3):

@@ -228,7 +228,7 @@ def test_a_job_that_is_described_wrongly(joined, monkeypatch, wrong, text):
 # Two real processes.
 
 HEARTBEAT = 5
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
 import os, sys, time
 from ddpm_jax import distributed

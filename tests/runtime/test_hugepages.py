@@ -10,7 +10,7 @@ import pytest
 
 from ddpm_jax.runtime import hugepages
 
-ROOT = pathlib.Path(hugepages.__file__).parents[1]
+ROOT = pathlib.Path(hugepages.__file__).parents[2]
 PROGRAM = """
 import os, pathlib, sys
 from ddpm_jax.runtime import hugepages

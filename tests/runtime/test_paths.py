@@ -17,7 +17,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.runs import workdirs
 from ddpm_jax.runtime import compilation, paths
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 
 from ddpm_jax.runtime.watchdog import Watchdog
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 START = """
 import ctypes, faulthandler, os, pathlib, sys, time
 from ddpm_jax.runtime.watchdog import Watchdog
@@ -30,9 +30,7 @@ with Watchdog({timeout}, process=3, folder=pathlib.Path(sys.argv[1]), first_s={f
 """
 
 
-def run(
-  folder, stuck="time.sleep(60)", before='watchdog.beat("update 7")', after="", timeout=1.0, first_s=60, **options
-):
+def run(folder, stuck="time.sleep(60)", before='watchdog.beat("step 7")', after="", timeout=1.0, first_s=60, **options):
   """Runs it in the middle of a script. Returns the process, which has ended, and how long it took."""
   code = START.format(stuck=stuck, before=before, after=after, timeout=timeout, first_s=first_s)
   options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
@@ -43,7 +41,7 @@ def run(
 
 def check_line(text):
   line, stacks = text.split("\n", 1)
-  assert line.startswith("error: no progress for 1 s after update 7 on process 3 (host ")
+  assert line.startswith("error: no progress for 1 s after step 7 on process 3 (host ")
   assert "stuck" in line and line.endswith("raise --step_timeout if this is normal")
   assert "in stuck_here" in stacks
 
@@ -69,18 +67,18 @@ KEEPS_THE_LOCK = "ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buf
 
 
 def test_stuck_with_the_lock_of_python(tmp_path):
-  process, seconds = run(tmp_path, KEEPS_THE_LOCK, before='watchdog.beat("update 7"); time.sleep(1)', timeout=2)
+  process, seconds = run(tmp_path, KEEPS_THE_LOCK, before='watchdog.beat("step 7"); time.sleep(1)', timeout=2)
   assert process.returncode == -signal.SIGKILL
   assert 2 < seconds < 12
   for text in (process.stderr, (tmp_path / "stuck.3.txt").read_text()):
     line, stacks = text.split("\n", 1)
-    assert re.match(r"error: no progress for \d s after update 7 on process 3 \(host .*stuck in compiled", line)
+    assert re.match(r"error: no progress for \d s after step 7 on process 3 \(host .*stuck in compiled", line)
     assert "in stuck_here" in stacks
 
 
 def test_stacks_that_somebody_else_asks_for_are_no_ticks():
   """SIGURG from outside: faulthandler writes into the pipe of the second process, which goes on."""
-  watcher = ROOT / "ddpm_jax" / "watcher.py"
+  watcher = ROOT / "ddpm_jax" / "runtime" / "watcher.py"
   command = [sys.executable, "-I", "-S", str(watcher), str(os.getpid()), "0", ""]
   with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
     for text in (b'[60.0, 0.0, "x"]\n', b"Thread 0x1 (most recent call first):\n", b'[60.0, 0.0, "x"]\n'):
@@ -93,10 +91,10 @@ def test_stacks_that_somebody_else_asks_for_are_no_ticks():
 
 def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
   """Stopped for longer than any limit, it goes on; stuck afterwards, it ends."""
-  then = f'watchdog.beat("update 8"); time.sleep(1); {KEEPS_THE_LOCK}'
+  then = f'watchdog.beat("step 8"); time.sleep(1); {KEEPS_THE_LOCK}'
   code = START.format(
     stuck='while os.read(0, 1) != b"x": pass',
-    before='watchdog.beat("update 7"); time.sleep(1); print("ready", flush=True)',
+    before='watchdog.beat("step 7"); time.sleep(1); print("ready", flush=True)',
     after=f"with Watchdog(2, folder=pathlib.Path(sys.argv[1])) as watchdog: {then}",
     timeout=3,
     first_s=60,
@@ -113,7 +111,7 @@ def test_time_in_which_the_process_is_stopped_does_not_count(tmp_path):
     killed.start()
     _, err = process.communicate("x")
     killed.cancel()
-  assert process.returncode == -signal.SIGKILL and "after update 8" in err
+  assert process.returncode == -signal.SIGKILL and "after step 8" in err
 
 
 def test_before_the_first_beat_the_limit_is_longer(tmp_path):
@@ -130,7 +128,7 @@ def test_a_limit_above_the_first_one_counts_from_the_start():
 
 
 def test_a_loop_that_goes_on_is_left_alone(tmp_path):
-  process, seconds = run(tmp_path, 'for i in range(20): time.sleep(0.1); watchdog.beat(f"update {i}")')
+  process, seconds = run(tmp_path, 'for i in range(20): time.sleep(0.1); watchdog.beat(f"step {i}")')
   assert (process.returncode, process.stderr) == (0, "")
   assert seconds > 2
   assert list(tmp_path.iterdir()) == []
@@ -154,7 +152,7 @@ def test_an_error_inside_passes_through(tmp_path):
 
 
 def test_standard_error_is_closed(tmp_path):
-  process, seconds = run(tmp_path, before='os.close(2); watchdog.beat("update 7")')
+  process, seconds = run(tmp_path, before='os.close(2); watchdog.beat("step 7")')
   assert process.returncode == 1
   assert seconds < 4
   check_line((tmp_path / "stuck.3.txt").read_text())
@@ -183,5 +181,5 @@ def test_the_folder_is_gone(tmp_path):
 
 def test_a_beat_costs_nothing():
   with Watchdog(60) as watchdog:
-    seconds = min(timeit.repeat(lambda: watchdog.beat("update 12"), number=10000, repeat=5)) / 10000
+    seconds = min(timeit.repeat(lambda: watchdog.beat("step 12"), number=10000, repeat=5)) / 10000
   assert seconds < 2e-6

@@ -408,7 +408,7 @@ def test_a_draw_leaves_images_their_settings_and_a_picture(quick, twenty, capsys
     assert picture.size == (2 + 2 * 66, 2 + 2 * 66)
     np.testing.assert_array_equal(np.asarray(picture)[2:66:8, 2:66:8, 0], twenty[0, :, :, 0])
   out, err = capsys.readouterr()
-  assert "drawing 3 images 8x8x1 with the ema weights after update 5: ddim, 4 network evaluations each" in out
+  assert "drawing 3 images 8x8x1 with the ema weights after step 5: ddim, 4 network evaluations each" in out
   assert "drawing: 3 images, network evaluation 4/4" in out
   assert out.endswith(f"done: {quick.samples / 'samples.npz'} and {quick.samples / 'samples.png'}\n") and err == ""
 

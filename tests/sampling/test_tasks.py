@@ -64,7 +64,7 @@ def test_progressive(quick, capsys, sampler):
   assert quick.files() == [*("progressive.gif", "progressive.npz", "progressive.png", "samples.npz", "samples.png")]
   assert settings["sample_task"] == "progressive" and settings["checkpoint"] == 5
   out = capsys.readouterr().out
-  assert "progressive: 3 rows, 3 images 8x8x1 with the ema weights after update 5" in out
+  assert "progressive: 3 rows, 3 images 8x8x1 with the ema weights after step 5" in out
   assert out.splitlines()[-1].startswith("done: ") and out.splitlines()[-1].endswith("progressive.gif")
 
 

@@ -67,7 +67,7 @@ def test_no_warm_up():
 
 
 def test_adam_by_hand():
-  """Two updates of Adam with beta 0.9 and 0.999 and epsilon 1e-8, without and with clipping to norm 1."""
+  """Two training steps of Adam with beta 0.9 and 0.999 and epsilon 1e-8, without and with clipping to norm 1."""
   for clip, scale in ((0.0, 1.0), (1.0, 0.2)):  # the gradient (3, 4) has norm 5
     config = OptimizerConfig(learning_rate=0.1, lr_schedule="constant", warmup_steps=0, grad_clip=clip)
     optimizer = make_optimizer(config, 10)

@@ -10,7 +10,7 @@ from ddpm_jax.training.setup import Run, copies_warning, noise_warning
 from tests.test_documents import preset
 from tests.training.tiny import tiny_config, tiny_run
 
-EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 
 
 def with_diffusion(run: Run, config: Config) -> Run:

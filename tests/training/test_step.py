@@ -174,12 +174,12 @@ def test_the_weight_is_that_of_the_drawn_timestep():
 
 @pytest.fixture(scope="module")
 def learning():
-  """200 updates on one batch of four images: (initial state, states and losses along the way, compiled step)."""
+  """200 training steps on one batch of four images: (initial state, states and losses along the way, compiled step)."""
   run = tiny_run(tiny_config(batch_size=16, dropout=0.0, random_flip=False, learning_rate=5e-3, ema_decay=0.9))
-  step = jax.jit(make_train_step(run))
-  initial = state = run.initial_state()
+  step, device = jax.jit(make_train_step(run)), jax.devices()[0]
+  initial = state = jax.device_put(host(run.initial_state()), device)
   images = np.repeat(random_batch(4)["image"], 4, axis=0)
-  batch = jax.device_put(random_batch() | {"image": images}, run.mesh.replicated)
+  batch = jax.device_put(random_batch() | {"image": images}, device)
   losses, second = [], None
   for i in range(200):
     state, metrics = step(state, batch)
@@ -199,7 +199,7 @@ def test_state_after_the_updates(learning):
   assert int(initial.step) == 0 and int(final.step) == 200 and final.step.dtype == jnp.int32
   chex.assert_trees_all_equal(host(initial.ema["ema"]), host(initial.params))
   chex.assert_trees_all_equal_shapes_and_dtypes(initial, final)
-  # The first update has learning rate 0 (warm-up), so after the second the average is params0 + (1 - d) (params2 -
+  # The first step has learning rate 0 (warm-up), so after the second the average is params0 + (1 - d) (params2 -
   # params0) with d = (1 + 2) / (10 + 2): made from the new parameters, not the old ones.
   expected = jax.tree.map(lambda old, new: old + 0.75 * (new - old), host(initial.params), host(second.params))
   chex.assert_trees_all_close(host(second.ema["ema"]), expected, rtol=1e-5, atol=1e-6)
@@ -208,7 +208,7 @@ def test_state_after_the_updates(learning):
 
 def test_metrics_are_those_of_this_update(learning):
   run, initial, *_ = learning
-  batch = jax.device_put(random_batch(), run.mesh.replicated)
+  batch = jax.device_put(random_batch(), jax.devices()[0])
   _, metrics = jax.jit(make_train_step(run))(initial, batch)
   keys = step_lib.example_keys(0, jnp.asarray(0), batch["index"])
   value_and_grad = jax.value_and_grad(lambda params: loss_of(make_objective(run), batch, keys, params))
@@ -243,7 +243,7 @@ class Remembering(NamedTuple):
     return terms, {"index": batch["index"], "image": batch["image"][:, 0, 0, 0]}
 
   def update_extra(self, extra, per_example):
-    return {"seen": per_example["index"] + 100 * per_example["image"], "steps": extra["steps"] + 1}
+    return {"seen": per_example["index"] + 100 * per_example["image"].astype(jnp.int32), "steps": extra["steps"] + 1}
 
 
 @pytest.mark.parametrize("mode", ["pmap", "fsdp"])

@@ -215,9 +215,9 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(noise_images,
   measured = []
 
   class Evaluations(train_lib.Evaluations):
-    def __init__(self, run, *parts):
+    def __init__(self, run, *parts, **given):
       measured.append(run.config.sample.sample_weights)
-      super().__init__(run, *parts)
+      super().__init__(run, *parts, **given)
 
   monkeypatch.setattr(train_lib, "Evaluations", Evaluations)
   folder, named = tmp_path / "run", {"checkpoint": "3", "sample_weights": "raw", "learning_rate": 1e-9}

@@ -122,7 +122,7 @@ def test_none_at_all_says_whether_the_run_is_training(trained):
 
 @pytest.mark.parametrize("name", ["last", "", "-5", "5.0", " 5", "٥", "bests"])
 def test_nonsense(trained, name):
-  with pytest.raises(UserError, match=r"checkpoint: .* is unknown; use newest, best, or a number of updates"):
+  with pytest.raises(UserError, match=r"checkpoint: .* is unknown; use newest, best, or a number of training steps"):
     trained.having(checkpoint=name)
 
 
@@ -153,9 +153,9 @@ def test_a_draw_and_a_task_end_to_end(trained, capsys):
   np.testing.assert_array_equal(plain["images"], progressive["images"])
   assert progressive["x0_hat"].shape == (3, 4, 8, 8, 1)
   assert trained.settings()["checkpoint"] == 3
-  assert "with the ema weights after update 3: ddim" in capsys.readouterr().out
+  assert "with the ema weights after step 3: ddim" in capsys.readouterr().out
   other = trained.having(checkpoint="3", sample_weights="raw")
   assert config_lib.values(other)["sample_weights"] == "raw"
   sampling.sample(other, trained.path)
   assert np.abs(trained.load()["images"].astype(int) - plain["images"]).mean() > 2
-  assert "with the raw weights after update 3" in capsys.readouterr().out
+  assert "with the raw weights after step 3" in capsys.readouterr().out

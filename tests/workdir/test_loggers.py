@@ -68,7 +68,7 @@ def everything(names, capsys):
 
 
 def test_a_class_of_ones_own(capsys):
-  assert everything(["tensorboard", "tests.test_loggers:Recorder"], capsys) == []
+  assert everything(["tensorboard", "tests.workdir.test_loggers:Recorder"], capsys) == []
   (recorder,) = _here().Recorder.made
   scalars, images = ([("scalars", s, {"loss": 0.5}), ("image", s, "samples", (4, 5, 3))] for s in (10, 20))
   assert recorder.calls == [("init", pathlib.Path("run"), {"train": {"seed": 1}}, 7), *scalars, *images, ("close",)]
@@ -76,18 +76,18 @@ def test_a_class_of_ones_own(capsys):
 
 def _here():
   """This module under the name by which it is imported."""
-  import tests.test_loggers
+  import tests.workdir.test_loggers
 
-  return tests.test_loggers
+  return tests.workdir.test_loggers
 
 
 def test_whatever_fails_is_told_once_and_the_others_go_on(capsys):
-  names = [f"tests.test_loggers:{name}" for name in ("Broken", "NoStart", "Recorder")]
+  names = [f"tests.workdir.test_loggers:{name}" for name in ("Broken", "NoStart", "Recorder")]
   lines = everything(names, capsys)
   goes_on = "; the run goes on, and metrics.jsonl has everything"
   assert lines == [
-    f"warning: writers: tests.test_loggers:NoStart fails (OSError: [Errno 28] No space left on device){goes_on}",
-    f"warning: writers: tests.test_loggers:Broken fails (ConnectionError: no route to host){goes_on}",
+    f"warning: writers: tests.workdir.test_loggers:NoStart fails (OSError: [Errno 28] No space left on device){goes_on}",
+    f"warning: writers: tests.workdir.test_loggers:Broken fails (ConnectionError: no route to host){goes_on}",
   ]
   assert len(_here().Recorder.made[-1].calls) == 6 and _here().Recorder.made[-1].calls[1][2] == {"loss": 0.5}
 
@@ -100,8 +100,11 @@ def test_names_of_nothing_are_one_line(tmp_path, monkeypatch):
   monkeypatch.syspath_prepend(tmp_path)
   for name, reason in (
     ("no_such_module:Class", "ModuleNotFoundError: No module named 'no_such_module'"),
-    ("tests.test_loggers:Nothing", "AttributeError: module 'tests.test_loggers' has no attribute 'Nothing'"),
-    ("tests.test_loggers:NO_CLASS", "is a int and no class"),
+    (
+      "tests.workdir.test_loggers:Nothing",
+      "AttributeError: module 'tests.workdir.test_loggers' has no attribute 'Nothing'",
+    ),
+    ("tests.workdir.test_loggers:NO_CLASS", "is a int and no class"),
     ("wrong_module:Class", "SyntaxError: "),
     ("failing_module:Class", "RuntimeError: at import"),
     ("script_module:Class", "SystemExit: 0"),

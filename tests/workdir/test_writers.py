@@ -117,7 +117,7 @@ def test_tensorboard_picture(tmp_path):
 
 
 def test_each_step_once_after_a_resume(tmp_path, monkeypatch):
-  # Killed after update 40 with a checkpoint at 20: updates 21 to 40 are made again.
+  # Killed after step 40 with a checkpoint at 20: steps 21 to 40 are made again.
   monkeypatch.setattr("time.time", lambda: 1.7e9)
   write(tmp_path, [10, 20, 21, 30, 40], loss=1.0)
   monkeypatch.setattr("time.time", lambda: 1.7e9 + 60)
@@ -502,7 +502,7 @@ def test_a_line_is_amended_after_a_restart(tmp_path):
   assert (20, "kid", 0.5) in shown(tmp_path) and (20, "loss", 1.0) in shown(tmp_path)
   MetricsWriter(tmp_path, resume_step=20).close()
   assert read_lines(tmp_path) == lines[:2]
-  # A line for it where the metrics of that update were not logged: the step was given to the writer as done.
+  # A line for it where the metrics of that training step were not logged: the step was given to the writer as done.
   write(tmp_path, [], resume_step=20)
   writer = MetricsWriter(tmp_path, resume_step=25)
   writer.amend(25, {"kid": 0.25})

@@ -1,4 +1,4 @@
-"""Trees of parameters as few vectors: XLA for CPUs compiles a loop of updates in three quarters of the time.
+"""Trees of parameters as few vectors: XLA for CPUs compiles a loop of training steps in three quarters of the time.
 
 Three of four arrays of a network are biases, scales and small kernels, with a fifteenth of its numbers. XLA writes code
 for each shape that Adam and the moving average meet, and more of it for a kernel [3, 3, C, C'] than for a vector.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SMALL = 4096  # numbers. To copy larger arrays at each update takes more time than it saves.
+SMALL = 4096  # numbers. To copy larger arrays at each training step takes more time than it saves.
 
 Tree = Any
 
