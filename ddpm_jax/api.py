@@ -33,7 +33,6 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, TrainableNetwork, num_params
-from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime import numerics, paths, terminal
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_draw, table_of
@@ -315,6 +314,8 @@ def train(
     RunError: if what must be kept cannot be written.
     NonFiniteError: if the loss or the gradient is not finite.
   """
+  from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
+
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
