@@ -1,12 +1,13 @@
-"""The real step of the tiny run, compiled for the 8 simulated devices."""
+"""The real step of the tiny run, with one level, compiled for the 8 simulated devices."""
 
 import functools
 import types
 
 import jax
+import numpy as np
 import pytest
 
-from ddpm_jax.data.encoded import Rows
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import Source
 from ddpm_jax.models.build import num_params
@@ -18,10 +19,12 @@ from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 
+ONE_LEVEL = dict(channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
+
 
 @functools.cache
 def planned(mode, batch_size=16, **changes) -> tuple[CompiledStep, object]:
-  run = tiny_run(tiny_config(parallel=mode, batch_size=batch_size, **changes))
+  run = tiny_run(tiny_config(parallel=mode, batch_size=batch_size, **ONE_LEVEL, **changes))
   step = compile_step(run, batch_size)
   assert isinstance(step, CompiledStep)
   return step, run
@@ -29,7 +32,7 @@ def planned(mode, batch_size=16, **changes) -> tuple[CompiledStep, object]:
 
 def test_the_batch_is_what_the_pipeline_yields():
   rows = random_batch(24)
-  source = Source("x", IMAGE_SHAPE, 24, lambda i: Rows(rows["image"][i], i < 0))
+  source = Source("x", IMAGE_SHAPE, 24, DecodedRows(rows["image"], np.zeros(24, bool)).take)
   options = dict(batch_size=16, seed=0, start_step=0, process_index=0, process_count=1, threads=1)
   real = next(iter(batches(source, **options)))
   planned = abstract_batch(IMAGE_SHAPE, 16)
@@ -132,7 +135,7 @@ def test_in_parts_the_gradients_of_each_part_are_reduced():
 def test_operations_do_not_depend_on_the_parts(mode):
   """XLA counts a loop once; a batch in two parts is as much work as in one."""
   whole = planned(mode)[0].flops
-  assert whole > 1e6
+  assert whole > 5e5
   assert planned(mode, grad_accum_steps=2)[0].flops == pytest.approx(whole, rel=0.2)
 
 
