@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from ddpm_jax.api import Model, load, train
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 __all__ = ["Model", "load", "train"]
 
 
