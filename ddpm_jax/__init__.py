@@ -5,7 +5,8 @@ In Python, `ddpm_jax.load(path)` returns a trained model, a `ddpm_jax.Model`, wh
   model = ddpm_jax.load("runs/digits")
   images = model.sample(16, steps=50)  # uint8 [16, H, W, C]
 
-What a user can mend raises `ddpm_jax.errors.UserError`. Training is the command: python -m ddpm_jax.main --help
+`ddpm_jax.train(config, workdir)` trains one as the command does, also with a network, a loss or images of your own.
+What a user can mend raises `ddpm_jax.errors.UserError`. The command: python -m ddpm_jax.main --help
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from ddpm_jax.api import Model, load
+  from ddpm_jax.api import Model, load, train
 
-__version__ = "0.2.0.dev0"
-__all__ = ["Model", "load"]
+__version__ = "0.2.0"
+__all__ = ["Model", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,20 +20,24 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import seeded
-from ddpm_jax.models.build import Params, num_params
-from ddpm_jax.runtime import terminal
+from ddpm_jax.models.build import Params, TrainableNetwork, num_params
+from ddpm_jax.runtime import numerics, paths, terminal
+from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_draw, table_of
+from ddpm_jax.training.objective import Objective
+from ddpm_jax.training.setup import Run
 from ddpm_jax.weights import initial
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
@@ -244,6 +248,7 @@ def load(
   weights: str = "ema",
   dtype: str | None = None,
   matmul_precision: str | None = None,
+  network: TrainableNetwork | None = None,
 ) -> Model:
   """Reads a trained model.
 
@@ -254,6 +259,7 @@ def load(
     dtype: of the activations, 'float32' or 'bfloat16'.
     matmul_precision: of float32 products, 'default', 'high' or 'highest'.
       What is None is as the model was trained.
+    network: that of a workdir which was trained with one of your own.
 
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
@@ -267,9 +273,60 @@ def load(
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
   if initial.inspect_source(place).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
+    own = {} if network is None else {"network": type(network).__qualname__}
+    layout.check_own(pathlib.Path(place), own, ["network"])
     with terminal.errors_alone():
-      return Model(config, initial.find_weights(config, pathlib.Path(place)))
+      return Model(config, initial.find_weights(config, pathlib.Path(place), network))
+  if network is not None:
+    raise UserError(f"network: {place} is no workdir, so it has no effect; leave it out")
   if weights != "ema":
     raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
   config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
   return Model(config, initial.find_weights(config, None))
+
+
+def train(
+  config: Config,
+  workdir: str | os.PathLike[str],
+  *,
+  network: TrainableNetwork | None = None,
+  objective: Callable[[Run], Objective] | None = None,
+  source: Source | None = None,
+) -> Model:
+  """Trains a model as the command does, and goes on where it was stopped: give the same arguments again.
+
+  A workdir that was trained with an own network or objective says so in its config.json and in its checkpoints. The
+  command refuses it, and `load` takes the network. Call it in the main thread: Ctrl-C stops after a training step, with
+  all that was made saved.
+
+  Args:
+    config: the settings, such as `config.override(Config(), {"num_steps": 500})`.
+    workdir: the folder of the run, on disk; may not exist yet.
+    network: is trained, in the place of the U-Net of the settings: a frozen dataclass, equal by value.
+    objective: makes the loss from the parts of the run, in the place of the denoiser's: a frozen dataclass, too.
+    source: the images, in the place of `config.data.dataset`; its fingerprint must change with them.
+
+  Returns:
+    The model as it was saved last, with the average of its weights.
+
+  Raises:
+    UserError: before anything is compiled, if these do not fit together, or the workdir is of another run.
+    RunError: if what must be kept cannot be written.
+    NonFiniteError: if the loss or the gradient is not finite.
+  """
+  from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
+
+  folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
+  if network is not None and (config.exchange.init_from or config.train.evaluate_every):
+    raise UserError(
+      "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"
+    )
+  if source is not None:  # nobody else can open it by its name
+    config = config_lib.override(config, {"dataset": f"own:{source.name}"})
+  stored = layout.read_run(folder)
+  if stored and config.model.attention_resolutions == config_lib.AUTO_ATTENTION:  # it is settled there
+    config = config_lib.override(config, {"attention_resolutions": stored.config.model.attention_resolutions})
+  numerics.check_options(config.model.matmul_precision)
+  with StopRequest() as stop:
+    train_lib.train(config, folder, train_lib.Invocation(stop, own=train_lib.Own(network, objective, source)))
+  return load(folder, network=network)

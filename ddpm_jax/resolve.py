@@ -77,6 +77,8 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
       be read.
   """
   rules, run = MODES[mode], layout.read_run(folder) if folder is not None else None
+  if run:
+    layout.check_own(run.folder, {}, ("network", "objective") if mode == "train" else ("network",))
   given = _settled(given, run)
   base = _base(rules, given, run)
   if mode != "evaluate" and given.get("write_reference"):

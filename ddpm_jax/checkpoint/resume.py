@@ -47,6 +47,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     "data_changes": changes,
     "lr_restarts": restarts(run.config, earlier),
     "surroundings": numerics.surroundings(),
+    **({"own": run.own} if run.own else {}),
   }
 
 

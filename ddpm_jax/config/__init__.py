@@ -31,7 +31,7 @@ from ddpm_jax.config.sections import (
   SampleConfig,
   TrainConfig,
 )
-from ddpm_jax.config.text import from_json, to_flagfile, to_json, to_tree
+from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_tree
 
 __all__ = [
   "AUTO_ATTENTION",
@@ -53,6 +53,7 @@ __all__ = [
   "from_json",
   "options",
   "override",
+  "own_parts",
   "profiled",
   "reset_weight_selectors",
   "to_flagfile",

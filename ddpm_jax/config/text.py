@@ -31,9 +31,20 @@ def to_tree(config: Config) -> dict[str, dict[str, Any]]:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-def to_json(config: Config) -> str:
-  """The text of `workdir/config.json`."""
-  return json.dumps({"format": FORMAT} | to_tree(config), indent=2) + "\n"
+def to_json(config: Config, own: dict[str, str] | None = None) -> str:
+  """The text of `workdir/config.json`.
+
+  Args:
+    config: the settings.
+    own: names of parts that a person has put in the place of those of the settings, by what they are.
+  """
+  beside = {"format": FORMAT, "own": own} if own else {"format": FORMAT}
+  return json.dumps(beside | to_tree(config), indent=2) + "\n"
+
+
+def own_parts(text: str) -> dict[str, str]:
+  """The `own` of `to_json`, for a text that `from_json` has read."""
+  return json.loads(text).get("own", {})
 
 
 def from_json(text: str) -> Config:
@@ -49,12 +60,13 @@ def from_json(text: str) -> Config:
   except json.JSONDecodeError as error:
     raise UserError(f"config.json is not JSON ({error}); restore it, or use another --workdir") from None
   form = tree.pop("format", 1) if isinstance(tree, dict) else None
-  if not isinstance(tree, dict) or type(form) is not int or not all(isinstance(part, dict) for part in tree.values()):
-    raise UserError("config.json is not a JSON object of sections; restore it, or use another --workdir")
-  if form > FORMAT:
+  if type(form) is int and form > FORMAT:
     raise UserError(
       f"config.json is of format {form}, this version of ddpm_jax reads up to {FORMAT}; use the version that wrote it"
     )
+  if not isinstance(tree, dict) or type(form) is not int or not all(isinstance(part, dict) for part in tree.values()):
+    raise UserError("config.json is not a JSON object of sections; restore it, or use another --workdir")
+  tree.pop("own", {})  # see `own_parts`
   known, flat = values(Config()), dict(WITHOUT_THE_OPTION)
   for section, part in tree.items():
     for name, value in part.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
 from ddpm_jax.config import AUTO_ATTENTION, ModelConfig
-from ddpm_jax.diffusion.denoiser import Cond, Denoiser
+from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.layers import Conv3x3, num_norm_groups
@@ -79,6 +79,14 @@ def fast_convolutions(plain: Callable, args: tuple, kwargs: dict, context: Inter
   return plain(*args, **kwargs)
 
 
+class TrainableNetwork(Network, Protocol):
+  """A network that can be trained: one that makes its own first parameters."""
+
+  def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
+    """Fresh parameters, a tree of float32 arrays, for images of that shape [H, W, C]."""
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class UNetNetwork:
   """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters; unconditional."""
@@ -95,10 +103,19 @@ class UNetNetwork:
     assert isinstance(output, jax.Array)  # and not a pair with mutated collections: the U-Net has none
     return output
 
+  def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
+    """See `init_params`."""
+    return init_params(self.model, key, image_shape)
 
-def build_denoiser(config: ModelConfig, prediction: str, image_shape: tuple[int, int, int]) -> Denoiser:
-  """The denoiser of that network and prediction: the one place that knows predictions by name. Raises UserError."""
-  return Denoiser(UNetNetwork(build_model(config, image_shape)), PARAMETERIZATIONS[prediction])
+
+def build_denoiser(
+  config: ModelConfig, prediction: str, image_shape: tuple[int, int, int], network: TrainableNetwork | None = None
+) -> Denoiser:
+  """The denoiser of that prediction: the one place that knows predictions by name. Raises UserError.
+
+  network: in the place of the U-Net of `config`.
+  """
+  return Denoiser(network or UNetNetwork(build_model(config, image_shape)), PARAMETERIZATIONS[prediction])
 
 
 def init_params(model: UNet, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:

@@ -45,7 +45,7 @@ def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[i
   if jax.process_index() == 0:
     stored = layout.load_config(workdir)
     try:
-      layout.create(target, stored)
+      layout.create(target, stored, layout.own_parts(workdir))
       if (workdir / "metrics.jsonl").exists():
         shutil.copy2(workdir / "metrics.jsonl", target)
       for folder in ("samples", "eval"):

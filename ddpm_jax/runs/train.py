@@ -28,7 +28,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
-from ddpm_jax.models.build import fitted
+from ddpm_jax.models.build import TrainableNetwork, fitted
 from ddpm_jax.runs import earlier, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview
@@ -40,6 +40,7 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
+from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
 from ddpm_jax.training.state import TrainState
@@ -48,6 +49,20 @@ from ddpm_jax.weights import initial
 from ddpm_jax.weights.file import settings_of_run
 from ddpm_jax.workdir import layout, loggers
 from ddpm_jax.workdir.lock import Lock
+
+
+class Own(NamedTuple):
+  """A person's own parts of a run; None: those of the settings.
+
+  Attributes:
+    network: is trained, in the place of the U-Net.
+    objective: makes what is minimised from the parts of the run.
+    source: the images.
+  """
+
+  network: TrainableNetwork | None = None
+  objective: Callable[[Run], Objective] | None = None
+  source: Source | None = None
 
 
 class Invocation(NamedTuple):
@@ -59,6 +74,7 @@ class Invocation(NamedTuple):
     note: a line for the user on settings that were left open, printed once the images are found.
     given: names of the flags of the command, for evaluations: a number or a sampler that it names is not chosen anew.
     clock: seconds since any moment, by which the training is timed.
+    own: what takes the place of parts of the settings, from Python.
   """
 
   stop: StopRequest
@@ -66,6 +82,7 @@ class Invocation(NamedTuple):
   note: str = ""
   given: frozenset[str] = frozenset()
   clock: Callable[[], float] = time.monotonic
+  own: Own = Own()
 
 
 def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool:
@@ -86,7 +103,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     NonFiniteError: if the loss or the gradient is not finite, more often than `max_nonfinite` allows.
   """
   job, total = invocation.job, config.train.num_steps
-  run, source = prepare(config, workdir)
+  run, source = prepare(config, workdir, invocation.own)
   config = run.config
   params = None
   if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
@@ -133,7 +150,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   return not stopped
 
 
-def prepare(config: Config, workdir: pathlib.Path) -> tuple[Run, Source]:
+def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Source]:
   """Everything that can be found wrong before a file is written: devices, settings, images, network.
 
   Raises:
@@ -143,9 +160,13 @@ def prepare(config: Config, workdir: pathlib.Path) -> tuple[Run, Source]:
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
-  source = open_source(config.data)
+  source = own.source or open_source(config.data)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
-  run = build_run(config, source.image_shape, mesh)
+  run = build_run(config, source.image_shape, mesh, own.network)
+  run = run._replace(objective=own.objective(run) if own.objective else None)
+  parts = {"network": own.network, "objective": run.objective}
+  run = run._replace(own={name: type(part).__qualname__ for name, part in parts.items() if part is not None})
+  layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
     check_evaluation(config, workdir, source)

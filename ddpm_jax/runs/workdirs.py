@@ -50,7 +50,7 @@ def take(run: Run, workdir: pathlib.Path, job: Job, cleanup: contextlib.ExitStac
     lock = cleanup.enter_context(contextlib.closing(Lock(workdir)))
     exists = layout.check(workdir, run.config)  # only now, as another process may have been faster
     if not exists:
-      layout.create(workdir, run.config)
+      layout.create(workdir, run.config, run.own)
     if note:
       console.say(note)
   multihost_utils.sync_global_devices("the workdir exists")

@@ -22,7 +22,7 @@ from ddpm_jax.diffusion.schedules import (
 )
 from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
-from ddpm_jax.models.build import Params, build_denoiser, build_model, init_params
+from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser
 from ddpm_jax.training.objective import Batch, DenoiserObjective, Objective
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
@@ -42,6 +42,8 @@ class Run(NamedTuple):
   mesh: DeviceMesh
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
+  objective: Objective | None = None  # in the place of the denoiser's loss
+  own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
 
   def initial_state(self, params: Params | None = None) -> TrainState:
     """The state before the first training step, placed.
@@ -49,7 +51,7 @@ class Run(NamedTuple):
     Args:
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
-    init = functools.partial(_initial_state, self.config, self.image_shape)
+    init = functools.partial(_initial_state, self.denoiser, self.config, self.image_shape)
     compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
     return compiled(np.uint32(self.config.train.seed), params)
 
@@ -62,13 +64,20 @@ class Run(NamedTuple):
     )
 
 
-def build_run(config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh) -> Run:
-  """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together."""
+def build_run(
+  config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh, network: TrainableNetwork | None = None
+) -> Run:
+  """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together.
+
+  network: in the place of that of the settings.
+  """
   d = config.diffusion
   first_stage = Pixels(image_shape)
-  denoiser = build_denoiser(config.model, d.prediction, first_stage.latent_shape)
+  denoiser = build_denoiser(config.model, d.prediction, first_stage.latent_shape, network)
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
-  shapes = jax.eval_shape(functools.partial(_initial_state, config, image_shape), np.uint32(config.train.seed))
+  shapes = jax.eval_shape(
+    functools.partial(_initial_state, denoiser, config, image_shape), np.uint32(config.train.seed)
+  )
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
@@ -124,7 +133,7 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
   config = run.config
   bound = functools.partial(
     train_step,
-    objective=objective or make_objective(run),
+    objective=objective or run.objective or make_objective(run),
     optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,
@@ -147,10 +156,10 @@ def make_objective(run: Run) -> DenoiserObjective:
 
 
 def _initial_state(
-  config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
+  denoiser: Denoiser, config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
 ) -> TrainState:
   if params is None:
-    params = init_params(build_model(config.model, image_shape), stream_key(seed, "init"), image_shape)
+    params = denoiser.network.init(stream_key(seed, "init"), image_shape)
   else:
     params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
   return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))

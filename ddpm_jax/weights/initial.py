@@ -19,7 +19,7 @@ from ddpm_jax.config import Config, SampleConfig, TrainConfig
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import Params
+from ddpm_jax.models.build import Params, TrainableNetwork
 from ddpm_jax.runtime import paths
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers, file
@@ -67,7 +67,10 @@ def base_config(path: str, stored: Config | None = None, base: Config | None = N
   try:
     if stored and stored.exchange.init_from == path:
       return config_lib.override(base or Config(), _settings_of(stored))
-    return config_lib.override(base or Config(), inspect_source(path).settings)
+    source = inspect_source(path)
+    if source.kind == "workdir":
+      layout.check_own(source.path, {}, ["network"])
+    return config_lib.override(base or Config(), source.settings)
   except UserError as error:
     raise UserError(f"init_from: {error}") from None
 
@@ -152,18 +155,19 @@ def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
   return load_weights(config_lib.override(layout.load_config(workdir), given), workdir)
 
 
-def find_weights(config: Config, workdir: pathlib.Path | None) -> Weights:
+def find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
   """The weights that a command means: of the workdir's checkpoints, or, where it has none, those of --init_from.
 
   Args:
     config: of the run.
     workdir: its folder; None: those of --init_from.
+    network: in the place of that of the settings, for the weights of a workdir.
 
   Raises:
     UserError: if there are none, or they do not fit the network of `config`.
   """
   if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
-    return load_weights(config, workdir)
+    return load_weights(config, workdir, network)
   params, image_shape = read_params(config)
   run = build_run(config, image_shape, make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision))
   params = run.place(params)

@@ -20,7 +20,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import Params
+from ddpm_jax.models.build import Params, TrainableNetwork
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import Run, build_run
 from ddpm_jax.workdir import layout, lock
@@ -42,8 +42,13 @@ class Weights(NamedTuple):
     return f"the {self.which} weights after step {self.step}" if self.step else "the weights of --init_from"
 
 
-def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
+def load_weights(config: Config, workdir: pathlib.Path, network: TrainableNetwork | None = None) -> Weights:
   """The weights that `--checkpoint` and `--sample_weights` name. Says which newer checkpoints are damaged.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    network: in the place of that of the settings.
 
   Raises:
     UserError: if the workdir holds no such checkpoint, or one of another run.
@@ -58,7 +63,7 @@ def load_weights(config: Config, workdir: pathlib.Path) -> Weights:
     candidates = checkpoints.candidates(on_corrupt=config.train.on_corrupt, only=only)
     for candidate in candidates:
       resume.check_config(candidate.manifest, config, workdir, once_trained=True)
-      run = build_run(config, tuple(candidate.manifest["image_shape"]), mesh)
+      run = build_run(config, tuple(candidate.manifest["image_shape"]), mesh, network)
       state = candidate.restore(run.abstract_state)
       if state is not None:
         break

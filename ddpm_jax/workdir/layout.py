@@ -102,6 +102,30 @@ def read_run(workdir: pathlib.Path) -> StoredRun | None:
   return StoredRun(workdir, config, saved, not config.exchange.init_from or saved or has_begun(workdir))
 
 
+def own_parts(workdir: pathlib.Path) -> dict[str, str]:
+  """What of a run is not as its settings say, but a person's own: 'network' and 'objective', with their names."""
+  path = workdir / "config.json"
+  return config_lib.own_parts(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def check_own(workdir: pathlib.Path, own: dict[str, str], parts: Sequence[str] = ("network", "objective")) -> None:
+  """Raises UserError unless the run in `workdir`, if there is one, has these own parts, of those that are named."""
+  if not holds_run(workdir):
+    return
+  stored = own_parts(workdir)
+  for part in parts:
+    has, given = stored.get(part, ""), own.get(part, "")
+    if has and not given:
+      raise UserError(
+        f"{part}: {workdir} was trained with an own {part}, {has}; in Python, give it to ddpm_jax.train or "
+        "ddpm_jax.load"
+      )
+    if has != given:
+      raise UserError(
+        f"{part}: {workdir} was trained with {has or 'that of its settings'}, not {given}; use another workdir"
+      )
+
+
 def changed(run: StoredRun, config: Config, *, once_trained: bool = False) -> list[tuple[str, Any, Any]]:
   """The options that a command would change of `run`, and may not, as (name, before, after).
 
@@ -171,11 +195,15 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
   return False
 
 
-def create(workdir: pathlib.Path, config: Config) -> None:
-  """Writes the configuration of a run, as `config.json` and as the flagfile `flags.txt`; its files may be renewed."""
+def create(workdir: pathlib.Path, config: Config, own: dict[str, str] | None = None) -> None:
+  """Writes the configuration of a run, as `config.json` and as the flagfile `flags.txt`; its files may be renewed.
+
+  own: see `own_parts`; None: as it was.
+  """
   try:
+    own = own_parts(workdir) if own is None else own
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    for name, text in (("config.json", config_lib.to_json(config)), ("flags.txt", config_lib.to_flagfile(config))):
+    for name, text in (("config.json", config_lib.to_json(config, own)), ("flags.txt", config_lib.to_flagfile(config))):
       write_whole(workdir / name, text.encode())
   except OSError as error:
     raise UserError(f"workdir: cannot write {workdir} ({error.strerror}); use another --workdir") from error

@@ -439,9 +439,8 @@ def test_a_key_is_known_by_its_name_whatever_its_section():
 
 def test_a_later_format_is_refused():
   tree = json.loads(config_lib.to_json(Config())) | {"format": 3, "new": [1]}
-  tree["train"]["num_steps"] = {"later": "a schedule"}
   with pytest.raises(UserError, match=r"^config.json is of format 3, this version of ddpm_jax reads up to 2; use the"):
-    config_lib.from_json(json.dumps(tree | {"new": {}}))
+    config_lib.from_json(json.dumps(tree))
 
 
 def test_value_out_of_range_in_json_is_refused():
