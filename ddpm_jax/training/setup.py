@@ -35,13 +35,17 @@ class Run(NamedTuple):
   """The parts of a run that never change while it runs."""
 
   config: Config
-  image_shape: tuple[int, int, int]  # H, W, C
   schedule: NoiseSchedule
   first_stage: FirstStage
   denoiser: Denoiser
   mesh: DeviceMesh
   abstract_state: TrainState  # ShapeDtypeStructs with shardings
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """H, W, C of an image."""
+    return self.first_stage.image_shape
 
   def initial_state(self, params: Params | None = None) -> TrainState:
     """The state before the first training step, placed.
@@ -74,7 +78,7 @@ def build_run(config: Config, image_shape: tuple[int, int, int], mesh: DeviceMes
     shapes,
     mesh.state_shardings(shapes),
   )
-  return Run(config, image_shape, schedule, first_stage, denoiser, mesh, abstract_state)
+  return Run(config, schedule, first_stage, denoiser, mesh, abstract_state)
 
 
 def noise_warning(run: Run) -> str | None:
