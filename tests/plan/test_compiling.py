@@ -4,8 +4,10 @@ import functools
 import types
 
 import jax
+import numpy as np
 import pytest
 
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import Source
 from ddpm_jax.models.build import num_params
@@ -30,7 +32,7 @@ def planned(mode, batch_size=16, **changes) -> tuple[CompiledStep, object]:
 
 def test_the_batch_is_what_the_pipeline_yields():
   rows = random_batch(24)
-  source = Source("x", IMAGE_SHAPE, 24, lambda i: types.SimpleNamespace(images=rows["image"][i], replaced=i < 0))
+  source = Source("x", IMAGE_SHAPE, 24, DecodedRows(rows["image"], np.zeros(24, bool)).take)
   options = dict(batch_size=16, seed=0, start_step=0, process_index=0, process_count=1, threads=1)
   real = next(iter(batches(source, **options)))
   planned = abstract_batch(IMAGE_SHAPE, 16)
@@ -133,7 +135,7 @@ def test_in_parts_the_gradients_of_each_part_are_reduced():
 def test_operations_do_not_depend_on_the_parts(mode):
   """XLA counts a loop once; a batch in two parts is as much work as in one."""
   whole = planned(mode)[0].flops
-  assert whole > 1e6
+  assert whole > 5e5
   assert planned(mode, grad_accum_steps=2)[0].flops == pytest.approx(whole, rel=0.2)
 
 

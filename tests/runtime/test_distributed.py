@@ -231,7 +231,7 @@ HEARTBEAT = 5
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
 import os, sys, time
-from ddpm_jax import distributed
+from ddpm_jax.runtime import distributed
 job = distributed.initialize("auto", 5, join_timeout=int(sys.argv[2]))
 print(job.text, os.getpid(), flush=True)
 import jax, jax.numpy as jnp, numpy as np

@@ -1,7 +1,5 @@
 """A packed tree is the tree: to and fro, and in what is computed with it."""
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,8 @@ import numpy as np
 import pytest
 
 from ddpm_jax.runtime.cpu.packed import SMALL, Packed, pack, unpack
-from ddpm_jax.training.setup import make_train_step
+from ddpm_jax.training.objective import DenoiserObjective
+from ddpm_jax.training.setup import make_objective, make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
@@ -77,13 +76,14 @@ def test_updates_of_a_packed_state_are_the_updates(parts):
   """Three in a call against three calls, with large arrays; the second is not finite, and leaves no trace."""
   run = tiny_run(tiny_config(channels=24, channel_multipliers=(1,), attention_resolutions=(), grad_accum_steps=parts))
   assert any(leaf.size > SMALL for leaf in jax.tree.leaves(run.abstract_state.params))
-  step = make_train_step(run)
-  loss_fn = step.keywords["loss_fn"]
 
-  def poisoned(params, batch, keys):
-    return loss_fn(params, batch, keys) * jnp.where(jnp.any(batch["replaced"]), jnp.nan, 1.0)
+  class Poisoned(DenoiserObjective):
+    def loss(self, params, extra, frozen, batch, keys):
+      terms, per_example = super().loss(params, extra, frozen, batch, keys)
+      factor = jnp.where(jnp.any(batch["replaced"]), jnp.nan, 1.0)
+      return {name: term * factor for name, term in terms.items()}, per_example
 
-  step = functools.partial(step, loss_fn=poisoned)
+  step = make_train_step(run, Poisoned(**vars(make_objective(run))))
   batches = [random_batch(seed=i) for i in range(3)]
   batches[1]["replaced"][:] = True
   three, one = (run.mesh.compile(step, run.abstract_state, max_steps=updates) for updates in (3, 1))

@@ -86,7 +86,7 @@ def test_whatever_fails_is_told_once_and_the_others_go_on(capsys):
   lines = everything(names, capsys)
   goes_on = "; the run goes on, and metrics.jsonl has everything"
   assert lines == [
-    f"warning: writers: tests.workdir.test_loggers:NoStart fails (OSError: [Errno 28] No space left on device){goes_on}",
+    f"warning: writers: {__name__}:NoStart fails (OSError: [Errno 28] No space left on device){goes_on}",
     f"warning: writers: tests.workdir.test_loggers:Broken fails (ConnectionError: no route to host){goes_on}",
   ]
   assert len(_here().Recorder.made[-1].calls) == 6 and _here().Recorder.made[-1].calls[1][2] == {"loss": 0.5}
