@@ -35,7 +35,6 @@ class Run(NamedTuple):
   """The parts of a run that never change while it runs."""
 
   config: Config
-  image_shape: tuple[int, int, int]  # H, W, C
   schedule: NoiseSchedule
   first_stage: FirstStage
   denoiser: Denoiser
@@ -44,6 +43,11 @@ class Run(NamedTuple):
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
   objective: Objective | None = None  # in the place of the denoiser's loss
   own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """H, W, C of an image."""
+    return self.first_stage.image_shape
 
   def initial_state(self, params: Params | None = None) -> TrainState:
     """The state before the first training step, placed.
@@ -83,7 +87,7 @@ def build_run(
     shapes,
     mesh.state_shardings(shapes),
   )
-  return Run(config, image_shape, schedule, first_stage, denoiser, mesh, abstract_state)
+  return Run(config, schedule, first_stage, denoiser, mesh, abstract_state)
 
 
 def noise_warning(run: Run) -> str | None:

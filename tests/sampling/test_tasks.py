@@ -243,7 +243,7 @@ def test_colours(quick, perfect, monkeypatch, tmp_path):
   images = np.stack([pictures(6)[..., 0], pictures(6)[::-1, ..., 0], 255 - pictures(6)[..., 0]], -1)
   folder = save_pictures(tmp_path / "colour", images)
   params = {"mean": pixels.to_float(images[0])}
-  wide = perfect._replace(run=perfect.run._replace(image_shape=(8, 8, 3)), params=params)
+  wide = perfect._replace(run=perfect.run._replace(first_stage=pixels.Pixels((8, 8, 3))), params=params)
   monkeypatch.setattr(sampling, "find_weights", lambda config, path: wide)
   png = tmp_path / "png"
   plain, _ = draw(quick, sample_png_dir=str(png))
