@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +163,8 @@ def _initial_state(
   denoiser: Denoiser, config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
 ) -> TrainState:
   if params is None:
-    params = denoiser.network.init(stream_key(seed, "init"), image_shape)
+    network = cast(TrainableNetwork, denoiser.network)  # `build_denoiser` takes no other
+    params = network.init(stream_key(seed, "init"), image_shape)
   else:
     params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
   return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))
