@@ -39,7 +39,7 @@ from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs.train import dispatches
 from ddpm_jax.training.optimizer import decay_start
 
-_COMPILED = "compiled and made update"
+_COMPILED = "compiled and made step"
 _STARTS = ("cold", "warm")
 _ALONE = "alone"
 
