@@ -48,7 +48,7 @@ def test_a_run_that_fails_is_told_in_a_line(tmp_path):
 
 def test_a_run_that_fails_later_is_told_too(tmp_path, monkeypatch):
   program = tmp_path / "python"
-  program.write_text("#!/bin/sh\necho compiled and made update 1 in 2 s\necho 'error: disk full' >&2\nexit 1\n")
+  program.write_text("#!/bin/sh\necho compiled and made step 1 in 2 s\necho 'error: disk full' >&2\nexit 1\n")
   program.chmod(0o755)
   monkeypatch.setattr(loop.sys, "executable", str(program))
   with pytest.raises(RunError, match="the run ended with exit code 1: error: disk full"):
@@ -57,7 +57,7 @@ def test_a_run_that_fails_later_is_told_too(tmp_path, monkeypatch):
 
 def test_a_run_does_not_outlive_the_benchmark(tmp_path, monkeypatch):
   program = tmp_path / "python"
-  program.write_text("#!/bin/sh\necho $$ >pid\necho compiled and made update 1 in 2 s\nsleep 60\n")
+  program.write_text("#!/bin/sh\necho $$ >pid\necho compiled and made step 1 in 2 s\nsleep 60\n")
   program.chmod(0o755)
   monkeypatch.setattr(loop.sys, "executable", str(program))
   monkeypatch.chdir(tmp_path)
