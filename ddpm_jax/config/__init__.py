@@ -21,6 +21,8 @@ from ddpm_jax.config.config import (
 )
 from ddpm_jax.config.option import flag_text
 from ddpm_jax.config.sections import (
+  BETA_SCHEDULES,
+  WITHOUT_ENDS,
   DataConfig,
   DiffusionConfig,
   EvaluateConfig,
@@ -35,8 +37,10 @@ from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_
 
 __all__ = [
   "AUTO_ATTENTION",
+  "BETA_SCHEDULES",
   "FOLDER",
   "NAMES_WEIGHTS",
+  "WITHOUT_ENDS",
   "Config",
   "DataConfig",
   "DiffusionConfig",

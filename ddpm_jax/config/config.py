@@ -12,6 +12,7 @@ from typing import Any
 
 from ddpm_jax.config.option import check_range, flag_text
 from ddpm_jax.config.sections import (
+  WITHOUT_ENDS,
   DataConfig,
   DiffusionConfig,
   EvaluateConfig,
@@ -169,10 +170,12 @@ def writer_names(text: str) -> tuple[str, ...]:
 def _check_together(config: Config) -> None:
   """Raises UserError where two options contradict each other, or where one would silently do nothing."""
   diffusion, sample, defaults = config.diffusion, config.sample, DiffusionConfig()
-  if diffusion.beta_schedule == "cosine":
+  if diffusion.beta_schedule in WITHOUT_ENDS:
     for name in ("beta_start", "beta_end"):
       if getattr(diffusion, name) != getattr(defaults, name):
-        raise UserError(f"{name}: {getattr(diffusion, name)} has no effect with beta_schedule=cosine; leave it out")
+        raise UserError(
+          f"{name}: {getattr(diffusion, name)} has no effect with beta_schedule={diffusion.beta_schedule}; leave it out"
+        )
   elif diffusion.beta_start > diffusion.beta_end:
     raise UserError(f"beta_start: {diffusion.beta_start} must not exceed beta_end={diffusion.beta_end}; lower it")
   if diffusion.loss_weighting != "constant" and diffusion.loss != "l2":

@@ -9,6 +9,9 @@ import dataclasses
 
 from ddpm_jax.config.option import option
 
+BETA_SCHEDULES = ("linear", "quadratic", "scaled_linear", "cosine", "sigmoid")
+WITHOUT_ENDS = ("cosine",)  # of them, those that have no use for beta_start and beta_end
+
 
 # A table: each option takes as few lines as it can.
 # fmt: off
@@ -50,8 +53,9 @@ class DiffusionConfig:
 
   num_timesteps: int = option(1000, "T, the number of diffusion steps.", minimum=1)
   beta_schedule: str = option("linear", "Noise schedule. 'quadratic' and 'scaled_linear' are the names that Ho et al. "
-                              "and Latent Diffusion gave to the same formula, linear in sqrt(beta).",
-                              choices=("linear", "quadratic", "scaled_linear", "cosine", "sigmoid"))
+                              "and Latent Diffusion gave to the same formula, linear in sqrt(beta); 'sigmoid' is "
+                              "that of diffusers.",
+                              choices=BETA_SCHEDULES)
   beta_start: float = option(1e-4, "beta_1.", above=0, below=1)
   beta_end: float = option(0.02, "beta_T.", above=0, below=1)
   prediction: str = option("eps", "What the network predicts: the noise, the image, or the velocity v = "

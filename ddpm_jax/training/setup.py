@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import FOLDER, Config
+from ddpm_jax.config import FOLDER, WITHOUT_ENDS, Config
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.schedules import (
@@ -95,7 +95,7 @@ def noise_warning(run: Run) -> str | None:
   if reaches_noise(run.schedule):
     return None
   d, remedies = run.config.diffusion, []
-  if d.beta_schedule != "cosine":
+  if d.beta_schedule not in WITHOUT_ENDS:
     betas = betas_that_reach_noise(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
     if betas:
       remedies.append("--beta_start={:g} --beta_end={:g}".format(*betas))

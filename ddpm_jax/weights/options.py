@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.config import Config, ModelConfig
+from ddpm_jax.config import BETA_SCHEDULES, WITHOUT_ENDS, Config, DiffusionConfig, ModelConfig
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.layers import num_norm_groups
@@ -156,12 +156,13 @@ def scheduler_options(config: Config) -> dict[str, Any]:
   Its images are free of noise with any number of steps.
   """
   diffusion, sample = config.diffusion, config.sample
+  theirs = _SCHEDULES.get(diffusion.beta_schedule)  # one that diffusers does not have is written as its betas
   return {
     "num_train_timesteps": diffusion.num_timesteps,
-    "beta_schedule": _SCHEDULES[diffusion.beta_schedule],
+    "beta_schedule": theirs or "linear",
     "beta_start": diffusion.beta_start,
     "beta_end": diffusion.beta_end,
-    "trained_betas": None,
+    "trained_betas": None if theirs else _betas_of(diffusion),
     "variance_type": _VARIANCES[diffusion.variance],
     "prediction_type": _PREDICTIONS[diffusion.prediction],
     "clip_sample": sample.threshold == "static",
@@ -196,20 +197,25 @@ def _betas(options: Options) -> dict[str, Any]:
   steps = _whole_number(options, "num_train_timesteps", 1000)
   schedule = _one_of(options, "beta_schedule", "linear", _SCHEDULES)
   settings = {"num_timesteps": steps, "beta_schedule": schedule}
-  if schedule != "cosine":
+  if schedule not in WITHOUT_ENDS:
     settings |= {"beta_start": options.get("beta_start", 1e-4), "beta_end": options.get("beta_end", 0.02)}
   return settings
+
+
+def _betas_of(diffusion: DiffusionConfig) -> list[float]:
+  ends = {"beta_start": diffusion.beta_start, "beta_end": diffusion.beta_end}
+  return make_schedule(diffusion.beta_schedule, diffusion.num_timesteps, **ends).betas[1:].tolist()
 
 
 def _schedule_of(betas: Any) -> dict[str, Any]:
   """Which of our schedules has these beta_1..beta_T. Raises UserError if none has."""
   numbers = isinstance(betas, list) and betas and all(type(beta) in (int, float) and 0 < beta < 1 for beta in betas)
   if numbers:
-    for name in ("linear", "scaled_linear", "cosine", "sigmoid"):
+    for name in dict.fromkeys([*_SCHEDULES, *BETA_SCHEDULES]):
       ends = _ends_of_sigmoid(betas) if name == "sigmoid" else {"beta_start": betas[0], "beta_end": betas[-1]}
       found = make_schedule(name, len(betas), **ends).betas[1:]
       if np.allclose(found, betas, rtol=1e-5, atol=0):  # they may have been float32
-        return {"num_timesteps": len(betas), "beta_schedule": name, **(ends if name != "cosine" else {})}
+        return {"num_timesteps": len(betas), "beta_schedule": name, **(ends if name not in WITHOUT_ENDS else {})}
   raise UserError("trained_betas: they are those of no schedule of this package, which is not supported")
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config
+from ddpm_jax.config import BETA_SCHEDULES, Config
 from ddpm_jax.errors import UserError
+from ddpm_jax.weights import options
 from ddpm_jax.weights.options import diffusion_settings, model_settings, scheduler_options, unet_options
 from tests.weights.folders import golden_json
 from tests.weights.make_diffusers_golden import NETWORKS, PUBLISHED
@@ -188,3 +189,19 @@ def test_a_scheduler_comes_back(changes):
   written = scheduler_options(config) | {"_class_name": "DDPMScheduler"}
   read = config_lib.override(Config(), diffusion_settings(written))
   assert (read.diffusion, read.sample) == (config.diffusion, config.sample)
+
+
+def test_every_noise_schedule_comes_back(monkeypatch):
+  """By its name in diffusers, and as betas, which is how one that diffusers does not have is written."""
+  wrong, names = {}, dict(options._SCHEDULES)
+  for name in BETA_SCHEDULES:
+    config = config_lib.override(Config(), {"beta_schedule": name, "num_timesteps": 77})
+    for known in (names, {}):
+      monkeypatch.setattr(options, "_SCHEDULES", known)
+      written = scheduler_options(config) | {"_class_name": "DDPMScheduler"}
+      monkeypatch.setattr(options, "_SCHEDULES", names)
+      found = config_lib.override(Config(), diffusion_settings(written)).diffusion
+      same = found.beta_schedule == name or {found.beta_schedule, name} == {"quadratic", "scaled_linear"}
+      if not same or found.num_timesteps != 77 or not np.isclose(found.beta_end, config.diffusion.beta_end):
+        wrong[name, bool(known)] = found
+  assert not wrong
