@@ -12,9 +12,10 @@ import pytest
 from jax.extend.core import jaxprs_in_params
 
 from ddpm_jax.config import ModelConfig
+from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
-from ddpm_jax.models.build import UNetNetwork, build_model, fitted, init_params, num_params
+from ddpm_jax.models.build import UNetNetwork, build_denoiser, build_model, fitted, init_params, num_params
 from tests.models import reference
 
 TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
@@ -172,8 +173,8 @@ def test_the_network_is_given_t_minus_1(tiny, monkeypatch):
     "ddpm_jax.models.unet.timestep_embedding",
     lambda positions, channels: seen.append(positions) or jnp.zeros((len(positions), channels)),
   )
-  model = build_model(TINY, (8, 8, 1))
-  model.apply({"params": tiny[1]}, jnp.zeros((2, 8, 8, 1)), jnp.asarray([1, 1000]))
+  denoise = build_denoiser(TINY, "eps", (8, 8, 1)).bind(tiny[1])
+  denoise(jnp.zeros((2, 8, 8, 1)), make_schedule("linear", 1000).level(jnp.asarray([1, 1000])))
   np.testing.assert_array_equal(seen[0], [0, 999])
 
 
@@ -240,8 +241,8 @@ def equations(jaxpr):
 @pytest.mark.parametrize("remat", ["none", "norms", "blocks"])
 def test_no_sum_of_a_gradient_is_in_bfloat16(remat):
   """But for products, which XLA sums in float32, and where a few gradients of one array meet."""
-  network, params, inputs = with_remat("bfloat16", remat)
-  gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(network(params, *inputs))))(params)
+  network, params, (*inputs, keys) = with_remat("bfloat16", remat)
+  gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(network(params, *inputs, dropout_keys=keys))))(params)
   found = [equation for equation in equations(gradient.jaxpr) if equation.primitive.name == "reduce_sum"]
   assert len(found) > 40
   assert [str(equation) for equation in found if equation.invars[0].aval.dtype == jnp.bfloat16] == []
@@ -299,9 +300,9 @@ SECOND_ORDER = {  # of a loss(params, xt), at params along v
 )
 def test_second_and_batched_derivatives_can_be_taken(dtype, remat):
   """With dropout. Traced alone, as that is where a rule that is missing shows; the numbers are in the next test."""
-  network, params, (xt, *inputs) = with_remat(dtype, remat)
+  network, params, (xt, time, keys) = with_remat(dtype, remat)
   for derivative in SECOND_ORDER.values():
-    loss = lambda params, xt: jnp.mean(jnp.square(network(params, xt, *inputs)))  # noqa: E731
+    loss = lambda params, xt: jnp.mean(jnp.square(network(params, xt, time, dropout_keys=keys)))  # noqa: E731
     found = jax.eval_shape(functools.partial(derivative, loss), params, params, xt)
     assert jax.tree.structure(found) == jax.tree.structure(params)
 
