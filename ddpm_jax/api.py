@@ -43,7 +43,7 @@ from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
 
 # Parameters of `Model.sample` that are shorter than the options that they are; the others have the same names.
-KNOBS = {"num": "num_samples", "seed": "sample_seed", "steps": "sampling_steps", "batch_size": "sample_batch_size"}
+SHORT_NAMES = {"num": "num_samples", "seed": "sample_seed", "steps": "sampling_steps", "batch_size": "sample_batch_size"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ class Model:
       "batch_size": batch_size,
     }
     options = config_lib.values(Config())
-    given = {KNOBS.get(name, name): value for name, value in asked.items() if value is not None}
+    given = {SHORT_NAMES.get(name, name): value for name, value in asked.items() if value is not None}
     with _parameters_named():
       given = {name: _as_option(name, value, type(options[name])) for name, value in given.items()}
       config = config_lib.override(self.config, given)
@@ -224,7 +224,7 @@ def _parameters_named() -> Iterator[None]:
     yield
   except UserError as error:
     text = str(error)
-    for parameter, flag in KNOBS.items():
+    for parameter, flag in SHORT_NAMES.items():
       text = re.sub(rf"(--)?\b{flag}\b", parameter, text)
     raise UserError(re.sub(r"--(?=[a-z])", "", text)) from None
 

@@ -197,7 +197,7 @@ def test_the_api_has_what_the_command_draws_with():
   command |= {name for name, rule in rules.items() if rule["may_change_once_trained"] and not rule["may_change"]}
   command |= {"variance"}
   here = {*inspect.signature(ddpm_jax.load).parameters, *inspect.signature(api.Model.sample).parameters}
-  here = {api.KNOBS.get(name, name) for name in here - {"self", "path"}}
+  here = {api.SHORT_NAMES.get(name, name) for name in here - {"self", "path", "network"}}
   here = here - {"weights"} | {"sample_weights"}  # of `load`
   assert command - here == NOT_IN_API.keys(), "no parameter, and no reason"
   assert here <= command

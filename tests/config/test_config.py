@@ -566,7 +566,7 @@ _OWNERS = {
 }
 
 
-def knob_reads(root: pathlib.Path) -> set[str]:
+def option_reads(root: pathlib.Path) -> set[str]:
   """Names that the code reads as an attribute of something that is called like a config or a section of it."""
   found = set()
   for path in root.rglob("*.py"):
@@ -578,8 +578,8 @@ def knob_reads(root: pathlib.Path) -> set[str]:
   return found
 
 
-def test_every_knob_is_read_somewhere():
-  unread = {field.name for _, field in OPTIONS} - knob_reads(PACKAGE)
+def test_every_option_is_read_somewhere():
+  unread = {field.name for _, field in OPTIONS} - option_reads(PACKAGE)
   assert not unread, (
     f"options that do nothing (or are read from a variable that is none of {sorted(_OWNERS)}): {unread}"
   )

@@ -235,7 +235,7 @@ def test_without_room_the_end_stays_where_it_is(short_and_long, tmp_path, monkey
       train(workdir, **OPTIONS, num_steps=20)
   assert checkpoints(workdir) == [6, 10] and not (workdir / "earlier").exists()
 
-  def full(folder, config):
+  def full(folder, config, *_):
     raise UserError("workdir: cannot write") from OSError(28, "No space left on device")
 
   with monkeypatch.context() as patch:
