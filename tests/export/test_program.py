@@ -124,7 +124,7 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
     bind_for_sampling(parts.denoiser, config.sample),
     table_of(config.sample, parts.schedule, config.diffusion.variance),
     first_stage=parts.first_stage,
-    parallel=one,
+    mesh=one,
     stream="sample",
   )
   np.testing.assert_array_equal(got, draw(seeded(jax.device_put(weights.params, one.replicated), 3), index))
