@@ -148,8 +148,8 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
   stored = _config(manifest)
   for name, before, now in config_lib.changed(stored, config, on_resume=True, once_trained=once_trained):
     raise UserError(
-      f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, this "
-      f"command says {config_lib.flag_text(now)!r}; use another --workdir"
+      f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, "
+      f"config.json says {config_lib.flag_text(now)!r}; restore config.json, or use another --workdir"
     )
 
 

@@ -429,7 +429,7 @@ def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
   train_little(tmp_path / "run", num_steps=5)  # from now on these are the images
   checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
   run = tiny_run(tiny_config(**LITTLE))
-  changes = checkpoints.restore(lambda manifest: run.abstract_state).manifest["data_changes"]
+  changes = newest_intact(checkpoints, run.abstract_state).manifest["data_changes"]
   assert changes == [{"after_update": 2, "before": {"probe": f"{0:064d}", "order": "sorted Philox words"}}]
 
 
@@ -447,7 +447,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(uninterrupted, tmp_pat
   shutil.copytree(uninterrupted, tmp_path / "run")
   text = (tmp_path / "run" / "config.json").read_text()
   (tmp_path / "run" / "config.json").write_text(text.replace('"seed": 0', '"seed": 1'))
-  with pytest.raises(UserError, match=r"seed: checkpoint 8 in .* was trained with '0', this command says '1'"):
+  with pytest.raises(UserError, match=r"seed: checkpoint 8 in .* was trained with '0', config.json says '1'; restore"):
     train(tmp_path / "run", seed=1, num_steps=9)
 
 
