@@ -43,7 +43,12 @@ from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
 
 # Parameters of `Model.sample` that are shorter than the options that they are; the others have the same names.
-SHORT_NAMES = {"num": "num_samples", "seed": "sample_seed", "steps": "sampling_steps", "batch_size": "sample_batch_size"}
+SHORT_NAMES = {
+  "num": "num_samples",
+  "seed": "sample_seed",
+  "steps": "sampling_steps",
+  "batch_size": "sample_batch_size",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -273,7 +278,7 @@ def load(
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
   if initial.inspect_source(place).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
-    own = {} if network is None else {"network": type(network).__qualname__}
+    own = {} if network is None else {"network": layout.describe_own(network)}
     layout.check_own(pathlib.Path(place), own, ["network"])
     with terminal.errors_alone():
       return Model(config, initial.find_weights(config, pathlib.Path(place), network))

@@ -53,10 +53,11 @@ def test_an_own_network_is_trained_resumed_and_drawn_from(tmp_path):
   assert images.shape == (4, 8, 8, 1)
 
   # Nobody takes it for the U-Net of its settings.
-  said = f"network: {whole} was trained with an own network, OwnNetwork; in Python, give it to ddpm_jax."
+  said = f"network: {whole} was trained with an own network, OwnNetwork(width=8); in Python, give it to ddpm_jax."
   for mode in ("train", "sample", "evaluate", "export"):
     assert refusal(resolve_config, mode, {}, whole).startswith(said)
   assert refusal(ddpm_jax.load, whole).startswith(said)
+  assert "OwnNetwork(width=8), not OwnNetwork(width=4)" in refusal(ddpm_jax.load, whole, network=OwnNetwork(width=4))
   assert refusal(ddpm_jax.train, tiny(num_steps=4), whole).startswith(said)
   assert refusal(initial.base_config, str(whole)).startswith(f"init_from: {said}")
 

@@ -120,9 +120,9 @@ def bound(run: Run, step: CompiledStep, times: Roofline) -> str:
   total = run.config.train.num_steps
   rows = [
     ("step", f"at least {seconds_text(times.seconds)}; limit: {times.limit}"),
-    ("speed", f"at most {1 / times.seconds:,.1f} updates/s, {step.batch_size / times.seconds:,.0f} images/s"),
+    ("speed", f"at most {1 / times.seconds:,.1f} steps/s, {step.batch_size / times.seconds:,.0f} images/s"),
     ("arithmetic", f"at most {times.utilisation:.0%} of its peak is used"),
-    (f"{total:,} training steps", f"at least {duration_text(total * times.seconds)}"),
+    (f"{total:,} steps", f"at least {duration_text(total * times.seconds)}"),
   ]
   return "bound: roofline, all three at the same time and at their peaks\n" + _table(rows)
 

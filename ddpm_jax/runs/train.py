@@ -165,7 +165,7 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   run = build_run(config, source.image_shape, mesh, own.network)
   run = run._replace(objective=own.objective(run) if own.objective else None)
   parts = {"network": own.network, "objective": run.objective}
-  run = run._replace(own={name: type(part).__qualname__ for name, part in parts.items() if part is not None})
+  run = run._replace(own={name: layout.describe_own(part) for name, part in parts.items() if part is not None})
   layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:

@@ -127,8 +127,9 @@ def _headline(
 ) -> str:
   height, width, channels = run.image_shape
   total = run.config.train.num_steps
+  network = (run.own or {}).get("network", "U-Net")
   what = (
-    f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, U-Net of "
+    f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {network} of "
     f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
     f"({run.mesh.strategy})\n{job.text}\n"
   )
@@ -150,11 +151,15 @@ def _headline(
 def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
   done, quick = step >= total, min(QUICK, num_timesteps)
   end = f"done: {step} training steps" if done else f"stopped on request after step {step} of {total}, saved"
-  again = "" if done else f"  to go on      {paths.command(f'--workdir={workdir}')}\n"
+  own = layout.own_parts(workdir)
+  same = "ddpm_jax.train with the same arguments" if own else paths.command(f"--workdir={workdir}")
+  again = "" if done else f"  to go on      {same}\n"
   metrics = f"{workdir / 'metrics.jsonl'}, loss.png and report.html beside it"
   if importlib.util.find_spec("tensorboard") and (workdir / "tensorboard").is_dir():
     metrics += f", and {shlex.join(['tensorboard', f'--logdir={workdir}'])}"
   draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
+  if "network" in own:
+    draw = f"ddpm_jax.load({str(workdir)!r}, network={own['network']}).sample(64, sampler='dpmpp', steps={quick})"
   return f"""{end}
   checkpoint    {workdir / "checkpoints" / str(step)}
   samples       {workdir / "samples"}

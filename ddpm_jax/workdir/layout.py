@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import os
 import pathlib
@@ -108,6 +109,15 @@ def own_parts(workdir: pathlib.Path) -> dict[str, str]:
   return config_lib.own_parts(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
+def describe_own(part: Any) -> str:
+  """The class of an own network or objective, with those of its fields that are plain values: 'Huber(c=0.03)'."""
+  plain = (bool, int, float, str)
+  fields = dataclasses.fields(part) if dataclasses.is_dataclass(part) else ()
+  values = {field.name: getattr(part, field.name) for field in fields}
+  text = ", ".join(f"{name}={value!r}" for name, value in values.items() if isinstance(value, plain))
+  return f"{type(part).__qualname__}({text})"
+
+
 def check_own(workdir: pathlib.Path, own: dict[str, str], parts: Sequence[str] = ("network", "objective")) -> None:
   """Raises UserError unless the run in `workdir`, if there is one, has these own parts, of those that are named."""
   if not holds_run(workdir):
@@ -116,10 +126,8 @@ def check_own(workdir: pathlib.Path, own: dict[str, str], parts: Sequence[str] =
   for part in parts:
     has, given = stored.get(part, ""), own.get(part, "")
     if has and not given:
-      raise UserError(
-        f"{part}: {workdir} was trained with an own {part}, {has}; in Python, give it to ddpm_jax.train or "
-        "ddpm_jax.load"
-      )
+      where = "ddpm_jax.train or ddpm_jax.load" if part == "network" else "ddpm_jax.train"
+      raise UserError(f"{part}: {workdir} was trained with an own {part}, {has}; in Python, give it to {where}")
     if has != given:
       raise UserError(
         f"{part}: {workdir} was trained with {has or 'that of its settings'}, not {given}; use another workdir"

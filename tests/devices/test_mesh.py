@@ -171,7 +171,6 @@ def test_a_platform_that_is_not_installed_is_one_line_with_the_remedy():
   code = """if True:
     from ddpm_jax.errors import UserError
     from ddpm_jax.devices import make_mesh
-from ddpm_jax.devices.batched import BatchedFn, BatchedLoop
     try:
       make_mesh("pmap")
     except UserError as error:

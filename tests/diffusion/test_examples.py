@@ -13,7 +13,7 @@ def test_examples_in_docstrings():
   for room in (ddpm_jax.diffusion, ddpm_jax.first_stage):
     for info in pkgutil.iter_modules(room.__path__, f"{room.__name__}."):
       report = []
-      runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+      runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.NORMALIZE_WHITESPACE)
       for example in doctest.DocTestFinder().find(importlib.import_module(info.name)):
         runner.run(example, out=report.append)
       tried[info.name] = runner.tries

@@ -489,7 +489,7 @@ def test_the_run_writes_what_it_prints(workdir, monkeypatch, capsys):
   evaluation_run.evaluate(config_of(measures=("frechet",)), workdir)
   out = capsys.readouterr().out
   result = json.loads((workdir / "eval" / "3.json").read_text())
-  assert "evaluating the ema weights after update 3: frechet" in out
+  assert "evaluating the ema weights after step 3: frechet" in out
   beside = [result["yardsticks"][kind]["values"]["classifier_distance"] for kind in ("data", "noise", "untrained")]
   data, noise, untrained = (f"{value:.3g}" for value in beside)
   value = f"{result['measures']['classifier_distance']:<10.5g}"
