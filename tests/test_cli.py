@@ -231,7 +231,7 @@ def test_a_plan_of_a_run(folder, uninterrupted):
   """The stored run with another batch. Nothing is written."""
   before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
   process = start(folder, "whole", "--mode=plan", "--topology=cpu", "--batch_size=32")
-  out = wait_for_line(process, "24 training steps")
+  out = wait_for_line(process, "24 steps")
   assert "8x8x1 (digits), 32 in a training step" in out and "cpu: 2 x cpu" in out and "fits: " in out
   process.send_signal(signal.SIGTERM)  # the largest batch is not waited for
   _, err = finish(process, code=128 + signal.SIGTERM)
