@@ -56,7 +56,7 @@ def test_a_plan_for_this_machine(here, capsys, monkeypatch):
     "measured here",
     "3 of 179.2 kB in all; each device sends 313.6 kB",
     "bound: roofline",
-    "8 training steps",
+    "8 steps",
   ):
     assert part in out
   assert re.search(r"^fits: [\d.]+ \w+ of 2.00 MiB$", out, re.MULTILINE)
