@@ -67,7 +67,7 @@ def summary_features(*_):
   return Features("classifier", "sums", {}, extract)
 
 
-def weighed(network, params, schedule, *, examples, batch_size, progress, **_):
+def weighed(denoiser, params, *_, examples, batch_size, progress, **__):
   """Takes the bound's place: a number that depends on the weights."""
   for first in range(0, examples, batch_size):
     progress(min(first + batch_size, examples))
