@@ -11,6 +11,7 @@ import pytest
 
 from ddpm_jax.config import DiffusionConfig
 from ddpm_jax.devices import make_mesh
+from ddpm_jax.diffusion import reference
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.schedules import make_schedule
@@ -98,6 +99,24 @@ def test_the_loss_is_the_mean_over_the_batch_by_hand():
   keys = step_lib.example_keys(0, jnp.asarray(5), batch["index"])
   eps = draws(5, np.arange(16)).eps
   np.testing.assert_allclose(loss_of(objective_of(), batch, keys), np.mean(eps**2), rtol=1e-5)
+
+
+def test_the_loss_is_that_of_algorithm_1():
+  """As the paper prints it, in float64, with a network that depends on x_t and t."""
+  batch = random_batch()
+  keys = step_lib.example_keys(0, jnp.asarray(5), batch["index"])
+  _, t, eps, _ = draws(5, np.arange(16))
+  x0 = batch["image"] / 127.5 - 1.0
+
+  def network(_, xt, time, cond, *, dropout_keys):
+    return 0.3 * xt + (time[:, None, None, None] + 1) / 1000
+
+  expected = [
+    reference.ddpm_loss(lambda x, t: 0.3 * x + t / 1000, LINEAR.betas, x0[i], int(t[i]), eps[i].astype(np.float64))
+    for i in range(16)
+  ]
+  found = loss_of(objective_of(network), jax.tree.map(jnp.asarray, batch), keys)
+  np.testing.assert_allclose(found, np.mean(expected), rtol=1e-5)
 
 
 def recorded(random_flip):
