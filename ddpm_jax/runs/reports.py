@@ -89,13 +89,13 @@ class Reports:
     """Waits for the training steps `steps`, made in one call, and looks whether they were finite.
 
     Raises:
-      NonFiniteError: if one was not, and no more such training steps are put up with.
+      NonFiniteError: if one was not, and there are as many in a row as `max_nonfinite`.
     """
     in_row, losses = (np.atleast_1d(to_host(metrics[name])) for name in ("nonfinite_in_row", "loss"))
     self._losses += [loss for loss in losses[: len(steps)].tolist() if math.isfinite(loss)]
     for i, step in enumerate(steps):
       if in_row[i]:
-        loss, norm = (_of_update(i, metrics[name]) for name in ("loss", "grad_norm"))
+        loss, norm = (_of_step(i, metrics[name]) for name in ("loss", "grad_norm"))
         self._nonfinite(step, int(in_row[i]), loss, norm)
     if self._clock.now >= self._due and (rate := self._clock.rate(steps[-1])):
       self._progress.estimate(steps[-1], rate)
@@ -119,7 +119,7 @@ class Reports:
     The loss is the mean over all training steps since the line before, but for those that are not finite.
     """
     step = steps[-1]
-    values = {name: _of_update(len(steps) - 1, value) for name, value in metrics.items()}
+    values = {name: _of_step(len(steps) - 1, value) for name, value in metrics.items()}
     values["loss"] = statistics.fmean(self._losses) if self._losses else math.nan
     self._losses = []
     rate, seconds = self._clock.lap(step)
@@ -128,7 +128,7 @@ class Reports:
       values |= {"steps_per_second": rate, "images_per_second": rate * self._batch_size}
     values |= {"images": step * self._batch_size, "seconds": round(seconds, 3)}
     if self._writer and self._loggers:
-      with self._told(f"the metrics of step {step} wait to be written"):
+      with self._reported(f"the metrics of step {step} wait to be written"):
         self._writer.write(step, values | {"time": round(time.time(), 3)})
       self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
@@ -146,7 +146,7 @@ class Reports:
   def evaluated(self, step: int, values: dict[str, float]) -> None:
     """Adds what was measured of the model after training step `step` to its metrics."""
     if self._writer and self._loggers:
-      with self._told(f"what was measured of step {step} is not in the metrics"):
+      with self._reported(f"what was measured of step {step} is not in the metrics"):
         self._writer.amend(step, values)
       self._loggers.scalars(step, values)
 
@@ -158,7 +158,7 @@ class Reports:
     if not (self._writer and self._loggers):
       return
     path = self._workdir / "samples" / f"step_{step:08d}.png"
-    with self._told(f"the sample grid of step {step} is lost"):
+    with self._reported(f"the sample grid of step {step} is lost"):
       grids.save_png(path, picture, {"checkpoint": step, **settings})
       self._writer.write_image(step, "samples", picture)
       self._progress.say(f"sample grid of step {step}: {path}")
@@ -175,7 +175,7 @@ class Reports:
   def _settle_pages(self, step: int) -> None:
     """Waits until the pages are written, and tells if they could not be."""
     if self._pages:
-      with self._told(f"loss.png and report.html are not renewed at step {step}"):
+      with self._reported(f"loss.png and report.html are not renewed at step {step}"):
         self._pages.result()
       self._pages = None
 
@@ -185,8 +185,8 @@ class Reports:
       self._writer.flush()
 
   @contextlib.contextmanager
-  def _told(self, loss: str) -> Iterator[None]:
-    """Tells once of storage that fails, and goes on: a checkpoint is not written without its metrics, see `flush`."""
+  def _reported(self, loss: str) -> Iterator[None]:
+    """Warns once of storage that fails, and goes on: a checkpoint is not written without its metrics, see `flush`."""
     try:
       yield
     except OSError as error:
@@ -226,7 +226,7 @@ def write_pages(workdir: pathlib.Path) -> None:
         page.unlink(missing_ok=True)
 
 
-def _of_update(i: int, metric: jax.Array) -> float:
+def _of_step(i: int, metric: jax.Array) -> float:
   """A metric of the i-th step of a call. Metrics of several steps have a leading axis, which may be longer."""
   return np.atleast_1d(to_host(metric))[i].item()
 
