@@ -192,7 +192,8 @@ def test_attention_by_hand():
   """Two positions, two channels: softmax(q k / sqrt(C)) v after the norm, plus the input."""
   x = np.array([[[[1.0, 2.0]], [[3.0, -1.0]]]], np.float32)  # [1, 2, 1, 2]
   params = jax.tree.map(
-    np.asarray, randomize(jax.eval_shape(layers.SelfAttention(1, jnp.float32).init, jax.random.key(0), x)["params"])
+    lambda p: 5 * np.asarray(p),  # large enough for the scale of the scores to show
+    randomize(jax.eval_shape(layers.SelfAttention(1, jnp.float32).init, jax.random.key(0), x)["params"]),
   )
   got = layers.SelfAttention(1, jnp.float32).apply({"params": params}, x)
   h = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * params["norm"]["scale"] + params["norm"]["bias"]
