@@ -259,7 +259,7 @@ def load(
 
   Args:
     path: a workdir, a folder of diffusers, or a safetensors file of `--mode=export`.
-    checkpoint: of a workdir: 'newest', 'best' or a number of updates.
+    checkpoint: of a workdir: 'newest', 'best' or a number of training steps.
     weights: of a workdir: 'ema', the moving average of the parameters, or 'raw', the parameters themselves.
     dtype: of the activations, 'float32' or 'bfloat16'.
     matmul_precision: of float32 products, 'default', 'high' or 'highest'.

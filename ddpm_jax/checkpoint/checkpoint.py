@@ -235,7 +235,7 @@ class Checkpoints:
     return DamagedError(_one_line(root))
 
   def close(self) -> None:
-    """Waits and ends the background threads. What failed in the background has been told by `wait`."""
+    """Waits and ends the background threads. What failed in the background has been reported by `wait`."""
     if self._lame:
       return
     try:

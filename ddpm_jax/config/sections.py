@@ -113,7 +113,7 @@ class OptimizerConfig:
                              minimum=0)
   grad_clip: float = option(1.0, "Largest global norm of the mean gradient (0: no clipping).", minimum=0)
   ema_decay: float = option(0.995, "Decay of the exponential moving average of the weights; reached gradually as "
-                            "min(decay, (1 + n) / (10 + n)) after n updates.", minimum=0, below=1)
+                            "min(decay, (1 + n) / (10 + n)) after n training steps.", minimum=0, below=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +122,17 @@ class TrainConfig:
 
   seed: int = option(0, "Seed of everything random in training: initial weights, data order, timesteps, noise, flips, "
                      "dropout.", minimum=0, below=2**32)
-  num_steps: int = option(2000, "Updates in all.", minimum=1, may_change=True)
+  num_steps: int = option(2000, "Training steps in all.", minimum=1, may_change=True)
   parallel: str = option("pmap", "How a step runs on several devices: 'pmap' replicates the state, 'fsdp' shards "
                          "parameters, optimiser state and EMA.", choices=("pmap", "fsdp"), may_change=True)
   grad_accum_steps: int = option(1, "Split each batch into this many parts, one after the other: less memory, the "
                                  "same training step.", minimum=1, may_change=True)
-  log_every: int = option(25, "Updates between two lines of metrics.", minimum=1, may_change=True)
-  checkpoint_every: int = option(1000, "Updates between two checkpoints.", minimum=1, may_change=True)
-  sample_every: int = option(1000, "Updates between two sample grids, beside those after 1, 2, 4, 8, ... minutes of "
-                             "training (0: none at all).", minimum=0, may_change=True)
-  evaluate_every: int = option(0, "Updates between two evaluations of what --measures names, as by --mode=evaluate; "
-                               "each makes a checkpoint too (0: none).", minimum=0, may_change=True)
+  log_every: int = option(25, "Training steps between two lines of metrics.", minimum=1, may_change=True)
+  checkpoint_every: int = option(1000, "Training steps between two checkpoints.", minimum=1, may_change=True)
+  sample_every: int = option(1000, "Training steps between two sample grids, beside those after 1, 2, 4, 8, ... "
+                             "minutes of training (0: none at all).", minimum=0, may_change=True)
+  evaluate_every: int = option(0, "Training steps between two evaluations of what --measures names, as by "
+                               "--mode=evaluate; each makes a checkpoint too (0: none).", minimum=0, may_change=True)
   best_measure: str = option("frechet", "The measure by which the best evaluated checkpoint is kept in best/; the "
                              "lowest value counts. 'bound' is that of the last of --likelihood_splits.",
                              choices=("frechet", "kid", "bound", "ode"), may_change=True)
@@ -188,7 +188,8 @@ class SampleConfig:
                             may_change=True)
   num_samples: int = option(64, "Images to draw; for the other tasks rows, pairs or images.", minimum=1,
                             may_change=True)
-  checkpoint: str = option("newest", "Which weights: 'newest', 'best' (see --best_measure) or a number of updates.",
+  checkpoint: str = option("newest", "Which weights: 'newest', 'best' (see --best_measure) or a number of training "
+                           "steps.",
                            may_change=True)
   sampler: str = option("ddpm", "'ddpm': ancestral, Algorithm 2 of Ho et al.; 'ddim': Song et al. 2021; 'dpmpp': "
                         "DPM-Solver++(2M), Lu et al. 2022; 'heun': second order on the probability-flow ODE, Karras "

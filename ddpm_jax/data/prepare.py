@@ -130,7 +130,7 @@ def main() -> int:
   if not console.columns():
     tfds.disable_progress_bar()
     logging.set_verbosity(logging.ERROR)
-  downloader.MAX_RETRIES = 4  # a machine without a network is told so in seconds, not minutes
+  downloader.MAX_RETRIES = 4  # a machine without a network fails in seconds, not minutes
   try:
     prepare(data)
   except UserError as error:

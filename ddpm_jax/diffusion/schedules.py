@@ -79,7 +79,7 @@ class NoiseSchedule:
     return np.log(self.snr)
 
   def level(self, t: jax.Array | np.ndarray | int) -> Level:
-    """The level of timestep t; the one place that says what a network is told of t: t - 1, as published weights are.
+    """The level of timestep t; the one place that says what a network gets for t: t - 1, as published weights are.
 
     >>> make_schedule("linear", 1000).level(1)
     Level(alpha=Array(0.99995, dtype=float32), sigma=Array(0.01, dtype=float32), time=0)

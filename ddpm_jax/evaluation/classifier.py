@@ -28,7 +28,7 @@ from ddpm_jax.weights.arrays import arrays_sha256
 # What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
 _NETWORK = "classifier 1, x / 127.5 - 1"
 _RECIPE = [_NETWORK, *TRAINING, HOLD_OUT, "adam, cosine"]
-_EPOCHS, _LEAST, _MOST = 5, 300, 2000  # the number of updates: that many epochs, but at least and at most
+_EPOCHS, _LEAST, _MOST = 5, 300, 2000  # the number of training steps: that many epochs, but at least and at most
 MARKS = ("right", "asked")
 
 
@@ -41,7 +41,7 @@ def classifier_features(
   seed: int = 0,
   say: Callable[[str], None],
   counted: trained.Counted = trained.uncounted,
-  updates: int = 0,
+  num_steps: int = 0,
 ) -> Features:
   """Features and class probabilities of a classifier that is trained on `source`, or was before.
 
@@ -61,8 +61,8 @@ def classifier_features(
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights and of the order of the images.
     say: takes a line about what is done.
-    counted: is told of the updates, on every process alike; what it raises ends the training.
-    updates: of 128 images each; 0: a number that follows from that of the images.
+    counted: receives the number of training steps done, on every process alike; what it raises ends the training.
+    num_steps: training steps of 128 images each; 0: a number that follows from that of the images.
 
   Returns:
     'classifier' with "classes", "accuracy" on the images held out, "trained_on" images, "updates". Images that are bad
@@ -75,15 +75,15 @@ def classifier_features(
     raise NoLabels(source.name)
   labels = source.labels()
   training, held_out = trained.divide(np.argsort(labels, kind="stable"))  # so that no class is left out
-  updates = updates or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
+  num_steps = num_steps or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
   model = Classifier(num_classes=int(labels.max()) + 1)
   init = init_of(model, source.image_shape)
   extract = trained.extractor(forward_of(model), (FEATURES, model.num_classes), mesh, batch_size)
 
   def make() -> Trained:
-    say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {updates} updates")
+    say(f"training a classifier of {model.num_classes} classes on {len(training)} images, {num_steps} training steps")
     began = time.perf_counter()
-    weights = _train(model, init, source, labels, training, updates, seed, counted)
+    weights = _train(model, init, source, labels, training, num_steps, seed, counted)
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
     found = found._replace(marks=_ask(source, labels, held_out, extract(found.weights), batch_size))
     took = time.perf_counter() - began
@@ -93,13 +93,13 @@ def classifier_features(
     )
     return found
 
-  path = cache / f"classifier-{_task(source, labels, seed, updates)}.safetensors"
+  path = cache / f"classifier-{_task(source, labels, seed, num_steps)}.safetensors"
   found = trained.kept_or(path, trained.shapes_of(init), MARKS, make, say)
   about: dict[str, str | int | float] = {
     "classes": model.num_classes,
     "accuracy": found.marks["right"] / max(found.marks["asked"], 1),
     "trained_on": len(training),
-    "updates": updates,
+    "updates": num_steps,
   }
   return Features("classifier", arrays_sha256(found.weights, _NETWORK), about, extract(found.weights))
 
@@ -119,10 +119,10 @@ def forward_of(model: Classifier) -> trained.Forward:
   return forward
 
 
-def _task(source: Source, labels: np.ndarray, seed: int, updates: int) -> str:
+def _task(source: Source, labels: np.ndarray, seed: int, num_steps: int) -> str:
   """SHA-256 of everything that decides what is learnt."""
   of_labels = hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
-  task = [source.fingerprint, source.image_shape, of_labels, int(labels.max()) + 1, _RECIPE, updates, seed]
+  task = [source.fingerprint, source.image_shape, of_labels, int(labels.max()) + 1, _RECIPE, num_steps, seed]
   return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
 
 
@@ -132,7 +132,7 @@ def _train(
   source: Source,
   labels: np.ndarray,
   training: np.ndarray,
-  updates: int,
+  num_steps: int,
   seed: int,
   counted: trained.Counted,
 ) -> trained.Weights:
@@ -149,7 +149,7 @@ def _train(
     source,
     training,
     loss_of,
-    updates=updates,
+    num_steps=num_steps,
     seed=seed,
     counted=counted,
     columns=lambda indices: {"label": labels[indices]},

@@ -43,7 +43,7 @@ class Seen(NamedTuple):
 
 
 def see(features: Features, images: np.ndarray, batch_size: int, done: Callable[[int], None]) -> Seen:
-  """Extracts the features of images uint8 [N, H, W, C]; `done` is told how many after each batch."""
+  """Extracts the features of images uint8 [N, H, W, C]; `done` is called with the number done, after each batch."""
   index, moments, kept, probabilities = evenly_spaced(len(images), MOST), None, [], []
   for first in range(0, len(images), batch_size):
     extracted = features.extract(np.asarray(images[first : first + batch_size]))
@@ -115,7 +115,7 @@ def look_up(
     features: the extractor of both.
     batch_size: images at once.
     flips: whether training mirrored images.
-    done: told how many training images have been looked at, now and then. What it raises ends the work.
+    done: called with the number of training images compared so far, now and then. What it raises ends the work.
 
   Returns:
     For "pixels" and "features": the share of near-duplicates (see `neighbours.near_duplicates`), the median distance

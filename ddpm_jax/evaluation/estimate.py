@@ -35,7 +35,7 @@ _SHARE = 2 / 3  # of the time, for the samples; the rest is for the likelihoods
 _TIMED = {True: 16, False: 64}  # images a device, on CPUs and elsewhere
 _RUNS = 3
 _OF_PAPERS = 50_000
-_TEXT = 1024  # bytes of settings that one process tells the others
+_TEXT = 1024  # bytes of settings that one process sends the others
 
 
 class Speed(NamedTuple):
@@ -243,7 +243,7 @@ def chosen_line(config: Config, left: Open) -> str:
 
 
 def lines(config: Config, weights: Weights, speed: Speed, work: Work) -> list[str]:
-  """What a person is told before it begins: how long it will take, and what papers measure."""
+  """The lines printed before it begins: how long it will take, and what papers measure."""
   options, found = config.evaluate, estimate(config, weights, speed, work)
   evaluations, timesteps = _evaluations(config, weights), weights.run.schedule.num_timesteps
   parts = []

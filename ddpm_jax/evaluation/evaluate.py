@@ -84,7 +84,7 @@ class Surroundings:
 
   @contextlib.contextmanager
   def counted(self, task: str, what: str, total: int) -> Iterator[Done]:
-    """A progress bar that also beats: a function that is told how many of `what` are done in which task."""
+    """A progress bar that also beats: a function of how many of `what` are done in which task."""
     with counted(what, total=total, quiet=self.quiet) as (done, _):
 
       def done_and_beat(number: float, text: str = "") -> None:
@@ -272,7 +272,7 @@ def _settle(
   likelihoods: Sequence[tuple[str, int]],
   around: Surroundings,
 ) -> tuple[Config, dict[str, Any]]:
-  """The settings with what was left open, and what the result says of that; tells how long it will take.
+  """The settings with what was left open, and what the result says of that; prints how long it will take.
 
   Args:
     config: the settings.
@@ -314,7 +314,7 @@ def _samples(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
   """Draws, and compares what was drawn with the images of `source`, or with `--reference_stats`."""
   options, size, number = config.evaluate, config.evaluate.evaluate_batch_size, config.evaluate.evaluate_samples
-  reference, told = _compared_with(config, source, features, train, around)
+  reference, description = _compared_with(config, source, features, train, around)
   around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
   with around.counted("drawing", "image", number) as done:
     drawn.draw(number, done=lambda at: done(at.images, str(at)), say=around.say)
@@ -325,16 +325,16 @@ def _samples(
   pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
   result: dict[str, Any] = {
     "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
-    "reference": told,
+    "reference": description,
     "features": features.about
     | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
     "measures": compare(options.measures, features.name, reference, seen),
   }
   around.beat("the measures")
-  data, own = Data(source, reference, told.get("sha256", source.fingerprint)), None
+  data, own = Data(source, reference, description.get("sha256", source.fingerprint)), None
   if "neighbours" in options.measures:
     # What could be remembered is what was trained on.
-    same = source is train and "file" not in told
+    same = source is train and "file" not in description
     own = data if same else Data(train, _reference(train, features, size, around), train.fingerprint)
     around.say(f"looking for the samples' nearest images among {len(train)}")
     with around.counted("nearest images", "training image", len(train)) as done:
@@ -351,7 +351,7 @@ def _samples(
 def _compared_with(
   config: Config, source: Source, features: Features, train: Source, around: Surroundings
 ) -> tuple[Reference, dict[str, Any]]:
-  """What samples are compared with, and what is told of it: the statistics of a file, or of the images of a source."""
+  """What samples are compared with, and its description: the statistics of a file, or of the images of a source."""
   options = config.evaluate
   if not _reads_statistics(options):
     return _reference(source, features, options.evaluate_batch_size, around), {
@@ -365,7 +365,7 @@ def _compared_with(
   statistics.check_features(stats, features, width)
   if line := statistics.unstated(stats, features.about, features.name):
     around.say(line)
-  return stats.reference, stats.told
+  return stats.reference, stats.description
 
 
 def _reference(source: Source, features: Features, size: int, around: Surroundings) -> Reference:

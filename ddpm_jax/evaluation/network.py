@@ -34,7 +34,7 @@ _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16
 _LARGEST_MAP = 16  # pixels of the U-Net's input, of the side of a square of as many: large images stay cheap
 _SCHEDULE = make_schedule("cosine", 1000)
 _TIMESTEP = 100  # that of the features
-_UPDATES = 300  # of any data set, which twice as many hardly change, see docs/results/evaluation.md
+_NUM_STEPS = 300  # of any data set, which twice as many hardly change, see docs/results/evaluation.md
 _ASKED = 8  # noises of each image that is held out
 # What the features are computed by besides the weights. To be counted up when the U-Net changes.
 _NETWORK = "denoising U-Net 1, means up, deviations of the last maps and of the noise, t = 100 of 1000, cosine"
@@ -132,7 +132,7 @@ def network_features(
   seed: int = 0,
   say: Callable[[str], None],
   counted: trained.Counted = trained.uncounted,
-  updates: int = _UPDATES,
+  num_steps: int = _NUM_STEPS,
 ) -> Features:
   """Features of a network that is trained on `source` without labels, or was before.
 
@@ -153,8 +153,8 @@ def network_features(
     batch_size: images whose features are computed at once, over all devices.
     seed: of the first weights, of the order of the images, and of the noise.
     say: takes a line about what is done.
-    counted: is told of the updates, on every process alike; what it raises ends the training.
-    updates: of 128 images each.
+    counted: receives the number of training steps done, on every process alike; what it raises ends the training.
+    num_steps: training steps of 128 images each.
 
   Returns:
     'network' with "explained", the share of the variance of the noise that it predicts in the images held out (0 for
@@ -168,9 +168,11 @@ def network_features(
   network = network_for(source.image_shape)
 
   def make() -> Trained:
-    say(f"training a network for the features on {len(training)} images without labels, {updates} updates")
+    say(f"training a network for the features on {len(training)} images without labels, {num_steps} training steps")
     began = time.perf_counter()
-    weights = trained.train(network.init, source, training, network.loss, updates=updates, seed=seed, counted=counted)
+    weights = trained.train(
+      network.init, source, training, network.loss, num_steps=num_steps, seed=seed, counted=counted
+    )
     found = trained.of_first_process(Trained(weights, dict.fromkeys(MARKS, 0.0)))
     found = found._replace(marks=_ask(network, source, held_out, found.weights, mesh, batch_size))
     took = time.perf_counter() - began
@@ -178,13 +180,13 @@ def network_features(
     say(f"it predicts {share} in {len(held_out)} other images; that took {took:.0f} s")
     return found
 
-  task = json.dumps([source.fingerprint, source.image_shape, _RECIPE, updates, seed], sort_keys=True)
+  task = json.dumps([source.fingerprint, source.image_shape, _RECIPE, num_steps, seed], sort_keys=True)
   path = cache / f"network-{hashlib.sha256(task.encode()).hexdigest()}.safetensors"
   found = trained.kept_or(path, trained.shapes_of(network.init), MARKS, make, say)
   about: dict[str, str | int | float] = {
     "explained": found.marks["explained"],
     "trained_on": len(training),
-    "updates": updates,
+    "updates": num_steps,
   }
   extract = trained.extractor(network.forward, (network.num_features, 0), mesh, batch_size)(found.weights)
   return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)

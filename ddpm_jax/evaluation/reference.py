@@ -65,7 +65,7 @@ def measure_reference(
     cache: folder of the cache, made if need be.
     batch_size: images at once.
     say: takes a line about what is done.
-    done: told how many images after each batch. What it raises ends the work.
+    done: called with the number of images done, after each batch. What it raises ends the work.
   """
   task, path = _task(source, features, cache)
   found = _from_cache(path, task, say)

@@ -73,7 +73,7 @@ class Statistics(NamedTuple):
     return Reference(moments, np.arange(len(self.features)), self.features)
 
   @property
-  def told(self) -> dict[str, Any]:
+  def description(self) -> dict[str, Any]:
     """For the result: which file, and of which data."""
     facts = {name: value for name, value in self.facts.items() if name not in ("features", "version", "ddpm_jax")}
     return {"file": self.path.name, "sha256": self.sha256, **facts}
@@ -175,7 +175,7 @@ def _moments_of(path: str, features: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _facts(path: str, archive: Any) -> dict[str, Any]:
-  facts = json.loads(str(archive["facts"]))  # a ValueError is told by `_opened`
+  facts = json.loads(str(archive["facts"]))  # a ValueError is reported by `_opened`
   if not isinstance(facts, dict) or not isinstance(facts.get("features"), dict):
     raise ValueError("its facts are none of ours")
   if facts.get("ddpm_jax") != _FORMAT:
@@ -222,20 +222,20 @@ def check_name(statistics: Statistics, options: EvaluateConfig, width: int | Non
 
   width: how many numbers these are for an image, if that is known; for files that say nothing.
   """
-  told, path = statistics.facts.get("features"), statistics.path
-  if told is None:
+  stored, path = statistics.facts.get("features"), statistics.path
+  if stored is None:
     if width is not None:
       _check_width(statistics, options.features, width)
     return
-  if told.get("name") != options.features:
+  if stored.get("name") != options.features:
     raise UserError(
-      f"reference_stats: {path} is of --features={told.get('name')}, and this command compares by {options.features}; "
-      f"use --features={told.get('name')}, or another file"
+      f"reference_stats: {path} is of --features={stored.get('name')}, and this command compares by "
+      f"{options.features}; use --features={stored.get('name')}, or another file"
     )
-  if options.features == "inception" and told.get("resize") != options.inception_resize:
+  if options.features == "inception" and stored.get("resize") != options.inception_resize:
     raise UserError(
-      f"reference_stats: {path} is of --inception_resize={told.get('resize')}, and this command says "
-      f"{options.inception_resize}; use --inception_resize={told.get('resize')}, or another file"
+      f"reference_stats: {path} is of --inception_resize={stored.get('resize')}, and this command says "
+      f"{options.inception_resize}; use --inception_resize={stored.get('resize')}, or another file"
     )
 
 
@@ -244,14 +244,14 @@ def check_features(statistics: Statistics, features: Features, width: int) -> No
 
   width: how many numbers the features are for an image.
   """
-  told, path = statistics.facts.get("features"), statistics.path
+  stored, path = statistics.facts.get("features"), statistics.path
   digest = np.frombuffer(bytes.fromhex(statistics.sha256), np.uint8)
   if np.any(all_gather_host(digest) != digest[None]):
     raise UserError(f"reference_stats: {path} is not the same for all processes; give every host a copy")
-  if told is not None and (told.get("name"), told.get("identity")) != (features.name, features.identity):
+  if stored is not None and (stored.get("name"), stored.get("identity")) != (features.name, features.identity):
     raise UserError(
-      f"reference_stats: {path} is of another {told.get('name')}, with other weights or arithmetic ("
-      f"{str(told.get('identity'))[:12]}, this one is {features.identity[:12]}); write it anew with --write_reference"
+      f"reference_stats: {path} is of another {stored.get('name')}, with other weights or arithmetic ("
+      f"{str(stored.get('identity'))[:12]}, this one is {features.identity[:12]}); write it anew with --write_reference"
     )
   _check_width(statistics, features.name, width)
 

@@ -96,7 +96,7 @@ def title_of(name: str) -> str:
 
 
 def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -> str:
-  """A sentence with a measure and its yardsticks; says so where noise is better, as the measure then tells nothing.
+  """A sentence with a measure and its yardsticks; says so where noise is better, as the measure then says nothing.
 
   Args:
     title: of the measure.
@@ -105,13 +105,13 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
     others: its yardsticks, kind -> value.
   """
   better = direction(name)
-  told = ", ".join(f"{words} {number(others[kind], 3)}" for kind, (words, _) in YARDSTICKS.items() if kind in others)
-  sentence = f"{title} {number(value, 3)}: {told}{f'; {better} is better' if better else ''}."
+  listed = ", ".join(f"{words} {number(others[kind], 3)}" for kind, (words, _) in YARDSTICKS.items() if kind in others)
+  sentence = f"{title} {number(value, 3)}: {listed}{f'; {better} is better' if better else ''}."
   rivals = value, others.get("data", value)
   if "noise" in others and any(
     others["noise"] != rival and better == ("lower" if others["noise"] < rival else "higher") for rival in rivals
   ):
-    sentence += " Noise does better than that: here this measure tells nothing."
+    sentence += " Noise does better than that: here this measure says nothing."
   return sentence
 
 
@@ -191,9 +191,12 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
 
   def add(key: Any, value: Any, spread: Any, conditions: dict[str, Any], name: str, title: str, remark: str) -> None:
     if (known := finite(value)) is not None:
-      told = json.dumps({"weights": str(results[key].get("weights")), **conditions}, sort_keys=True)
+      key_text = json.dumps({"weights": str(results[key].get("weights")), **conditions}, sort_keys=True)
       same = found.setdefault((name, remark), {})
-      same.setdefault(told, Column(name, title, remark, direction(name), told)).values[key] = known, finite(spread)
+      same.setdefault(key_text, Column(name, title, remark, direction(name), key_text)).values[key] = (
+        known,
+        finite(spread),
+      )
 
   for key, result in results.items():
     features = str(part(result, "features").get("name", "unknown"))
@@ -214,10 +217,10 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
         total, error = (part(terms).get(name) for name in ("total", "standard_error"))
         add(key, total, error, conditions, f"{kind}_{split}", "Bits/dim", f"{remark}, {split}")
   for same in found.values():
-    flat = {told: _flat(json.loads(told)) for told in same}
-    for told, mine in flat.items():
+    flat = {key_text: _flat(json.loads(key_text)) for key_text in same}
+    for key_text, mine in flat.items():
       names = [name for name in mine if any(other.get(name) != mine[name] for other in flat.values())]
-      same[told].how = ", ".join(f"no {n}" if mine[n] is None else f"{n} {str(mine[n])[:24]}" for n in names)
+      same[key_text].how = ", ".join(f"no {n}" if mine[n] is None else f"{n} {str(mine[n])[:24]}" for n in names)
   return [column for same in found.values() for column in same.values()]
 
 

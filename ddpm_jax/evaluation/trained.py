@@ -28,7 +28,7 @@ Extract = Callable[[np.ndarray], Extracted]
 # (params, {"image": uint8 [B, H, W, C], "replaced": bool [B], ...}, key) -> the mean loss, a scalar
 Loss = Callable[[Any, dict[str, jax.Array], jax.Array], jax.Array]
 Init = Callable[[jax.Array], Any]  # key -> fresh parameters, a nested dict
-# (of what, how many) -> a context with a function that is told how many are done. What that raises ends the training.
+# (of what, how many) -> a context with a function of how many are done. What that raises ends the training.
 Counted = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 # (params, uint8 [B, H, W, C]) -> features float32 [B, D], probabilities float32 [B, K]
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]]
@@ -37,7 +37,7 @@ BATCH = 128
 _RATE, _WARMUP = 3e-3, 50
 TRAINING = [BATCH, _RATE, _WARMUP]  # Adam, with a cosine after the warm-up
 HOLD_OUT = 10  # one image of that many
-_TELL_EVERY = 10  # updates
+_REPORT_EVERY = 10  # training steps
 
 
 class Trained(NamedTuple):
@@ -89,7 +89,7 @@ def train(
   training: np.ndarray,
   loss_of: Loss,
   *,
-  updates: int,
+  num_steps: int,
   seed: int,
   counted: Counted,
   columns: Callable[[np.ndarray], dict[str, np.ndarray]] = lambda indices: {},
@@ -101,12 +101,12 @@ def train(
     source: the images.
     training: which of them.
     loss_of: what is minimised.
-    updates: how many.
+    num_steps: training steps.
     seed: of the first weights, the order of the images, and the keys.
-    counted: is told of the updates, on every process alike.
+    counted: receives the number of training steps done, on every process alike.
     columns: what else is known of the images at int [B] of the source, for the loss.
   """
-  optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, _RATE, min(_WARMUP, updates // 2), updates))
+  optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, _RATE, min(_WARMUP, num_steps // 2), num_steps))
 
   @jax.jit
   def update(params: Any, state: Any, batch: dict[str, jax.Array], step: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -122,16 +122,16 @@ def train(
     params = jax.jit(lambda: fresh(init, seed))()
     state, loss = optimizer.init(params), jnp.zeros(())
     batches = pipeline.batches(part, batch_size=BATCH, seed=shuffle, start_step=0)
-    with contextlib.closing(batches), counted("update", updates) as done:
-      for step, batch in zip(range(updates), batches, strict=False):
+    with contextlib.closing(batches), counted("update", num_steps) as done:
+      for step, batch in zip(range(num_steps), batches, strict=False):
         batch |= columns(training[order[step]])
         before = loss
         params, state, loss = update(params, state, batch, np.int32(step))
         before.block_until_ready()  # one update runs ahead, and no more batches wait on the device
-        if step % _TELL_EVERY == 0:
+        if step % _REPORT_EVERY == 0:
           done(step)  # not `step` + 1: the first call begins the clock, after the compilation
       loss.block_until_ready()
-      done(updates)
+      done(num_steps)
   return {name: np.asarray(leaf) for name, leaf in flat(params).items()}
 
 

@@ -1,6 +1,6 @@
 """What a measure of samples is to be held against: the same measure of the data itself, of noise, and of no training.
 
-A number by itself says little: in some features noise has a precision of 0.86. So each is told beside three others:
+A number by itself says little: in some features noise has a precision of 0.86. So each is reported beside three others:
 
 - data: images of the data set against the others of it, what a perfect model would have, but for chance;
 - noise: pixels that are drawn uniformly from 0..255;

@@ -77,9 +77,9 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
     workdir: where they were trained and measured; None if they come from elsewhere.
     samples: what the picture beside it shows; empty if there is none, which is then said with the remedy.
   """
-  told = without_paths(config)
+  shown = without_paths(config)
   height, width, channels = weights.run.image_shape
-  title = f"DDPM of {_code(told.data.dataset)}" if workdir is not None else "DDPM"
+  title = f"DDPM of {_code(shown.data.dataset)}" if workdir is not None else "DDPM"
   what = (
     f"A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) that draws images "
     f"of {height}x{width}x{channels}: a U-Net of {num_params(weights.params):,} parameters, "
@@ -95,7 +95,7 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
     )
   parts.append(_USE.format(steps=config.diffusion.num_timesteps))
   if workdir is not None:
-    parts += [_training(told, config.exchange.init_from, weights), _measures(workdir, weights), _settings(told)]
+    parts += [_training(shown, config.exchange.init_from, weights), _measures(workdir, weights), _settings(shown)]
   parts.append(f"Written by ddpm_jax {ddpm_jax.__version__}.\n")
   return "\n".join(parts)
 

@@ -49,7 +49,7 @@ def write_comparison(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> Non
 
 
 def _names(workdirs: Sequence[pathlib.Path]) -> list[str]:
-  """The shortest ends of the paths that tell them apart."""
+  """The shortest ends of the paths that distinguish them."""
   parts = [path.resolve().parts for path in workdirs]
   length = 1
   while len({names[-length:] for names in parts}) < len(parts):

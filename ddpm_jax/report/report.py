@@ -1,6 +1,6 @@
 """The report of a run, `report.html`: made from the files of its workdir alone, for people to look at and pass on.
 
-The same files give the same page. What is missing is left out; what cannot be read is told at the top.
+The same files give the same page. What is missing is left out; what cannot be read is listed at the top.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def _tiles(run: RunFiles, found: list[Column]) -> list[tuple[str, str, str]]:
   for column in _newest(found):
     if column.title in ("FID", "Bits/dim") or column.title.lower().endswith(("distance", "score")):
       step = max(column.values) if column.best is None else column.best
-      told = [column.remark, f"{'' if column.best is None else 'best, '}step {step:,}"]
-      told += [f"{YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in _yardsticks(run, column).items()]
-      shown.append((column.title, number(column.values[step][0]), "; ".join(told)))
+      texts = [column.remark, f"{'' if column.best is None else 'best, '}step {step:,}"]
+      texts += [f"{YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in _yardsticks(run, column).items()]
+      shown.append((column.title, number(column.values[step][0]), "; ".join(texts)))
   return shown
 
 
@@ -155,7 +155,7 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
     return {}
   step, newest = max(run.results), run.results[max(run.results)]
   beside, pictures = [_yardsticks(run, column) for column in found], []
-  told = [
+  texts = [
     in_words(column.title, column.name, column.values[max(column.values)][0], others)
     for column in _newest(found)
     if (others := _yardsticks(run, column))
@@ -166,7 +166,7 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
   table = measures_table(found, {step: [Cell(f"{step:,}")] for step in run.results}, beside)
   return {
     "newest": newest,
-    "sentence": " ".join(text for i, text in enumerate(told) if not i or "nothing" in text),
+    "sentence": " ".join(text for i, text in enumerate(texts) if not i or "nothing" in text),
     "without_yardsticks": not all(beside),
     "table": table._replace(head=[Cell("Step"), *table.head]) if found else None,
     "charts": _over_steps(found),

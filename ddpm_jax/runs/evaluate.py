@@ -55,7 +55,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
       console.warn(warning)
     path = write_result(workdir, result, pictures)
     _write_report(workdir)
-    for line in told(result):
+    for line in result_lines(result):
       console.say(line)
     console.say(f"done: {path} and {workdir / 'report.html'}")
 
@@ -69,7 +69,7 @@ def _write_report(workdir: pathlib.Path) -> None:
     raise RunError(f"workdir: cannot write {workdir / 'report.html'} ({error.strerror}); make room") from error
 
 
-def told(result: Result) -> Iterator[str]:
+def result_lines(result: Result) -> Iterator[str]:
   """The numbers of a result, a line each, beside those of the data itself, of noise and of an untrained network."""
   beside, numbers = yardsticks(result), {name.removeprefix("evaluation/"): x for name, x in scalars(result).items()}
   for name, value in numbers.items():

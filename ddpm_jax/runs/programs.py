@@ -24,7 +24,7 @@ class Compiler:
     return self._thread.submit(lowered.compile)
 
   def close(self) -> None:
-    """Does not wait: what ends a run early is told at once. The process ends when XLA is done with its work."""
+    """Does not wait: what ends a run early is reported at once. The process ends when XLA is done with its work."""
     self._thread.shutdown(wait=False, cancel_futures=True)
 
 

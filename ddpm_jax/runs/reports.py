@@ -1,4 +1,4 @@
-"""What a training run tells: metrics and pictures, on disk and on the terminal, from the first process alone."""
+"""What a training run reports: metrics and pictures, on disk and on the terminal, from the first process alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.loggers import Loggers, Settings, find
 from ddpm_jax.workdir.writers import MetricsWriter
 
-_FIRST_LINE_S = 20.0  # of training, until the time left is told at the latest
+_FIRST_LINE_S = 20.0  # of training, until the time left is printed at the latest
 
 
 class Reports:
@@ -173,7 +173,7 @@ class Reports:
       self._pages = self._beside.submit(write_pages, self._workdir)
 
   def _settle_pages(self, step: int) -> None:
-    """Waits until the pages are written, and tells if they could not be."""
+    """Waits until the pages are written, and says so if they could not be."""
     if self._pages:
       with self._reported(f"loss.png and report.html are not renewed at step {step}"):
         self._pages.result()

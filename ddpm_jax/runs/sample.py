@@ -110,7 +110,7 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
     case _:
       raise ValueError(f"unknown task {name!r}")
   if jax.process_index() == 0:
-    all_settings = settings(config, weights) | dict(outcome.told)
+    all_settings = settings(config, weights) | dict(outcome.facts)
     facts = facts_of_picture(all_settings, weights)
     files: Written = {
       ".npz": lambda path: _save_npz(path, outcome.arrays, all_settings),
@@ -119,7 +119,7 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
     if outcome.frames:
       files[".gif"] = lambda path: _save_gif(path, outcome.frames, facts)
     _write(folder, name, files)
-    for fact, value in outcome.told.items():
+    for fact, value in outcome.facts.items():
       console.say(f"{fact.replace('_', ' ')}: {value if isinstance(value, str) else f'{value:.4g}'}")
     console.say("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
 

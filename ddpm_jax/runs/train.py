@@ -353,7 +353,7 @@ class InFlight:
 
 
 def _grid_due(options: TrainConfig, step: int) -> bool:
-  """Whether `--sample_every` asks for a sample grid of the state after `step` updates."""
+  """Whether `--sample_every` asks for a sample grid of the state after `step` training steps."""
   return options.sample_every > 0 and (step % options.sample_every == 0 or step == options.num_steps)
 
 

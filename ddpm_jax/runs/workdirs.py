@@ -1,4 +1,4 @@
-"""The workdir of a training run: taken before anything is written, told about, and finished."""
+"""The workdir of a training run: taken before anything is written, described on the terminal, and finished."""
 
 from __future__ import annotations
 

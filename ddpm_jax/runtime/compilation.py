@@ -188,11 +188,11 @@ def _hear_warnings(folder: pathlib.Path, *, ours: bool = False) -> None:
   A program that XLA cannot write down is no news: with oneDNN that is so at every start. When JAX cannot read an entry
   of our own folder, all of them are removed, as it does not say which one.
   """
-  usual, told = warnings.showwarning, set()
+  usual, shown = warnings.showwarning, set()
 
-  def tell(text: str) -> None:
-    if text not in told:
-      told.add(text)
+  def warn_once(text: str) -> None:
+    if text not in shown:
+      shown.add(text)
       _tell(text)
 
   def show(message, category, *where, **more) -> None:
@@ -202,11 +202,11 @@ def _hear_warnings(folder: pathlib.Path, *, ours: bool = False) -> None:
       for path in _programs(folder) if ours else ():
         path.unlink(missing_ok=True)
       what = "all are removed" if ours else "empty that folder"
-      tell(f"a program in {folder} cannot be read and is compiled again ({reason}); {what}")
+      warn_once(f"a program in {folder} cannot be read and is compiled again ({reason}); {what}")
     elif not text.startswith("Error writing persistent compilation cache entry"):
       usual(message, category, *where, **more)
     elif "Errno" in reason:
-      tell(f"programs cannot be kept in {folder} ({reason})")
+      warn_once(f"programs cannot be kept in {folder} ({reason})")
 
   warnings.showwarning = show
 

@@ -120,7 +120,7 @@ class Job:
     """The last thing that a process of a job does. Does nothing in a job of one process.
 
     With code 0 it waits for the others to come here too, then returns, and the interpreter may end. With any other it
-    does not return: the others are told, and the process ends without JAX's own farewell, which would hang.
+    does not return: the others are informed, and the process ends without JAX's own farewell, which would hang.
     """
     if self._peers:
       self._peers.leave(code)
@@ -189,7 +189,7 @@ def _jax_state() -> Any:
       operator.attrgetter(name)(global_state)
   except (ImportError, AttributeError) as error:
     raise RunError(
-      f"distributed: JAX {jax.__version__} has moved what tells the processes of each other ({error}); use a version "
+      f"distributed: JAX {jax.__version__} has moved what the processes find each other by ({error}); use a version "
       "of requirements.lock, or train alone with --distributed=off"
     ) from error
   return global_state

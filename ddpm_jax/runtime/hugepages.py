@@ -27,7 +27,7 @@ _MODES = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages(module: str) -> None:
-  """Starts this command anew in the same process, once, where glibc can ask for huge pages and has not been told to.
+  """Starts this command anew in the same process, once, where glibc can ask for huge pages and does not yet.
 
   glibc reads that variable only when a process begins. What the user has set stays: GLIBC_TUNABLES with
   glibc.malloc.hugetlb=0 is without huge pages. Nothing may have been printed before.

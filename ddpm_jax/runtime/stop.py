@@ -5,7 +5,7 @@ ends a run at once: a terminal that closes may send it twice, and systemd, with 
 `nohup`, or wherever else SIGHUP is ignored when the process starts, it stays ignored.
 
 Python handles signals between two bytecodes of the main thread, which may be inside a compilation or a collective for
-minutes. So a thread listens: the wakeup descriptor of `signal` tells it of a signal at any time.
+minutes. So a thread listens: the wakeup descriptor of `signal` wakes it at any signal.
 """
 
 from __future__ import annotations

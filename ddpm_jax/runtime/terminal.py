@@ -13,8 +13,9 @@ from absl import logging as absl_logging
 
 
 def quiet() -> None:
-  """Silences what is told elsewhere. `--verbosity`, if given, is for whoever wants to see the libraries' own words."""
-  absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs a failed save as some 500 lines; `checkpoint.py` tells it
+  """Silences what this package reports itself. With `--verbosity` the libraries' own messages are shown."""
+  # Orbax logs a failed save as some 500 lines; `checkpoint.py` reports it.
+  absl_logging.set_verbosity(absl_logging.FATAL)
   # The rest of a save or a restore that fails: one message for each array, never awaited.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)

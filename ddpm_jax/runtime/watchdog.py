@@ -51,7 +51,7 @@ class Watchdog:
     process: the number of this process, for the line.
     folder: where the line and the stacks are written too, as stuck.PROCESS.txt.
     first_s: seconds until the first beat, if that is more than timeout_s.
-    leave: what is called with the exit code at the end; it may tell other processes, for some seconds.
+    leave: called with the exit code at the end; may inform other processes, for some seconds.
     """
     self._timeout, self._first = timeout_s, max(timeout_s, first_s)
     self._process, self._leave = process, leave

@@ -86,7 +86,7 @@ def make_long_draw(
   mesh: DeviceMesh,
   stream: str,
 ) -> BatchedLoop:
-  """`make_draw` in stretches of network evaluations, so that somebody can be told how far it is. The same images."""
+  """`make_draw` in stretches of network evaluations, so that progress can be shown. The same images."""
 
   def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
     keys = indexed_keys(stream_key(constants.seed, stream), index)

@@ -148,8 +148,8 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
 
 def facts_of_picture(settings: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
   """The metadata of a picture. Pictures are passed on, so no path of this machine is among it."""
-  told = {name: value for name, value in settings.items() if name not in _PATHS}
-  return told | {"weights_sha256": weights.identity}
+  described = {name: value for name, value in settings.items() if name not in _PATHS}
+  return described | {"weights_sha256": weights.identity}
 
 
 def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], number: int, copies: int) -> None:

@@ -49,13 +49,13 @@ class Outcome(NamedTuple):
     arrays: for the npz file; images are uint8 [N, ..., H, W, C].
     picture: uint8 [height, width, 3].
     frames: pictures of an animation, or none.
-    told: facts, for the terminal and the settings in the npz file.
+    facts: facts, for the terminal and the settings in the npz file.
   """
 
   arrays: dict[str, np.ndarray]
   picture: np.ndarray
   frames: list[np.ndarray]
-  told: Mapping[str, float | str]
+  facts: Mapping[str, float | str]
 
 
 class Parts(NamedTuple):
@@ -109,15 +109,15 @@ class Parts(NamedTuple):
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
 
-      def tell(first: int, count: int, made: int) -> None:
+      def report(first: int, count: int, made: int) -> None:
         at = Drawing(number, first, count, made, evaluations)
         done(at.images, str(at))
 
       size = min(asked, number) if asked else fit_batch(shared, constants, *columns, number=number)
-      tell(0, size, 0)
+      report(0, size, 0)
       for first in range(0, number, size):
         batch = [column[first : first + size] for column in columns]
-        batches.append(shared(constants, *batch, size=size, done=functools.partial(tell, first, len(batch[0]))))
+        batches.append(shared(constants, *batch, size=size, done=functools.partial(report, first, len(batch[0]))))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
@@ -221,8 +221,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   hidden = np.where(drawn_here, np.uint8(128), given)
   row = np.concatenate([given[:, None], hidden[:, None], drawn], axis=1)
   picture = grids.image_rows(row, apart=(1,))
-  told = {"network_evaluations": len(table.t)}
-  return Outcome({"images": drawn, "given": given, "mask": mask.astype(np.uint8)}, picture, [], told)
+  facts = {"network_evaluations": len(table.t)}
+  return Outcome({"images": drawn, "given": given, "mask": mask.astype(np.uint8)}, picture, [], facts)
 
 
 def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
@@ -252,14 +252,14 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   difference = pixels.astype(int) - given
   shown = [given, np.asarray(parts.images(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
   error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
-  told = {
+  facts = {
     "time_grid": grid,
     "network_evaluations": 2 * len(up.t),
     "rms_error_in_grey_levels": error,
     "peak_signal_to_noise_db": float(20 * np.log10(255 / max(error, 1e-3))),
     "deviation_of_the_noise": float(noise.std()),
   }
-  return Outcome({"images": pixels, "given": given, "noise": noise}, grids.image_rows(np.stack(shown, 1)), [], told)
+  return Outcome({"images": pixels, "given": given, "noise": noise}, grids.image_rows(np.stack(shown, 1)), [], facts)
 
 
 def rows_for_each(task: str) -> int:

@@ -88,7 +88,9 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
 
 
 def if_finite(transformation: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-  """The transformation, whose state stays as it is, bit for bit, where `finite` is false; its updates are no use then.
+  """The transformation, whose state stays as it is, bit for bit, where `finite` is false.
+
+  Its updates are not to be used then.
 
   `optax.apply_if_finite` looks at the gradients alone, and has a count of its own.
   """
@@ -109,7 +111,7 @@ def ema_decay_at(decay: float, num_updates: jax.Array) -> jax.Array:
   """min(decay, (1 + n) / (10 + n)) after n >= 1 training steps: a short memory first, so that early samples are usable.
 
   The rule of TensorFlow's ExponentialMovingAverage(num_updates=n). The authors' code uses the full decay from the
-  second training step on; at 0.9999 the two agree after about 90,000 updates.
+  second training step on; at 0.9999 the two agree after about 90,000 training steps.
   """
   n = num_updates.astype(jnp.float32)
   return jnp.minimum(jnp.float32(decay), (1.0 + n) / (10.0 + n))

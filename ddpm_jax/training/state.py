@@ -29,7 +29,7 @@ class Counts:
 
 @flax.struct.dataclass
 class TrainState:
-  """The state after `step` updates.
+  """The state after `step` training steps.
 
   Random keys and the position in the data are not part of it: both are functions of (seed, step).
 

@@ -17,26 +17,26 @@ from ddpm_jax.weights.tensors import read_facts, read_tensors, write_tensors
 
 NAME = "model.safetensors"
 _FORMAT = 1
-# What is told of a run: these sections, without folders of the machine and what was measured on the way.
-_TOLD = ("data", "diffusion", "model", "optimizer", "train")
-_UNTOLD = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure", "writers")
+# What a file says of its run: these sections, without folders of the machine and what was measured on the way.
+_SECTIONS = ("data", "diffusion", "model", "optimizer", "train")
+_LEFT_OUT = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure", "writers")
 # Settings of drawing that are a part of the model all the same: its estimates were kept in range so.
 THRESHOLD = ("threshold", "threshold_quantile")
 
 
-def write_file(path: pathlib.Path, told: Mapping[str, Any], image_shape: tuple[int, int, int], params: Params) -> None:
+def write_file(path: pathlib.Path, facts: Mapping[str, Any], image_shape: tuple[int, int, int], params: Params) -> None:
   """Writes it, whole or not at all.
 
   Args:
     path: of the file.
-    told: the settings as `config`, and more to say beside them; JSON values.
+    facts: the settings as `config`, and more to say beside them; JSON values.
     image_shape: H, W, C.
     params: a tree of NumPy arrays.
 
   Raises:
     OSError: if it cannot be written.
   """
-  write_tensors(path, to_flat(params), {**told, "ddpm_jax": _FORMAT, "image_shape": list(image_shape)})
+  write_tensors(path, to_flat(params), {**facts, "ddpm_jax": _FORMAT, "image_shape": list(image_shape)})
 
 
 def settings_of_run(config: Config) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def without_paths(config: Config) -> Config:
   changes = {
     field.name: field.default
     for section, field, _ in config_lib.options(config)
-    if field.name in _UNTOLD or (section not in _TOLD and field.name not in THRESHOLD)
+    if field.name in _LEFT_OUT or (section not in _SECTIONS and field.name not in THRESHOLD)
   }
   if kind == "folder" and colon:
     changes["dataset"] = f"folder:{pathlib.PurePath(place).name}"

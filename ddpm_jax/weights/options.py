@@ -220,7 +220,7 @@ def _schedule_of(betas: Any) -> dict[str, Any]:
 
 
 def _ends_of_sigmoid(betas: Sequence[float]) -> dict[str, float]:
-  """Its beta_1 and beta_T are not the ends that it is told: it begins and ends at -6 and 6 on the logistic curve."""
+  """Its beta_1 and beta_T are not the ends that it is given: it begins and ends at -6 and 6 on the logistic curve."""
   low = 1 / (1 + np.exp(6.0))
   rise = (betas[-1] - betas[0]) / (1 - 2 * low)
   start = float(betas[0] - rise * low)

@@ -29,7 +29,7 @@ def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], facts: M
   """Writes float32 arrays, whole or not at all; `facts` are JSON values. Raises OSError."""
   text = json.dumps(dict(facts), sort_keys=True)
   arrays = {name: np.ascontiguousarray(array, np.dtype("<f4")) for name, array in arrays.items()}
-  # diffusers wants to be told that the layout is PyTorch's.
+  # diffusers needs the entry that the layout is PyTorch's.
   metadata = {"format": "pt", "facts": text, "sha256": arrays_sha256(arrays, text)}
   write_whole(path, safetensors.numpy.save(arrays, metadata))
 

@@ -89,7 +89,8 @@ def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
 def png(picture: np.ndarray, facts: Mapping[str, Any]) -> bytes:
   """A PNG file of uint8 [height, width] or [height, width, 3].
 
-  facts: JSON values, which the file carries: `checkpoint`, the number of updates of the weights that drew it, and how.
+  facts: JSON values, which the file carries: `checkpoint`, the training steps of the weights that drew it,
+    and how.
   """
   file, text = io.BytesIO(), PngImagePlugin.PngInfo()
   text.add_itxt(_FACTS, json.dumps(facts))

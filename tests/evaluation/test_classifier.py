@@ -32,14 +32,14 @@ def classes_of_grey(number=60, replaced=(), shape=(4, 4, 1), seed=0):
   return Source("greys", shape, number, rows.take, {"seed": seed}, lambda: labels)
 
 
-def train(source, cache, *, said=None, batch_size=16, updates=3, **options):
+def train(source, cache, *, said=None, batch_size=16, num_steps=3, **options):
   return classifier.classifier_features(
     source,
     cache=cache,
     mesh=make_mesh("pmap"),
     batch_size=batch_size,
     say=(said if said is not None else []).append,
-    updates=updates,
+    num_steps=num_steps,
     **options,
   )
 
@@ -49,7 +49,7 @@ def digits(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
   source = sources.open_source(DataConfig(data_dir=str(folder)))
   said = []
-  return source, train(source, folder / "cache", said=said, updates=120), said
+  return source, train(source, folder / "cache", said=said, num_steps=120), said
 
 
 def test_it_learns_the_digits(digits):
@@ -62,7 +62,7 @@ def test_it_learns_the_digits(digits):
   }
   assert features.about["accuracy"] > 0.9
   assert len(said) == 2
-  assert said[0] == "training a classifier of 10 classes on 1617 images, 120 updates"
+  assert said[0] == "training a classifier of 10 classes on 1617 images, 120 training steps"
   assert said[1].startswith(
     f"it classifies {round(180 * features.about['accuracy'])} of 180 images held out correctly; training it took "
   )
@@ -127,16 +127,16 @@ def test_the_seed_is_that_of_the_first_weights_and_of_the_order(tmp_path, monkey
 
 
 def test_what_a_kept_classifier_is_found_by():
-  def task(source, seed=0, updates=3, **changes):
+  def task(source, seed=0, num_steps=3, **changes):
     source = dataclasses.replace(source, **changes)
-    return classifier._task(source, source.labels(), seed, updates)
+    return classifier._task(source, source.labels(), seed, num_steps)
 
   source = classes_of_grey()
   first = task(source)
   assert task(classes_of_grey(replaced=[3]), name="another") == first
   others = [
     task(source, seed=1),
-    task(source, updates=4),
+    task(source, num_steps=4),
     task(source, labels=lambda: 2 - source.labels()),
     task(source, fingerprint={"seed": 1}),
     task(source, image_shape=(4, 8, 1)),
@@ -151,15 +151,15 @@ def test_the_number_of_updates_follows_from_that_of_the_images(tmp_path, monkeyp
   class Stop(Exception):
     pass
 
-  def stop(model, init, source, labels, training, updates, seed, counted):
-    asked.append(updates)
+  def stop(model, init, source, labels, training, num_steps, seed, counted):
+    asked.append(num_steps)
     raise Stop
 
   asked = []
   monkeypatch.setattr(classifier, "_train", stop)
   source = Source("many", (4, 4, 1), number, None, {}, lambda: np.arange(number, dtype=np.int32) % 2)
   with pytest.raises(Stop):
-    train(source, tmp_path, updates=0)
+    train(source, tmp_path, num_steps=0)
   assert asked == [expected]
 
 
@@ -187,12 +187,12 @@ def test_images_held_out_are_not_learnt_from(tmp_path):
     seen.update(indices.tolist())
     return source.read(indices)
 
-  train(dataclasses.replace(source, read=read), tmp_path / "a", updates=4)
+  train(dataclasses.replace(source, read=read), tmp_path / "a", num_steps=4)
   assert seen == set(range(200))
   pixels = source.read(np.arange(200)).images
   pixels[held_out] = 255 - pixels[held_out]
   other = dataclasses.replace(source, read=DecodedRows(pixels, np.zeros(200, bool)).take)
-  assert train(other, tmp_path / "b", updates=4).identity == train(source, tmp_path / "a", updates=4).identity
+  assert train(other, tmp_path / "b", num_steps=4).identity == train(source, tmp_path / "a", num_steps=4).identity
   assert len(training) == 180
 
 
@@ -217,7 +217,7 @@ def test_images_that_stand_for_bad_ones_are_left_out(tmp_path):
 def test_the_accuracy_is_of_the_images_held_out(tmp_path):
   source = classes_of_grey(300)
   held_out = trained.divide(np.argsort(source.labels(), kind="stable"))[1]
-  features = train(source, tmp_path / "a", updates=20)
+  features = train(source, tmp_path / "a", num_steps=20)
   answers = features.extract(source.read(held_out).images).probabilities.argmax(1)
   right = int((answers == source.labels()[held_out]).sum())
   assert features.about["accuracy"] == right / 30

@@ -572,7 +572,7 @@ def test_the_run_writes_statistics_and_nothing_else(workdir, tmp_path, monkeypat
   assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
   assert {path.parent.name for path in listing(workdir).keys() - before.keys()} <= {"eval", "run", "cache"}
   evaluation_run.evaluate(config_of(write_reference=str(tmp_path / "c.npz"), reference_split="test"), None)
-  told = statistics.read_statistics(str(tmp_path / "c.npz")).told
+  told = statistics.read_statistics(str(tmp_path / "c.npz")).description
   assert (told["dataset"], told["split"], told["number"]) == ("pictures", "test", 23)
   for path, message in (
     (tmp_path / "a.npz", "a.npz exists; name another file"),

@@ -25,23 +25,25 @@ def slopes(number=80, shape=(4, 4, 1), seed=0):
   return Source("slopes", shape, number, DecodedRows(pixels, np.zeros(number, bool)).take, {"seed": seed})
 
 
-def features_of(source, cache, *, said=None, batch_size=16, updates=3, **options):
+def features_of(source, cache, *, said=None, batch_size=16, num_steps=3, **options):
   say = (said if said is not None else []).append
   mesh = make_mesh("pmap")
-  return network_features(source, cache=cache, mesh=mesh, batch_size=batch_size, say=say, updates=updates, **options)
+  return network_features(
+    source, cache=cache, mesh=mesh, batch_size=batch_size, say=say, num_steps=num_steps, **options
+  )
 
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
   said, source, cache = [], slopes(), tmp_path_factory.mktemp("learnt")
-  return source, features_of(source, cache, said=said, updates=40), said, cache
+  return source, features_of(source, cache, said=said, num_steps=40), said, cache
 
 
 def test_it_learns_to_remove_noise_without_labels(learnt):
   source, features, said, _ = learnt
   assert features.name == "network" and 0.3 < features.about["explained"] < 1
   assert (features.about["trained_on"], features.about["updates"]) == (72, 40)
-  assert said[0] == "training a network for the features on 72 images without labels, 40 updates"
+  assert said[0] == "training a network for the features on 72 images without labels, 40 training steps"
   share = round(100 * features.about["explained"])
   assert said[1].startswith(f"it predicts {share}% of the noise in 8 other images; that took ")
   found = features.extract(source.read(np.arange(37)).images)
@@ -111,7 +113,7 @@ def test_it_is_kept_and_found_again_by_what_it_depends_on(tmp_path, monkeypatch)
   assert json.dumps(again[:3]) == json.dumps(first[:3])
   images = source.read(np.arange(9)).images
   np.testing.assert_array_equal(again.extract(images).features, first.extract(images).features)
-  for other, changed in ((slopes(seed=1), {}), (source, dict(updates=4)), (source, dict(seed=1))):
+  for other, changed in ((slopes(seed=1), {}), (source, dict(num_steps=4)), (source, dict(seed=1))):
     with pytest.raises(pytest.fail.Exception, match="it trains"):
       features_of(other, tmp_path, **changed)
   monkeypatch.setattr(network, "_RECIPE", [*network._RECIPE, "another"])
@@ -147,7 +149,7 @@ def test_it_tells_how_far_it_is_and_can_be_stopped(tmp_path):
     yield done
 
   with pytest.raises(KeyboardInterrupt):
-    features_of(slopes(), tmp_path, updates=20, counted=counted)
+    features_of(slopes(), tmp_path, num_steps=20, counted=counted)
   assert heard == [("update", 20, number) for number in (0, 10, 20)]
   assert not list(tmp_path.iterdir())
 

@@ -40,7 +40,7 @@ def test_what_is_written_is_read(tmp_path):
     "source_sha256": "cd" * 32,
   }
   about = {"dataset": "cifar10", "split": "train[:50]", "number": 50, "fingerprint": {"a": 1}}
-  assert got.told == {"file": "a.npz", "sha256": got.sha256} | about
+  assert got.description == {"file": "a.npz", "sha256": got.sha256} | about
   assert got.reference.moments.count == 50
   np.testing.assert_allclose(covariance(got.reference.moments), covariance(wanted.moments), rtol=1e-14)
   write_statistics(tmp_path / "b.npz", SOURCE, "train[:50]", FEATURES, reference())
@@ -66,7 +66,7 @@ def test_files_of_others(tmp_path):
   for got in (fid, kid):
     np.testing.assert_allclose(got.reference.moments.mean, mean, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(covariance(got.reference.moments), sigma, rtol=1e-6, atol=1e-7)
-  assert fid.told == {"file": "fid.npz", "sha256": fid.sha256}
+  assert fid.description == {"file": "fid.npz", "sha256": fid.sha256}
 
 
 def bad(path, **arrays):

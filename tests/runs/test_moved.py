@@ -136,7 +136,7 @@ def test_other_images_in_another_place_are_refused_and_not_kept(place):
 @pytest.mark.slow
 def test_unlabelled_images_while_training(place, monkeypatch):
   """By the features of a network that needs no labels; part of the folder is held out."""
-  monkeypatch.setitem(network_features.__kwdefaults__, "updates", 2)
+  monkeypatch.setitem(network_features.__kwdefaults__, "num_steps", 2)
   every = ["--evaluate_every=1", "--bound_timesteps=2", "--evaluate_samples=6", "--sampling_steps=2"]
   held_out = ["--split=train[:75%]", "--likelihood_splits=train[:75%],train[75%:]"]
   with pytest.raises(UserError, match=r"has none; use --features=network, or inception .*, or --best_measure=bound"):
