@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import pathlib
 import re
 import shutil
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as managers
@@ -33,7 +35,18 @@ _NOT_DAMAGE = re.compile(
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _PATIENCE_S = 300  # for the others, where a process cannot write its part of a checkpoint
 
+_MIN_SLICE_BYTES = 2**20
 _T = TypeVar("_T")
+
+
+@functools.cache
+def _save_small_arrays_whole() -> None:
+  """Else every device writes a slice of a replicated array, of any size: thousands of transfers that steps wait for."""
+  handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
+  verbosity = absl_logging.get_verbosity()
+  absl_logging.set_verbosity(absl_logging.ERROR)  # it would warn that there was a handler before
+  ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+  absl_logging.set_verbosity(verbosity)
 
 
 class Checkpoints:
@@ -57,6 +70,7 @@ class Checkpoints:
     self._open(clean=keep is not None)
 
   def _open(self, *, clean: bool = False) -> None:
+    _save_small_arrays_whole()
     if self._keep is None:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
