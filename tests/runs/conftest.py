@@ -14,8 +14,8 @@ _programs = {}
 def shared_programs():
   """Runs with the same step, or the same sample grid, trace and compile it once.
 
-  What decides on a program is in its key: the settings, the length of the run, and the function that is the step, which
-  is another one where a test has poisoned it.
+  What decides on a program is in its key: the settings, the length of the run, and the function that makes the step,
+  which is another one where a test has poisoned it.
   """
 
   class Step(train_lib.StepProgram):
@@ -28,8 +28,8 @@ def shared_programs():
         c.train.grad_accum_steps,
         c.train.steps_per_dispatch,
       )
-      function = getattr(train_step, "func", train_step)
-      self._key = (_of_model(run), c.data, c.optimizer, decides, run.lr_restart, function)
+      # `train_step` itself is made anew for each run.
+      self._key = (_of_model(run), c.data, c.optimizer, decides, run.lr_restart, train_lib.make_train_step)
       if self._key in _programs:
         self.__dict__.update(vars(_programs[self._key]))
       else:
