@@ -189,8 +189,8 @@ def test_up_and_down():
 
 
 def test_attention_by_hand():
-  """Two positions, two channels: softmax(q k / sqrt(C)) v after the norm, plus the input."""
-  x = np.array([[[[1.0, 2.0]], [[3.0, -1.0]]]], np.float32)  # [1, 2, 1, 2]
+  """Two positions, two channels: softmax(q k / sqrt(C)) v after the norm, plus the input; epsilon of the norm shows."""
+  x = np.array([[[[0.001, 0.002]], [[0.003, -0.001]]]], np.float32)  # [1, 2, 1, 2]
   params = jax.tree.map(
     lambda p: 5 * np.asarray(p),  # large enough for the scale of the scores to show
     randomize(jax.eval_shape(layers.SelfAttention(1, jnp.float32).init, jax.random.key(0), x)["params"]),

@@ -381,7 +381,7 @@ def test_halt_names_the_update_and_its_images(tmp_path, monkeypatch, value, log_
 
 def test_skip_leaves_the_update_out_and_counts_it(tmp_path, monkeypatch, capsys):
   """The same as if the batch had not been there, but for the step: compared with the state before and after."""
-  options = dict(on_nonfinite="skip", num_steps=6, checkpoint_every=1, keep_checkpoints=9, warmup_steps=0)
+  options = dict(on_nonfinite="skip", num_steps=6, checkpoint_every=1, keep_checkpoints=9, warmup_steps=10)
   monkeypatch.setattr(train_lib, "make_train_step", poisoned([3, 4]))
   train_little(tmp_path / "run", **options)
   before, after, later = (restore(tmp_path / "run", step, **LITTLE) for step in (2, 4, 5))
@@ -391,6 +391,8 @@ def test_skip_leaves_the_update_out_and_counts_it(tmp_path, monkeypatch, capsys)
   assert (later.step, later.counts.nonfinite, later.counts.nonfinite_in_row) == (5, 2, 0)
   lines = metrics(tmp_path / "run")
   assert [line["nonfinite"] for line in lines] == [0, 0, 1, 2, 2, 2]
+  rates = np.array([line["learning_rate"] for line in lines])  # those that were used: what is left out does not count
+  np.testing.assert_allclose(rates / rates[1], [0, 1, 2, 2, 2, 3], rtol=1e-5)
   assert [line["loss"] is None for line in lines] == [False, False, True, True, False, False]
   assert capsys.readouterr().out.count("left out, the weights stay as they were; its images are ") == 2
 

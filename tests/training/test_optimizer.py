@@ -67,14 +67,17 @@ def test_no_warm_up():
 
 
 def test_adam_by_hand():
-  """Two training steps of Adam with beta 0.9 and 0.999 and epsilon 1e-8, without and with clipping to norm 1."""
+  """Two training steps of Adam with beta 0.9 and 0.999 and epsilon 1e-8, without and with clipping to norm 1.
+
+  The third gradient is so small that epsilon shows, and whether it is in the root.
+  """
   for clip, scale in ((0.0, 1.0), (1.0, 0.2)):  # the gradient (3, 4) has norm 5
     config = OptimizerConfig(learning_rate=0.1, lr_schedule="constant", warmup_steps=0, grad_clip=clip)
     optimizer = make_optimizer(config, 10)
-    params = jnp.zeros(2)
+    params = jnp.zeros(3)
     state = optimizer.init(params)
-    m, v, expected = np.zeros(2), np.zeros(2), np.zeros(2)
-    for n, gradient in enumerate([np.array([3.0, 4.0]), np.array([-0.1, 0.2])], start=1):
+    m, v, expected = np.zeros(3), np.zeros(3), np.zeros(3)
+    for n, gradient in enumerate([np.array([3.0, 4.0, 1e-7]), np.array([-0.1, 0.2, 1e-7])], start=1):
       updates, state = optimizer.update(jnp.asarray(gradient), state, params)
       params = optax.apply_updates(params, updates)
       g = gradient * (scale if n == 1 else 1.0)
