@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pathlib
 import time
@@ -13,7 +14,7 @@ from absl import flags as absl_flags
 
 from benchmarks import hardware
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import FOLDER
+from ddpm_jax.config import own_images
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import open_source
 
@@ -64,10 +65,12 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
 
 def forget(dataset: str) -> None:
-  """Asks the system to drop the files of 'folder:PATH' from its cache, so that they come from the disk again."""
-  if not dataset.startswith(FOLDER) or not hasattr(os, "posix_fadvise"):
+  """Asks the system to drop the files of own images from its cache, so that they come from the disk again."""
+  own = own_images(dataset)
+  if own is None or not hasattr(os, "posix_fadvise"):
     return
-  for path in pathlib.Path(dataset.removeprefix(FOLDER)).rglob("*"):
+  place = pathlib.Path(own[1])
+  for path in place.rglob("*") if place.is_dir() else map(pathlib.Path, glob.glob(own[1])):
     if path.is_file():
       with path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
