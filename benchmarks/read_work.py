@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
-import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +11,6 @@ from absl import flags as absl_flags
 
 from benchmarks import hardware
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import own_images
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import open_source
 
@@ -46,7 +42,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     seconds = cpu_seconds = images = 0
     for _ in range(count if first else 1):
       if first:
-        forget(ways[way].dataset)
+        hardware.forget(ways[way].dataset)
       began, cpu = time.perf_counter(), time.process_time()
       source = open_source(ways[way]) if first else sources[way]
       stream = batches(source, batch_size=size, seed=config.train.seed, start_step=0, threads=threads, workers=workers)
@@ -62,15 +58,3 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
   source = sources["disk"]
   return {"images": len(source), "image_shape": source.image_shape, "versions": hardware.versions("grain")}, block
-
-
-def forget(dataset: str) -> None:
-  """Asks the system to drop the files of own images from its cache, so that they come from the disk again."""
-  own = own_images(dataset)
-  if own is None or not hasattr(os, "posix_fadvise"):
-    return
-  place = pathlib.Path(own[1])
-  for path in place.rglob("*") if place.is_dir() else map(pathlib.Path, glob.glob(own[1])):
-    if path.is_file():
-      with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -13,7 +13,6 @@ import functools
 import glob
 import json
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -60,8 +59,9 @@ def find(data: DataConfig) -> ImageFiles:
   in_memory = not data.data_workers and columns.size <= data.cache_gib * 2**30 * _OF_MEMORY
   if in_memory:
     contents: list[bytes] = []
-    scanned, listing = files.from_index(data.dataset, files.to_index(_scan(data, paths, splits, columns, contents)))
-    fetch: Callable[[np.ndarray], Sequence[File]] = functools.partial(_from_memory, contents)
+    fetch: Fetch = functools.partial(_from_memory, contents)
+    found = _scan(data, paths, splits, columns, contents.append, lambda *_: fetch)
+    scanned, listing = files.from_index(data.dataset, files.to_index(found))
   else:
     scanned, listing, fetch = _packed(data, paths, splits, columns)
   whole = scanned.facts["splits"]
@@ -126,6 +126,9 @@ def _split_of_shard(path: str) -> str | None:
 def _split_of_word(path: str) -> str | None:
   words = re.split(r"[^a-z]+", path.lower())
   return next((split for word in reversed(words) for split, known in _WORDS.items() if word in known), None)
+
+
+Fetch = Callable[[np.ndarray], Sequence[File]]
 
 
 class _Columns(NamedTuple):
@@ -216,7 +219,12 @@ def _columns_of(data: DataConfig, path: str, schema: Any) -> _Columns:
 
 
 def _scan(
-  data: DataConfig, paths: list[str], splits: list[str], columns: _Columns, contents: Any, reader: Any = None
+  data: DataConfig,
+  paths: list[str],
+  splits: list[str],
+  columns: _Columns,
+  append: Callable[[bytes], Any],
+  fetch_of: Callable[[np.ndarray, np.ndarray, Callable[[int], str]], Fetch],
 ) -> Scanned:
   """Reads all files once.
 
@@ -225,8 +233,8 @@ def _scan(
     paths: of the files.
     splits: of each file.
     columns: to be read.
-    contents: the encoded images are appended to it.
-    reader: (starts, sizes, place) -> what reads them again; None: they are in `contents`.
+    append: keeps an encoded image behind those before it.
+    fetch_of: (where they start there [N], their sizes [N], `ImageFiles.place`) -> what reads them from there.
   """
   import pyarrow.parquet
 
@@ -247,7 +255,7 @@ def _scan(
           names.append(name or f"{of_split[split]:09d}")
           sizes.append(len(content))
           of_split[split] += 1
-          contents.append(content)
+          append(content)
         values += batch.column(columns.label).to_pylist() if columns.label else []
     spans[split].append([ends[-1] if ends else 0, len(names)])
     ends.append(len(names))
@@ -259,7 +267,7 @@ def _scan(
   lengths = np.array(sizes, np.int64)
   starts = np.cumsum(lengths) - lengths
   place = functools.partial(_place, paths, ends)
-  fetch = reader(starts, lengths, place) if reader else functools.partial(_from_memory, contents)
+  fetch = fetch_of(starts, lengths, place)
 
   def found_labels() -> Labels:
     if not columns.label:
@@ -277,16 +285,7 @@ def _scan(
   )
 
 
-class _File:
-  """A file that is appended to."""
-
-  def __init__(self, file: Any):
-    self.append = file.write
-
-
-def _packed(
-  data: DataConfig, paths: list[str], splits: list[str], columns: _Columns
-) -> tuple[Scanned, str, Callable[[np.ndarray], Sequence[File]]]:
+def _packed(data: DataConfig, paths: list[str], splits: list[str], columns: _Columns) -> tuple[Scanned, str, Fetch]:
   """What a scan has found, the digest of names and sizes, and what reads images from the file in the cache."""
   place_of = [os.path.abspath(files.path_of(data)), data.label_field, data.image_field]
   kept = index.path_of("parquet", *place_of)
@@ -297,16 +296,18 @@ def _packed(
     )
   packed = kept.with_suffix(".packed")
 
-  def reader(starts: np.ndarray, sizes: np.ndarray, place: Any, path: pathlib.Path = packed) -> Any:
-    return functools.partial(_from_file, Reader([str(path)]), starts, sizes, place)
-
   def scan() -> index.Index:
     temporary = packed.with_suffix(f".{os.getpid()}.tmp")
     try:
       packed.parent.mkdir(parents=True, exist_ok=True)
       try:
         with open(temporary, "wb", buffering=2**20) as file:
-          made = _scan(data, paths, splits, columns, _File(file), functools.partial(_flushed, file, reader, temporary))
+
+          def written(*where: Any) -> Fetch:
+            file.flush()
+            return functools.partial(_from_file, Reader([str(temporary)]), *where)
+
+          made = _scan(data, paths, splits, columns, file.write, written)
         os.replace(temporary, packed)
       finally:
         temporary.unlink(missing_ok=True)
@@ -323,14 +324,11 @@ def _packed(
   found = index.kept_or(kept, paths, scan, is_packed)
   scanned, listing = files.from_index(data.dataset, found)
   place = functools.partial(_place, paths, scanned.facts["ends"])
-  return scanned, listing, reader(scanned.more["start"], scanned.sizes, place)
+  fetch = functools.partial(_from_file, Reader([str(packed)]), scanned.more["start"], scanned.sizes, place)
+  return scanned, listing, fetch
 
 
-def _flushed(file: Any, reader: Any, path: pathlib.Path, starts: np.ndarray, sizes: np.ndarray, place: Any) -> Any:
-  """Reads what was just written into a file."""
-  file.flush()
-  return reader(starts, sizes, place, path)
-
-
-def _from_file(reader: Reader, starts: np.ndarray, sizes: np.ndarray, place: Any, rows: np.ndarray) -> list[File]:
+def _from_file(
+  reader: Reader, starts: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
+) -> list[File]:
   return [reader.read(0, int(starts[row]), int(sizes[row]), files.numbered(place, row)) for row in rows.tolist()]

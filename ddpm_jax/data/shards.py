@@ -12,13 +12,14 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import files, index, labels
+from ddpm_jax.data.encoded import Labels
 from ddpm_jax.data.files import File, ImageFiles, Reader, Scanned
 from ddpm_jax.data.names import Names
 from ddpm_jax.errors import UserError
@@ -79,7 +80,7 @@ def _place(paths: list[str], shard: np.ndarray, names: Names, row: int) -> str:
 
 
 def _fetch(
-  reader: Reader, shard: np.ndarray, start: np.ndarray, sizes: np.ndarray, place: Any, rows: np.ndarray
+  reader: Reader, shard: np.ndarray, start: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all images [N]."""
   return [
@@ -253,7 +254,7 @@ def _value(data: DataConfig, reader: Reader, shard: int, path: str, example: _Ex
   return found[-1] if found else None
 
 
-def _labels(data: DataConfig, paths: list[str], values: list[Any]) -> Any:
+def _labels(data: DataConfig, paths: list[str], values: list[Any]) -> Labels:
   """The labels of all images. Raises UserError."""
   error = next((value for value in values if isinstance(value, UserError)), None)
   if error is not None:

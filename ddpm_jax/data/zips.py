@@ -9,7 +9,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -140,7 +140,7 @@ def _without_images(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> Use
   return files.nothing_found(data, files.counted(kinds))
 
 
-def _starts(data: DataConfig, reader: Reader, headers: np.ndarray, place) -> np.ndarray:
+def _starts(data: DataConfig, reader: Reader, headers: np.ndarray, place: Callable[[int], str]) -> np.ndarray:
   """Where the bytes of each entry begin, int64 [N]: behind its local header, whose length stands only there."""
   starts = np.empty_like(headers)
   for row, offset in enumerate(headers.tolist()):
@@ -154,7 +154,13 @@ def _starts(data: DataConfig, reader: Reader, headers: np.ndarray, place) -> np.
 
 
 def _fetch(
-  reader: Reader, start: np.ndarray, stored: np.ndarray, sizes: np.ndarray, crc: np.ndarray, place, rows: np.ndarray
+  reader: Reader,
+  start: np.ndarray,
+  stored: np.ndarray,
+  sizes: np.ndarray,
+  crc: np.ndarray,
+  place: Callable[[int], str],
+  rows: np.ndarray,
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all entries [N]; stored: bytes if compressed, else 0."""
   return [
@@ -163,7 +169,9 @@ def _fetch(
   ]
 
 
-def _read(reader: Reader, start: int, stored: int, size: int, crc: int, place, row: int) -> bytes | BadRecord:
+def _read(
+  reader: Reader, start: int, stored: int, size: int, crc: int, place: Callable[[int], str], row: int
+) -> bytes | BadRecord:
   name, remedy = files.numbered(place, row), "pack or copy it again"
   found = reader.read(0, start, stored or size, name)
   if isinstance(found, BadRecord):

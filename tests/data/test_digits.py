@@ -40,7 +40,8 @@ def test_they_are_those_that_release_0_1_0_prepared(data_dir, monkeypatch, image
     if new.length > 1:
       np.testing.assert_array_equal(new.classes().classes, old.classes().classes)
       assert new.classes().classes.dtype == old.classes().classes.dtype
-      assert new.classes().names == old.classes().names
+      assert new.classes().names == old.classes().names == tuple("0123456789")
+      assert old.class_names == old.classes().names and new.class_names is None
     after = sources.open_source(data).fingerprint
     with monkeypatch.context() as patch:
       patch.setattr(sources.digits, "is_digits", lambda _: False)

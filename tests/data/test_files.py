@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from absl import flags
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
@@ -106,7 +107,9 @@ def test_all_kinds_are_one_data_set(tmp_path, kind, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_worker_processes_read_the_same(tmp_path, kind):
+def test_worker_processes_read_the_same(tmp_path, kind, request):
+  flags.FLAGS.mark_as_parsed()  # as in the command: Grain wants that
+  request.addfinalizer(flags.FLAGS.unparse_flags)
   files = pictures()
   files["bee/04.png"] = b"no image"
   source = open_source(write(kind, tmp_path, files), cache_gib=0.0, data_workers=1, on_bad_record="skip")
