@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddpm_jax.config import height_and_width
 from ddpm_jax.data import images
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import UserError
@@ -85,7 +86,7 @@ class EncodedImages:
   remark: str = ""
 
 
-def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int) -> tuple[int, int]:
+def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int | str) -> tuple[int, int]:
   """Height and width of the decoded images, in pixels.
 
   Args:
@@ -94,16 +95,15 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
     image_size: what the user asks for; 0: as stored.
 
   Raises:
-    UserError: the images differ in size or are not square, and `image_size` is 0.
+    UserError: the images differ in size, and `image_size` is 0.
   """
   if image_size:
-    return image_size, image_size
+    return height_and_width(image_size)
   height, width = stored
-  remedy = "set --image_size to resize and crop them"
   if height is None or width is None:
-    raise UserError(f"image_size: 0, but the images of {name} have different sizes; {remedy}")
-  if height != width:
-    raise UserError(f"image_size: 0, but the images of {name} are {height} x {width}, not square; {remedy}")
+    raise UserError(
+      f"image_size: 0, but the images of {name} have different sizes; set --image_size to resize and crop them"
+    )
   return height, width
 
 
@@ -225,7 +225,7 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
     raise file
   height, width, channels = encoded.shape
   name = encoded.label(position)
-  image = images.decode(file, channels, name, height if encoded.resize else 0)
+  image = images.decode(file, channels, name, (height, width) if encoded.resize else None)
   if image.shape != encoded.shape:
     raise BadRecord(
       f"{name} has another size ({image.shape[0]} x {image.shape[1]} and not {height} x {width})",

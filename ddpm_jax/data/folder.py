@@ -38,8 +38,8 @@ def open_folder(data: DataConfig) -> EncodedImages:
 
   Raises:
     UserError: no such folder, a folder in it that cannot be listed, no image in it, a file that is not an image (with
-      skip: all are not), a split that is none, see `split_of`, or images of different sizes, or not square, where
-      `data.image_size` is 0.
+      skip: all are not), a split that is none, see `split_of`, or images of different sizes where `data.image_size`
+      is 0.
   """
   root = pathlib.Path(expanded("dataset", data.dataset.removeprefix(FOLDER)))
   if not exists(data):
@@ -77,7 +77,7 @@ def open_folder(data: DataConfig) -> EncodedImages:
     name=data.dataset,
     length=len(chosen),
     shape=(*size, channels),
-    resize=data.image_size > 0,
+    resize=bool(data.image_size),
     identity="folder" if data.split == "train" else f"folder {data.split}",
     listing=fingerprint.digest(part for i in chosen for part in (names[i], str(looks[i][1]))),
     fetch=lambda indices: [path(i) for i in indices],

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from ddpm_jax.errors import RunError, UserError
 
@@ -36,6 +36,7 @@ _UPRIGHT = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
+_ON_THE_SIDE = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # those that swap height and width
 _GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 
 
@@ -59,11 +60,11 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1, :], image)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-  """The centre square of an image, `size` pixels wide.
+def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """The centre of an image, of that size.
 
-  The same as resizing the short side to `size` and cropping the centre, but in one step, so that a panorama is not
-  first resized as a whole. Pillow widens the bicubic kernel when it shrinks: no aliasing.
+  The same as resizing the image until it just covers the size and cropping the centre, but in one step, so that a
+  panorama is not first resized as a whole. Pillow widens the bicubic kernel when it shrinks: no aliasing.
 
   Args:
     image: an image of mode L or RGB.
@@ -72,13 +73,14 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
   Returns:
     The image itself if it has that size already.
   """
-  if image.size == (size, size):
+  height, width = size
+  if image.size == (width, height):
     return image
-  return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+  return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
-  """Height and width in pixels, as stored, and whether the image is grey. Reads no pixels.
+  """Height and width in pixels, upright, and whether the image is grey. Reads no pixels.
 
   Args:
     path: of the file.
@@ -88,10 +90,13 @@ def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
     BadRecord: the file cannot be read, is not an image, or has more pixels than Pillow accepts.
   """
   with _opened(path, name) as image:
-    return image.height, image.width, image.mode in _GREY_MODES
+    height, width = image.height, image.width
+    if height != width and image.format != "TIFF" and _to_upright(image) in _ON_THE_SIDE:  # of a TIFF they are upright
+      height, width = width, height
+    return height, width, image.mode in _GREY_MODES
 
 
-def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) -> np.ndarray:
+def decode(file: bytes | pathlib.Path, channels: int, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
   """One encoded image as uint8 [H, W, channels].
 
   Turned upright as its EXIF (or XMP) orientation says, whatever else the metadata hold; transparency shows white;
@@ -101,7 +106,7 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) 
     file: the encoded image, or the path to it.
     channels: 1 (grey) or 3 (RGB).
     name: what to call the image in an error.
-    size: resize and crop to this height and width in pixels (0: as it is).
+    size: resize and crop to this height and width in pixels (None: as it is).
 
   Raises:
     BadRecord: the image is broken, or has more pixels than Pillow accepts (`PIL.Image.MAX_IMAGE_PIXELS`); those of a
@@ -109,12 +114,15 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) 
     RunError: this process has no file handle or memory left to open it.
   """
   with _opened(file, name) as image, _pillow(name, "is broken"):
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+      # Else Pillow maps the file, of one that lies on its side with height and width in each other's place.
+      image.filename = ""
     image.load()  # which turns a TIFF itself, and takes its orientation away
     upright = _to_upright(image)
     pixels = _to_8_bits(image, "L" if channels == 1 else "RGB")
     if upright is not None:
       pixels = pixels.transpose(upright)
-    if size:
+    if size is not None:
       pixels = resize_and_crop(pixels, size)
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
 
@@ -140,7 +148,8 @@ def _to_upright(image: Image.Image) -> Image.Transpose | None:
   """The transpose that turns an image upright; None where its EXIF block cannot be read: the pixels may be sound."""
   try:
     with _pillow("EXIF block", "is broken"):
-      return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+      # `image.getexif` would read the pixels of a PNG whose block may lie behind them.
+      return _UPRIGHT.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
   except BadRecord:
     return None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from ddpm_jax.config import FOLDER, DataConfig
+from ddpm_jax.config import FOLDER, DataConfig, height_and_width
 from ddpm_jax.data import digits, fingerprint, folder, prepared
 from ddpm_jax.data.encoded import DecodedRows, RemoteReader, SkipReporter, decode_all, on_demand, remote_reader
 from ddpm_jax.runtime import console
@@ -46,7 +46,7 @@ class Source:
     return self.length
 
 
-def open_source(data: DataConfig) -> Source:
+def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda height, width: None) -> Source:
   """Opens `data.dataset`, which is prepared first if need be.
 
   A data set whose decoded images take at most `data.cache_gib` GiB is decoded here, once, into one array. TensorFlow is
@@ -56,17 +56,23 @@ def open_source(data: DataConfig) -> Source:
   With `data.on_bad_record=skip` the place of a bad image is taken by the next one that is not, so that the order of all
   others stays. That is a function of the data and the index: the same on any number of processes and after a resume.
 
+  Args:
+    data: says which.
+    accept: called with the height and width of the images before anything is prepared or decoded; raises if they are
+      not to be used.
+
   Raises:
-    UserError: no such data set, split or folder; no images in it; images that differ in size, or are not square, where
-      `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
-      cannot be prepared.
+    UserError: no such data set, split or folder; no images in it; images that differ in size where `data.image_size` is
+      0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that cannot be prepared.
   """
   if data.dataset.startswith(FOLDER):
     encoded = folder.open_folder(data)
   elif digits.is_digits(data):
     encoded = digits.open_digits(data)
   else:
+    accept(*prepared.image_shape(data)[:2])
     encoded = prepared.open_prepared(data)
+  accept(*encoded.shape[:2])
   gib = encoded.length * math.prod(encoded.shape) / 2**30
   remarks = [encoded.remark] if encoded.remark else []
   if gib > data.cache_gib > 0:
@@ -107,7 +113,7 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
     return prepared.image_shape(data)
   if folder.exists(data) or not data.image_size:
     return folder.open_folder(data).shape
-  return (data.image_size, data.image_size, 3)
+  return (*height_and_width(data.image_size), 3)
 
 
 def has_split(data: DataConfig, split: str) -> bool:

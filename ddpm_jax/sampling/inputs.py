@@ -55,9 +55,8 @@ def given_images(
     raise UserError(
       f"num_samples: {number} images are needed, input_images={path} has {len(files)}; lower --num_samples"
     )
-  found = [
-    images.decode(file, image_shape[-1], f"input_images: {file}", config.data.image_size) for file in files[:number]
-  ]
+  size = image_shape[:2] if config.data.image_size else None
+  found = [images.decode(file, image_shape[-1], f"input_images: {file}", size) for file in files[:number]]
   for file, image in zip(files, found, strict=False):
     if image.shape != image_shape:
       raise UserError(

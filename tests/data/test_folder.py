@@ -86,17 +86,32 @@ def test_mixed_sizes_need_image_size(tmp_path):
   np.testing.assert_array_equal(read_all(source)[:, 2, 2], [[255, 0, 0], [0, 0, 255]])
 
 
-def test_one_size_that_is_not_square_needs_image_size(tmp_path):
+def test_images_of_one_size_need_no_image_size_also_where_they_are_no_squares(tmp_path):
   write(tmp_path / "a.png", plain("red", (20, 10)))
-  refuse(tmp_path, "10 x 20, not square; set --image_size")
+  write(tmp_path / "b.png", plain("blue", (20, 10)))
+  source = open_folder(tmp_path)
+  assert source.image_shape == (10, 20, 3)
+  np.testing.assert_array_equal(read_all(source)[:, 9, 19], [[255, 0, 0], [0, 0, 255]])
+  assert open_folder(tmp_path, image_size="4x6").image_shape == (4, 6, 3)
 
 
-def test_exif_orientation(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+  """All have one size once they are upright, whatever their size is as stored; TIFF tells the upright one itself."""
   exif = Image.Exif()
-  exif[0x0112] = 3
-  stored = np.arange(64, dtype=np.uint8).reshape(8, 8)
-  write(tmp_path / "a.png", Image.fromarray(stored), exif=exif)
-  np.testing.assert_array_equal(read_all(open_folder(tmp_path))[0, ..., 0], stored[::-1, ::-1])
+  exif[0x0112] = orientation
+  upright = np.arange(96, dtype=np.uint8).reshape(8, 12)
+  stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T}
+  stored |= {6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}
+  image = Image.fromarray(stored[orientation])
+  write(tmp_path / "a.png", image, exif=exif)
+  write(tmp_path / "b.webp", image.convert("RGB"), exif=exif, lossless=True)
+  write(tmp_path / "c.jpg", image, exif=exif, format="TIFF")
+  write(tmp_path / "d.png", Image.fromarray(upright))
+  source = open_folder(tmp_path)
+  assert source.image_shape == (8, 12, 3)
+  for image in read_all(source):
+    np.testing.assert_array_equal(image, np.repeat(upright[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])

@@ -36,23 +36,26 @@ def test_flip_mirrors_half_of_the_images_each_by_its_own_key():
 
 def test_resizing_does_not_alias():
   checkers = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-  small = np.asarray(images.resize_and_crop(checkers, 8))
+  small = np.asarray(images.resize_and_crop(checkers, (8, 8)))
   assert np.abs(small.astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_crop_keeps_the_centre(turned):
+@pytest.mark.parametrize("height", [6, 9])
+def test_crop_keeps_the_centre(turned, height):
+  """Of three thirds the middle one, or two thirds of it where the crop is taller than wide."""
   thirds = np.repeat(np.array([10, 100, 200], np.uint8), 12)[None].repeat(12, 0)
-  square = np.asarray(images.resize_and_crop(Image.fromarray(thirds.T if turned else thirds), 6)).astype(int)
-  square = square.T if turned else square
-  assert square.shape == (6, 6)
-  np.testing.assert_array_equal(square[:, 2:4], np.full((6, 2), 100))
-  assert np.abs(square - 100).max() < 10  # at the borders the kernel sees a little of the neighbours
+  image, size = Image.fromarray(thirds.T if turned else thirds), (6, height) if turned else (height, 6)
+  found = np.asarray(images.resize_and_crop(image, size)).astype(int)
+  found = found.T if turned else found
+  assert found.shape == (height, 6)
+  np.testing.assert_array_equal(found[:, 2:4], np.full((height, 2), 100))
+  assert np.abs(found - 100).max() < 10  # at the borders the kernel sees a little of the neighbours
 
 
 def test_an_image_of_the_right_size_is_left_alone():
   noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
-  np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(noise)), 3, "x", size=8), noise)
+  np.testing.assert_array_equal(images.decode(encoded(Image.fromarray(noise)), 3, "x", size=(8, 8)), noise)
 
 
 @pytest.mark.parametrize("kind", ["RGB", "L"])
