@@ -32,8 +32,15 @@ class DataConfig:
   follow_links: bool = option(False, "Follow symbolic links in a folder of images, also to files outside of it, as in "
                               "a huggingface_hub cache.", may_change=True)
   image_size: int | str = option(0, "Size of the images in pixels: 64 for squares, else height x width such as 48x64 "
-                                 "(0: as they are, all of one size). They are resized so that they cover it, and the "
-                                 "centre is cropped.", minimum=0, size=True)
+                                 "(0: as they are, all of one size). See --resize.", minimum=0, size=True)
+  resize: str = option("crop", "How images come to --image_size: 'crop' resizes them until they cover it and crops the "
+                       "rest; 'squash' resizes height and width each by its own factor; 'pad' resizes until they fit "
+                       "into it and adds white.", choices=("crop", "squash", "pad"))
+  crop: str = option("center", "Which part --resize=crop takes: 'center', or 'random': another one each time, drawn "
+                     "from (seed, step, index). Evaluations take the center.", choices=("center", "random"))
+  resample: str = option("bicubic", "The filter of resizing, always antialiased: 'bicubic' as in clean-fid; 'lanczos' "
+                         "as in the data sets of StyleGAN and EDM; 'box', the mean of the pixels, as in the "
+                         "downsampled ImageNet.", choices=("bicubic", "lanczos", "box"))
   batch_size: int = option(64, "Images in one training step, over all devices and processes.", minimum=1)
   random_flip: bool = option(False, "Mirror each image left-right with probability 1/2.")
   cache_gib: float = option(4.0, "Data sets whose uint8 images take at most this many GiB are decoded once and kept "

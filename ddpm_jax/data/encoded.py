@@ -5,16 +5,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ddpm_jax.config import height_and_width
-from ddpm_jax.data import images
+from ddpm_jax.data import crops, images
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
@@ -41,6 +42,27 @@ class DecodedRows(NamedTuple):
     return DecodedRows(self.images[indices], self.replaced[indices])
 
 
+class Covers(NamedTuple):
+  """Images by row of which a part is still to be chosen.
+
+  Attributes:
+    images: N times uint8 [h, w, C], contiguous; h is H or w is W, and the other not less.
+    replaced: as in `DecodedRows`.
+    shape: (H, W, C).
+  """
+
+  images: Sequence[np.ndarray]
+  replaced: np.ndarray
+  shape: tuple[int, int, int]
+
+  def take(self, indices: np.ndarray, places: np.ndarray | None = None) -> DecodedRows:
+    """Copies of parts of the rows at `indices` [M], at `places` [M] of `crops.crop`; None: in their centres."""
+    chosen = np.empty((len(indices), *self.shape), np.uint8)
+    for row, index in enumerate(indices):
+      chosen[row] = crops.crop(self.images[index], self.shape, None if places is None else places[row])
+    return DecodedRows(chosen, self.replaced[indices])
+
+
 ReportSkip = Callable[[int, str], None]  # takes index, name and reason of a bad image that is skipped
 
 
@@ -48,11 +70,11 @@ class RemoteReader(NamedTuple):
   """Reads images in another process.
 
   Attributes:
-    read: as `Source.read`, but picklable, and `skipped` is filled.
+    read: as `Source.read`, with places of crops too, but picklable, and `skipped` is filled.
     report: reports a skipped image in this process, once however often it is called for it.
   """
 
-  read: Callable[[np.ndarray], DecodedRows]
+  read: Callable[..., DecodedRows]
   report: ReportSkip
 
 
@@ -64,7 +86,7 @@ class EncodedImages:
     name: as the user gave it.
     length: number of images.
     shape: (H, W, C) of the decoded images; C is 1 or 3.
-    resize: whether to resize and crop them to that shape; else they must have it.
+    resize: whether to resize them to that shape; else they must have it.
     identity: its name independent of where it lies, with its version and split if it has one.
     listing: a digest of all that is known of the images without reading them.
     fetch: encoded images, or paths to them, for a list of indices; a BadRecord in the place of one whose record cannot
@@ -72,6 +94,7 @@ class EncodedImages:
     label: the name of image i in an error.
     classes: the class of each image, see `Source.labels`; None if they have none. Nothing is read before it is called.
     remark: a line to print once a start, such as what was left out; may be empty.
+    how: in which way they are resized.
   """
 
   name: str
@@ -84,6 +107,12 @@ class EncodedImages:
   label: Callable[[int], str]
   classes: Callable[[], np.ndarray] | None = None
   remark: str = ""
+  how: images.Resizing = images.DEFAULT
+
+  @property
+  def random_crop(self) -> bool:
+    """True if a part of each image is chosen only when it is read."""
+    return self.resize and self.how.crop == "random"
 
 
 def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int | str) -> tuple[int, int]:
@@ -123,10 +152,8 @@ def stand_ins(bad: np.ndarray) -> np.ndarray:
   return good[np.searchsorted(good, np.flatnonzero(bad)) % len(good)]
 
 
-def on_demand(
-  encoded: EncodedImages, *, skip: bool, report: ReportSkip | None = None
-) -> Callable[[np.ndarray], DecodedRows]:
-  """Returns a function that reads and decodes the images at `indices` [N].
+def on_demand(encoded: EncodedImages, *, skip: bool, report: ReportSkip | None = None) -> Callable[..., DecodedRows]:
+  """Returns a function that reads and decodes the images at `indices` [N], and may be given `places` [N] of crops.
 
   Args:
     encoded: the data set.
@@ -145,52 +172,83 @@ def remote_reader(encoded: EncodedImages, *, skip: bool, report: ReportSkip) -> 
   return RemoteReader(functools.partial(_read_with_skips, dataclasses.replace(encoded, classes=None), skip), report)
 
 
-def _read_with_skips(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> DecodedRows:
+def _read_with_skips(
+  encoded: EncodedImages, skip: bool, indices: np.ndarray, places: np.ndarray | None = None
+) -> DecodedRows:
   skipped: list[tuple[int, str]] = []
-  return _read(encoded, indices, skip=skip, report=lambda *bad: skipped.append(bad))._replace(skipped=skipped)
+  return _read(encoded, indices, places, skip=skip, report=lambda *bad: skipped.append(bad))._replace(skipped=skipped)
 
 
-def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, report: ReportSkip) -> DecodedRows:
+def _read(
+  encoded: EncodedImages,
+  indices: np.ndarray,
+  places: np.ndarray | None = None,
+  *,
+  skip: bool,
+  report: ReportSkip,
+) -> DecodedRows:
   positions = [int(i) for i in indices]
   rows = DecodedRows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
-  for row, error in _decode(encoded, positions, rows.images).items():
-    if not skip:
-      raise error
-    report(positions[row], error.what)
-    _replace(encoded, positions[row], rows.images[row : row + 1], report)
-    rows.replaced[row] = True
+  for row, image in enumerate(_decode(encoded, positions)):
+    if isinstance(image, BadRecord):
+      if not skip:
+        raise image
+      report(positions[row], image.what)
+      image = _next_good(encoded, positions[row], report)
+      rows.replaced[row] = True
+    rows.images[row] = crops.crop(image, encoded.shape, None if places is None else places[row])
   return rows
 
 
-def decode_all(encoded: EncodedImages, *, skip: bool) -> DecodedRows:
-  """All images, decoded on all cores (Pillow releases the GIL). Returns and raises what `on_demand` would."""
-  rows = DecodedRows(np.empty((encoded.length, *encoded.shape), np.uint8), np.zeros(encoded.length, bool))
-  skipped = SkipReporter()
+def decode_all(encoded: EncodedImages, *, skip: bool, most: float = math.inf) -> DecodedRows | Covers | None:
+  """All images, decoded on all cores (Pillow releases the GIL): `take` gives what `on_demand` would.
 
-  def fill(start: int) -> int:
-    stop = min(start + _CHUNK, encoded.length)
-    for row, error in _decode(encoded, list(range(start, stop)), rows.images[start:stop]).items():
-      if not skip:
-        raise error
-      skipped.report(start + row, error.what)
-      rows.replaced[start + row] = True
-    return stop - start
+  Args:
+    encoded: the data set.
+    skip: see `on_demand`.
+    most: bytes that images of which a part is still to be chosen may take, as that is not known before.
+
+  Returns:
+    The images; None if they take more.
+
+  Raises:
+    UserError: as `on_demand`.
+  """
+  replaced, skipped, taken = np.zeros(encoded.length, bool), SkipReporter(), 0
+  rows: Any = [None] * encoded.length if encoded.random_crop else np.empty((encoded.length, *encoded.shape), np.uint8)
+
+  def fill(start: int) -> tuple[int, int]:
+    positions, size = list(range(start, min(start + _CHUNK, encoded.length))), 0
+    for position, image in zip(positions, _decode(encoded, positions), strict=True):
+      if not isinstance(image, BadRecord):
+        rows[position] = image
+        size += image.nbytes
+      elif not skip:
+        raise image
+      else:
+        skipped.report(position, image.what)
+        replaced[position] = True
+    return len(positions), size
 
   progress = console.bar(
     total=encoded.length, desc=f"decoding {encoded.name}", unit=" images", leave=False, disable=not console.columns()
   )
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-    for count in pool.map(fill, range(0, encoded.length, _CHUNK)):  # the first error cancels the tasks that wait
+    for count, size in pool.map(fill, range(0, encoded.length, _CHUNK)):  # what ends the loop cancels tasks that wait
       progress.update(count)
+      taken += size
+      if encoded.random_crop and taken > most:
+        return None
 
-  if rows.replaced.all():
+  if replaced.all():
     raise _too_many(encoded, 0)
-  bad, after = np.flatnonzero(rows.replaced), stand_ins(rows.replaced)
+  bad, after = np.flatnonzero(replaced), stand_ins(replaced)
   far = bad[(after - bad) % encoded.length > _MOST_IN_A_ROW]
   if len(far):
     raise _too_many(encoded, int(far[0]))
-  rows.images[bad] = rows.images[after]
-  return rows
+  for index, other in zip(bad, after, strict=True):
+    rows[index] = rows[other]
+  return Covers(rows, replaced, encoded.shape) if encoded.random_crop else DecodedRows(rows, replaced)
 
 
 class SkipReporter:
@@ -208,25 +266,24 @@ class SkipReporter:
         console.note(f"skipped: {what}")
 
 
-def _decode(encoded: EncodedImages, positions: list[int], out: np.ndarray) -> dict[int, BadRecord]:
-  """Decodes the images at `positions` [N] into `out` [N, H, W, C]. Returns the errors of those that are bad, by row."""
-  errors = {}
-  for row, (position, file) in enumerate(zip(positions, encoded.fetch(positions), strict=True)):
+def _decode(encoded: EncodedImages, positions: list[int]) -> Iterator[np.ndarray | BadRecord]:
+  """Yields the image at each of `positions`, or why it is bad."""
+  for position, file in zip(positions, encoded.fetch(positions), strict=True):
     try:
-      out[row] = _decode_one(encoded, position, file)
+      found = _decode_one(encoded, position, file)
     except BadRecord as error:
-      errors[row] = error
-  return errors
+      found = error
+    yield found
 
 
 def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Path | BadRecord) -> np.ndarray:
-  """One image uint8 [H, W, C]. Raises BadRecord."""
+  """One image uint8 [H, W, C], or what is to be cropped to that. Raises BadRecord."""
   if isinstance(file, BadRecord):
     raise file
   height, width, channels = encoded.shape
   name = encoded.label(position)
-  image = images.decode(file, channels, name, (height, width) if encoded.resize else None)
-  if image.shape != encoded.shape:
+  image = images.decode(file, channels, name, (height, width) if encoded.resize else None, encoded.how)
+  if image.shape != encoded.shape and not encoded.random_crop:
     raise BadRecord(
       f"{name} has another size ({image.shape[0]} x {image.shape[1]} and not {height} x {width})",
       "set --image_size to resize and crop the images",
@@ -234,14 +291,14 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
   return image
 
 
-def _replace(encoded: EncodedImages, position: int, out: np.ndarray, report: ReportSkip) -> None:
-  """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C]. Raises UserError."""
+def _next_good(encoded: EncodedImages, position: int, report: ReportSkip) -> np.ndarray:
+  """The first image after the bad one at `position` that is not bad. Raises UserError."""
   for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
     candidate = (position + distance) % encoded.length
-    errors = _decode(encoded, [candidate], out)
-    if not errors:
-      return
-    report(candidate, errors[0].what)
+    (image,) = _decode(encoded, [candidate])
+    if not isinstance(image, BadRecord):
+      return image
+    report(candidate, image.what)
   raise _too_many(encoded, position)
 
 

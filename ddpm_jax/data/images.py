@@ -11,12 +11,14 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.errors import RunError, UserError
 
 # Nothing is wrong with a file when one of these is what keeps it from being opened.
@@ -60,15 +62,39 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1, :], image)
 
 
-def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-  """The centre of an image, of that size.
+class Resizing(NamedTuple):
+  """How images come to one size; see the options of that name."""
 
-  The same as resizing the image until it just covers the size and cropping the centre, but in one step, so that a
-  panorama is not first resized as a whole. Pillow widens the bicubic kernel when it shrinks: no aliasing.
+  resize: str = "crop"
+  crop: str = "center"
+  resample: str = "bicubic"
+
+
+DEFAULT = Resizing()
+
+
+def resizing(data: DataConfig) -> Resizing:
+  """The one that the options name."""
+  return Resizing(data.resize, data.crop, data.resample)
+
+
+_FILTERS = {
+  "bicubic": Image.Resampling.BICUBIC,
+  "lanczos": Image.Resampling.LANCZOS,
+  "box": Image.Resampling.BOX,
+}
+
+
+def resized(image: Image.Image, size: tuple[int, int], how: Resizing = DEFAULT) -> Image.Image:
+  """An image of that size, or for random crops one that covers it and has its height or its width.
+
+  Pillow widens the kernel of each filter when it shrinks: no aliasing. The centre is cropped and resized in one step,
+  so that a panorama is not first resized as a whole.
 
   Args:
     image: an image of mode L or RGB.
     size: height and width of the result, in pixels.
+    how: in which way.
 
   Returns:
     The image itself if it has that size already.
@@ -76,7 +102,20 @@ def resize_and_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
   height, width = size
   if image.size == (width, height):
     return image
-  return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+  resample = _FILTERS[how.resample]
+  match how.resize, how.crop:
+    case "crop", "center":
+      return ImageOps.fit(image, (width, height), resample)
+    case "crop", "random":
+      tall = max(height, round(image.height * width / image.width))
+      wide = max(width, round(image.width * height / image.height))
+      return image.resize((wide, height) if image.width * height > image.height * width else (width, tall), resample)
+    case "squash", _:
+      return image.resize((width, height), resample)
+    case "pad", _:
+      return ImageOps.pad(image, (width, height), resample, color="white")
+    case _:
+      raise ValueError(f"unknown way of resizing {how}")
 
 
 def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
@@ -96,7 +135,13 @@ def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
     return height, width, image.mode in _GREY_MODES
 
 
-def decode(file: bytes | pathlib.Path, channels: int, name: str, size: tuple[int, int] | None = None) -> np.ndarray:
+def decode(
+  file: bytes | pathlib.Path,
+  channels: int,
+  name: str,
+  size: tuple[int, int] | None = None,
+  how: Resizing = DEFAULT,
+) -> np.ndarray:
   """One encoded image as uint8 [H, W, channels].
 
   Turned upright as its EXIF (or XMP) orientation says, whatever else the metadata hold; transparency shows white;
@@ -106,7 +151,8 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: tuple[int
     file: the encoded image, or the path to it.
     channels: 1 (grey) or 3 (RGB).
     name: what to call the image in an error.
-    size: resize and crop to this height and width in pixels (None: as it is).
+    size: height and width in pixels, see `resized` (None: as it is).
+    how: see `resized`.
 
   Raises:
     BadRecord: the image is broken, or has more pixels than Pillow accepts (`PIL.Image.MAX_IMAGE_PIXELS`); those of a
@@ -123,7 +169,7 @@ def decode(file: bytes | pathlib.Path, channels: int, name: str, size: tuple[int
     if upright is not None:
       pixels = pixels.transpose(upright)
     if size is not None:
-      pixels = resize_and_crop(pixels, size)
+      pixels = resized(pixels, size, how)
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
 
 

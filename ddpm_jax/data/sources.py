@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from ddpm_jax.config import FOLDER, DataConfig, height_and_width
-from ddpm_jax.data import digits, fingerprint, folder, prepared
+from ddpm_jax.data import digits, fingerprint, folder, images, prepared
 from ddpm_jax.data.encoded import DecodedRows, RemoteReader, SkipReporter, decode_all, on_demand, remote_reader
 from ddpm_jax.runtime import console
 
@@ -26,21 +26,24 @@ class Source:
     length: number of images, at least 1.
     read: images uint8 [len(indices), H, W, C], and which of them stand for one that is bad, for an int array of indices
       in 0..length-1, repeats allowed. May be called from several threads. Raises UserError for an image that cannot be
-      decoded, unless the source was opened with `on_bad_record=skip`.
+      decoded, unless the source was opened with `on_bad_record=skip`. With `random_crop` it takes a second argument,
+      float64 [len(indices)] in [0, 1), where the crop of each lies, see `crops`; without that it crops the centre.
     fingerprint: what must stay when a run is resumed, see `fingerprint.take`.
     remote: reads the same in another process; None where the images are in memory, which would be copied.
     labels: reads the class of each image, int32 [length] in 0..K-1; what stands for a bad record's is that of the next
       good one, and no class of the image. Not called, it costs nothing. Raises UserError if the images have no classes,
       or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
+    random_crop: whether each batch of the training chooses other parts of the images.
   """
 
   name: str
   image_shape: tuple[int, int, int]
   length: int
-  read: Callable[[np.ndarray], DecodedRows]
+  read: Callable[..., DecodedRows]
   fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
   labels: Callable[[], np.ndarray] | None = None
   remote: RemoteReader | None = None
+  random_crop: bool = False
 
   def __len__(self) -> int:
     return self.length
@@ -73,16 +76,15 @@ def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda he
     accept(*prepared.image_shape(data)[:2])
     encoded = prepared.open_prepared(data)
   accept(*encoded.shape[:2])
-  gib = encoded.length * math.prod(encoded.shape) / 2**30
-  remarks = [encoded.remark] if encoded.remark else []
-  if gib > data.cache_gib > 0:
-    remarks.append(f"{encoded.name} is read from disk again and again: {gib:.3g} GiB, --cache_gib={data.cache_gib:g}")
-  if jax.process_index() == 0:
-    for remark in remarks:
-      console.note(remark)
-  skip = data.on_bad_record == "skip"
-  if gib <= data.cache_gib:
-    cached = decode_all(encoded, skip=skip)
+  encoded = dataclasses.replace(encoded, how=images.resizing(data))
+  if encoded.remark:
+    _note(encoded.remark)
+  skip, gib = data.on_bad_record == "skip", encoded.length * math.prod(encoded.shape) / 2**30
+  cached = decode_all(encoded, skip=skip, most=data.cache_gib * 2**30) if gib <= data.cache_gib else None
+  if cached is None and data.cache_gib:
+    size = f"{gib:.3g} GiB" + ", more before it is cropped" * encoded.random_crop
+    _note(f"{encoded.name} is read from disk again and again: {size}, --cache_gib={data.cache_gib:g}")
+  if cached is not None:
     read, everything, remote = cached.take, cached.images, None
   else:
     reporter = SkipReporter()
@@ -96,7 +98,13 @@ def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda he
     fingerprint=fingerprint.take(encoded, read, everything),
     labels=encoded.classes and functools.cache(encoded.classes),  # all records are read for them
     remote=remote,
+    random_crop=encoded.random_crop,
   )
+
+
+def _note(remark: str) -> None:
+  if jax.process_index() == 0:
+    console.note(remark)
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int]:

@@ -83,6 +83,8 @@ OTHER = {
   "manual_dir": "/data/manual",
   "follow_links": True,
   "image_size": "48x64",
+  "resize": "pad",
+  "resample": "lanczos",
   "batch_size": 64,
   "random_flip": True,
   "cache_gib": 0.1,
@@ -183,6 +185,7 @@ OTHER_TASKS = [
   | {"sample_png_dir": "/data/png out"},
   {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
   OTHER | {"write_reference": "/data/out of it.npz"},
+  {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
 ]
 
 
@@ -294,6 +297,7 @@ def test_words_of_a_list_are_checked():
 # Options that contradict each other: field, value, the other field or what to do.
 
 
+_OF_SIZE = (("resize", "squash"), ("crop", "random"), ("resample", "box"))
 CONTRADICTIONS = [
   ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
   ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
@@ -343,6 +347,8 @@ CONTRADICTIONS = [
   ({"inception_weights": "x"}, ("inception_weights", "features=auto", "--features=inception")),
   ({"inception_resize": "clean"}, ("inception_resize", "features=auto", "--features=inception")),
   *(({"image_size": text}, ("image_size", repr(text), "no size", "48x64")) for text in ("", "a", "48", "0x8", "8x")),
+  *(({name: value}, (name, value, "image_size=0", "--image_size")) for name, value in _OF_SIZE),
+  ({"image_size": 8, "resize": "pad", "crop": "random"}, ("crop", "random", "resize=pad", "--resize=crop")),
   ({"image_size": "64x64"}, ("image_size", "'64x64' is a square", "write 64")),
   ({"image_size": (48, 64)}, ("image_size", "(48, 64)", "not of its type")),
   ({"writers": "tensorbord"}, ("writers", "'tensorbord' is unknown", "package.module:Class")),

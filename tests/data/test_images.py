@@ -36,7 +36,7 @@ def test_flip_mirrors_half_of_the_images_each_by_its_own_key():
 
 def test_resizing_does_not_alias():
   checkers = Image.fromarray((np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8))
-  small = np.asarray(images.resize_and_crop(checkers, (8, 8)))
+  small = np.asarray(images.resized(checkers, (8, 8)))
   assert np.abs(small.astype(int) - 127).max() <= 2
 
 
@@ -46,11 +46,36 @@ def test_crop_keeps_the_centre(turned, height):
   """Of three thirds the middle one, or two thirds of it where the crop is taller than wide."""
   thirds = np.repeat(np.array([10, 100, 200], np.uint8), 12)[None].repeat(12, 0)
   image, size = Image.fromarray(thirds.T if turned else thirds), (6, height) if turned else (height, 6)
-  found = np.asarray(images.resize_and_crop(image, size)).astype(int)
+  found = np.asarray(images.resized(image, size)).astype(int)
   found = found.T if turned else found
   assert found.shape == (height, 6)
   np.testing.assert_array_equal(found[:, 2:4], np.full((height, 2), 100))
   assert np.abs(found - 100).max() < 10  # at the borders the kernel sees a little of the neighbours
+
+
+def test_squashed_or_padded_all_of_it_is_there():
+  """An image of 4 x 8 pixels, of four stripes."""
+  stripes = np.repeat(np.array([0, 100, 200, 50], np.uint8), 2)[None].repeat(4, 0)
+  for mode in ("L", "RGB"):
+    image = Image.fromarray(stripes).convert(mode)
+    grey = lambda how, size, image=image: np.asarray(images.resized(image, size, how).convert("L"))  # noqa: E731
+    padded = grey(images.Resizing("pad"), (8, 8))
+    np.testing.assert_array_equal(padded, np.concatenate([np.full((2, 8), 255), stripes, np.full((2, 8), 255)]))
+    np.testing.assert_array_equal(
+      grey(images.Resizing("pad"), (4, 12)), np.pad(stripes, ((0, 0), (2, 2)), constant_values=255)
+    )
+    squashed = grey(images.Resizing("squash", resample="box"), (8, 4))
+    np.testing.assert_array_equal(squashed, stripes[:, ::2].repeat(2, axis=0))
+    for how in ("crop", "squash", "pad"):
+      assert images.resized(image, (4, 8), images.Resizing(how)) is image
+
+
+def test_filters_are_those_of_the_references():
+  """The mean of the pixels, rounded twice; and what the converter of StyleGAN and EDM makes of a square, to the bit."""
+  noise = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
+  small = lambda filter: np.asarray(images.resized(Image.fromarray(noise), (4, 4), images.Resizing(resample=filter)))  # noqa: E731
+  assert np.abs(small("box").astype(int) - noise.reshape(4, 2, 4, 2).mean((1, 3))).max() <= 1
+  np.testing.assert_array_equal(small("lanczos"), Image.fromarray(noise).resize((4, 4), Image.Resampling.LANCZOS))
 
 
 def test_an_image_of_the_right_size_is_left_alone():
