@@ -31,6 +31,9 @@ class DataConfig:
                            "checksums and downloads nothing that is there.", may_change=True)
   follow_links: bool = option(False, "Follow symbolic links in a folder of images, also to files outside of it, as in "
                               "a huggingface_hub cache.", may_change=True)
+  formats: str = option("all", "Which files of a folder are its images: 'all' that can be read, of which "
+                        "docs/tutorials/own_images.md has the list; 'basic': .png, .jpg, .jpeg and .webp, with every "
+                        "palette for colour, as in release 0.1.", choices=("all", "basic"), may_change=True)
   image_size: int | str = option(0, "Size of the images in pixels: 64 for squares, else height x width such as 48x64 "
                                  "(0: as they are, all of one size). See --resize.", minimum=0, size=True)
   resize: str = option("crop", "How images come to --image_size: 'crop' resizes them until they cover it and crops the "

@@ -16,6 +16,7 @@ FORMAT = 2
 # What a release did that did not have the option yet, whatever today's default is.
 WITHOUT_THE_OPTION = {
   "follow_links": False,
+  "formats": "basic",
   "resize": "crop",
   "crop": "center",
   "resample": "bicubic",

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -19,8 +19,6 @@ from ddpm_jax.data import fingerprint, images
 from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime.paths import expanded
-
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 def exists(data: DataConfig) -> bool:
@@ -47,17 +45,19 @@ def open_folder(data: DataConfig) -> EncodedImages:
       f"dataset: {data.dataset!r} is not a folder; use folder:PATH with the path of a folder of images, its new path "
       "if it was moved"
     )
-  found = find_images(root, follow_links=data.follow_links)
+  basic = data.formats == "basic"
+  suffixes = images.BASIC_SUFFIXES if basic else images.SUFFIXES
+  found = find_images(root, follow_links=data.follow_links, suffixes=suffixes)
   files = found.files
   if not files:
     there = f", only {found.left_out_text()}" if found.left_out else ""
     raise UserError(
-      f"dataset: {data.dataset!r} holds no {' '.join(sorted(_SUFFIXES))} file{there}; name a folder of images"
+      f"dataset: {data.dataset!r} holds no {' '.join(sorted(suffixes))} file{there}; name a folder of images"
       + ", or use --follow_links" * found.has_links
     )
 
   paths = np.array([os.fsencode(file) for file in files])
-  look = functools.partial(_look, skip=data.on_bad_record == "skip")
+  look = functools.partial(_look, skip=data.on_bad_record == "skip", grey_palettes=not basic)
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     looks = list(pool.map(look, files, map(_label, files, range(len(files)))))
   headers = [header for header, _ in looks if header is not None]
@@ -185,17 +185,22 @@ class Found(NamedTuple):
       number = suffixes.total()
       named = sorted((-count, suffix) for suffix, count in suffixes.items() if suffix)
       most = ", ".join([f"{suffix} {-count}" for count, suffix in named[:8]] + ["..."] * (len(named) > 8))
+      if images.HEIC_SUFFIXES & suffixes.keys() and not images.HEIC_SUFFIXES & images.SUFFIXES:
+        most += "; pip install 'ddpm_jax[heic]' to read HEIC"
       kinds.append(f"{number} {kind if number == 1 else _PLURALS[kind]}{f' ({most})' * bool(most)}")
     return ", ".join(kinds)
 
 
-def find_images(root: pathlib.Path, *, follow_links: bool = False) -> Found:
+def find_images(
+  root: pathlib.Path, *, follow_links: bool = False, suffixes: Collection[str] = images.SUFFIXES
+) -> Found:
   """Image files below `root`, sorted by relative path: no hidden ones, and what links lead to only if it lies inside.
 
   Args:
     root: the folder.
     follow_links: take what links lead to, wherever it lies, under the path of the link. A folder is taken once, under
       its own path if it has one below `root`, else under the first link to it; so a link in a circle ends.
+    suffixes: by which an image is known, in lower case.
 
   Raises:
     UserError: a folder cannot be listed. Without its files the order would be another.
@@ -237,7 +242,7 @@ def find_images(root: pathlib.Path, *, follow_links: bool = False) -> Found:
           left_out["hidden file"][""] += 1
         elif not file.is_file():
           left_out["broken link" if file.is_symlink() else "special file"][""] += 1
-        elif file.suffix.lower() not in _SUFFIXES:
+        elif file.suffix.lower() not in suffixes:
           left_out["file of another format"][file.suffix.lower() or "no suffix"] += 1
         elif file.is_symlink() and not follow_links and not file.resolve().is_relative_to(inside):
           left_out["link to a file outside"][""] += 1
@@ -259,14 +264,16 @@ def _refuse(error: OSError) -> NoReturn:
   raise UserError(f"dataset: the folder {error.filename} cannot be listed ({error.strerror}); make it readable")
 
 
-def _look(file: pathlib.Path, name: str, *, skip: bool) -> tuple[tuple[int, int, bool] | None, int]:
+def _look(
+  file: pathlib.Path, name: str, *, skip: bool, grey_palettes: bool
+) -> tuple[tuple[int, int, bool] | None, int]:
   """The header of a file, and its size in bytes. With `skip`: None for one that is bad, -1 if the file is gone.
 
   Raises:
     images.BadRecord: it is bad, and `skip` is off.
   """
   try:
-    header = images.read_header(file, name)
+    header = images.read_header(file, name, grey_palettes=grey_palettes)
   except images.BadRecord:
     if not skip:
       raise

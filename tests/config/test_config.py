@@ -11,6 +11,7 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
+from ddpm_jax.config.text import WITHOUT_THE_OPTION
 from ddpm_jax.errors import UserError
 
 PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
@@ -82,6 +83,7 @@ OTHER = {
   "data_dir": "/data/tfds",
   "manual_dir": "/data/manual",
   "follow_links": True,
+  "formats": "basic",
   "image_size": "48x64",
   "resize": "pad",
   "resample": "lanczos",
@@ -443,8 +445,9 @@ def test_unknown_key_is_refused():
 
 
 def test_a_key_is_known_by_its_name_whatever_its_section():
-  assert config_lib.from_json('{"data": {"dropout": 0.2}}') == config_lib.override(Config(), {"dropout": 0.2})
-  assert config_lib.from_json("{}") == Config()
+  without = config_lib.override(Config(), WITHOUT_THE_OPTION)
+  assert config_lib.from_json('{"data": {"dropout": 0.2}}') == config_lib.override(without, {"dropout": 0.2})
+  assert config_lib.from_json("{}") == without
 
 
 def test_a_later_format_is_refused():
@@ -512,7 +515,15 @@ def test_override_refuses_a_name_that_is_no_option():
 MAY_CHANGE = {
   *("data_dir", "manual_dir", "follow_links", "cache_gib", "data_threads", "data_workers", "variance", "remat"),
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
-  *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
+  *(
+    "formats",
+    "on_bad_record",
+    "allow_data_change",
+    "max_unsaved_steps",
+    "on_corrupt",
+    "on_nonfinite",
+    "max_nonfinite",
+  ),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
