@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
       config = setting.config
       if not options.own_data:
         folder = stack.enter_context(generated(options.images, shape))
-        config = config_lib.override(config, {"dataset": f"folder:{folder}", "split": "train", "image_size": shape[0]})
+        size = config_lib.image_size(*shape[:2])
+        config = config_lib.override(config, {"dataset": f"folder:{folder}", "split": "train", "image_size": size})
       command.say(f"opening the images and compiling the step of {name}: {setting}")
       job = setting.job(shape)
       facts[name] = workers[name].prepare(job | {"config": config_lib.to_json(config)})

@@ -56,6 +56,21 @@ _INTEGER = _NumberParser(flags.IntegerParser(), "a whole number in digits, such 
 _FLOAT = _NumberParser(flags.FloatParser(), "a number, such as 0.5 or 1e-4")
 
 
+class _SizeParser(flags.ArgumentParser):
+  """Parses '64' and '48x64'; what is no size is left for the option to refuse."""
+
+  syntactic_help = "a number, or HEIGHTxWIDTH"
+
+  def parse(self, argument: int | str) -> int | str:
+    if isinstance(argument, int) or argument.isdecimal():
+      return int(argument)
+    height, _, width = argument.partition("x")
+    return int(height) if height == width and height.isdecimal() else argument
+
+  def flag_type(self) -> str:
+    return "size"
+
+
 class _TupleSerializer(flags.ArgumentSerializer):
   def serialize(self, value: tuple) -> str:
     return config_lib.flag_text(value)
@@ -98,6 +113,8 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
       flags.DEFINE_enum(field.name, default, field.metadata["choices"], text, flag_values=registry)
     elif isinstance(default, bool):
       flags.DEFINE_boolean(field.name, default, text, flag_values=registry)
+    elif field.metadata["size"]:
+      flags.DEFINE(_SizeParser(), field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, int):
       flags.DEFINE(_INTEGER, field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, float):

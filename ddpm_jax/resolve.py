@@ -214,7 +214,8 @@ def describe_choices(command: Command, config: Config, preset: str) -> str:
   preset: of `resolve_for_device`.
   """
   if preset:
-    size = f"{config.data.image_size}x{config.data.image_size}" if config.data.image_size else "of any size"
+    height, width = config_lib.height_and_width(config.data.image_size)
+    size = f"{height}x{width}" if config.data.image_size else "of any size"
     return (
       f"own images, chosen for {_device(preset)}: --preset={preset} (images {size}, batches of "
       f"{config.data.batch_size}, {config.train.num_steps:,} training steps"

@@ -113,6 +113,7 @@ def facts(field: Any, default: Any) -> str:
   kind = {"str": "text", "int": "integer", "float": "number", "bool": "boolean", "tuple": "list"}[
     type(default).__name__
   ]
+  kind += " or HEIGHTxWIDTH" * rules["size"]
   parts = [kind, f"default `{config_lib.flag_text(default)}`" if default not in ("", ()) else "default empty"]
   if rules["choices"]:
     parts.append("one of " + ", ".join(f"`{choice}`" for choice in rules["choices"]))

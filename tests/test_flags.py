@@ -89,6 +89,14 @@ def test_tuples(registry, text, value):
   assert parse(registry, f"--channel_multipliers={text}") == {"channel_multipliers": value}
 
 
+@pytest.mark.parametrize(
+  ("text", "value"), [("64", 64), ("0", 0), ("48x64", "48x64"), ("64x48", "64x48"), ("64x64", 64), ("wide", "wide")]
+)
+def test_sizes(registry, text, value):
+  """The option refuses what is none."""
+  assert parse(registry, f"--image_size={text}") == {"image_size": value}
+
+
 @pytest.mark.parametrize("text", ["1,x", "1.5", "1,,2", "1;2", "(1,2)", ","])
 def test_bad_tuples(registry, text):
   with pytest.raises(absl_flags.IllegalFlagValueError, match=r"channel_multipliers=.*separated by commas.*1,2,2,2"):

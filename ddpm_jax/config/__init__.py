@@ -20,7 +20,7 @@ from ddpm_jax.config.config import (
   without_one_time_options,
   writer_names,
 )
-from ddpm_jax.config.option import flag_text
+from ddpm_jax.config.option import flag_text, height_and_width, image_size
 from ddpm_jax.config.sections import (
   BETA_SCHEDULES,
   WITHOUT_ENDS,
@@ -56,6 +56,8 @@ __all__ = [
   "check_variance",
   "flag_text",
   "from_json",
+  "height_and_width",
+  "image_size",
   "options",
   "override",
   "own_images",

@@ -176,6 +176,7 @@ def writer_names(text: str) -> tuple[str, ...]:
 def _check_together(config: Config) -> None:
   """Raises UserError where two options contradict each other, or where one would silently do nothing."""
   diffusion, sample, defaults = config.diffusion, config.sample, DiffusionConfig()
+  _check_data(config.data)
   if diffusion.beta_schedule in WITHOUT_ENDS:
     for name in ("beta_start", "beta_end"):
       if getattr(diffusion, name) != getattr(defaults, name):
@@ -242,6 +243,12 @@ def _check_data(data: DataConfig) -> None:
   for name, kinds in _WITHOUT_FIELD.items():
     if kind in kinds and getattr(data, name):
       raise UserError(f"{name}: {getattr(data, name)} has no effect with dataset={kind}; leave it out")
+  defaults = DataConfig()
+  for name in ("resize", "crop", "resample"):
+    if getattr(data, name) != getattr(defaults, name) and not data.image_size:
+      raise UserError(f"{name}: {getattr(data, name)} has no effect with image_size=0; set --image_size, such as 64")
+  if data.crop == "random" and data.resize != "crop":
+    raise UserError(f"crop: random has no effect with resize={data.resize}; use --resize=crop")
 
 
 # Options of drawing that only some tasks read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from typing import Any
 
 from ddpm_jax.errors import UserError
@@ -15,6 +16,7 @@ def option(
   help: str,
   *,
   choices: tuple[str, ...] = (),
+  size: bool = False,
   minimum: float | None = None,
   above: float | None = None,
   maximum: float | None = None,
@@ -28,6 +30,7 @@ def option(
     default: the field's default.
     help: text of the flag.
     choices: all values of a text, or of the parts of a tuple of texts.
+    size: the number is the side of square images, and a text 'HEIGHTxWIDTH' may stand in its place.
     minimum, above, maximum, below: the range of a number.
     may_change: a resumed run may have another value.
     may_change_once_trained: drawing, measuring and exporting may use another value than the run that trained the
@@ -38,6 +41,7 @@ def option(
     metadata={
       "help": help,
       "choices": choices,
+      "size": size,
       "minimum": minimum,
       "above": above,
       "maximum": maximum,
@@ -55,6 +59,28 @@ def flag_text(value: Any) -> str:
   if isinstance(value, tuple):
     return ",".join(map(str, value))
   return str(value)
+
+
+def image_size(height: int, width: int) -> int | str:
+  """The one value of an option `size` for images of that height and width in pixels, such as 64 or '48x64'."""
+  return height if height == width else f"{height}x{width}"
+
+
+def height_and_width(size: int | str) -> tuple[int, int]:
+  """The inverse of `image_size`."""
+  if isinstance(size, int):
+    return size, size
+  height, width = map(int, size.split("x"))
+  return height, width
+
+
+def _check_size(name: str, text: str) -> None:
+  """Raises UserError unless a text is one of `image_size`."""
+  if not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text):
+    raise UserError(f"{name}: {text!a} is no size; write 64, or height x width such as 48x64")
+  height, width = height_and_width(text)
+  if height == width:
+    raise UserError(f"{name}: {text!r} is a square; write {height}")
 
 
 def _check_text(name: str, text: str) -> None:
@@ -84,6 +110,9 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     kind = int
   parts = value if isinstance(value, tuple) else (value,)
   item = str if rules["choices"] else int  # of a tuple
+  if rules["size"] and isinstance(value, str):
+    _check_size(field.name, value)
+    return
   if type(value) is not kind or (kind is tuple and any(type(part) is not item for part in parts)):
     raise UserError(f"{field.name}: {value!r} is not of its type, {kind.__name__}; write it like {field.default!r}")
   for choice in parts if rules["choices"] else ():

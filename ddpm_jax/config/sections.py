@@ -39,8 +39,19 @@ class DataConfig:
                            "checksums and downloads nothing that is there.", may_change=True)
   follow_links: bool = option(False, "Follow symbolic links in a folder of images, also to files outside of it, as in "
                               "a huggingface_hub cache.", may_change=True)
-  image_size: int = option(0, "Resize the short side to this many pixels and crop the centre (0: images as they are).",
-                           minimum=0)
+  formats: str = option("all", "Which files of a folder are its images: 'all' that can be read, of which "
+                        "docs/tutorials/own_images.md has the list; 'basic': .png, .jpg, .jpeg and .webp, with every "
+                        "palette for colour, as in release 0.1.", choices=("all", "basic"), may_change=True)
+  image_size: int | str = option(0, "Size of the images in pixels: 64 for squares, else height x width such as 48x64 "
+                                 "(0: as they are, all of one size). See --resize.", minimum=0, size=True)
+  resize: str = option("crop", "How images come to --image_size: 'crop' resizes them until they cover it and crops the "
+                       "rest; 'squash' resizes height and width each by its own factor; 'pad' resizes until they fit "
+                       "into it and adds white.", choices=("crop", "squash", "pad"))
+  crop: str = option("center", "Which part --resize=crop takes: 'center', or 'random': another one each time, drawn "
+                     "from (seed, step, index). Evaluations take the center.", choices=("center", "random"))
+  resample: str = option("bicubic", "The filter of resizing, always antialiased: 'bicubic' as in clean-fid; 'lanczos' "
+                         "as in the data sets of StyleGAN and EDM; 'box', the mean of the pixels, as in the "
+                         "downsampled ImageNet.", choices=("bicubic", "lanczos", "box"))
   batch_size: int = option(64, "Images in one training step, over all devices and processes.", minimum=1)
   random_flip: bool = option(False, "Mirror each image left-right with probability 1/2.")
   cache_gib: float = option(4.0, "Data sets whose uint8 images take at most this many GiB are decoded once and kept "
@@ -88,7 +99,7 @@ class ModelConfig:
   num_res_blocks: int = option(1, "Residual blocks of each level on the way down; one more on the way up.", minimum=1)
   attention_resolutions: tuple[int, ...] = option((0,), "Heights, in pixels, of the levels whose residual blocks are "
                                                   "followed by self-attention (0: the lowest level if it has at most "
-                                                  "16 rows; empty: only the middle).", minimum=0)
+                                                  "16 x 16 pixels; empty: only the middle).", minimum=0)
   norm_groups: int = option(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                             "channels).", minimum=0)
   dropout: float = option(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)

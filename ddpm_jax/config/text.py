@@ -19,6 +19,10 @@ WITHOUT_THE_OPTION = {
   "only": "",
   "label_field": "",
   "image_field": "",
+  "formats": "basic",
+  "resize": "crop",
+  "crop": "center",
+  "resample": "bicubic",
   "matmul_precision": "default",
   "decay_fraction": 0.4,  # has no effect with its learning rates, 'constant' and 'cosine'
   "writers": "tensorboard",

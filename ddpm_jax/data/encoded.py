@@ -5,15 +5,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddpm_jax.data import images
+from ddpm_jax.config import height_and_width
+from ddpm_jax.data import crops, images
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
@@ -44,6 +46,29 @@ class DecodedRows(NamedTuple):
     return DecodedRows(self.images[indices], self.replaced[indices], record=record)
 
 
+class Covers(NamedTuple):
+  """Images by row of which a part is still to be chosen.
+
+  Attributes:
+    images: N times uint8 [h, w, C], contiguous; h is H or w is W, and the other not less.
+    replaced: as in `DecodedRows`.
+    shape: (H, W, C).
+    record: as in `DecodedRows`.
+  """
+
+  images: Sequence[np.ndarray]
+  replaced: np.ndarray
+  shape: tuple[int, int, int]
+  record: np.ndarray
+
+  def take(self, indices: np.ndarray, places: np.ndarray | None = None) -> DecodedRows:
+    """Copies of parts of the rows at `indices` [M], at `places` [M] of `crops.crop`; None: in their centres."""
+    chosen = np.empty((len(indices), *self.shape), np.uint8)
+    for row, index in enumerate(indices):
+      chosen[row] = crops.crop(self.images[index], self.shape, None if places is None else places[row])
+    return DecodedRows(chosen, self.replaced[indices], record=self.record[indices])
+
+
 ReportSkip = Callable[[int, str], None]  # takes index, name and reason of a bad image that is skipped
 
 
@@ -51,11 +76,11 @@ class RemoteReader(NamedTuple):
   """Reads images in another process.
 
   Attributes:
-    read: as `Source.read`, but picklable, and `skipped` is filled.
+    read: as `Source.read`, with places of crops too, but picklable, and `skipped` is filled.
     report: reports a skipped image in this process, once however often it is called for it.
   """
 
-  read: Callable[[np.ndarray], DecodedRows]
+  read: Callable[..., DecodedRows]
   report: ReportSkip
 
 
@@ -79,7 +104,7 @@ class EncodedImages:
     name: as the user gave it.
     length: number of images.
     shape: (H, W, C) of the decoded images; C is 1 or 3.
-    resize: whether to resize and crop them to that shape; else they must have it.
+    resize: whether to resize them to that shape; else they must have it.
     identity: its name independent of where it lies, with its version and split if it has one.
     listing: a digest of all that is known of the images without reading them.
     fetch: encoded images, or paths to them, for a list of indices; a BadRecord in the place of one whose record cannot
@@ -91,6 +116,7 @@ class EncodedImages:
       not.
     part_listing: `listing` of the images at int [M] alone; None: it cannot be told from that of all.
     remark: a line to print once a start, such as what was left out; may be empty.
+    how: in which way they are resized.
   """
 
   name: str
@@ -105,9 +131,15 @@ class EncodedImages:
   class_names: tuple[str, ...] | None = None
   part_listing: Callable[[np.ndarray], str] | None = None
   remark: str = ""
+  how: images.Resizing = images.DEFAULT
+
+  @property
+  def random_crop(self) -> bool:
+    """True if a part of each image is chosen only when it is read."""
+    return self.resize and self.how.crop == "random"
 
 
-def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int) -> tuple[int, int]:
+def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: int | str) -> tuple[int, int]:
   """Height and width of the decoded images, in pixels.
 
   Args:
@@ -116,16 +148,15 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
     image_size: what the user asks for; 0: as stored.
 
   Raises:
-    UserError: the images differ in size or are not square, and `image_size` is 0.
+    UserError: the images differ in size, and `image_size` is 0.
   """
   if image_size:
-    return image_size, image_size
+    return height_and_width(image_size)
   height, width = stored
-  remedy = "set --image_size to resize and crop them"
   if height is None or width is None:
-    raise UserError(f"image_size: 0, but the images of {name} have different sizes; {remedy}")
-  if height != width:
-    raise UserError(f"image_size: 0, but the images of {name} are {height} x {width}, not square; {remedy}")
+    raise UserError(
+      f"image_size: 0, but the images of {name} have different sizes; set --image_size to resize and crop them"
+    )
   return height, width
 
 
@@ -146,10 +177,8 @@ def stand_ins(bad: np.ndarray) -> np.ndarray:
   return good[np.searchsorted(good, np.flatnonzero(bad)) % len(good)]
 
 
-def on_demand(
-  encoded: EncodedImages, *, skip: bool, report: ReportSkip | None = None
-) -> Callable[[np.ndarray], DecodedRows]:
-  """Returns a function that reads and decodes the images at `indices` [N].
+def on_demand(encoded: EncodedImages, *, skip: bool, report: ReportSkip | None = None) -> Callable[..., DecodedRows]:
+  """Returns a function that reads and decodes the images at `indices` [N], and may be given `places` [N] of crops.
 
   Args:
     encoded: the data set.
@@ -170,55 +199,88 @@ def remote_reader(encoded: EncodedImages, *, skip: bool, report: ReportSkip) -> 
   )
 
 
-def _read_with_skips(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> DecodedRows:
+def _read_with_skips(
+  encoded: EncodedImages, skip: bool, indices: np.ndarray, places: np.ndarray | None = None
+) -> DecodedRows:
   skipped: list[tuple[int, str]] = []
-  return _read(encoded, indices, skip=skip, report=lambda *bad: skipped.append(bad))._replace(skipped=skipped)
+  return _read(encoded, indices, places, skip=skip, report=lambda *bad: skipped.append(bad))._replace(skipped=skipped)
 
 
-def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, report: ReportSkip) -> DecodedRows:
+def _read(
+  encoded: EncodedImages,
+  indices: np.ndarray,
+  places: np.ndarray | None = None,
+  *,
+  skip: bool,
+  report: ReportSkip,
+) -> DecodedRows:
   positions = [int(i) for i in indices]
   decoded, record = np.empty((len(positions), *encoded.shape), np.uint8), np.array(positions, np.int32)
   replaced = np.zeros(len(positions), bool)
-  for row, error in _decode(encoded, positions, decoded).items():
-    if not skip:
-      raise error
-    report(positions[row], error.what)
-    record[row] = _replace(encoded, positions[row], decoded[row : row + 1], report)
-    replaced[row] = True
+  for row, image in enumerate(_decode(encoded, positions)):
+    if isinstance(image, BadRecord):
+      if not skip:
+        raise image
+      report(positions[row], image.what)
+      record[row], image = _next_good(encoded, positions[row], report)
+      replaced[row] = True
+    decoded[row] = crops.crop(image, encoded.shape, None if places is None else places[row])
   return DecodedRows(decoded, replaced, record=record)
 
 
-def decode_all(encoded: EncodedImages, *, skip: bool) -> DecodedRows:
-  """All images, decoded on all cores (Pillow releases the GIL). Returns and raises what `on_demand` would."""
-  rows = DecodedRows(np.empty((encoded.length, *encoded.shape), np.uint8), np.zeros(encoded.length, bool))
-  skipped = SkipReporter()
+def decode_all(encoded: EncodedImages, *, skip: bool, most: float = math.inf) -> DecodedRows | Covers | None:
+  """All images, decoded on all cores (Pillow releases the GIL): `take` gives what `on_demand` would.
 
-  def fill(start: int) -> int:
-    stop = min(start + _CHUNK, encoded.length)
-    for row, error in _decode(encoded, list(range(start, stop)), rows.images[start:stop]).items():
-      if not skip:
-        raise error
-      skipped.report(start + row, error.what)
-      rows.replaced[start + row] = True
-    return stop - start
+  Args:
+    encoded: the data set.
+    skip: see `on_demand`.
+    most: bytes that images of which a part is still to be chosen may take, as that is not known before.
+
+  Returns:
+    The images; None if they take more.
+
+  Raises:
+    UserError: as `on_demand`.
+  """
+  replaced, skipped, taken = np.zeros(encoded.length, bool), SkipReporter(), 0
+  rows: Any = [None] * encoded.length if encoded.random_crop else np.empty((encoded.length, *encoded.shape), np.uint8)
+
+  def fill(start: int) -> tuple[int, int]:
+    positions, size = list(range(start, min(start + _CHUNK, encoded.length))), 0
+    for position, image in zip(positions, _decode(encoded, positions), strict=True):
+      if not isinstance(image, BadRecord):
+        rows[position] = image
+        size += image.nbytes
+      elif not skip:
+        raise image
+      else:
+        skipped.report(position, image.what)
+        replaced[position] = True
+    return len(positions), size
 
   progress = console.bar(
     total=encoded.length, desc=f"decoding {encoded.name}", unit=" images", leave=False, disable=not console.columns()
   )
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-    for count in pool.map(fill, range(0, encoded.length, _CHUNK)):  # the first error cancels the tasks that wait
+    for count, size in pool.map(fill, range(0, encoded.length, _CHUNK)):  # what ends the loop cancels tasks that wait
       progress.update(count)
+      taken += size
+      if encoded.random_crop and taken > most:
+        return None
 
-  if rows.replaced.all():
+  if replaced.all():
     raise _too_many(encoded, 0)
-  bad, after = np.flatnonzero(rows.replaced), stand_ins(rows.replaced)
+  bad, after = np.flatnonzero(replaced), stand_ins(replaced)
   far = bad[(after - bad) % encoded.length > _MOST_IN_A_ROW]
   if len(far):
     raise _too_many(encoded, int(far[0]))
-  rows.images[bad] = rows.images[after]
   record = np.arange(encoded.length, dtype=np.int32)
   record[bad] = after
-  return rows._replace(record=record)
+  for index, other in zip(bad, after, strict=True):
+    rows[index] = rows[other]
+  if encoded.random_crop:
+    return Covers(rows, replaced, encoded.shape, record)
+  return DecodedRows(rows, replaced, record=record)
 
 
 class SkipReporter:
@@ -236,25 +298,24 @@ class SkipReporter:
         console.note(f"skipped: {what}")
 
 
-def _decode(encoded: EncodedImages, positions: list[int], out: np.ndarray) -> dict[int, BadRecord]:
-  """Decodes the images at `positions` [N] into `out` [N, H, W, C]. Returns the errors of those that are bad, by row."""
-  errors = {}
-  for row, (position, file) in enumerate(zip(positions, encoded.fetch(positions), strict=True)):
+def _decode(encoded: EncodedImages, positions: list[int]) -> Iterator[np.ndarray | BadRecord]:
+  """Yields the image at each of `positions`, or why it is bad."""
+  for position, file in zip(positions, encoded.fetch(positions), strict=True):
     try:
-      out[row] = _decode_one(encoded, position, file)
+      found = _decode_one(encoded, position, file)
     except BadRecord as error:
-      errors[row] = error
-  return errors
+      found = error
+    yield found
 
 
 def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Path | BadRecord) -> np.ndarray:
-  """One image uint8 [H, W, C]. Raises BadRecord."""
+  """One image uint8 [H, W, C], or what is to be cropped to that. Raises BadRecord."""
   if isinstance(file, BadRecord):
     raise file
   height, width, channels = encoded.shape
   name = encoded.label(position)
-  image = images.decode(file, channels, name, height if encoded.resize else 0)
-  if image.shape != encoded.shape:
+  image = images.decode(file, channels, name, (height, width) if encoded.resize else None, encoded.how)
+  if image.shape != encoded.shape and not encoded.random_crop:
     raise BadRecord(
       f"{name} has another size ({image.shape[0]} x {image.shape[1]} and not {height} x {width})",
       "set --image_size to resize and crop the images",
@@ -262,17 +323,14 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
   return image
 
 
-def _replace(encoded: EncodedImages, position: int, out: np.ndarray, report: ReportSkip) -> int:
-  """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C].
-
-  Returns which one that is. Raises UserError.
-  """
+def _next_good(encoded: EncodedImages, position: int, report: ReportSkip) -> tuple[int, np.ndarray]:
+  """The first image after the bad one at `position` that is not bad: which, and its pixels. Raises UserError."""
   for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
     candidate = (position + distance) % encoded.length
-    errors = _decode(encoded, [candidate], out)
-    if not errors:
-      return candidate
-    report(candidate, errors[0].what)
+    (image,) = _decode(encoded, [candidate])
+    if not isinstance(image, BadRecord):
+      return candidate, image
+    report(candidate, image.what)
   raise _too_many(encoded, position)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,6 @@ from ddpm_jax.data.names import Names
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runtime.paths import expanded
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 _MANY_FILES = 256  # of which a process keeps all open; it may open 1,024 where nothing else is said
 _CHUNK = 256  # headers a task
 
@@ -72,7 +71,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
 
   Raises:
     UserError: an image without a readable header (with `data.on_bad_record=skip`: all are), a split that is none, see
-      `split_of`, or images of different sizes, or not square, where `data.image_size` is 0.
+      `split_of`, or images of different sizes where `data.image_size` is 0.
   """
   heights, widths, greys = found.headers.T
   good = heights > 0
@@ -98,7 +97,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
     name=data.dataset,
     length=len(chosen),
     shape=(*size, 1 if greys[good].all() else 3),
-    resize=data.image_size > 0,
+    resize=bool(data.image_size),
     identity="folder" if data.split == "train" else f"folder {data.split}",
     listing=found.listing if found.listing and whole else listing(chosen),
     fetch=lambda indices: fetch(chosen[indices]),
@@ -125,7 +124,12 @@ def _raise_bad(found: ImageFiles, row: int) -> None:
 
 
 def read_headers(
-  fetch: Callable[[np.ndarray], Sequence[File]], place: Callable[[int], str], number: int, *, skip: bool
+  fetch: Callable[[np.ndarray], Sequence[File]],
+  place: Callable[[int], str],
+  number: int,
+  *,
+  skip: bool,
+  grey_palettes: bool = True,
 ) -> np.ndarray:
   """The headers int32 [N, 3] of all images, as `ImageFiles` has them, read on all cores.
 
@@ -140,7 +144,7 @@ def read_headers(
       try:
         if isinstance(file, images.BadRecord):
           raise file
-        headers[row] = images.read_header(file, numbered(place, row))
+        headers[row] = images.read_header(file, numbered(place, row), grey_palettes=grey_palettes)
       except images.BadRecord:
         if not skip:
           raise
@@ -276,6 +280,8 @@ def left_out_text(left_out: LeftOut) -> str:
     number = sum(suffixes.values())
     named = sorted((-count, suffix) for suffix, count in suffixes.items() if suffix)
     most = ", ".join([f"{suffix} {-count}" for count, suffix in named[:8]] + ["..."] * (len(named) > 8))
+    if images.HEIC_SUFFIXES & suffixes.keys() and not images.HEIC_SUFFIXES & images.SUFFIXES:
+      most += "; pip install 'ddpm_jax[heic]' to read HEIC"
     kinds.append(f"{number} {kind if number == 1 else PLURALS[kind]}{f' ({most})' * bool(most)}")
   return ", ".join(kinds)
 
@@ -287,12 +293,14 @@ def remark(dataset: str, number: int, left_out: LeftOut) -> str:
   return f"{dataset}: {number} image{'s' * (number != 1)}; left out: {left_out_text(left_out)}"
 
 
-def nothing_found(data: DataConfig, left_out: LeftOut, hint: str = "") -> UserError:
+def nothing_found(
+  data: DataConfig, left_out: LeftOut, hint: str = "", *, suffixes: Collection[str] = images.SUFFIXES
+) -> UserError:
   """The error that a collection holds no image."""
   kind, _ = own_images(data.dataset) or ("", "")
   there = f", only {left_out_text(left_out)}" if left_out else ""
   return UserError(
-    f"dataset: {data.dataset!r} holds no {' '.join(sorted(SUFFIXES))} file{there}; name a {kind} of images{hint}"
+    f"dataset: {data.dataset!r} holds no {' '.join(sorted(suffixes))} file{there}; name a {kind} of images{hint}"
   )
 
 
@@ -303,7 +311,7 @@ def kind_of(name: str) -> str:
     return "hidden file"
   if any(part.startswith(".") for part in path.parts):
     return "hidden folder"
-  return "" if path.suffix.lower() in SUFFIXES else "file of another format"
+  return "" if path.suffix.lower() in images.SUFFIXES else "file of another format"
 
 
 # What an index keeps of all kinds of packed collections.

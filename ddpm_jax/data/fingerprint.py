@@ -23,7 +23,7 @@ _PARTS = 4  # of the probe, each read by one call
 
 
 def take(
-  encoded: EncodedImages, read: Callable[[np.ndarray], DecodedRows], everything: np.ndarray | None = None
+  encoded: EncodedImages, read: Callable[[np.ndarray], DecodedRows], everything: Iterable[np.ndarray] | None = None
 ) -> Fingerprint:
   """The fingerprint of a data set.
 
@@ -33,7 +33,7 @@ def take(
   Args:
     encoded: the data set.
     read: its images as training sees them, bad ones replaced.
-    everything: all its images uint8 [N, H, W, C], where they are in memory.
+    everything: all its images, each uint8 [H, W, C] and contiguous, where they are in memory.
 
   Returns:
     "dataset": its resolved name; "images": how many; "shape": "HxWxC"; and SHA-256 digests in hexadecimal: "listing" of
@@ -56,7 +56,7 @@ def take(
     "probe": probe,
   }
   if everything is not None:
-    found["pixels"] = _sha256([everything.data])
+    found["pixels"] = _sha256(part.data for part in everything)
   return found
 
 

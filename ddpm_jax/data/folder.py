@@ -6,13 +6,13 @@ import collections
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import files, labels
+from ddpm_jax.data import files, images, labels
 from ddpm_jax.data.files import ImageFiles
 from ddpm_jax.errors import UserError
 
@@ -39,9 +39,11 @@ def find(data: DataConfig) -> ImageFiles:
       f"dataset: {data.dataset!r} is not a folder; use folder:PATH with the path of a folder of images, its new path "
       "if it was moved"
     )
-  found = find_images(root, follow_links=data.follow_links)
+  basic = data.formats == "basic"
+  suffixes = images.BASIC_SUFFIXES if basic else images.SUFFIXES
+  found = find_images(root, follow_links=data.follow_links, suffixes=suffixes)
   if not found.files:
-    raise files.nothing_found(data, found.left_out, ", or use --follow_links" * found.has_links)
+    raise files.nothing_found(data, found.left_out, ", or use --follow_links" * found.has_links, suffixes=suffixes)
   paths = np.array([os.fsencode(file) for file in found.files])  # of a million, a worker process gets its copy at once
 
   def path(row: int) -> pathlib.Path:
@@ -53,9 +55,9 @@ def find(data: DataConfig) -> ImageFiles:
   def place(row: int) -> str:
     return str(path(row))
 
-  headers = files.read_headers(fetch, place, len(paths), skip=data.on_bad_record == "skip")
+  headers = files.read_headers(fetch, place, len(paths), skip=data.on_bad_record == "skip", grey_palettes=not basic)
   names = [_relative(file, root) for file in found.files]
-  told = files.remark(data.dataset, len(paths), found.left_out)
+  left_out = files.remark(data.dataset, len(paths), found.left_out)
   return ImageFiles(
     names=names,
     sizes=np.array([_size(file) for file in found.files]),
@@ -63,7 +65,7 @@ def find(data: DataConfig) -> ImageFiles:
     fetch=fetch,
     place=place,
     classes=lambda: labels.of_files(data.dataset, names, _dataset_json(root)),
-    remark=told + " (--follow_links follows links)" * (bool(told) and found.has_links),
+    remark=left_out + " (--follow_links follows links)" * (bool(left_out) and found.has_links),
   )
 
 
@@ -103,13 +105,16 @@ class Found(NamedTuple):
     return any(kind.startswith("link to") for kind in self.left_out)
 
 
-def find_images(root: pathlib.Path, *, follow_links: bool = False) -> Found:
+def find_images(
+  root: pathlib.Path, *, follow_links: bool = False, suffixes: Collection[str] = images.SUFFIXES
+) -> Found:
   """Image files below `root`, sorted by relative path: no hidden ones, and what links lead to only if it lies inside.
 
   Args:
     root: the folder.
     follow_links: take what links lead to, wherever it lies, under the path of the link. A folder is taken once, under
       its own path if it has one below `root`, else under the first link to it; so a link in a circle ends.
+    suffixes: by which an image is known, in lower case.
 
   Raises:
     UserError: a folder cannot be listed. Without its files the order would be another.
@@ -153,7 +158,7 @@ def find_images(root: pathlib.Path, *, follow_links: bool = False) -> Found:
           left_out["broken link" if file.is_symlink() else "special file"][""] += 1
         elif here == root and name == labels.DATASET_JSON:
           continue  # it may hold the labels
-        elif file.suffix.lower() not in files.SUFFIXES:
+        elif file.suffix.lower() not in suffixes:
           left_out["file of another format"][file.suffix.lower() or "no suffix"] += 1
         elif file.is_symlink() and not follow_links and not file.resolve().is_relative_to(inside):
           left_out["link to a file outside"][""] += 1

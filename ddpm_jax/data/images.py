@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import importlib.util
 import io
 import logging
 import os
@@ -11,12 +13,14 @@ import pathlib
 import re
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from ddpm_jax.config import DataConfig
 from ddpm_jax.errors import RunError, UserError
 
 # Nothing is wrong with a file when one of these is what keeps it from being opened.
@@ -36,7 +40,22 @@ _UPRIGHT = {
   7: Image.Transpose.TRANSVERSE,
   8: Image.Transpose.ROTATE_90,
 }
-_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+_ON_THE_SIDE = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))  # those that swap height and width
+_GREY_MODES = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"})
+# Tags of TIFF.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
+
+# Of HEIC Pillow knows nothing without the plugin.
+HEIC_SUFFIXES = frozenset({".heic", ".heif"})
+HEIC_PLUGIN = "pillow_heif"
+# Those of release 0.1, see `DataConfig.formats`.
+BASIC_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+# By which a source of files knows an image. What is in the file decides how it is decoded.
+SUFFIXES = (
+  BASIC_SUFFIXES
+  | {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"}
+  | (HEIC_SUFFIXES if importlib.util.find_spec(HEIC_PLUGIN) else frozenset())
+)
 
 
 class BadRecord(UserError):
@@ -59,70 +78,128 @@ def random_flip(key: jax.Array, image: jax.Array) -> jax.Array:
   return jnp.where(jax.random.bernoulli(key), image[:, ::-1, :], image)
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-  """The centre square of an image, `size` pixels wide.
+class Resizing(NamedTuple):
+  """How images come to one size; see the options of that name."""
 
-  The same as resizing the short side to `size` and cropping the centre, but in one step, so that a panorama is not
-  first resized as a whole. Pillow widens the bicubic kernel when it shrinks: no aliasing.
+  resize: str = "crop"
+  crop: str = "center"
+  resample: str = "bicubic"
+
+
+DEFAULT = Resizing()
+
+
+def resizing(data: DataConfig) -> Resizing:
+  """The one that the options name."""
+  return Resizing(data.resize, data.crop, data.resample)
+
+
+_FILTERS = {
+  "bicubic": Image.Resampling.BICUBIC,
+  "lanczos": Image.Resampling.LANCZOS,
+  "box": Image.Resampling.BOX,
+}
+
+
+def resized(image: Image.Image, size: tuple[int, int], how: Resizing = DEFAULT) -> Image.Image:
+  """An image of that size, or for random crops one that covers it and has its height or its width.
+
+  Pillow widens the kernel of each filter when it shrinks: no aliasing. The centre is cropped and resized in one step,
+  so that a panorama is not first resized as a whole.
 
   Args:
     image: an image of mode L or RGB.
     size: height and width of the result, in pixels.
+    how: in which way.
 
   Returns:
     The image itself if it has that size already.
   """
-  if image.size == (size, size):
+  height, width = size
+  if image.size == (width, height):
     return image
-  return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+  resample = _FILTERS[how.resample]
+  match how.resize, how.crop:
+    case "crop", "center":
+      return ImageOps.fit(image, (width, height), resample)
+    case "crop", "random":
+      tall = max(height, round(image.height * width / image.width))
+      wide = max(width, round(image.width * height / image.height))
+      return image.resize((wide, height) if image.width * height > image.height * width else (width, tall), resample)
+    case "squash", _:
+      return image.resize((width, height), resample)
+    case "pad", _:
+      return ImageOps.pad(image, (width, height), resample, color="white")
+    case _:
+      raise ValueError(f"unknown way of resizing {how}")
 
 
-def read_header(file: bytes | pathlib.Path, name: str) -> tuple[int, int, bool]:
-  """Height and width in pixels, as stored, and whether the image is grey. Reads no pixels.
+def read_header(file: bytes | pathlib.Path, name: str, *, grey_palettes: bool = True) -> tuple[int, int, bool]:
+  """Height and width in pixels, upright, and whether the image is grey. Reads no pixels.
 
   Args:
     file: the encoded image, or the path to it.
     name: what to call the image in an error.
+    grey_palettes: an image is grey, too, if its palette has nothing but greys.
 
   Raises:
-    BadRecord: the file cannot be read, is not an image, or has more pixels than Pillow accepts.
+    BadRecord: the file cannot be read, is no image that is decoded, or has more pixels than Pillow accepts.
   """
   with _opened(file, name) as image:
-    return image.height, image.width, image.mode in _GREY_MODES
+    height, width = image.height, image.width
+    if height != width and image.format != "TIFF" and _to_upright(image) in _ON_THE_SIDE:  # of a TIFF they are upright
+      height, width = width, height
+    return height, width, image.mode in _GREY_MODES or (grey_palettes and _has_grey_palette(image, name))
 
 
-def decode(file: bytes | pathlib.Path, channels: int, name: str, size: int = 0) -> np.ndarray:
+def decode(
+  file: bytes | pathlib.Path,
+  channels: int,
+  name: str,
+  size: tuple[int, int] | None = None,
+  how: Resizing = DEFAULT,
+) -> np.ndarray:
   """One encoded image as uint8 [H, W, channels].
 
   Turned upright as its EXIF (or XMP) orientation says, whatever else the metadata hold; transparency shows white;
-  16-bit grey is scaled to 8 bits.
+  grey of 9 to 16 bits is scaled to 8 bits; of an animation it is the first frame.
 
   Args:
     file: the encoded image, or the path to it.
     channels: 1 (grey) or 3 (RGB).
     name: what to call the image in an error.
-    size: resize and crop to this height and width in pixels (0: as it is).
+    size: height and width in pixels, see `resized` (None: as it is).
+    how: see `resized`.
 
   Raises:
-    BadRecord: the image is broken, or has more pixels than Pillow accepts (`PIL.Image.MAX_IMAGE_PIXELS`); those of a
-      larger one are never decoded.
+    BadRecord: the image is broken, has grey values whose range nothing says, of 32 bits, or more pixels than Pillow
+      accepts (`PIL.Image.MAX_IMAGE_PIXELS`); those of a larger one are never decoded.
     RunError: this process has no file handle or memory left to open it.
   """
   with _opened(file, name) as image, _pillow(name, "is broken"):
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+      # Else Pillow maps the file, of one that lies on its side with height and width in each other's place.
+      image.filename = ""
     image.load()  # which turns a TIFF itself, and takes its orientation away
     upright = _to_upright(image)
     pixels = _to_8_bits(image, "L" if channels == 1 else "RGB")
     if upright is not None:
       pixels = pixels.transpose(upright)
-    if size:
-      pixels = resize_and_crop(pixels, size)
+    if size is not None:
+      pixels = resized(pixels, size, how)
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
 
 
 def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
   """Opens an image and reads its header. Raises BadRecord, RunError."""
   with _pillow(name, "is not an image that Pillow can read"):
-    image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+    content = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+      image = Image.open(content)
+    except UnidentifiedImageError:
+      if not _register_heic():
+        raise
+      image = Image.open(content)
   refusal = None
   # Between one and two times the limit Pillow only warns.
   if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -130,17 +207,40 @@ def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
     refusal = BadRecord(f"{name} is too large ({reason})", "resize or remove it")
   elif image.format == "EPS":  # a program in PostScript, which Pillow would have Ghostscript run
     refusal = BadRecord(f"{name} is EPS, which is not decoded", "convert or remove it")
+  elif image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):  # of these two it is 16 bits
+    refusal = BadRecord(f"{name} has 32-bit or signed grey values, of no known range", "convert it to 8 or 16 bits")
   if refusal:
     image.close()
     raise refusal
   return image
 
 
+@functools.cache
+def _register_heic() -> bool:
+  """Teaches Pillow HEIC, once. Returns False if the plugin is not installed."""
+  if importlib.util.find_spec(HEIC_PLUGIN) is None:
+    return False
+  importlib.import_module(HEIC_PLUGIN).register_heif_opener()
+  return True
+
+
+def _has_grey_palette(image: Image.Image, name: str) -> bool:
+  """True for an image with a palette, of which no colour is anything but grey. Reads no pixels. Raises BadRecord."""
+  if image.mode not in ("P", "PA") or image.palette is None:
+    return False
+  with _pillow(name, "is broken"):
+    alone = Image.new("P", (1, 1))
+    alone.putpalette(image.palette)  # which Pillow unpacks from the order that the format has
+    colours = np.array(alone.getpalette("RGB"), np.uint8).reshape(-1, 3)
+  return bool((colours == colours[:, :1]).all())
+
+
 def _to_upright(image: Image.Image) -> Image.Transpose | None:
   """The transpose that turns an image upright; None where its EXIF block cannot be read: the pixels may be sound."""
   try:
     with _pillow("EXIF block", "is broken"):
-      return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+      # `image.getexif` would read the pixels of a PNG whose block may lie behind them.
+      return _UPRIGHT.get(Image.Image.getexif(image).get(_ORIENTATION, 1))
   except BadRecord:
     return None
 
@@ -193,9 +293,13 @@ def _reason(error: BaseException) -> str:
 
 def _to_8_bits(image: Image.Image, mode: str) -> Image.Image:
   """The image in mode L or RGB, on white where it is transparent."""
-  if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255 instead of scaling
-    values = np.asarray(image).astype(np.int64).clip(0, 65535)
-    grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+  if image.mode.startswith("I"):  # 9 to 16 bits, which Pillow's own conversion clips at 255 instead of scaling
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    white = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1  # Pillow unpacks 12 bits, but does not scale them
+    values = np.asarray(image).astype(np.int64).clip(0, white)
+    grey = ((values * 255 + white // 2) // white).astype(np.uint8)
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # which Pillow heeds up to 8 bits
+      grey = 255 - grey
     if isinstance(image.info.get("transparency"), int):
       grey[values == image.info["transparency"]] = 255
     return Image.fromarray(grey).convert(mode)

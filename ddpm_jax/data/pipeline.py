@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 import grain
 import numpy as np
 
+from ddpm_jax.data import crops
 from ddpm_jax.data.encoded import DecodedRows, NoLabels, RemoteReader
 from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
@@ -100,7 +101,8 @@ def batches(
   """
   share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
   remote = source.remote if workers else None
-  dataset = _dataset(remote.read if remote else source.read, len(source), **share)[start_step:]
+  read = remote.read if remote else source.read
+  dataset = _dataset(read, len(source), random_crop=source.random_crop, **share)[start_step:]
   classes = None
   if labels:
     if source.labels is None:
@@ -110,29 +112,37 @@ def batches(
 
 
 def _dataset(
-  read: Callable[[np.ndarray], DecodedRows],
+  read: Callable[..., DecodedRows],
   length: int,
   *,
   batch_size: int,
   seed: int,
   process_index: int,
   process_count: int,
+  random_crop: bool,
 ) -> grain.MapDataset:
   """Each element: one process's share of a batch, and the bad images that are still to be reported."""
   share = batch_size // process_count
   index = process_index * share + np.arange(share, dtype=np.int32)
 
-  def load(indices: np.ndarray) -> tuple[Batch, Sequence[tuple[int, str]]]:
+  def load(indices: np.ndarray, *places: np.ndarray) -> tuple[Batch, Sequence[tuple[int, str]]]:
     try:
-      rows = read(indices)
+      rows = read(indices, *places)
     except StopIteration as error:  # as it is, it would pass for the end of the data, or of one worker's part
       raise RuntimeError("reading images raised StopIteration") from error
     record = (indices if rows.record is None else rows.record).astype(np.int32)
     return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced, "record": record}, rows.skipped
 
-  return order(length, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count).map(
-    load
-  )
+  rows = order(length, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
+  if not random_crop:
+    return rows.map(load)
+
+  def load_cropped(step: int) -> tuple[Batch, Sequence[tuple[int, str]]]:
+    indices = rows[step]
+    assert indices is not None  # only a filtered dataset has gaps
+    return load(indices, crops.random_places(seed, step, index))
+
+  return grain.MapDataset.range(_WITHOUT_END).map(load_cropped)
 
 
 def _yield_batches(

@@ -37,8 +37,8 @@ def open_prepared(data: DataConfig) -> EncodedImages:
   """The images of a TFDS data set: those of its first image feature. Prepares the data set if need be.
 
   Raises:
-    UserError: no such data set, configuration, version or split; no images in it; images of different sizes, or not
-      square, where `data.image_size` is 0; or the data set cannot be prepared.
+    UserError: no such data set, configuration, version or split; no images in it; images of different sizes where
+      `data.image_size` is 0; or the data set cannot be prepared.
   """
   builder = _prepared_builder(data)
   feature_name, (height, width, channels) = _image_feature(data, builder)
@@ -51,7 +51,7 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     name=data.dataset,
     length=len(records),
     shape=(*size, _decoded_channels(channels)),
-    resize=data.image_size > 0,
+    resize=bool(data.image_size),
     identity=f"{builder.info.full_name} {data.split}",
     listing=listing(builder.info.full_name, data.split, shards),
     fetch=_fetch(records, feature_name, bytes, label, remedy),
@@ -72,8 +72,7 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
   """(H, W, C) of the decoded images, as the builder describes them: the data set need not be prepared.
 
   Raises:
-    UserError: no such data set, no images in it; images of different sizes, or not square, where `data.image_size` is
-      0.
+    UserError: no such data set, no images in it; images of different sizes where `data.image_size` is 0.
   """
   _, (height, width, channels) = _image_feature(data, make_builder(data))
   return (*decoded_size(data.dataset, (height, width), data.image_size), _decoded_channels(channels))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import files, index, labels
+from ddpm_jax.data import files, images, index, labels
 from ddpm_jax.data.encoded import Labels
 from ddpm_jax.data.files import File, ImageFiles, Reader, Scanned
 from ddpm_jax.data.names import Names
@@ -150,7 +150,7 @@ def _scan(data: DataConfig, paths: list[str]) -> Scanned:
       last = f"the last whole example is {examples[-1].key}" if examples else "it has no whole example"
       cut.append(f"{path} {problem}; {last}")
     for example in examples:
-      pictures = [member for extension, member in example.files.items() if f".{extension}" in files.SUFFIXES]
+      pictures = [member for extension, member in example.files.items() if f".{extension}" in images.SUFFIXES]
       if len(pictures) > 1:
         raise UserError(
           f"dataset: example {example.key} of {path} has two images, {pictures[0].name} and {pictures[1].name}; pack "

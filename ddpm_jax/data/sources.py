@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ddpm_jax.config import DataConfig, own_images
-from ddpm_jax.data import digits, files, fingerprint, folder, parquet, prepared, shards, zips
+from ddpm_jax.config import DataConfig, height_and_width, own_images
+from ddpm_jax.data import digits, files, fingerprint, folder, images, parquet, prepared, shards, zips
 from ddpm_jax.data.encoded import (
   DecodedRows,
   EncodedImages,
@@ -67,29 +67,32 @@ class Source:
     length: number of images, at least 1.
     read: images uint8 [len(indices), H, W, C], and which of them stand for one that is bad, for an int array of indices
       in 0..length-1, repeats allowed. May be called from several threads. Raises UserError for an image that cannot be
-      decoded, unless the source was opened with `on_bad_record=skip`.
+      decoded, unless the source was opened with `on_bad_record=skip`. With `random_crop` it takes a second argument,
+      float64 [len(indices)] in [0, 1), where the crop of each lies, see `crops`; without that it crops the centre.
     fingerprint: what must stay when a run is resumed, see `fingerprint.take`.
     remote: reads the same in another process; None where the images are in memory, which would be copied.
     labels: reads the class of each image, int32 [length] in 0..K-1; what stands for a bad record's is that of the next
       good one, and no class of the image. Not called, it costs nothing. Raises UserError if the images have no classes,
       or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
     known_classes: what is known of them without reading records. Raises nothing.
+    random_crop: whether each batch of the training chooses other parts of the images.
   """
 
   name: str
   image_shape: tuple[int, int, int]
   length: int
-  read: Callable[[np.ndarray], DecodedRows]
+  read: Callable[..., DecodedRows]
   fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
   labels: Callable[[], np.ndarray] | None = None
   remote: RemoteReader | None = None
   known_classes: Callable[[], KnownClasses] = KnownClasses
+  random_crop: bool = False
 
   def __len__(self) -> int:
     return self.length
 
 
-def open_source(data: DataConfig) -> Source:
+def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda height, width: None) -> Source:
   """Opens `data.dataset`, which is prepared first if need be.
 
   A data set whose decoded images take at most `data.cache_gib` GiB is decoded here, once, into one array. TensorFlow is
@@ -99,24 +102,29 @@ def open_source(data: DataConfig) -> Source:
   With `data.on_bad_record=skip` the place of a bad image is taken by the next one that is not, so that the order of all
   others stays. That is a function of the data and the index: the same on any number of processes and after a resume.
 
+  Args:
+    data: says which.
+    accept: called with the height and width of the images before anything is prepared or decoded; raises if they are
+      not to be used.
+
   Raises:
-    UserError: no such data set, split, file, folder or class; no images in it; images that differ in size, or are not
-      square, where `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data
-      set that cannot be prepared.
+    UserError: no such data set, split, file, folder or class; no images in it; images that differ in size where
+      `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
+      cannot be prepared.
   """
-  encoded = _open(data)
+  encoded = _open(data, accept)
+  accept(*encoded.shape[:2])
   if data.only:
     encoded = select(encoded, data.only)
-  gib = encoded.length * math.prod(encoded.shape) / 2**30
-  remarks = [encoded.remark] if encoded.remark else []
-  if gib > data.cache_gib > 0:
-    remarks.append(f"{encoded.name} is read from disk again and again: {gib:.3g} GiB, --cache_gib={data.cache_gib:g}")
-  if jax.process_index() == 0:
-    for remark in remarks:
-      console.note(remark)
-  skip = data.on_bad_record == "skip"
-  if gib <= data.cache_gib:
-    cached = decode_all(encoded, skip=skip)
+  encoded = dataclasses.replace(encoded, how=images.resizing(data))
+  if encoded.remark:
+    _note(encoded.remark)
+  skip, gib = data.on_bad_record == "skip", encoded.length * math.prod(encoded.shape) / 2**30
+  cached = decode_all(encoded, skip=skip, most=data.cache_gib * 2**30) if gib <= data.cache_gib else None
+  if cached is None and data.cache_gib:
+    size = f"{gib:.3g} GiB" + ", more before it is cropped" * encoded.random_crop
+    _note(f"{encoded.name} is read from disk again and again: {size}, --cache_gib={data.cache_gib:g}")
+  if cached is not None:
     read, everything, remote = cached.take, cached.images, None
   else:
     reporter = SkipReporter()
@@ -132,14 +140,23 @@ def open_source(data: DataConfig) -> Source:
     labels=labels and (lambda: labels().classes),
     remote=remote,
     known_classes=functools.cache(functools.partial(_known_classes, encoded.name, labels, encoded.class_names)),
+    random_crop=encoded.random_crop,
   )
 
 
-def _open(data: DataConfig) -> EncodedImages:
-  """The images of `data.dataset` and `data.split`. Raises UserError."""
+def _note(remark: str) -> None:
+  if jax.process_index() == 0:
+    console.note(remark)
+
+
+def _open(data: DataConfig, accept: Callable[[int, int], None] = lambda height, width: None) -> EncodedImages:
+  """The images of `data.dataset` and `data.split`; `accept`: see `open_source`. Raises UserError."""
   if own := own_images(data.dataset):
     return files.open_files(data, _KINDS[own[0]].find(data))
-  return digits.open_digits(data) if digits.is_digits(data) else prepared.open_prepared(data)
+  if digits.is_digits(data):
+    return digits.open_digits(data)
+  accept(*prepared.image_shape(data)[:2])
+  return prepared.open_prepared(data)
 
 
 def _known_classes(name: str, labels: Callable[[], Labels] | None, class_names: tuple[str, ...] | None) -> KnownClasses:
@@ -151,8 +168,7 @@ def _known_classes(name: str, labels: Callable[[], Labels] | None, class_names: 
   except NoLabels:
     return KnownClasses()
   except UserError as error:
-    if jax.process_index() == 0:
-      console.note(f"the labels of {name} are not used: {error}")
+    _note(f"the labels of {name} are not used: {error}")
     return KnownClasses()
   return KnownClasses(names, fingerprint.of_classes(classes))
 
@@ -172,7 +188,7 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
     return prepared.image_shape(data)
   if _KINDS[own[0]].exists(data) or not data.image_size:
     return _open(data).shape
-  return (data.image_size, data.image_size, 3)
+  return (*height_and_width(data.image_size), 3)
 
 
 def has_split(data: DataConfig, split: str) -> bool:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from ddpm_jax.config import AUTO_ATTENTION, ModelConfig
+from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, image_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
@@ -26,33 +26,37 @@ def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfi
   """The network with what it leaves to the size of the images [H, W, C]: where attention is.
 
   Attention costs the square of the number of pixels, so by default it is at the lowest level alone, and only there if
-  that has at most 16 rows, as in Ho et al. (2020).
+  that has at most 16 x 16 of them, as in Ho et al. (2020).
   """
   if config.attention_resolutions != AUTO_ATTENTION:
     return config
-  lowest = image_shape[0] // 2 ** (len(config.channel_multipliers) - 1)
-  return dataclasses.replace(config, attention_resolutions=(lowest,) if 1 <= lowest <= 16 else ())
+  height, width = (size // 2 ** (len(config.channel_multipliers) - 1) for size in image_shape[:2])
+  return dataclasses.replace(config, attention_resolutions=(height,) if 1 <= height * width <= 16 * 16 else ())
+
+
+def check_size(config: ModelConfig, height: int, width: int) -> None:
+  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can."""
+  levels = len(config.channel_multipliers)
+  factor = 2 ** (levels - 1)
+  if height % factor or width % factor:
+    heights, widths = ([n * factor for n in (size // factor, -(-size // factor))] for size in (height, width))
+    nearest = [image_size(*sides) for sides in zip(heights, widths, strict=True) if all(sides)]
+    raise UserError(
+      f"image_size: {image_size(height, width)} is not divisible by {factor}, as the {levels} levels of "
+      f"channel_multipliers need; use --image_size={' or '.join(map(str, nearest))}, or fewer levels"
+    )
 
 
 def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
   """The U-Net for images of that shape [H, W, C].
 
   Raises:
-    UserError: if the levels do not divide the image size, or an attention resolution is never reached.
+    UserError: see `check_size`, or an attention resolution is never reached.
   """
   height, width, channels = image_shape
-  levels = len(config.channel_multipliers)
-  factor = 2 ** (levels - 1)
-  for size in (height, width):
-    if size % factor:
-      below, above = size // factor * factor, (size // factor + 1) * factor
-      nearest = f"{below} or {above}" if below else f"{above}"
-      raise UserError(
-        f"image_size: {size} is not divisible by {factor}, as the {levels} levels of channel_multipliers need; use "
-        f"--image_size={nearest}, or fewer levels"
-      )
+  check_size(config, height, width)
   config = fitted(config, image_shape)
-  resolutions = [height // 2**level for level in range(levels)]
+  resolutions = [height // 2**level for level in range(len(config.channel_multipliers))]
   for resolution in config.attention_resolutions:
     if resolution not in resolutions:
       raise UserError(

@@ -16,8 +16,8 @@ from ddpm_jax.report.page import Cell, Table, measures_table, write_page
 from ddpm_jax.workdir.metrics import training_seconds
 
 # Settings without which a loss is of something else.
-_OF_LOSS = ("dataset", "split", "image_size", "num_timesteps", "beta_schedule", "beta_start", "beta_end")
-_OF_LOSS += ("prediction", "loss", "loss_weighting")
+_OF_LOSS = ("dataset", "split", "image_size", "resize", "crop", "resample")
+_OF_LOSS += ("num_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction", "loss", "loss_weighting")
 _Runs = dict[str, RunFiles]  # by what the page calls them
 
 

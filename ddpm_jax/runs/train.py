@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -28,7 +29,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
-from ddpm_jax.models.build import TrainableNetwork, fitted
+from ddpm_jax.models.build import TrainableNetwork, check_size, fitted
 from ddpm_jax.runs import earlier, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview
@@ -161,7 +162,8 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
-  source = own.source or open_source(config.data)
+  accept = functools.partial(check_size, config.model)
+  source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
   run = build_run(config, source.image_shape, mesh, own.network)
   run = run._replace(objective=own.objective(run) if own.objective else None)

@@ -22,7 +22,7 @@ def given_images(
 ) -> np.ndarray:
   """`number` images uint8 [number, H, W, C] of the shape that the model has, from `--input_images` or the data set.
 
-  Files are resized and cropped like those of a data set where the run has `image_size`; else they must fit.
+  Files are resized like those of a data set where the run has `image_size`, to their centres; else they must fit.
 
   Args:
     config: of the run.
@@ -55,9 +55,9 @@ def given_images(
     raise UserError(
       f"num_samples: {number} images are needed, input_images={path} has {len(files)}; lower --num_samples"
     )
-  found = [
-    images.decode(file, image_shape[-1], f"input_images: {file}", config.data.image_size) for file in files[:number]
-  ]
+  size = image_shape[:2] if config.data.image_size else None
+  how = images.resizing(config.data)._replace(crop="center")
+  found = [images.decode(file, image_shape[-1], f"input_images: {file}", size, how) for file in files[:number]]
   for file, image in zip(files, found, strict=False):
     if image.shape != image_shape:
       raise UserError(

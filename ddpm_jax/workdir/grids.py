@@ -33,7 +33,7 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   number, height, width, channels = images.shape
   columns = columns or math.ceil(math.sqrt(number))
   rows = math.ceil(number / columns)
-  scale = max(1, _TILE // height)
+  scale = max(1, _TILE // max(height, width))
   images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
   if channels == 1:
     images = np.repeat(images, 3, axis=3)

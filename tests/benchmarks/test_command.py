@@ -82,6 +82,7 @@ def test_the_shape_of_the_images():
   assert shape(dataset="cifar10") == (32, 32, 3)
   assert shape(dataset="mnist:3.0.1", image_size=32) == (32, 32, 1)
   assert shape(dataset="folder:x", image_size=64) == (64, 64, 3)
+  assert shape(dataset="folder:x", image_size="48x64") == (48, 64, 3)
   assert shape((4, 4, 2), dataset="folder:x") == (4, 4, 2)
   with pytest.raises(UserError, match="give --image_shape=H,W,C"):
     shape(dataset="folder:x")

@@ -11,6 +11,7 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
+from ddpm_jax.config.text import WITHOUT_THE_OPTION
 from ddpm_jax.errors import UserError
 
 PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
@@ -85,7 +86,10 @@ OTHER = {
   "data_dir": "/data/tfds",
   "manual_dir": "/data/manual",
   "follow_links": True,
-  "image_size": 32,
+  "formats": "basic",
+  "image_size": "48x64",
+  "resize": "pad",
+  "resample": "lanczos",
   "batch_size": 64,
   "random_flip": True,
   "cache_gib": 0.1,
@@ -186,6 +190,7 @@ OTHER_TASKS = [
   | {"sample_png_dir": "/data/png out"},
   {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
   OTHER | {"write_reference": "/data/out of it.npz"},
+  {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
 ]
 
 
@@ -297,6 +302,7 @@ def test_words_of_a_list_are_checked():
 # Options that contradict each other: field, value, the other field or what to do.
 
 
+_OF_SIZE = (("resize", "squash"), ("crop", "random"), ("resample", "box"))
 CONTRADICTIONS = [
   ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
   ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
@@ -345,6 +351,11 @@ CONTRADICTIONS = [
   ({"features": "inception"}, ("inception_weights", "missing", "--features=auto")),
   ({"inception_weights": "x"}, ("inception_weights", "features=auto", "--features=inception")),
   ({"inception_resize": "clean"}, ("inception_resize", "features=auto", "--features=inception")),
+  *(({"image_size": text}, ("image_size", repr(text), "no size", "48x64")) for text in ("", "a", "48", "0x8", "8x")),
+  *(({name: value}, (name, value, "image_size=0", "--image_size")) for name, value in _OF_SIZE),
+  ({"image_size": 8, "resize": "pad", "crop": "random"}, ("crop", "random", "resize=pad", "--resize=crop")),
+  ({"image_size": "64x64"}, ("image_size", "'64x64' is a square", "write 64")),
+  ({"image_size": (48, 64)}, ("image_size", "(48, 64)", "not of its type")),
   ({"writers": "tensorbord"}, ("writers", "'tensorbord' is unknown", "package.module:Class")),
   ({"writers": "my.package:"}, ("writers", "'my.package:' is unknown")),
   ({"writers": "wandb,wandb"}, ("writers", "wandb,wandb names one twice")),
@@ -390,6 +401,7 @@ ALLOWED = [
   {"sample_task": "progressive", "sampler": "heun"},
   {"sample_task": "slerp", "sampler": "dpmpp"},
   {"threshold": "dynamic", "threshold_quantile": 1.0},
+  {"image_size": "1x2"},
   {"checkpoint": "0"},
   {"checkpoint": "4000"},
   {"num_timesteps": 50, "bound_timesteps": 100, "ode_steps": 100},
@@ -436,8 +448,9 @@ def test_unknown_key_is_refused():
 
 
 def test_a_key_is_known_by_its_name_whatever_its_section():
-  assert config_lib.from_json('{"data": {"dropout": 0.2}}') == config_lib.override(Config(), {"dropout": 0.2})
-  assert config_lib.from_json("{}") == Config()
+  without = config_lib.override(Config(), WITHOUT_THE_OPTION)
+  assert config_lib.from_json('{"data": {"dropout": 0.2}}') == config_lib.override(without, {"dropout": 0.2})
+  assert config_lib.from_json("{}") == without
 
 
 def test_a_later_format_is_refused():
@@ -505,7 +518,15 @@ def test_override_refuses_a_name_that_is_no_option():
 MAY_CHANGE = {
   *("data_dir", "manual_dir", "follow_links", "cache_gib", "data_threads", "data_workers", "variance", "remat"),
   *("num_steps", "parallel", "grad_accum_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints"),
-  *("on_bad_record", "allow_data_change", "max_unsaved_steps", "on_corrupt", "on_nonfinite", "max_nonfinite"),
+  *(
+    "formats",
+    "on_bad_record",
+    "allow_data_change",
+    "max_unsaved_steps",
+    "on_corrupt",
+    "on_nonfinite",
+    "max_nonfinite",
+  ),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),

@@ -104,7 +104,7 @@ def outcome(file: pathlib.Path) -> str:
     try:
       if isinstance(source, pathlib.Path):
         images.read_header(source, "this")
-      pixels = images.decode(source, 3, "this", size=8)
+      pixels = images.decode(source, 3, "this", size=(8, 8))
       ends.append("decoded" if pixels.shape == (8, 8, 3) and pixels.dtype == np.uint8 else f"{pixels.shape}")
     except images.BadRecord as error:
       ends.append("named" if str(error).startswith("dataset: this ") and "\n" not in str(error) else str(error))

@@ -1,13 +1,16 @@
 """folder:PATH, with files written by Pillow."""
 
+import importlib.machinery
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import files, folder, labels, sources
+from ddpm_jax.data import files, folder, images, labels, sources
 from ddpm_jax.errors import UserError
 
 
@@ -69,11 +72,95 @@ def test_hidden_files_and_links_that_lead_out_are_left_out(tmp_path):
   assert len(open_folder(root)) == 2  # x.png and inside.png
 
 
-@pytest.mark.parametrize(("modes", "channels"), [(["L", "1", "LA", "I;16"], 1), (["L", "RGB"], 3), (["L", "P"], 3)])
+@pytest.mark.parametrize(("modes", "channels"), [(["L", "1", "LA", "I;16"], 1), (["L", "RGB"], 3)])
 def test_grey_only_if_all_are(tmp_path, modes, channels):
   for number, mode in enumerate(modes):
     write(tmp_path / f"{number}.png", plain(0, mode=mode))
   assert open_folder(tmp_path).image_shape == (8, 8, channels)
+
+
+def paletted(*colours):
+  """An image of a column for each colour, repeated."""
+  image = Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(8, 0) % len(colours), "P")
+  image.putpalette([value for colour in colours for value in colour])
+  return image
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "bmp", "tif"])
+def test_a_palette_of_greys_is_grey(tmp_path, suffix):
+  """Each format has its own order of the numbers of a palette. In release 0.1 all palettes were colour."""
+  write(tmp_path / f"a.{suffix}", paletted((200, 200, 200), (7, 7, 7), (100, 100, 100)))
+  source = open_folder(tmp_path)
+  assert source.image_shape == (8, 8, 1)
+  assert read_all(source)[0, 3, :4, 0].tolist() == [200, 7, 100, 200]
+  write(tmp_path / f"b.{suffix}", paletted((200, 200, 200), (7, 7, 7), (100, 101, 100)))
+  source = open_folder(tmp_path)
+  assert source.image_shape == (8, 8, 3)
+  assert read_all(source)[:, 3, 2].tolist() == [[100, 100, 100], [100, 101, 100]]
+
+
+def test_a_run_of_release_0_1_goes_on_with_the_files_that_it_took(tmp_path, capsys):
+  write(tmp_path / "a.png", paletted((200, 200, 200), (7, 7, 7)))
+  write(tmp_path / "b.jpeg", plain(9, mode="L"))
+  before = open_folder(tmp_path, formats="basic")
+  write(tmp_path / "c.bmp", plain("red"))
+  assert (before.image_shape, len(before)) == ((8, 8, 3), 2)
+  assert open_folder(tmp_path, formats="basic").fingerprint == before.fingerprint
+  assert "left out: 1 file of another format (.bmp 1)" in capsys.readouterr().err
+  assert len(open_folder(tmp_path)) == 3
+
+
+def test_every_suffix_that_is_taken_is_decoded(tmp_path):
+  grey = ("pgm", "pbm")
+  kinds = {"jfif": "JPEG", "jp2": "JPEG2000", "pnm": "PPM", "pbm": "PPM", "pgm": "PPM"}
+  suffixes = sorted(suffix.removeprefix(".") for suffix in images.SUFFIXES - images.HEIC_SUFFIXES)
+  for suffix in suffixes:
+    image = plain(255, mode="1" if suffix == "pbm" else "L") if suffix in grey else plain((200, 100, 50))
+    write(tmp_path / f"x.{suffix}", image, **({"format": kinds[suffix]} if suffix in kinds else {}))
+  source = open_folder(tmp_path)
+  assert len(source) == len(suffixes) == 15
+  for suffix, pixel in zip(suffixes, read_all(source)[:, 4, 4].astype(int), strict=True):
+    assert np.abs(pixel - ([255] * 3 if suffix in grey else [200, 100, 50])).max() <= 3, suffix
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+  for suffix in ("gif", "webp", "png"):
+    later = [plain("blue"), plain("red")]
+    write(tmp_path / f"a.{suffix}", plain((0, 255, 0)), save_all=True, append_images=later, duration=100)
+  assert (np.abs(read_all(open_folder(tmp_path))[:, 0, 0].astype(int) - [0, 255, 0]) <= 3).all()
+
+
+def test_heic_is_left_out_until_its_plugin_is_there(tmp_path, capsys, monkeypatch):
+  """A plugin in the place of the real one reads its own kind of file, and is asked once it is needed."""
+  write(tmp_path / "a.png", plain(3, mode="L"))
+  (tmp_path / "b.heic").write_bytes(b"heic: 7")
+  monkeypatch.setattr(images, "SUFFIXES", images.SUFFIXES - images.HEIC_SUFFIXES)
+  assert len(open_folder(tmp_path)) == 1
+  told = "left out: 1 file of another format (.heic 1; pip install 'ddpm_jax[heic]' to read HEIC)\n"
+  assert capsys.readouterr().err.endswith(told)
+
+  class Plugin(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+      self._mode, self._size = "L", (8, 8)
+      self.tile = []
+
+    def load(self):
+      self.im = Image.new("L", (8, 8), 7).im
+
+  module = types.ModuleType(images.HEIC_PLUGIN)
+  module.__spec__ = importlib.machinery.ModuleSpec(images.HEIC_PLUGIN, None)
+  module.register_heif_opener = lambda: Image.register_open("HEIF", Plugin, lambda head: head.startswith(b"heic"))
+  monkeypatch.setitem(sys.modules, images.HEIC_PLUGIN, module)
+  monkeypatch.setattr(images, "SUFFIXES", images.SUFFIXES | images.HEIC_SUFFIXES)
+  monkeypatch.setattr(Image, "OPEN", dict(Image.OPEN))
+  monkeypatch.setattr(Image, "ID", list(Image.ID))
+  images._register_heic.cache_clear()
+  try:
+    assert read_all(open_folder(tmp_path))[:, 0, 0, 0].tolist() == [3, 7]
+  finally:
+    images._register_heic.cache_clear()
 
 
 def test_16_bit_grey_and_transparency(tmp_path):
@@ -91,17 +178,32 @@ def test_mixed_sizes_need_image_size(tmp_path):
   np.testing.assert_array_equal(read_all(source)[:, 2, 2], [[255, 0, 0], [0, 0, 255]])
 
 
-def test_one_size_that_is_not_square_needs_image_size(tmp_path):
+def test_images_of_one_size_need_no_image_size_also_where_they_are_no_squares(tmp_path):
   write(tmp_path / "a.png", plain("red", (20, 10)))
-  refuse(tmp_path, "10 x 20, not square; set --image_size")
+  write(tmp_path / "b.png", plain("blue", (20, 10)))
+  source = open_folder(tmp_path)
+  assert source.image_shape == (10, 20, 3)
+  np.testing.assert_array_equal(read_all(source)[:, 9, 19], [[255, 0, 0], [0, 0, 255]])
+  assert open_folder(tmp_path, image_size="4x6").image_shape == (4, 6, 3)
 
 
-def test_exif_orientation(tmp_path):
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+  """All have one size once they are upright, whatever their size is as stored; TIFF tells the upright one itself."""
   exif = Image.Exif()
-  exif[0x0112] = 3
-  stored = np.arange(64, dtype=np.uint8).reshape(8, 8)
-  write(tmp_path / "a.png", Image.fromarray(stored), exif=exif)
-  np.testing.assert_array_equal(read_all(open_folder(tmp_path))[0, ..., 0], stored[::-1, ::-1])
+  exif[0x0112] = orientation
+  upright = np.arange(96, dtype=np.uint8).reshape(8, 12)
+  stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T}
+  stored |= {6: np.rot90(upright), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1)}
+  image = Image.fromarray(stored[orientation])
+  write(tmp_path / "a.png", image, exif=exif)
+  write(tmp_path / "b.webp", image.convert("RGB"), exif=exif, lossless=True)
+  write(tmp_path / "c.jpg", image, exif=exif, format="TIFF")
+  write(tmp_path / "d.png", Image.fromarray(upright))
+  source = open_folder(tmp_path)
+  assert source.image_shape == (8, 12, 3)
+  for image in read_all(source):
+    np.testing.assert_array_equal(image, np.repeat(upright[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", "half"])
@@ -324,7 +426,7 @@ def test_what_is_left_out_is_told_by_kind(tmp_path, capsys):
   (root / "inside.png").symlink_to("0.png")
   (root / "more").symlink_to(outside)
   (root / "broken.png").symlink_to("nowhere")
-  for name in ("a.bmp", "b.BMP", "c.jfif", "notes", ".DS_Store", ".hidden/x.png"):
+  for name in ("a.psd", "b.PSD", "c.tga", "notes", ".DS_Store", ".hidden/x.png"):
     (root / name).parent.mkdir(exist_ok=True)
     (root / name).write_bytes(b"")
   os.mkfifo(root / "pipe.png")
@@ -332,7 +434,7 @@ def test_what_is_left_out_is_told_by_kind(tmp_path, capsys):
   captured = capsys.readouterr()
   assert captured.out == ""
   assert captured.err == (
-    f"folder:{root}: 4 images; left out: 4 files of other formats (.bmp 2, .jfif 1, no suffix 1), 1 hidden file, 1 "
+    f"folder:{root}: 4 images; left out: 4 files of other formats (.psd 2, .tga 1, no suffix 1), 1 hidden file, 1 "
     "hidden folder, 1 special file, 1 broken link, 3 links to files outside, 1 link to a folder (--follow_links "
     "follows links)\n"
   )

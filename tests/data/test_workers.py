@@ -62,7 +62,10 @@ def take(source, count, **options):
 
 
 def test_the_batches_are_those_of_threads(folder):
-  source = open_folder(folder)
+  for index in range(N):  # also where each step takes other parts of the images
+    pixels = np.arange(9, dtype=np.uint8)[None].repeat(3, 0) + 10 * index
+    Image.fromarray(pixels.T if index % 2 else pixels).save(folder / f"{index:02d}.png")
+  source = open_folder(folder, image_size=3, crop="random")
   expected = take(source, 14)
   for count, start, share in ((1, 0, {}), (2, 7, {}), (3, 5, {"process_index": 1, "process_count": 2})):
     found = take(source, 14 - start, start_step=start, workers=count, **share)

@@ -386,14 +386,17 @@ def test_what_remat_keeps():
 @pytest.mark.parametrize(
   ("size", "multipliers", "message"),
   [
-    (28, (1, 2, 2, 2), "image_size: 28 is not divisible by 8.*--image_size=24 or 32"),
-    (3, (1, 2, 2), "image_size: 3 is not divisible by 4.*--image_size=4"),
+    ((28, 28), (1, 2, 2, 2), "image_size: 28 is not divisible by 8.*--image_size=24 or 32, or"),
+    ((3, 3), (1, 2, 2), "image_size: 3 is not divisible by 4.*--image_size=4, or"),
+    ((50, 66), (1, 2, 2, 2), "image_size: 50x66 is not divisible by 8.*--image_size=48x64 or 56x72, or"),
+    ((48, 66), (1, 2, 2, 2), "image_size: 48x66 is not divisible by 8.*--image_size=48x64 or 48x72, or"),
+    ((4, 66), (1, 2, 2, 2), "image_size: 4x66 is not divisible by 8.*--image_size=8x72, or"),
   ],
 )
 def test_sizes_that_the_levels_do_not_divide(size, multipliers, message):
   config = ModelConfig(channels=8, channel_multipliers=multipliers, attention_resolutions=())
   with pytest.raises(UserError, match=message):
-    build_model(config, (size, size, 1))
+    build_model(config, (*size, 1))
 
 
 def test_attention_resolutions_that_never_come_up():
@@ -402,11 +405,14 @@ def test_attention_resolutions_that_never_come_up():
 
 
 def test_attention_fits_the_images_by_default():
-  """At the lowest level, unless that has more than 16 rows."""
-  for size, multipliers, rows in ((8, (1, 2), (4,)), (64, (1, 2), ()), (64, (1, 2, 2), (16,)), (28, (1, 2, 2), (7,))):
+  """At the lowest level, unless that has more than 16 x 16 pixels."""
+  for height, width, multipliers, rows in (
+    *((8, 8, (1, 2), (4,)), (64, 64, (1, 2), ()), (64, 64, (1, 2, 2), (16,)), (28, 28, (1, 2, 2), (7,))),
+    *((8, 128, (1, 2), (4,)), (8, 130, (1, 2), ()), (128, 8, (1, 2), (64,))),
+  ):
     config = ModelConfig(channels=8, channel_multipliers=multipliers)
-    assert fitted(config, (size, size, 1)).attention_resolutions == rows
-    assert build_model(config, (size, size, 1)).attention_resolutions == rows
+    assert fitted(config, (height, width, 1)).attention_resolutions == rows
+    assert build_model(config, (height, width, 1)).attention_resolutions == rows
   own = ModelConfig(channels=8, channel_multipliers=(1, 2), attention_resolutions=())
   assert fitted(own, (8, 8, 1)) == own
 

@@ -19,7 +19,7 @@ def test_the_next_batch_is_on_the_devices_before_an_update_ends(tmp_path, monkey
 
   size: training steps in a call, whose batches come together.
   """
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise())
   news, placed, waited, late = threading.Condition(), [], set(), set()
   put, make = STRATEGIES[parallel].put_batches, train_lib.make_train_step
 

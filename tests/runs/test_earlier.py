@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("shared_programs")
 
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise())
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def short_and_long(shared_programs, tmp_path_factory):
   """Ten steps; twenty from the start."""
   folder = tmp_path_factory.mktemp("runs")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "open_source", lambda data: noise())
+    patch.setattr(train_lib, "open_source", lambda *_: noise())
     train(folder / "short", **OPTIONS, num_steps=10)
     train(folder / "long", **OPTIONS, num_steps=20)
   return folder / "short", folder / "long"

@@ -28,7 +28,7 @@ OPTIONS = LITTLE | dict(num_steps=12, checkpoint_every=12, log_every=4, steps_pe
 
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise())
 
 
 class Clock:
@@ -136,7 +136,7 @@ def plain(tmp_path_factory):
   """A run without grids."""
   workdir = tmp_path_factory.mktemp("plain") / "run"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "open_source", lambda data: noise())
+    patch.setattr(train_lib, "open_source", lambda *_: noise())
     train(workdir)
   return workdir
 
@@ -236,7 +236,7 @@ def every(tmp_path_factory):
   """The loss of each training step."""
   workdir = tmp_path_factory.mktemp("every") / "run"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "open_source", lambda data: noise())
+    patch.setattr(train_lib, "open_source", lambda *_: noise())
     train(workdir, log_every=1)
   return [line["loss"] for line in metrics(workdir)]
 

@@ -92,7 +92,7 @@ def small_parts():
     return made_once
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "open_source", lambda data: noise())
+    patch.setattr(train_lib, "open_source", lambda *_: noise())
     patch.setattr(evaluate_lib, "_features", summary_features)
     patch.setattr(evaluate_lib.likelihood, "bound", weighed)
     patch.setattr(drawn, "make_long_draw", once("draw", drawn.make_long_draw))
@@ -338,7 +338,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is_written(tmp_path, ch
 
 def test_no_labels_are_found_out_before_anything_is_written(tmp_path, monkeypatch):
   bare = Source("bare", IMAGE_SHAPE, 40, noise().read, {})
-  monkeypatch.setattr(train_lib, "open_source", lambda data: bare)
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: bare)
   with pytest.raises(UserError, match="features: 'classifier' needs labels, and bare has none"):
     train(tmp_path / "run", features="classifier")
   assert not (tmp_path / "run").exists()

@@ -111,6 +111,7 @@ def test_without_a_known_memory_there_is_no_search(here, compiled, capsys, monke
     ({"dataset": "cifar11"}, "dataset: 'cifar11' is unknown"),
     ({"dataset": "folder:nowhere"}, "dataset: 'folder:nowhere' is not a folder"),
     ({"channel_multipliers": (1, 1, 1, 1, 1)}, "image_size: 8 is not divisible by 16"),
+    ({"image_size": "7x8"}, "image_size: 7x8 is not divisible by 2.* use --image_size=6x8 or 8, or"),
   ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(here, capsys, monkeypatch, changes, message):
@@ -128,6 +129,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(here, cap
     ({"dataset": "mnist"}, (28, 28, 1)),
     ({"dataset": "lsun/bedroom", "image_size": 256}, (256, 256, 3)),
     ({"dataset": "folder:nowhere", "image_size": 64}, (64, 64, 3)),
+    ({"dataset": "folder:nowhere", "image_size": "48x64"}, (48, 64, 3)),
   ],
 )
 def test_the_shape_of_images_that_are_not_here(here, changes, shape):

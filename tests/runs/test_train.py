@@ -45,7 +45,7 @@ def noise(seed=0, replaced=()):
 
 @pytest.fixture(autouse=True)
 def noise_images(monkeypatch):
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise())
 
 
 def train(workdir, clock=lambda: 0.0, **changes):  # no grid because of the time
@@ -99,7 +99,7 @@ def uninterrupted(shared_programs, tmp_path_factory):
   """Eight training steps in one go, with grids."""
   workdir = tmp_path_factory.mktemp("whole") / "run"
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "open_source", lambda data: noise())
+    patch.setattr(train_lib, "open_source", lambda *_: noise())
     train(workdir, sample_every=6)
   return workdir
 
@@ -411,7 +411,7 @@ def test_the_count_of_a_row_survives_a_stop(tmp_path, monkeypatch):
 
 
 def test_replaced_images_are_counted(tmp_path, monkeypatch):
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise(replaced=(3, 17, 30)))
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise(replaced=(3, 17, 30)))
   train_little(tmp_path / "run", num_steps=5)
   rows = [np.isin(order(40, batch_size=16, seed=0)[step], (3, 17, 30)).sum() for step in range(5)]
   assert [line["bad_records"] for line in metrics(tmp_path / "run")] == list(np.cumsum(rows))
@@ -422,7 +422,7 @@ def test_replaced_images_are_counted(tmp_path, monkeypatch):
 
 def test_other_images_are_refused(tmp_path, monkeypatch, capsys):
   train_little(tmp_path / "run", num_steps=2)
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise(seed=1))
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise(seed=1))
   with pytest.raises(
     UserError, match=r"dataset: the images of noise have changed since checkpoint 2 .*: probe was 0000"
   ):
@@ -439,7 +439,7 @@ def test_another_order_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(shuffle, "KIND", "one place at a time")
   train_little(tmp_path / "run", num_steps=2)
   monkeypatch.undo()
-  monkeypatch.setattr(train_lib, "open_source", lambda data: noise())
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise())
   with pytest.raises(UserError, match=r"dataset: checkpoint 2 in .* shuffles the images in another order; go on with"):
     train_little(tmp_path / "run", num_steps=4)
 

@@ -116,16 +116,20 @@ STD = 0.3  # of the images that `quick` draws, around the first of `pictures`
 
 @pytest.fixture(scope="session")
 def perfect(tmp_path_factory) -> Weights:
-  """Weights of a network that compiles in a moment: eps_hat of images N(mean, STD^2), the mean being its weights."""
-  config = settings_of(tmp_path_factory.mktemp("perfect"))
-  run = build_run(config, IMAGE_SHAPE, make_mesh("pmap"))
+  """Weights of a network that compiles in a moment, for the images of `settings_of`."""
+  return perfect_for(settings_of(tmp_path_factory.mktemp("perfect")), IMAGE_SHAPE)
+
+
+def perfect_for(config: Config, image_shape: tuple[int, int, int]) -> Weights:
+  """Weights of a network with eps_hat of images N(mean, STD^2), the mean being its weights."""
+  run = build_run(config, image_shape, make_mesh("pmap"))
   schedule = run.schedule
 
   def network(params, xt, time, _cond):
     ab = at(schedule.alpha_bar, time + 1)[:, None, None, None]
     return jnp.sqrt(1 - ab) * (xt - jnp.sqrt(ab) * params["mean"][None]) / (ab * STD**2 + 1 - ab)
 
-  mean = pictures(1)[0] / np.float32(127.5) - 1
+  mean = pictures(1, image_shape)[0] / np.float32(127.5) - 1
   params = {"mean": jax.device_put(mean, run.mesh.replicated)}
   return Weights(run._replace(denoiser=Denoiser(network, PARAMETERIZATIONS["eps"])), params, 5, "ema", "0" * 64)
 

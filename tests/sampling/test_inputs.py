@@ -59,6 +59,8 @@ def test_files_become_what_the_model_draws(config, tmp_path):
   assert got.shape == (1, 8, 8, 1)
   assert np.abs(got[0].astype(int) - colour[0, ::2, 4:20:2, :1]).max() < 80  # the middle of it
   assert given_images(config(input_images=str(folder), image_size=8), (8, 8, 3), 1).shape == (1, 8, 8, 3)
+  got = given_images(config(input_images=str(folder), image_size="8x12"), (8, 12, 1), 1)  # all of it
+  assert np.abs(got[0].astype(int) - colour[0, ::2, ::2, :1]).max() < 80
 
 
 def test_the_file_that_does_not_fit_is_named(config, tmp_path):

@@ -33,10 +33,10 @@ def test_columns_can_be_named():
 
 @pytest.mark.parametrize(("size", "scale"), [(8, 8), (28, 2), (24, 2), (16, 4), (48, 1), (256, 1), (1, 64)])
 def test_small_images_are_enlarged_by_a_whole_factor(size, scale):
-  image = pictures(1, size, size, 3)
+  image = pictures(1, size // 2 or 1, size, 3)
   tile = grids.image_grid(image)[2:-2, 2:-2]
-  assert tile.shape == (size * scale, size * scale, 3)
-  for row, column in ((0, 0), (size - 1, 0), (size // 2, size - 1)):
+  assert tile.shape == ((size // 2 or 1) * scale, size * scale, 3)
+  for row, column in ((0, 0), ((size // 2 or 1) - 1, 0), (size // 4, size - 1)):
     block = tile[row * scale : (row + 1) * scale, column * scale : (column + 1) * scale]
     assert (block == image[0, row, column]).all()
 

@@ -62,7 +62,7 @@ def open_digits(data: DataConfig) -> EncodedImages:
     name=data.dataset,
     length=len(rows),
     shape=shape,
-    resize=data.image_size > 0,
+    resize=bool(data.image_size),
     identity=f"{_FULL_NAME} {data.split}",
     listing=prepared.listing(_FULL_NAME, data.split, shards),
     fetch=functools.partial(_fetch, pixels[rows]),
