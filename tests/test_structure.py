@@ -169,7 +169,8 @@ def test_what_nothing_imports():
   names = ("tensorflow", "torch", "benchmarks", "experiments", "tests", "utils")
   unpickle = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
   unpack = ("tarfile", "zipfile")
-  assert importers(*names, *unpickle, *unpack) == {"evaluation/statistics.py"}
+  assert importers(*names, *unpickle, *unpack) == {"evaluation/statistics.py", "data/originals.py"}
+  assert imports(TREES["data/originals.py"]) & set(unpack) == {"tarfile"}, "it reads members into memory"
   found = {name for name in imports(TREES["evaluation/statistics.py"]) if top(name) in unpack}
   assert found == {"zipfile.BadZipFile"}, "an error of NumPy's, which reads npz files"
 
