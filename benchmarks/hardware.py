@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.metadata
 import os
 import pathlib
@@ -12,7 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ddpm_jax.config import own_images
 from ddpm_jax.runtime.compilation import cores
+from ddpm_jax.runtime.paths import cache_folder
 
 
 class Peak(NamedTuple):
@@ -102,6 +105,22 @@ def versions(*packages: str) -> dict[str, str]:
     except importlib.metadata.PackageNotFoundError:
       continue
   return installed
+
+
+def forget(dataset: str) -> None:
+  """Asks the system to drop the files of own images from its cache, so that they come from the disk again.
+
+  With what the program has in its own cache about data sets.
+  """
+  own, cache = own_images(dataset), cache_folder()
+  if own is None or not hasattr(os, "posix_fadvise"):
+    return
+  place = pathlib.Path(own[1])
+  files = list(place.rglob("*")) if place.is_dir() else [pathlib.Path(path) for path in glob.glob(own[1])]
+  for path in [*files, *((cache / "data").glob("*") if cache else [])]:
+    if path.is_file():
+      with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def peak_rss() -> int:

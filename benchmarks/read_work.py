@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +11,6 @@ from absl import flags as absl_flags
 
 from benchmarks import hardware
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import FOLDER
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import open_source
 
@@ -45,7 +42,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     seconds = cpu_seconds = images = 0
     for _ in range(count if first else 1):
       if first:
-        forget(ways[way].dataset)
+        hardware.forget(ways[way].dataset)
       began, cpu = time.perf_counter(), time.process_time()
       source = open_source(ways[way]) if first else sources[way]
       stream = batches(source, batch_size=size, seed=config.train.seed, start_step=0, threads=threads, workers=workers)
@@ -61,13 +58,3 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
 
   source = sources["disk"]
   return {"images": len(source), "image_shape": source.image_shape, "versions": hardware.versions("grain")}, block
-
-
-def forget(dataset: str) -> None:
-  """Asks the system to drop the files of 'folder:PATH' from its cache, so that they come from the disk again."""
-  if not dataset.startswith(FOLDER) or not hasattr(os, "posix_fadvise"):
-    return
-  for path in pathlib.Path(dataset.removeprefix(FOLDER)).rglob("*"):
-    if path.is_file():
-      with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

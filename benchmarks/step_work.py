@@ -22,6 +22,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.models.build import num_params
 from ddpm_jax.runs.train import calls_ahead
 from ddpm_jax.training.setup import build_run, make_train_step
+from ddpm_jax.training.step import inputs_of
 
 _BATCHES = 8  # different ones, used again and again
 
@@ -148,4 +149,4 @@ def _first_batches(config: Config) -> list[Batch]:
   source = open_source(config.data)
   stream = batches(source, batch_size=config.data.batch_size, seed=config.train.seed, start_step=0)
   with contextlib.closing(stream):
-    return list(itertools.islice(stream, _BATCHES))
+    return [inputs_of(batch) for batch in itertools.islice(stream, _BATCHES)]

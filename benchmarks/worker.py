@@ -24,7 +24,7 @@ from ddpm_jax.runtime import compilation, hugepages
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What a worker can do: modules of this folder with prepare(job) -> (facts, block), block(case, count) -> measurement.
-WORKS = ("draw_work", "read_work", "step_work", "torch_loop")
+WORKS = ("draw_work", "read_work", "step_work", "torch_loop", "torch_read")
 ENVIRONMENT = {
   "JAX_ENABLE_COMPILATION_CACHE": "false",  # compile times are those of a first start
   "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # the workers share the devices
@@ -134,7 +134,7 @@ def main() -> None:
       answers.write(json.dumps(facts) + "\n")
       answers.flush()
 
-    if work != "torch_loop":
+    if not work.startswith("torch"):
       compilation.set_xla_flags()  # as the command does
     serve(importlib.import_module(f"benchmarks.{work}").prepare, sys.stdin, answer)
 

@@ -87,7 +87,7 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
     "preset",
     "",
     f"Named settings, as --flagfile=experiments/NAME.flags: {', '.join(presets.names())}; {presets.NONE}: the plain "
-    "defaults. Empty: those too, but for a new run on a folder of images, see --dataset.",
+    "defaults. Empty: those too, but for a new run on own images, see --dataset.",
     flag_values=registry,
   )
   for _, field, default in config_lib.options(Config()):
@@ -206,9 +206,9 @@ def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
   found: dict[str, Any] = {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
   for name in found.keys() & _PLACES:
     found[name] = _absolute(name, found[name])
-  if str(found.get("dataset")).startswith(config_lib.FOLDER):
-    place = found["dataset"].removeprefix(config_lib.FOLDER)
-    found["dataset"] = config_lib.FOLDER + _absolute("dataset", place)
+  if own := config_lib.own_images(found.get("dataset", "")):
+    kind, place = own
+    found["dataset"] = f"{kind}:{_absolute('dataset', place)}"
   return found
 
 

@@ -2,7 +2,7 @@
 
 Each of these wins over those before it:
 
-  1. the defaults; for a new run on a folder of images, a preset that fits the device (`--preset` and flagfiles turn
+  1. the defaults; for a new run on own images, a preset that fits the device (`--preset` and flagfiles turn
      that off)
   2. the settings of the run in `--workdir`, if it holds one
   3. what comes with the weights of `--init_from`
@@ -146,11 +146,11 @@ def _check_one_model(given: dict[str, Any], folder: pathlib.Path | None, run: St
 
 
 def takes_preset_of_device(command: Command) -> bool:
-  """Whether a command begins a run on a folder of images, and says nothing of how: then a preset does."""
+  """Whether a command begins a run on own images, and says nothing of how: then a preset does."""
   if command.preset is not None or not MODES[command.mode].new_run:
     return False
-  own_images = str(command.given.get("dataset")).startswith(config_lib.FOLDER) and not command.given.get("init_from")
-  return own_images and not (command.folder and layout.holds_run(command.folder))
+  own_images = config_lib.own_images(command.given.get("dataset", "")) and not command.given.get("init_from")
+  return bool(own_images) and not (command.folder and layout.holds_run(command.folder))
 
 
 def resolve_before_jax(command: Command) -> Config:

@@ -153,8 +153,9 @@ def may_change_page() -> str:
     "evaluating and exporting a sampler may use another value than training did.\n\n"
     f"| section | may change | afterwards only | fixed |\n|---|---|---|---|{body}\n\n"
     "`--allow_data_change`, `--profile_steps` and classes of your own in `--writers` hold for one command and are not "
-    "taken up again. The path of `--dataset=folder:PATH` may change: whether the images are the same is checked by "
-    "their fingerprint. With `--mode=plan` everything may differ, as nothing is trained.\n"
+    "taken up again. Own images may move, and be packed or unpacked (`--dataset=folder:PATH`, `zip:PATH`, "
+    "`webdataset:GLOB`, `parquet:PATH`): whether they are the same is checked by their fingerprint. With "
+    "`--mode=plan` everything may differ, as nothing is trained.\n"
   )
 
 

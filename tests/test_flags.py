@@ -161,8 +161,9 @@ def test_places_of_data_are_absolute(registry, tmp_path, monkeypatch):
     *(("pics", f"{tmp_path}/pics"), ("./pics/", f"{tmp_path}/pics"), ("../pics", f"{tmp_path.parent}/pics")),
     *(("/data//pics/.", "/data/pics"), ("~/pics", "/home/me/pics"), ("a: b", f"{tmp_path}/a: b"), ("", "")),
   ]:
-    given = parse(registry, f"--dataset=folder:{text}", f"--data_dir={text}", f"--inception_weights={text}")
-    assert given == {"dataset": f"folder:{path}", "data_dir": path, "inception_weights": path}
+    for kind in ("folder", "zip", "webdataset", "parquet"):
+      given = parse(registry, f"--dataset={kind}:{text}", f"--data_dir={text}", f"--inception_weights={text}")
+      assert given == {"dataset": f"{kind}:{path}", "data_dir": path, "inception_weights": path}
   (tmp_path / "far" / "away").mkdir(parents=True)
   (tmp_path / "link").symlink_to("far/away")  # so link/.. is far
   assert parse(registry, "--data_dir=./link/../pics/")["data_dir"] == f"{tmp_path}/link/../pics"

@@ -277,6 +277,10 @@ def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, co
     ([images, "--channels=48"], flags.of_preset("images32") | folder | {"channels": 48}, "--preset=images32"),
     ([images, "--preset=images64"], flags.of_preset("images64") | folder, ""),
     ([images, "--preset=none"], folder, ""),
+    *(
+      ([f"--dataset={kind}:/x"], flags.of_preset("images32") | {"dataset": f"{kind}:/x"}, "--preset=images32")
+      for kind in ("zip", "webdataset", "parquet")
+    ),
     ([f"--flagfile={tmp_path / 'own.flags'}"], folder, ""),
     (["--dataset=cifar10"], {"dataset": "cifar10"}, ""),
     ([images, "--mode=plan"], flags.of_preset("images32") | folder, "--preset=images32"),

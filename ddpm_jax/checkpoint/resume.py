@@ -66,8 +66,9 @@ def restarts(config: Config, earlier: Manifest | None) -> list[int]:
 
 
 def _data(source: Source) -> fingerprint.Fingerprint:
-  """The images, and the order in which they are seen."""
-  return source.fingerprint | {"order": shuffle.KIND}
+  """The images, the order in which they are seen, and their classes, where those are known without reading records."""
+  labels = source.known_classes().sha256
+  return source.fingerprint | {"order": shuffle.KIND} | ({"labels": labels} if labels else {})
 
 
 class Start(NamedTuple):
@@ -191,8 +192,8 @@ def check_hosts(run: Run, source: Source) -> None:
   """
   local = ("data_dir", "manual_dir")  # where a host keeps its data is its own business
   flags = {name: value for name, value in config_lib.values(run.config).items() if name not in local}
-  if run.config.data.dataset.startswith(config_lib.FOLDER):
-    flags["dataset"] = config_lib.FOLDER
+  if config_lib.own_images(run.config.data.dataset):
+    flags["dataset"] = "own images"
   for what, facts in (("flags", flags), ("images", source.fingerprint)):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     for process, other in enumerate(all_gather_host(np.frombuffer(digest, np.uint8))):

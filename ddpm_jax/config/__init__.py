@@ -6,13 +6,14 @@ A `Config` is a tree of frozen dataclasses, one for each concern. The defaults t
 
 from ddpm_jax.config.config import (
   AUTO_ATTENTION,
-  FOLDER,
   NAMES_WEIGHTS,
+  OWN_IMAGES,
   Config,
   changed,
   check_variance,
   options,
   override,
+  own_images,
   profiled,
   reset_weight_selectors,
   values,
@@ -38,8 +39,8 @@ from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_
 __all__ = [
   "AUTO_ATTENTION",
   "BETA_SCHEDULES",
-  "FOLDER",
   "NAMES_WEIGHTS",
+  "OWN_IMAGES",
   "WITHOUT_ENDS",
   "Config",
   "DataConfig",
@@ -57,6 +58,7 @@ __all__ = [
   "from_json",
   "options",
   "override",
+  "own_images",
   "own_parts",
   "profiled",
   "reset_weight_selectors",

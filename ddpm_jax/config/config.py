@@ -76,8 +76,14 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
 # what it came to.
 AUTO_ATTENTION = (0,)
 
-# What the value of `dataset` begins with where it is a folder of images; the rest is its path.
-FOLDER = "folder:"
+# Kinds of collections of image files: `dataset` is KIND:PATH.
+OWN_IMAGES = ("folder", "zip", "webdataset", "parquet")
+
+
+def own_images(dataset: str) -> tuple[str, str] | None:
+  """Kind and path of a collection of image files; None for a data set of another kind."""
+  kind, colon, path = dataset.partition(":")
+  return (kind, path) if colon and kind in OWN_IMAGES else None
 
 
 def changed(
@@ -88,13 +94,13 @@ def changed(
   Args:
     before: the config of the workdir.
     after: the config of this command.
-    on_resume: leave out what a resumed run may change. The path of a folder of images may: whether it holds the same
-      images is for their fingerprint to say.
+    on_resume: leave out what a resumed run may change. Where own images lie may, and whether as a folder or packed:
+      whether they are the same is for their fingerprint to say.
     once_trained: leave out, with `on_resume`, also what may change where trained weights are only used.
   """
   differences, rule = [], "may_change_once_trained" if once_trained else "may_change"
   for (_, field, old), (_, _, new) in zip(options(before), options(after), strict=True):
-    moved = field.name == "dataset" and old.startswith(FOLDER) and new.startswith(FOLDER)
+    moved = field.name == "dataset" and own_images(old) is not None and own_images(new) is not None
     if old != new and not (on_resume and (field.metadata[rule] or moved)):
       differences.append((field.name, old, new))
   return differences
@@ -185,6 +191,7 @@ def _check_together(config: Config) -> None:
   for name, steps in (("sampling_steps", sample.sampling_steps), ("preview_steps", config.train.preview_steps)):
     if steps > diffusion.num_timesteps:
       raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
+  _check_data(config.data)
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
   _check_exchange(config.exchange)
@@ -224,6 +231,17 @@ def _check_together(config: Config) -> None:
       f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
       "--lr_schedule=constant_then_decay, or leave it out"
     )
+
+
+# Kinds of data sets whose records have no such fields.
+_WITHOUT_FIELD = {"label_field": ("digits", "folder", "zip"), "image_field": ("digits", "folder", "zip", "webdataset")}
+
+
+def _check_data(data: DataConfig) -> None:
+  kind = data.dataset.partition(":")[0]
+  for name, kinds in _WITHOUT_FIELD.items():
+    if kind in kinds and getattr(data, name):
+      raise UserError(f"{name}: {getattr(data, name)} has no effect with dataset={kind}; leave it out")
 
 
 # Options of drawing that only some tasks read.

@@ -20,11 +20,19 @@ class DataConfig:
   """Which images, in which order, and how many in a batch."""
 
   dataset: str = option("digits", "'digits' (embedded), any TensorFlow Datasets name such as 'cifar10' or "
-                        "'lsun/bedroom', or 'folder:PATH' for a folder of images, which takes a preset that fits the "
+                        "'lsun/bedroom', or own images: 'folder:PATH', 'zip:PATH', 'webdataset:GLOB' (tar shards) or "
+                        "'parquet:PATH' (files of Hugging Face data sets). Own images take a preset that fits the "
                         "device unless --preset or --flagfile names another.")
   split: str = option("train", "Which part of the data set, in TFDS's notation ('train', 'train+test', "
-                      "'train[:90%]'). A folder has 'train' and slices of it, each a random part of all of its "
-                      "subfolders.")
+                      "'train[:90%]'). Own images have 'train' and slices of it, each a random part of all of their "
+                      "folders; a folder of parquet files also has the splits that its files are named after.")
+  only: str = option("", "Train on the images of these classes alone, names or numbers separated by commas "
+                     "('smileys-emotion,flags'); they are numbered anew from 0 in the order of the data set (empty: "
+                     "all images).")
+  label_field: str = option("", "What holds the class of an image: a field of the .json of a webdataset, a column of a "
+                            "parquet, a feature of TFDS (empty: 'label' in a .json, else the first ClassLabel).")
+  image_field: str = option("", "The column, or feature, of images, where there are several (empty: the only one; in "
+                            "TFDS, the first).")
   data_dir: str = option("", "Where prepared TFDS data sets live (empty: TFDS's own default, ~/tensorflow_datasets); "
                          "the digits need no folder.", may_change=True)
   manual_dir: str = option("", "A folder that already holds the data set's original files; TFDS verifies their "

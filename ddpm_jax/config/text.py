@@ -16,6 +16,9 @@ FORMAT = 2
 # What a release did that did not have the option yet, whatever today's default is.
 WITHOUT_THE_OPTION = {
   "follow_links": False,
+  "only": "",
+  "label_field": "",
+  "image_field": "",
   "matmul_precision": "default",
   "decay_fraction": 0.4,  # has no effect with its learning rates, 'constant' and 'cosine'
   "writers": "tensorboard",

@@ -29,15 +29,19 @@ class DecodedRows(NamedTuple):
     images: uint8 [N, H, W, C].
     replaced: bool [N], whether the row holds a later image, as its own is bad.
     skipped: the bad images met on the way that are still to be reported: index, name and reason of each.
+    record: int32 [N], the image that the row holds: that which was asked for, or a later one. None: where none is
+      replaced, what was asked for.
   """
 
   images: np.ndarray
   replaced: np.ndarray
   skipped: Sequence[tuple[int, str]] = ()
+  record: np.ndarray | None = None
 
   def take(self, indices: np.ndarray) -> DecodedRows:
     """Copies of the rows at `indices` [M]."""
-    return DecodedRows(self.images[indices], self.replaced[indices])
+    record = None if self.record is None else self.record[indices]
+    return DecodedRows(self.images[indices], self.replaced[indices], record=record)
 
 
 ReportSkip = Callable[[int, str], None]  # takes index, name and reason of a bad image that is skipped
@@ -55,6 +59,18 @@ class RemoteReader(NamedTuple):
   report: ReportSkip
 
 
+class Labels(NamedTuple):
+  """The classes of the images of a data set.
+
+  Attributes:
+    classes: int32 [N], each in 0..K-1; what stands for a bad record's is that of the next good one.
+    names: of the K classes, in their order.
+  """
+
+  classes: np.ndarray
+  names: tuple[str, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class EncodedImages:
   """A data set before decoding.
@@ -69,7 +85,11 @@ class EncodedImages:
     fetch: encoded images, or paths to them, for a list of indices; a BadRecord in the place of one whose record cannot
       be read. Called from several threads.
     label: the name of image i in an error.
-    classes: the class of each image, see `Source.labels`; None if they have none. Nothing is read before it is called.
+    classes: the class of each image; None if they never have any. Nothing is read before it is called. It raises
+      UserError if the images have no classes, or fewer than two, or a record is bad and not to be skipped.
+    class_names: of the classes, where `classes` would have to read all records for them, or raises; None where it does
+      not.
+    part_listing: `listing` of the images at int [M] alone; None: it cannot be told from that of all.
     remark: a line to print once a start, such as what was left out; may be empty.
   """
 
@@ -81,7 +101,9 @@ class EncodedImages:
   listing: str
   fetch: Callable[[list[int]], Sequence[bytes | pathlib.Path | BadRecord]]
   label: Callable[[int], str]
-  classes: Callable[[], np.ndarray] | None = None
+  classes: Callable[[], Labels] | None = None
+  class_names: tuple[str, ...] | None = None
+  part_listing: Callable[[np.ndarray], str] | None = None
   remark: str = ""
 
 
@@ -115,6 +137,7 @@ class NoLabels(UserError):
       f"features: 'classifier' needs labels, and {name} {why}; use --features=network, or inception with "
       "--inception_weights"
     )
+    self.why = why
 
 
 def stand_ins(bad: np.ndarray) -> np.ndarray:
@@ -141,8 +164,10 @@ def on_demand(
 
 
 def remote_reader(encoded: EncodedImages, *, skip: bool, report: ReportSkip) -> RemoteReader:
-  """As `on_demand`, for another process, which is sent `encoded` without its classes."""
-  return RemoteReader(functools.partial(_read_with_skips, dataclasses.replace(encoded, classes=None), skip), report)
+  """As `on_demand`, for another process, which is sent `encoded` without what only this one asks."""
+  return RemoteReader(
+    functools.partial(_read_with_skips, dataclasses.replace(encoded, classes=None, part_listing=None), skip), report
+  )
 
 
 def _read_with_skips(encoded: EncodedImages, skip: bool, indices: np.ndarray) -> DecodedRows:
@@ -152,14 +177,15 @@ def _read_with_skips(encoded: EncodedImages, skip: bool, indices: np.ndarray) ->
 
 def _read(encoded: EncodedImages, indices: np.ndarray, *, skip: bool, report: ReportSkip) -> DecodedRows:
   positions = [int(i) for i in indices]
-  rows = DecodedRows(np.empty((len(positions), *encoded.shape), np.uint8), np.zeros(len(positions), bool))
-  for row, error in _decode(encoded, positions, rows.images).items():
+  decoded, record = np.empty((len(positions), *encoded.shape), np.uint8), np.array(positions, np.int32)
+  replaced = np.zeros(len(positions), bool)
+  for row, error in _decode(encoded, positions, decoded).items():
     if not skip:
       raise error
     report(positions[row], error.what)
-    _replace(encoded, positions[row], rows.images[row : row + 1], report)
-    rows.replaced[row] = True
-  return rows
+    record[row] = _replace(encoded, positions[row], decoded[row : row + 1], report)
+    replaced[row] = True
+  return DecodedRows(decoded, replaced, record=record)
 
 
 def decode_all(encoded: EncodedImages, *, skip: bool) -> DecodedRows:
@@ -190,7 +216,9 @@ def decode_all(encoded: EncodedImages, *, skip: bool) -> DecodedRows:
   if len(far):
     raise _too_many(encoded, int(far[0]))
   rows.images[bad] = rows.images[after]
-  return rows
+  record = np.arange(encoded.length, dtype=np.int32)
+  record[bad] = after
+  return rows._replace(record=record)
 
 
 class SkipReporter:
@@ -234,13 +262,16 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
   return image
 
 
-def _replace(encoded: EncodedImages, position: int, out: np.ndarray, report: ReportSkip) -> None:
-  """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C]. Raises UserError."""
+def _replace(encoded: EncodedImages, position: int, out: np.ndarray, report: ReportSkip) -> int:
+  """Puts the first image after the bad one at `position` that is not bad into `out` [1, H, W, C].
+
+  Returns which one that is. Raises UserError.
+  """
   for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
     candidate = (position + distance) % encoded.length
     errors = _decode(encoded, [candidate], out)
     if not errors:
-      return
+      return candidate
     report(candidate, errors[0].what)
   raise _too_many(encoded, position)
 

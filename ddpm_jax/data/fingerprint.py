@@ -60,12 +60,23 @@ def take(
   return found
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def of_classes(classes: np.ndarray) -> str:
+  """SHA-256 of the classes int32 [N] of the images, in hexadecimal."""
+  return _sha256([np.ascontiguousarray(classes, "<i4").data])
+
+
+def differences(
+  before: Mapping[str, Any], after: Mapping[str, Any], *, labels: bool = False
+) -> list[tuple[str, Any, Any]]:
   """The fields in which two fingerprints differ, each as (field, before, after); None for one that is not there.
 
-  "pixels" is compared only where both have it, as `cache_gib` may change between two starts.
+  "pixels" is compared only where both have it, as `cache_gib` may change between two starts, and so is "labels", only
+  where that is asked for.
   """
-  fields = [name for name in dict.fromkeys((*before, *after)) if name != "pixels" or (name in before and name in after)]
+  both = ("pixels", "labels")
+  fields = [name for name in dict.fromkeys((*before, *after)) if name not in both or (name in before and name in after)]
+  if not labels:
+    fields = [name for name in fields if name != "labels"]
   return [(name, before.get(name), after.get(name)) for name in fields if before.get(name) != after.get(name)]
 
 

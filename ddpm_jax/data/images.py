@@ -77,17 +77,17 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
   return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
 
 
-def read_header(path: pathlib.Path, name: str) -> tuple[int, int, bool]:
+def read_header(file: bytes | pathlib.Path, name: str) -> tuple[int, int, bool]:
   """Height and width in pixels, as stored, and whether the image is grey. Reads no pixels.
 
   Args:
-    path: of the file.
+    file: the encoded image, or the path to it.
     name: what to call the image in an error.
 
   Raises:
     BadRecord: the file cannot be read, is not an image, or has more pixels than Pillow accepts.
   """
-  with _opened(path, name) as image:
+  with _opened(file, name) as image:
     return image.height, image.width, image.mode in _GREY_MODES
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 import grain
 import numpy as np
 
-from ddpm_jax.data.encoded import DecodedRows, RemoteReader
+from ddpm_jax.data.encoded import DecodedRows, NoLabels, RemoteReader
 from ddpm_jax.data.shuffle import shuffled
 from ddpm_jax.data.sources import Source
 from ddpm_jax.data.workers import read_ahead
@@ -70,6 +70,7 @@ def batches(
   process_count: int = 1,
   threads: int = 2,
   workers: int = 0,
+  labels: bool = False,
 ) -> Generator[Batch, None, None]:
   """Yields batches start_step, start_step + 1, ... without end, read ahead by threads of this process or by workers.
 
@@ -84,13 +85,15 @@ def batches(
     process_count: n.
     threads: number that read and decode; at most twice as many batches wait to be used.
     workers: number of processes that read instead, with as many threads each; unused for images in memory.
+    labels: yield "label" too; `source.labels` is called once.
 
   Yields:
     "image": uint8 [B/n, H, W, C]; "index": int32 [B/n], the position of each row in the global batch; "replaced": bool
-    [B/n], whether the row holds another image, as its own is bad (`on_bad_record=skip`).
+    [B/n], whether the row holds another image, as its own is bad (`on_bad_record=skip`); "record": int32 [B/n], the
+    image of the data set that the row holds; with `labels` "label": int32 [B/n], the class of that image.
 
   Raises:
-    UserError: the processes cannot share a batch evenly, or an image cannot be decoded.
+    UserError: the processes cannot share a batch evenly, an image cannot be decoded, or `labels`, and there are none.
     RunError: a worker was killed.
 
   Any other error of `source.read` is raised in place of the batch that was read.
@@ -98,7 +101,12 @@ def batches(
   share = dict(batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count)
   remote = source.remote if workers else None
   dataset = _dataset(remote.read if remote else source.read, len(source), **share)[start_step:]
-  return _yield_batches(read_ahead(dataset, workers=workers if remote else 0, threads=threads), remote)
+  classes = None
+  if labels:
+    if source.labels is None:
+      raise NoLabels(source.name)
+    classes = source.labels()
+  return _yield_batches(read_ahead(dataset, workers=workers if remote else 0, threads=threads), remote, classes)
 
 
 def _dataset(
@@ -119,7 +127,8 @@ def _dataset(
       rows = read(indices)
     except StopIteration as error:  # as it is, it would pass for the end of the data, or of one worker's part
       raise RuntimeError("reading images raised StopIteration") from error
-    return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced}, rows.skipped
+    record = (indices if rows.record is None else rows.record).astype(np.int32)
+    return {"image": rows.images, "index": index.copy(), "replaced": rows.replaced, "record": record}, rows.skipped
 
   return order(length, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count).map(
     load
@@ -127,14 +136,15 @@ def _dataset(
 
 
 def _yield_batches(
-  elements: Generator[tuple[Batch, Sequence[tuple[int, str]]], None, None], remote: RemoteReader | None
+  elements: Generator[tuple[Batch, Sequence[tuple[int, str]]], None, None],
+  remote: RemoteReader | None,
+  classes: np.ndarray | None,
 ) -> Generator[Batch, None, None]:
   with contextlib.closing(elements):
     for batch, skipped in elements:
-      if remote is None:
-        yield batch
-        continue
-      for index, what in skipped:
-        remote.report(index, what)
-      # Arrays of this process: the memory that it shares with the worker is free again at once.
-      yield {name: np.array(value) for name, value in batch.items()}
+      if remote is not None:
+        for index, what in skipped:
+          remote.report(index, what)
+        # Arrays of this process: the memory that it shares with the worker is free again at once.
+        batch = {name: np.array(value) for name, value in batch.items()}
+      yield batch if classes is None else batch | {"label": classes[batch["record"]]}

@@ -19,9 +19,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
-from ddpm_jax.config import FOLDER, DataConfig
-from ddpm_jax.data import fingerprint, folder, originals
-from ddpm_jax.data.encoded import EncodedImages, NoLabels, decoded_size, stand_ins
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data import fingerprint, originals
+from ddpm_jax.data.encoded import EncodedImages, Labels, NoLabels, decoded_size, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runtime import console
@@ -46,7 +46,7 @@ def open_prepared(data: DataConfig) -> EncodedImages:
   shards = shards_of(data, builder.info.splits)
   records = _open_split(data, builder)
   label, remedy = _label(data, shards), f"move {builder.data_path} away to prepare it again"
-  class_feature = _class_feature(builder)
+  class_feature = _class_feature(data, builder)
   return EncodedImages(
     name=data.dataset,
     length=len(records),
@@ -57,6 +57,7 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     fetch=_fetch(records, feature_name, bytes, label, remedy),
     label=label,
     classes=functools.partial(_classes, data, builder, class_feature, label, remedy) if class_feature else None,
+    class_names=tuple(_features(builder)[class_feature].names) if class_feature else None,
   )
 
 
@@ -146,8 +147,8 @@ def _classes(
   feature_name: str,
   label: Callable[[int], str],
   remedy: str,
-) -> np.ndarray:
-  """The class of each image, int32 [N]; a record that is bad, and to be skipped, has that of the next good one.
+) -> Labels:
+  """The class of each image; a record that is bad, and to be skipped, has that of the next good one.
 
   Raises:
     UserError: a record is bad, and not to be skipped; or as `checked_classes`.
@@ -162,7 +163,7 @@ def _classes(
     raise found[int(np.argmax(bad))]
   classes = np.array([-1 if skipped else int(value) for value, skipped in zip(found, bad, strict=True)], np.int32)
   classes[bad] = classes[stand_ins(bad)]
-  return checked_classes(data, classes)
+  return Labels(checked_classes(data, classes), tuple(_features(builder)[feature_name].names))
 
 
 def checked_classes(data: DataConfig, classes: np.ndarray) -> np.ndarray:
@@ -186,7 +187,7 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
   if re.match(r"\w+:\D", name):  # NAME:1.2.3 is a version, SPACE:NAME needs TensorFlow and a network to be looked up
     raise UserError(
       f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "
-      f"images as files and use {FOLDER}PATH"
+      f"images as files and use folder:PATH"
     )
   try:
     if not re.match(r"\w+($|[/:])", name):
@@ -195,11 +196,11 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
   except tfds.core.DatasetNotFoundError:
     known = ["digits", *tfds.list_builders(with_community_datasets=False)]
     near = difflib.get_close_matches(base.lower(), known, n=3)
-    if folder.exists(data):
-      near = [f"{FOLDER}{name}"]
+    if kind := _kind_of_path(expanded("dataset", name)):
+      near = [f"{kind}:{name}"]
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
     raise UserError(
-      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {FOLDER}PATH"
+      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or folder:PATH"
     ) from None
   except json_format.ParseError as error:
     raise UserError(
@@ -213,6 +214,14 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
     configs = difflib.get_close_matches(name.partition("/")[2], all_configs, n=5, cutoff=0)
     hint = f"one of its configurations, such as {', '.join(configs)}" if configs else "NAME[/CONFIG][:X.Y.Z]"
     raise UserError(f"dataset: {name!r} cannot be opened ({reason}); use {hint}") from None
+
+
+def _kind_of_path(path: str) -> str:
+  """The kind of own images that a path may be; empty if there is none."""
+  if os.path.isdir(path):
+    return "folder"
+  kinds = {".zip": "zip", ".tar": "webdataset", ".parquet": "parquet"}
+  return kinds.get(os.path.splitext(path)[1].lower(), "") if os.path.isfile(path) else ""
 
 
 def _data_dir(data: DataConfig) -> str:
@@ -297,23 +306,38 @@ def _image_feature(
   """Name of the first image feature, and the shape (H, W, C) of its images. Raises UserError."""
   features = _features(builder)
   for name, feature in features.items():
+    if data.image_field not in ("", name):
+      continue
     if isinstance(feature, tfds.features.Image) and len(features[name].shape) == 3:  # four: an animated image
       dtype = np.dtype(features[name].np_dtype)
       if dtype.kind != "u":
         raise UserError(
           f"dataset: the images of {data.dataset!r} are {dtype}, not uint8 or uint16; save them as files "
-          f"and use {FOLDER}PATH"
+          f"and use folder:PATH"
         )
       return name, features[name].shape
+  if data.image_field:
+    raise UserError(
+      f"image_field: {data.image_field!r} is no image feature of {data.dataset!r}; it has {', '.join(features)}"
+    )
   raise UserError(
     f"dataset: {data.dataset!r} has no image feature, only {', '.join(features)}; use a data set of images"
   )
 
 
-def _class_feature(builder: tfds.core.DatasetBuilder) -> str | None:
-  """Name of the first feature that is a class; not one that lies inside another feature."""
+def _class_feature(data: DataConfig, builder: tfds.core.DatasetBuilder) -> str | None:
+  """Name of the feature that is a class: --label_field, or the first one, but none that lies inside another feature.
+
+  Raises:
+    UserError: --label_field names none.
+  """
   features = _features(builder).items()
-  return next((name for name, feature in features if isinstance(feature, tfds.features.ClassLabel)), None)
+  classes = [name for name, feature in features if isinstance(feature, tfds.features.ClassLabel)]
+  if data.label_field and data.label_field not in classes:
+    raise UserError(
+      f"label_field: {data.label_field!r} is no class of {data.dataset}; it has {', '.join(classes) or 'none'}"
+    )
+  return data.label_field or next(iter(classes), None)
 
 
 def shards_of(data: DataConfig, splits: Any) -> Sequence[Any]:

@@ -6,14 +6,55 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from ddpm_jax.config import FOLDER, DataConfig
-from ddpm_jax.data import digits, fingerprint, folder, prepared
-from ddpm_jax.data.encoded import DecodedRows, RemoteReader, SkipReporter, decode_all, on_demand, remote_reader
+from ddpm_jax.config import DataConfig, own_images
+from ddpm_jax.data import digits, files, fingerprint, folder, parquet, prepared, shards, zips
+from ddpm_jax.data.encoded import (
+  DecodedRows,
+  EncodedImages,
+  Labels,
+  NoLabels,
+  RemoteReader,
+  SkipReporter,
+  decode_all,
+  on_demand,
+  remote_reader,
+)
+from ddpm_jax.data.files import ImageFiles
+from ddpm_jax.data.selection import select
+from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
+
+
+class _Kind(NamedTuple):
+  """A kind of collection of image files."""
+
+  find: Callable[[DataConfig], ImageFiles]
+  exists: Callable[[DataConfig], bool]
+
+
+_KINDS = {
+  "folder": _Kind(folder.find, folder.exists),
+  "zip": _Kind(zips.find, zips.exists),
+  "webdataset": _Kind(shards.find, shards.exists),
+  "parquet": _Kind(parquet.find, parquet.exists),
+}
+
+
+class KnownClasses(NamedTuple):
+  """What is known of the classes of images without reading their records.
+
+  Attributes:
+    names: of the classes in their order; empty if they are not known.
+    sha256: `fingerprint.of_classes` of all images; empty if it is not known.
+  """
+
+  names: tuple[str, ...] = ()
+  sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +73,7 @@ class Source:
     labels: reads the class of each image, int32 [length] in 0..K-1; what stands for a bad record's is that of the next
       good one, and no class of the image. Not called, it costs nothing. Raises UserError if the images have no classes,
       or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
+    known_classes: what is known of them without reading records. Raises nothing.
   """
 
   name: str
@@ -41,6 +83,7 @@ class Source:
   fingerprint: dict[str, str | int] = dataclasses.field(default_factory=dict)
   labels: Callable[[], np.ndarray] | None = None
   remote: RemoteReader | None = None
+  known_classes: Callable[[], KnownClasses] = KnownClasses
 
   def __len__(self) -> int:
     return self.length
@@ -57,16 +100,13 @@ def open_source(data: DataConfig) -> Source:
   others stays. That is a function of the data and the index: the same on any number of processes and after a resume.
 
   Raises:
-    UserError: no such data set, split or folder; no images in it; images that differ in size, or are not square, where
-      `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
-      cannot be prepared.
+    UserError: no such data set, split, file, folder or class; no images in it; images that differ in size, or are not
+      square, where `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data
+      set that cannot be prepared.
   """
-  if data.dataset.startswith(FOLDER):
-    encoded = folder.open_folder(data)
-  elif digits.is_digits(data):
-    encoded = digits.open_digits(data)
-  else:
-    encoded = prepared.open_prepared(data)
+  encoded = _open(data)
+  if data.only:
+    encoded = select(encoded, data.only)
   gib = encoded.length * math.prod(encoded.shape) / 2**30
   remarks = [encoded.remark] if encoded.remark else []
   if gib > data.cache_gib > 0:
@@ -82,31 +122,56 @@ def open_source(data: DataConfig) -> Source:
     reporter = SkipReporter()
     read, everything = on_demand(encoded, skip=skip, report=reporter.report), None
     remote = remote_reader(encoded, skip=skip, report=reporter.report)
+  labels = encoded.classes and functools.cache(encoded.classes)  # all records may be read for them
   return Source(
     name=encoded.name,
     image_shape=encoded.shape,
     length=encoded.length,
     read=read,
     fingerprint=fingerprint.take(encoded, read, everything),
-    labels=encoded.classes and functools.cache(encoded.classes),  # all records are read for them
+    labels=labels and (lambda: labels().classes),
     remote=remote,
+    known_classes=functools.cache(functools.partial(_known_classes, encoded.name, labels, encoded.class_names)),
   )
+
+
+def _open(data: DataConfig) -> EncodedImages:
+  """The images of `data.dataset` and `data.split`. Raises UserError."""
+  if own := own_images(data.dataset):
+    return files.open_files(data, _KINDS[own[0]].find(data))
+  return digits.open_digits(data) if digits.is_digits(data) else prepared.open_prepared(data)
+
+
+def _known_classes(name: str, labels: Callable[[], Labels] | None, class_names: tuple[str, ...] | None) -> KnownClasses:
+  """See `Source.known_classes`. Labels that cannot be used are an error for whoever asks for them, and here a line."""
+  if labels is None or class_names is not None:
+    return KnownClasses(class_names or ())
+  try:
+    classes, names = labels()
+  except NoLabels:
+    return KnownClasses()
+  except UserError as error:
+    if jax.process_index() == 0:
+      console.note(f"the labels of {name} are not used: {error}")
+    return KnownClasses()
+  return KnownClasses(names, fingerprint.of_classes(classes))
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int]:
   """(H, W, C) of the images that `open_source` would give. Downloads and prepares nothing, and needs no image.
 
-  A folder that is not there, with `data.image_size`, counts as one of colour images.
+  Own images that are not there, with `data.image_size`, count as colour images.
 
   Raises:
     UserError: no such data set, or its images have different sizes or none that is known, and `data.image_size` is 0.
   """
   if digits.is_digits(data):
     return digits.image_shape(data)
-  if not data.dataset.startswith(FOLDER):
+  own = own_images(data.dataset)
+  if own is None:
     return prepared.image_shape(data)
-  if folder.exists(data) or not data.image_size:
-    return folder.open_folder(data).shape
+  if _KINDS[own[0]].exists(data) or not data.image_size:
+    return _open(data).shape
   return (data.image_size, data.image_size, 3)
 
 
@@ -120,5 +185,7 @@ def has_split(data: DataConfig, split: str) -> bool:
   Raises:
     UserError: no such data set, none of images, `data.image_size` is 0 and has to be set, or it cannot be prepared.
   """
-  one = data.dataset.startswith(FOLDER) or digits.is_digits(data)
-  return split in (["train"] if one else prepared.split_names(data))
+  kind, _ = own_images(data.dataset) or ("", "")
+  if kind == "parquet":
+    return split in parquet.split_names(data)
+  return split in (["train"] if kind or digits.is_digits(data) else prepared.split_names(data))

@@ -23,7 +23,7 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.trained import HOLD_OUT, TRAINING, Extract, Trained
 from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.models.classifier import FEATURES, Classifier
-from ddpm_jax.weights.arrays import arrays_sha256
+from ddpm_jax.workdir.arrays import arrays_sha256
 
 # What the features are computed by besides the weights. To be counted up when models/classifier.py changes.
 _NETWORK = "classifier 1, x / 127.5 - 1"

@@ -27,7 +27,7 @@ from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import build_model, init_params
 from ddpm_jax.models.unet import UNet
-from ddpm_jax.weights.arrays import arrays_sha256
+from ddpm_jax.workdir.arrays import arrays_sha256
 
 _UNET = ModelConfig(channels=16, channel_multipliers=(1, 2), attention_resolutions=())
 _MAPS = "up1_block1", "up0_block1"  # the last of either level: 32 maps and 16

@@ -15,7 +15,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, no_moments
-from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
 
 _KEPT_NUMBERS = 2**28  # of features in memory and in the cache, 1 GiB
 

@@ -21,7 +21,8 @@ from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.evaluation.features import Extracted
 from ddpm_jax.keys import stream_key
-from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.training.step import inputs_of
+from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
 
 Weights = dict[str, np.ndarray]  # path in the network -> float32 array
 Extract = Callable[[np.ndarray], Extracted]
@@ -124,7 +125,7 @@ def train(
     batches = pipeline.batches(part, batch_size=BATCH, seed=shuffle, start_step=0)
     with contextlib.closing(batches), counted("update", updates) as done:
       for step, batch in zip(range(updates), batches, strict=False):
-        batch |= columns(training[order[step]])
+        batch = inputs_of(batch) | columns(training[order[step]])
         before = loss
         params, state, loss = update(params, state, batch, np.int32(step))
         before.block_until_ready()  # one update runs ahead, and no more batches wait on the device

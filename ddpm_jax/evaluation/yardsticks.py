@@ -31,8 +31,8 @@ from ddpm_jax.evaluation.reference import Reference
 from ddpm_jax.keys import seeded
 from ddpm_jax.sampling.draw import bind_for_sampling, make_draw, table_of
 from ddpm_jax.sampling.drawn import settings
-from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
 from ddpm_jax.weights.load import Weights
+from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
 
 DRAWN = ("noise", "untrained")
 MOST = 1_000  # images of noise, of an untrained network, and whose nearest images are looked for

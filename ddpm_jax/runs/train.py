@@ -44,7 +44,7 @@ from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
 from ddpm_jax.training.state import TrainState
-from ddpm_jax.training.step import Metrics
+from ddpm_jax.training.step import Metrics, inputs_of
 from ddpm_jax.weights import initial
 from ddpm_jax.weights.file import settings_of_run
 from ddpm_jax.workdir import layout, loggers
@@ -139,6 +139,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
       workdirs.warn(run, source)
       # What may change has changed. Until there is a checkpoint, a restart must know which weights are the first.
       workdirs.renew(workdir, config_lib.reset_weight_selectors(config) if start.state else config)
+      layout.keep_classes(workdir, source.known_classes().names)
 
     place = Place(workdir, checkpoints, lock)
     with open_services(run, source, place, start, watchdog, invocation) as services:
@@ -267,7 +268,7 @@ def training_loop(run: Run, source: Source, state: TrainState, start: int, servi
   with contextlib.closing(_batches_after(start, run, source)) as host_batches:
     for steps in dispatches(options, start, decay_start(run.config.optimizer, options.num_steps)):
       step, first = steps[-1], steps[0] == start + 1
-      batch = mesh.put_batches([next(host_batches) for _ in steps], max_steps=options.steps_per_dispatch)
+      batch = mesh.put_batches([inputs_of(next(host_batches)) for _ in steps], max_steps=options.steps_per_dispatch)
       command = mesh.put_step_command(len(steps), stop=stop.requested is not None, grid=not alone and early.ask())
       profile.before(steps, state)
       with progress.compiling("the training step") if first else contextlib.nullcontext():

@@ -11,7 +11,7 @@ import platform
 import warnings
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.runtime.paths import expanded, home
+from ddpm_jax.runtime.paths import cache_folder, expanded
 
 _USUAL_GARBAGE = gc.get_threshold()
 MAX_CACHE_BYTES = 2 * 2**30  # of the folder of `auto`, at each start
@@ -126,18 +126,13 @@ def enable_compilation_cache(where: str) -> None:
 
 
 def default_folder() -> pathlib.Path | None:
-  """`ddpm_jax/MACHINE` in XDG_CACHE_HOME or ~/.cache; None where there is no home.
+  """MACHINE in the folder of the program's caches; None where there is none.
 
   A program for a CPU uses what that CPU can do, and divides its work among the cores that it has; a home directory may
   be shared by machines of several kinds. MACHINE tells them apart.
   """
-  base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-  if not base.is_absolute():  # is to be ignored, says its specification
-    folder = home()
-    if folder is None:
-      return None
-    base = folder / ".cache"
-  return base / "ddpm_jax" / _machine()
+  folder = cache_folder()
+  return folder and folder / _machine()
 
 
 def cores() -> int:

@@ -65,6 +65,17 @@ def home() -> pathlib.Path | None:
   return pathlib.Path(text) if os.path.isabs(text) else None
 
 
+def cache_folder() -> pathlib.Path | None:
+  """The folder of what the program could make again: `ddpm_jax` in XDG_CACHE_HOME or ~/.cache; None without a home."""
+  base = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+  if not base.is_absolute():  # is to be ignored, says its specification
+    folder = home()
+    if folder is None:
+      return None
+    base = folder / ".cache"
+  return base / "ddpm_jax"
+
+
 def command(*flags: str, module: str = "ddpm_jax.main") -> str:
   """A command to be printed, which can be pasted into a shell whatever is in its paths.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import FOLDER, WITHOUT_ENDS, Config
+from ddpm_jax.config import WITHOUT_ENDS, Config, own_images
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.schedules import (
@@ -117,7 +117,7 @@ def copies_warning(config: Config, images: int) -> str | None:
   makes 77 passes over the 3,754 images by which it was chosen.
   """
   passes = config.train.num_steps * config.data.batch_size / images
-  if not config.data.dataset.startswith(FOLDER) or images >= _MANY_IMAGES or passes <= _MANY_PASSES:
+  if not own_images(config.data.dataset) or images >= _MANY_IMAGES or passes <= _MANY_PASSES:
     return None
   flips = "" if config.data.random_flip else ", or --random_flip if a mirrored image is as good"
   return (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,12 +32,17 @@ def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> ja
 
 
 def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of a global batch, as `pipeline.batches` yields it to one process: image, index, replaced."""
+  """The shapes of `inputs_of` a global batch."""
   return {
     "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
     "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
   }
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """What of a batch, as `pipeline.batches` yields it, goes to the devices: image, index, replaced."""
+  return {name: batch[name] for name in ("image", "index", "replaced")}
 
 
 def mean_loss_and_gradients(

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
-from ddpm_jax.weights.arrays import UnusableError
 from ddpm_jax.weights.names import from_diffusers, table, to_diffusers
 from ddpm_jax.weights.options import diffusion_settings, model_settings, scheduler_options, unet_options
 from ddpm_jax.weights.tensors import read_tensors, write_tensors
+from ddpm_jax.workdir.arrays import UnusableError
 from ddpm_jax.workdir.storage import write_whole
 
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline")

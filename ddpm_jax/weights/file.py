@@ -11,9 +11,9 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
-from ddpm_jax.weights.arrays import UnusableError
 from ddpm_jax.weights.names import from_flat, to_flat
 from ddpm_jax.weights.tensors import read_facts, read_tensors, write_tensors
+from ddpm_jax.workdir.arrays import UnusableError
 
 NAME = "model.safetensors"
 _FORMAT = 1
@@ -94,12 +94,12 @@ def read_params(path: pathlib.Path, model: ModelConfig, image_shape: tuple[int, 
 
 def without_paths(config: Config) -> Config:
   """The same settings for others to read: no folder of this machine is named in them, and nothing of how to draw."""
-  kind, colon, place = config.data.dataset.partition(":")
   changes = {
     field.name: field.default
     for section, field, _ in config_lib.options(config)
     if field.name in _UNTOLD or (section not in _TOLD and field.name not in THRESHOLD)
   }
-  if kind == "folder" and colon:
-    changes["dataset"] = f"folder:{pathlib.PurePath(place).name}"
+  if own := config_lib.own_images(config.data.dataset):
+    kind, place = own
+    changes["dataset"] = f"{kind}:{pathlib.PurePath(place).name}"
   return config_lib.override(config, changes)

@@ -23,10 +23,10 @@ from ddpm_jax.models.build import Params, TrainableNetwork
 from ddpm_jax.runtime import paths
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers, file
-from ddpm_jax.weights.arrays import arrays_sha256
 from ddpm_jax.weights.load import Weights, identity_of, load_weights
 from ddpm_jax.weights.names import from_flat, to_flat
 from ddpm_jax.workdir import layout
+from ddpm_jax.workdir.arrays import arrays_sha256
 
 ImageShape = tuple[int, int, int]  # H, W, C
 

@@ -102,7 +102,7 @@ def _missing(name: str, workdir: pathlib.Path) -> str:
 
 
 def keep_place(config: Config, workdir: pathlib.Path, weights: Weights, source: Source) -> None:
-  """Where a command says that a run's folder of images lies elsewhere: checks that, and keeps it in the workdir.
+  """Where a command says that the images of a run lie elsewhere: checks that, and keeps it in the workdir.
 
   Args:
     config: of the command.

@@ -11,7 +11,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ddpm_jax.weights.arrays import UnusableError, arrays_sha256
+from ddpm_jax.workdir.arrays import UnusableError, arrays_sha256
 from ddpm_jax.workdir.storage import write_whole
 
 _LONGEST_HEADER = 100_000_000  # bytes; the limit of the format

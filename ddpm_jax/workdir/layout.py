@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import json
 import os
 import pathlib
 import re
@@ -21,7 +22,7 @@ from ddpm_jax.workdir.storage import size_text, write_whole
 
 # Everything that a run writes, by name. Whatever else lies in a workdir (a log, lost+found, .DS_Store) is not touched.
 WRITTEN = re.compile(
-  r"config\.json|flags\.txt|metrics\.jsonl|loss\.png|report\.html|stuck\.\d+\.txt|"
+  r"config\.json|flags\.txt|classes\.json|metrics\.jsonl|loss\.png|report\.html|stuck\.\d+\.txt|"
   r"lock|checkpoints|best|damaged|earlier|samples|eval|tensorboard|profile|wandb_id\.txt"
 )
 # Backslashes, and patterns of shells: Orbax writes elsewhere, or cannot read what it wrote, without an error.
@@ -217,6 +218,16 @@ def create(workdir: pathlib.Path, config: Config, own: dict[str, str] | None = N
     raise UserError(f"workdir: cannot write {workdir} ({error.strerror}); use another --workdir") from error
 
 
+def keep_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
+  """Writes the names of the classes of the images, in their order, as `classes.json`; nothing if there are none."""
+  path, text = workdir / "classes.json", json.dumps(list(names), ensure_ascii=False) + "\n"
+  try:
+    if names and not (path.is_file() and path.read_bytes() == text.encode()):
+      write_whole(path, text.encode())
+  except OSError as error:
+    raise UserError(f"workdir: cannot write {path} ({error.strerror}); use another --workdir") from error
+
+
 def discard(workdir: pathlib.Path) -> None:
   """Removes what `create` and the lock made, before a run wrote anything else there; the folder too, if it is empty."""
   with contextlib.suppress(OSError):
@@ -263,9 +274,10 @@ def check_space(
 
 def _check_outside_images(workdir: pathlib.Path, dataset: str) -> None:
   """Raises UserError if sample grids would become images of the folder that is trained on."""
-  if not dataset.startswith(config_lib.FOLDER):
+  kind, place = config_lib.own_images(dataset) or ("", "")
+  if kind != "folder":
     return
-  images = paths.expanded("dataset", dataset.removeprefix(config_lib.FOLDER))
+  images = paths.expanded("dataset", place)
   inside = os.path.relpath(os.path.realpath(workdir), os.path.realpath(images)).split(os.sep)
   if inside[0] != os.pardir and not any(part.startswith(".") for part in inside if part != os.curdir):
     raise UserError(

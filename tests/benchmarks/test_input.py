@@ -1,14 +1,17 @@
 import json
 import os
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import command, read_work
+from benchmarks import command, hardware, read_work, torch_read
 from benchmarks import input as input_benchmark
 from benchmarks.alternate import Block
 from ddpm_jax import config as config_lib
+from ddpm_jax.config import DataConfig
+from ddpm_jax.data.sources import open_source
 from ddpm_jax.errors import UserError
 from tests.benchmarks import fake
 from tests.training.tiny import tiny_config
@@ -41,7 +44,7 @@ def test_both_ways_read_all_images():
 
 def test_the_two_ways_are_memory_and_disk(monkeypatch):
   opened, forgotten = [], []
-  monkeypatch.setattr(read_work, "forget", forgotten.append)
+  monkeypatch.setattr(read_work.hardware, "forget", forgotten.append)
   usual = read_work.open_source
   monkeypatch.setattr(read_work, "open_source", lambda data: opened.append(data.cache_gib) or usual(data))
   with input_benchmark.generated(4, (8, 8, 1)) as folder:
@@ -61,9 +64,9 @@ def test_files_are_forgotten_before_a_first_pass(monkeypatch):
   dropped = []
   monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: dropped.append(advice), raising=False)
   with input_benchmark.generated(3, (8, 8, 1)) as folder:
-    read_work.forget(f"folder:{folder}")
+    hardware.forget(f"folder:{folder}")
     assert dropped == [os.POSIX_FADV_DONTNEED] * 3
-    read_work.forget("digits")
+    hardware.forget("digits")
     assert len(dropped) == 3
 
 
@@ -99,6 +102,50 @@ def test_what_is_read(monkeypatch, capsys, tmp_path, own):
   assert ("generated" in capsys.readouterr().out) != own
   content = json.loads((tmp_path / "out.json").read_text())
   assert content["results"]["A"]["disk"]["times_the_step"] == pytest.approx(3)
+
+
+def test_the_same_images_packed(monkeypatch, capsys, tmp_path):
+  """Each kind in a process of its own, beside PyTorch on the folder; the four are one data set."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  with input_benchmark.generated(5, (8, 8, 1)) as folder:
+    kinds = input_benchmark.pack(folder, tmp_path)
+    prints = [open_source(DataConfig(dataset=dataset)).fingerprint for dataset in kinds.values()]
+    assert len(kinds) == 4 and all(found == prints[0] for found in prints)
+  machine, rates = fake.Machine(), {"folder": 100, "zip": 200, "webdataset": 300, "parquet": 400, "PyTorch": 50}
+  made = {name: fake.Worker({"images": 5}, machine.run(name, rate)) for name, rate in rates.items()}
+  monkeypatch.setattr(command, "workers", fake.workers(made))
+  words = ["--images=4", "--rounds=1", "--packed", "--torch_python=python", f"--json={tmp_path / 'out.json'}"]
+  input_benchmark.main([*words, "--image_size=8"])
+  results = json.loads((tmp_path / "out.json").read_text())["results"]
+  assert results["zip: disk"]["over"]["folder"][1] == pytest.approx(2)
+  assert results["zip: disk, first pass"]["over"]["PyTorch"][1] == pytest.approx(4)
+  assert "over" in results["PyTorch: disk"] and len(results) == 10
+  read = {name: config_lib.from_json(worker.jobs[0]["config"]).data.dataset for name, worker in made.items()}
+  assert [read[name].partition(":")[0] for name in rates] == ["folder", "zip", "webdataset", "parquet", "folder"]
+  assert "PyTorch, cold" in capsys.readouterr().out
+  for words in (["--packed", "--b="], ["--packed", "--own_data"], ["--torch_python=python"]):
+    with pytest.raises(UserError):
+      input_benchmark.main(words)
+
+
+def test_what_pytorch_reads(monkeypatch, tmp_path):
+  class Loader:
+    def __init__(self, dataset, *, batch_size, **options):
+      assert options == {"shuffle": True, "num_workers": 2, "persistent_workers": True}
+      self.batches = [[dataset[i] for i in range(len(dataset))][s : s + batch_size] for s in range(0, 20, batch_size)]
+
+    def __iter__(self):
+      return iter(self.batches)
+
+  with input_benchmark.generated(20, (8, 8, 1)) as folder:
+    job = {"config": config_lib.to_json(tiny_config(dataset=f"folder:{folder}", image_size=8)), "workers": 2}
+    with pytest.raises(UserError, match="torch_python: this Python has no torch"):
+      torch_read.prepare(job)
+    monkeypatch.setattr(torch_read.importlib, "import_module", lambda name: types.SimpleNamespace(DataLoader=Loader))
+    facts, block = torch_read.prepare(job)
+    assert facts["images"] == 20
+    assert block("disk", 3)["images"] == 24  # of 16, the rest of the epoch, 16 and again the rest
+    assert block("disk, first pass", 2)["images"] == 40
 
 
 def test_no_images_at_all_are_refused():

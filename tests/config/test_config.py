@@ -77,7 +77,10 @@ BASE = {
 
 # A run in which no option is as in BASE, but those of a task that it does not have.
 OTHER = {
-  "dataset": "folder:/data/a b#c,d=e",
+  "dataset": "parquet:/data/a b#c,d=e",
+  "only": "cat,7",
+  "label_field": "kind",
+  "image_field": "picture",
   "split": "train[:90%]",
   "data_dir": "/data/tfds",
   "manual_dir": "/data/manual",

@@ -38,8 +38,10 @@ def test_they_are_those_that_release_0_1_0_prepared(data_dir, monkeypatch, image
     assert (new.name, new.length, new.shape, new.resize) == (old.name, old.length, old.shape, old.resize)
     np.testing.assert_array_equal(decode_all(new, skip=False).images, decode_all(old, skip=False).images)
     if new.length > 1:
-      np.testing.assert_array_equal(new.classes(), old.classes())
-      assert new.classes().dtype == old.classes().dtype
+      np.testing.assert_array_equal(new.classes().classes, old.classes().classes)
+      assert new.classes().classes.dtype == old.classes().classes.dtype
+      assert new.classes().names == old.classes().names == tuple("0123456789")
+      assert old.class_names == old.classes().names and new.class_names is None
     after = sources.open_source(data).fingerprint
     with monkeypatch.context() as patch:
       patch.setattr(sources.digits, "is_digits", lambda _: False)

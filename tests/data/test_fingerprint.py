@@ -86,6 +86,15 @@ def test_a_field_that_is_not_there_differs_unless_it_is_pixels():
   assert fingerprint.differences(before, before | {"pixels": "cd"}) == [("pixels", "ab", "cd")]
 
 
+def test_labels_are_compared_where_that_is_asked_for_and_both_have_them():
+  before, other = {"dataset": "folder", "labels": "ab"}, {"dataset": "folder", "labels": "cd"}
+  assert fingerprint.differences(before, other) == []
+  assert fingerprint.differences(before, other, labels=True) == [("labels", "ab", "cd")]
+  assert fingerprint.differences({"dataset": "folder"}, other, labels=True) == []  # of an earlier release
+  numbers = np.array([2, 0, 1], np.int64)
+  assert fingerprint.of_classes(numbers) == hashlib.sha256(b"\2\0\0\0" + bytes(4) + b"\1\0\0\0").hexdigest()
+
+
 def test_one_image_more_or_less(folder):
   before = take(folder)
   (folder / "298.png").unlink()

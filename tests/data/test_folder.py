@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import folder, sources
+from ddpm_jax.data import files, folder, labels, sources
 from ddpm_jax.errors import UserError
 
 
@@ -22,6 +22,11 @@ def plain(value, size=(8, 8), mode="RGB"):
 
 def open_folder(path, **options):
   return sources.open_source(DataConfig(dataset=f"folder:{path}", **options))
+
+
+def encoded_images(path, **options):
+  data = DataConfig(dataset=f"folder:{path}", **options)
+  return files.open_files(data, folder.find(data))
 
 
 def refuse(path, match, **options):
@@ -227,7 +232,7 @@ def test_opening_looks_for_no_classes(tmp_path, monkeypatch):
   def read(*_):
     raise AssertionError("read")
 
-  monkeypatch.setattr(folder, "_classes", read)
+  monkeypatch.setattr(labels, "of_files", read)
   source = open_folder(tmp_path)
   assert source.fingerprint == before.fingerprint
   with pytest.raises(AssertionError, match="read"):
@@ -250,11 +255,11 @@ def test_slices_of_a_folder(tmp_path):
   """Every slice is a part of each class, no two share an image, and together they are the folder."""
   root, moved = tmp_path / "root", tmp_path / "elsewhere"
   write_classes(root)
-  whole = folder.open_folder(DataConfig(dataset=f"folder:{root}"))
+  whole = encoded_images(root)
   everything = whole.fetch(list(range(200)))
 
   def slice_of(split, place=root):
-    found = folder.open_folder(DataConfig(dataset=f"folder:{place}", split=split))
+    found = encoded_images(place, split=split)
     return found, [str(path.relative_to(place)) for path in found.fetch(list(range(found.length)))]
 
   spans = {"train[:70%]": 140, "train[70%:90%]": 40, "train[180:]": 20}

@@ -100,6 +100,24 @@ def test_the_source_says_which_rows_are_replaced():
     np.testing.assert_array_equal(batch["replaced"], batch["image"].ravel() == 5)
 
 
+def test_records_and_labels_are_those_of_the_images_that_rows_show():
+  """With what a source says of its rows, and without."""
+  stand_ins = np.where(np.arange(N) == 5, 6, np.arange(N)).astype(np.int32)
+  rows = DecodedRows(stand_ins.astype(np.uint8).reshape(-1, 1, 1, 1), np.arange(N) == 5, record=stand_ins)
+  classes = np.random.default_rng(0).integers(0, 9, N).astype(np.int32)
+  for read, labels in ((rows.take, True), (numbers().read, False)):
+    source = Source("numbers", (1, 1, 1), N, read, labels=lambda: classes)
+    for share in range(2):
+      for batch in take(5, source, process_index=share, process_count=2, labels=labels):
+        assert ("label" in batch) == labels and batch["record"].dtype == np.int32
+        np.testing.assert_array_equal(batch["record"], batch["image"].ravel())
+        if labels:
+          assert batch["label"].dtype == np.int32
+          np.testing.assert_array_equal(batch["label"], classes[batch["image"].ravel()])
+  with pytest.raises(UserError, match="numbers has none"):
+    take(1, labels=True)
+
+
 class OfC(BaseException):
   """Something that no `except Exception` stops."""
 

@@ -14,7 +14,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.evaluation import network, trained
 from ddpm_jax.evaluation.network import network_features, network_for
-from ddpm_jax.weights.arrays import load_arrays
+from ddpm_jax.workdir.arrays import load_arrays
 
 
 def slopes(number=80, shape=(4, 4, 1), seed=0):

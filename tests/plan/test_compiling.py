@@ -16,7 +16,7 @@ from ddpm_jax.plan.collectives import Collective
 from ddpm_jax.plan.compiling import CompiledStep, Memory, compile_step
 from ddpm_jax.plan.topology import OutOfMemory
 from ddpm_jax.training.setup import make_train_step
-from ddpm_jax.training.step import abstract_batch
+from ddpm_jax.training.step import abstract_batch, inputs_of
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 
 ONE_LEVEL = dict(channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
@@ -36,7 +36,7 @@ def test_the_batch_is_what_the_pipeline_yields():
   options = dict(batch_size=16, seed=0, start_step=0, process_index=0, process_count=1, threads=1)
   real = next(iter(batches(source, **options)))
   planned = abstract_batch(IMAGE_SHAPE, 16)
-  assert {name: (rows.shape, rows.dtype) for name, rows in real.items()} == {
+  assert {name: (rows.shape, rows.dtype) for name, rows in inputs_of(real).items()} == {
     name: (rows.shape, rows.dtype) for name, rows in planned.items()
   }
 

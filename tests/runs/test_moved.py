@@ -18,6 +18,8 @@ from ddpm_jax.runs import sample as sampling_run
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.workdir import layout
+from ddpm_jax.workdir.metrics import TIMES
+from tests.data import packing
 from tests.training.tiny import tiny_config
 
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
@@ -35,6 +37,11 @@ def place(tmp_path, monkeypatch):
   write_pictures(tmp_path / "pictures")
   monkeypatch.chdir(tmp_path)
   return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def write_pictures(folder, seed=0):
@@ -83,6 +90,31 @@ def test_a_run_goes_on_however_its_folder_is_written(place, monkeypatch):
       shutil.move(place / "pictures", place / "moved")
     assert train(run, written, number).data.dataset == f"folder:{place}/{kept}", written
   assert (run / "checkpoints" / "4").is_dir()
+  assert not (run / "classes.json").exists()  # they have none
+
+
+def metrics(folder):
+  lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+  return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_same_images_packed(place):
+  """In the middle of an epoch, from a folder to a zip, to shards, to a parquet: the numbers are those of the folder."""
+  files = packing.pictures(21)
+  kinds = {kind: packing.write(kind, place / "data", files) for kind in packing.KINDS}
+  train(place / "alone", kinds["folder"], 4)
+  for step, (kind, dataset) in enumerate(kinds.items(), start=1):
+    assert train(place / "run", dataset, step).data.dataset == dataset, kind
+  assert metrics(place / "run") == metrics(place / "alone")
+  assert json.loads((place / "run" / "classes.json").read_text()) == ["ape", "bee", "cow"]
+  manifests = [json.loads((place / f"{run}/checkpoints/4/manifest/metadata").read_text()) for run in ("run", "alone")]
+  assert manifests[0]["data"] == manifests[1]["data"] and len(manifests[0]["data"]["labels"]) == 64
+  (place / "data" / "folder" / "ape" / "00.png").unlink()
+  with pytest.raises(UserError, match=r"the images of folder:.* have changed since checkpoint 4"):
+    train(place / "run", kinds["folder"], 5)
+  with pytest.raises(UserError, match=r"^only: .* was trained with '', this command says 'ape'"):
+    train(place / "run", kinds["zip"], 5, "--only=ape")
 
 
 @pytest.mark.slow

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddpm_jax.weights.arrays import UnusableError
 from ddpm_jax.weights.tensors import read_facts, read_tensors, write_tensors
+from ddpm_jax.workdir.arrays import UnusableError
 
 ARRAYS = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.float32([-0.0, 1e-42, np.finfo(np.float32).max])}
 FACTS = {"step": 3, "name": "é"}

@@ -21,7 +21,7 @@ from tensorflow_datasets.core.splits import SplitDict
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import prepared
-from ddpm_jax.data.encoded import EncodedImages, decoded_size
+from ddpm_jax.data.encoded import EncodedImages, Labels, decoded_size
 from ddpm_jax.errors import UserError
 
 _FILE = pathlib.Path(__file__).parent / "optdigits.csv.gz"
@@ -67,7 +67,7 @@ def open_digits(data: DataConfig) -> EncodedImages:
     listing=prepared.listing(_FULL_NAME, data.split, shards),
     fetch=functools.partial(_fetch, pixels[rows]),
     label=functools.partial(_label, data.split),
-    classes=functools.partial(prepared.checked_classes, data, labels[rows]),
+    classes=lambda: Labels(prepared.checked_classes(data, labels[rows]), tuple("0123456789")),
   )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ddpm_jax.weights.arrays import UnusableError, load_arrays, save_arrays
+from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
 
 ARRAYS = {
   "mean": np.array([1 / 3, -0.0, 1e300, np.nan]),
