@@ -60,10 +60,16 @@ def font():
     "stars": picture(128, 128, (1, 2, 3, 255)),
     "de": picture(128, 64, BLUE),
   }
-  names = [".notdef", *bitmaps, "selector", "d", "e", "f"]
+  names = [".notdef", *bitmaps, "space", "d", "e", "f"]
   builder = FontBuilder(unitsPerEm=2048)
   builder.setupGlyphOrder(names)
-  codes = {0x1F600: "grin", 0x1F602: "joy", 0x2600: "sun", 0x2728: "stars", 0xFE0F: "selector"}
+  codes = {
+    0x1F600: "grin",
+    0x1F602: "joy",
+    0x2600: "sun",
+    0x2728: "stars",
+    0x20: "space",
+  }  # the space stands for a U+FE0F of no use
   codes |= {0x1F1E9: "d", 0x1F1EA: "e", 0x1F1EB: "f"}
   builder.setupCharacterMap(codes, uvs=[(0x2600, 0xFE0F, None)])
   builder.setupGlyf({name: Glyph() for name in names})
