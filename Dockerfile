@@ -8,7 +8,8 @@
 #     --workdir=/runs/cifar10 --flagfile=experiments/cifar10.flags --data_dir=/runs/tensorflow_datasets
 #
 # The second image brings CUDA as Python packages: the host needs NVIDIA's driver and its container toolkit. CIFAR-10
-# must lie prepared in --data_dir (docs/guides/datasets.md); with --build-arg=EXTRA=cuda,prepare the image can do so.
+# is downloaded and prepared in --data_dir. Data sets that need TensorFlow for it (docs/guides/datasets.md) must lie
+# prepared there, or the image is built with --build-arg=EXTRA=cuda,prepare.
 #
 # Any user may run it, with or without an entry in /etc/passwd: nothing but what the flags name and /tmp is written, so
 # also with --read-only --tmpfs=/tmp. Compiled programs are kept in /tmp/cache; to keep them for the next container,

@@ -41,6 +41,7 @@ OTHER_FLAGS = {
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images", "kinds", "model"),  # benchmarks
   *("seeds",),  # experiments/launch/sweep.py
+  *("font", "emoji_test"),  # experiments/make_emoji.py
   *("port", "logdir"),  # xprof, TensorBoard
   *("nodes", "ntasks-per-node", "gres", "time", "gpus-per-task", "signal"),  # Slurm
   *("tag", "build-arg", "rm", "user", "volume", "gpus", "shm-size"),  # Docker

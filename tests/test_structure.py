@@ -170,7 +170,12 @@ def test_what_nothing_imports():
   unpickle = ("pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib")
   unpack = ("tarfile", "zipfile")
   assert not importers(*names, *unpickle)
-  assert importers(*unpack) == {"evaluation/statistics.py", "data/shards.py", "data/zips.py"}
+  assert importers(*unpack) == {
+    "evaluation/statistics.py",
+    "data/originals.py",
+    "data/shards.py",
+    "data/zips.py",
+  }
   found = {name for name in imports(TREES["evaluation/statistics.py"]) if top(name) in unpack}
   assert found == {"zipfile.BadZipFile"}, "an error of NumPy's, which reads npz files"
 

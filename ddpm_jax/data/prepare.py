@@ -1,8 +1,8 @@
 """Prepares one TFDS data set as ArrayRecord files: `python -m ddpm_jax.data.prepare --dataset=NAME`.
 
-The only module of the package in whose process TensorFlow may run. `sources.open_source` starts it where a data set is
-not prepared yet; from then on the files are read without TensorFlow. Exit code 2: one line on standard output says what
-is wrong.
+The only module of the package in whose process TensorFlow may run, and does not for those of `originals`.
+`sources.open_source` starts it where a data set is not prepared yet; from then on the files are read without
+TensorFlow. Exit code 2: one line on standard output says what is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from absl import logging
 from tensorflow_datasets.core.download import download_manager, downloader, extractor, util
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import digits, prepared
+from ddpm_jax.data import digits, originals, prepared
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.paths import command, expanded
@@ -49,10 +49,11 @@ def prepare(data: DataConfig) -> None:
   Several processes may call this at once: the first works, the others wait and find it done.
 
   Raises:
-    UserError: the folder cannot be written, a file of `data.manual_dir` is not the original, or TFDS cannot download or
-      build the data set.
+    UserError: the folder cannot be written, a file of `data.manual_dir` is not the original, a downloaded file is
+      damaged, or TFDS cannot download or build the data set.
   """
   builder = prepared.make_builder(data)
+  originals.read_without_tensorflow(builder)
   manual_dir = os.path.abspath(expanded("manual_dir", data.manual_dir)) if data.manual_dir else None
   if manual_dir and not os.path.isdir(manual_dir):
     raise UserError(f"manual_dir: {data.manual_dir!r} is not a folder; name the one with the original files")
@@ -69,9 +70,14 @@ def prepare(data: DataConfig) -> None:
         )
     except download_manager.NonMatchingChecksumError as error:
       path = re.search("downloaded to (.*), has wrong checksum", str(error))
+      field, remedy = (
+        ("manual_dir", "replace it with the original")
+        if manual_dir
+        else ("dataset", "try again, or name a folder with the original in --manual_dir")
+      )
       raise UserError(
-        f"manual_dir: {path[1] if path else prepared.one_line(error)} is not the original file, its "
-        "checksum differs from TFDS's; replace it with the original"
+        f"{field}: {path[1] if path else prepared.one_line(error)} is not the original file, its checksum differs from "
+        f"TFDS's; {remedy}"
       ) from None
     except _OFFLINE as error:
       files = [info.filename for info in (builder.url_infos or {}).values() if info.filename]

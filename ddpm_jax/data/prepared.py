@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import fingerprint
+from ddpm_jax.data import fingerprint, originals
 from ddpm_jax.data.encoded import EncodedImages, Labels, NoLabels, decoded_size, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
 from ddpm_jax.errors import RunError, UserError
@@ -244,12 +244,15 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 
 def _prepare(data: DataConfig, builder: tfds.core.DatasetBuilder) -> None:
-  """Prepares the data set in a process of its own, so that TensorFlow never enters this one. Raises UserError."""
+  """Prepares the data set in a process of its own, so that TensorFlow never enters this one. Raises UserError.
+
+  Those of `originals` need no TensorFlow, and what they need is the memory of that process.
+  """
   if not data.data_dir and not os.environ.get("TFDS_DATA_DIR") and home() is None:
     raise UserError(
       f"data_dir: {data.dataset!r} is to be prepared, and this user has no home folder; name a folder with --data_dir"
     )
-  if importlib.util.find_spec("tensorflow") is None:
+  if builder.name not in originals.NAMES and importlib.util.find_spec("tensorflow") is None:
     raise UserError(
       f"dataset: {data.dataset!r} is not prepared in {builder.data_path}, and preparing it needs "
       "TensorFlow, once; run: pip install 'ddpm_jax[prepare]'"

@@ -22,6 +22,7 @@ from ddpm_jax.errors import UserError
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd"}
+_EMOJI = "emoji64.zip"  # of the presets emoji32 and emoji64
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, ..., length of the name, length of the extra field
 _ENCRYPTED = 0x1  # of the flags of an entry
 
@@ -41,7 +42,8 @@ def find(data: DataConfig) -> ImageFiles:
   """
   path = files.path_of(data)
   if not exists(data):
-    raise UserError(f"dataset: {data.dataset!r} is no file; use zip:PATH with the path of a zip of images")
+    made = f"{_EMOJI} is made by experiments/make_emoji.py" if os.path.basename(path) == _EMOJI else ""
+    raise UserError(f"dataset: {data.dataset!r} is no file; {made or 'use zip:PATH with the path of a zip of images'}")
   kept = index.path_of("zip", os.path.abspath(path))
   found = index.kept_or(kept, [path], lambda: files.to_index(_scan(data, path)))
   scanned, listing = files.from_index(data.dataset, found)

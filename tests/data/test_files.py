@@ -393,6 +393,7 @@ def bad_cases(root):
   image = [{"bytes": content, "path": name} for name, content in files.items()]
   return {
     "no zip": (f"zip:{root}/none.zip", {}, "is no file; use zip:PATH"),
+    "no emoji": (f"zip:{root}/emoji64.zip", {}, "is no file; emoji64.zip is made by experiments/make_emoji.py"),
     "text": (f"zip:{root}/text.tar", {}, "is no whole zip"),
     "cut zip": (f"zip:{cut(write_zip(root / 'cut.zip', files), 900)}", {}, r"is no whole zip \(.*; copy it again"),
     "empty zip": (zipped("empty", {"notes.txt": b"x"}), {}, r"holds no .*, only 1 file of another format; name a zip"),

@@ -295,12 +295,13 @@ def test_a_data_set_without_images_is_refused_before_it_is_prepared(tmp_path):
 
 
 def test_preparing_a_data_set_of_tfds_needs_tensorflow_and_says_how(tmp_path, monkeypatch):
-  for name in ("fashion_mnist", "lsun/bedroom"):  # TFDS imports a builder's module once, and looks for TensorFlow then
+  for name in ("kmnist", "cifar10", "lsun/bedroom"):  # TFDS imports its module once, and looks for TensorFlow then
     prepared.make_builder(DataConfig(dataset=name, data_dir=str(tmp_path)))
   monkeypatch.setitem(sys.modules, "tensorflow", None)  # find_spec then finds none, installed or not
-  refuse("fashion_mnist", tmp_path, r"dataset: 'fashion_mnist' .*run: pip install 'ddpm_jax\[prepare\]'$")
+  refuse("kmnist", tmp_path, r"dataset: 'kmnist' .*run: pip install 'ddpm_jax\[prepare\]'$")
   refuse("lsun/bedroom", tmp_path, "image_size: 0, but the images of lsun/bedroom have different sizes")
   assert not list(tmp_path.iterdir())
+  refuse("cifar10", tmp_path, "manual_dir: '/nowhere' is not a folder", manual_dir="/nowhere")  # its process says so
 
 
 @pytest.mark.parametrize(

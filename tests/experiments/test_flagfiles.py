@@ -100,7 +100,7 @@ def header(path: pathlib.Path) -> str:
 
 
 def test_all_experiments_are_here():
-  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images32", "images64"}
+  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images32", "images64", "emoji32", "emoji64"}
 
 
 @pytest.mark.parametrize("name", NAMES)
