@@ -88,7 +88,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   fetch, place, names, sizes, classes = found.fetch, found.place, found.names, found.sizes, found.classes
 
   def listing(rows: np.ndarray) -> str:
-    return fingerprint.digest(part for i in rows.tolist() for part in (names[i], str(int(sizes[i]))))
+    return fingerprint.digest(part for i in map(int, rows) for part in (names[i], str(sizes[i])))
 
   def labels() -> Labels:
     of_all = classes()
@@ -198,7 +198,7 @@ def _slice(names: Sequence[str], rows: np.ndarray, start: int | None, stop: int 
   """The rows of a slice of a split, in their order."""
   if start is None and stop is None:
     return rows  # nothing is cut: no digests
-  digests = b"".join(hashlib.sha256(os.fsencode(names[row])).digest() for row in rows.tolist())
+  digests = b"".join(hashlib.sha256(os.fsencode(names[row])).digest() for row in map(int, rows))
   words = np.frombuffer(digests, ">u8").reshape(-1, 4)
   order = np.lexsort(words.T[::-1])  # stable; by the first word, then the second, ...
   return rows[np.sort(order[start:stop])]
@@ -214,9 +214,9 @@ class Reader:
   def __reduce__(self) -> tuple[type[Reader], tuple[list[str]]]:
     return Reader, (self._paths,)
 
-  def __del__(self):
+  def __del__(self, close: Callable[[int], None] = os.close):  # when Python exits, `os` may be gone
     for descriptor in self._open.values():
-      os.close(descriptor)
+      close(descriptor)
 
   def read(self, file: int, start: int, size: int, name: str) -> bytes | images.BadRecord:
     """`size` bytes from position `start` of the file of that number.

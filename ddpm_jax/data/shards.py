@@ -191,7 +191,7 @@ def _examples(data: DataConfig, path: str, examples: list[_Example], left_out: l
       )
     file.seek(0)
     try:
-      archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  nothing of it is open but `file`
+      archive: Any = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  nothing of it is open but `file`
       while (entry := archive.next()) is not None:
         archive.members = []  # else it keeps all of them
         if entry.offset_data + entry.size > length:

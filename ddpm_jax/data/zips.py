@@ -22,6 +22,7 @@ from ddpm_jax.errors import UserError
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _EMOJI = "emoji64.zip"  # of the presets emoji32 and emoji64
+_OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, ..., length of the name, length of the extra field
 _ENCRYPTED = 0x1  # of the flags of an entry
 
@@ -126,7 +127,7 @@ def _check(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> None:
     if entry.flag_bits & _ENCRYPTED:
       raise UserError(f"dataset: {data.dataset!r} is encrypted ({name!r}); pack it again without a password")
     if _kind(entry) == "" and entry.compress_type not in _METHODS:
-      method = zipfile.compressor_names.get(entry.compress_type, str(entry.compress_type))
+      method = _OTHER_METHODS.get(entry.compress_type, f"method {entry.compress_type}")
       raise UserError(
         f"dataset: {data.dataset!r} has {name!r} compressed by {method}; pack it again, stored or with deflate"
       )
