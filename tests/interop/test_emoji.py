@@ -119,6 +119,7 @@ def test_a_zip_of_pictures_and_labels(make):
       "label_names": ["smileys-emotion", "flags"],
     }
     grin, sun, flag = (np.asarray(Image.open(archive.open(name))) for name in archive.namelist()[:3])
+    assert {entry.date_time for entry in archive.infolist()} == {make_emoji._DATE}, "not that of today"
   for pixels in (grin, sun, flag):
     assert (pixels.shape, pixels.dtype) == ((64, 64, 3), np.uint8)
     np.testing.assert_array_equal(pixels[32, 32], 255)  # the hole
