@@ -27,7 +27,7 @@ from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.sources import Source, from_array
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.errors import UserError
@@ -296,20 +296,21 @@ def train(
   *,
   network: TrainableNetwork | None = None,
   objective: Callable[[Run], Objective] | None = None,
-  source: Source | None = None,
+  source: Source | np.ndarray | None = None,
 ) -> Model:
   """Trains a model as the command does, and goes on where it was stopped: give the same arguments again.
 
   A workdir that was trained with an own network or objective says so in its config.json and in its checkpoints. The
-  command refuses it, and `load` takes the network. Call it in the main thread: Ctrl-C stops after a training step, with
-  all that was made saved.
+  command refuses to train there, and with an own network to do anything; `load` takes the network. Call it in the main
+  thread: Ctrl-C stops after the training steps under way and saves. It then returns the model saved so far.
 
   Args:
     config: the settings, such as `config.override(Config(), {"num_steps": 500})`.
     workdir: the folder of the run, on disk; may not exist yet.
     network: is trained, in the place of the U-Net of the settings: a frozen dataclass, equal by value.
     objective: makes the loss from the parts of the run, in the place of the denoiser's: a frozen dataclass, too.
-    source: the images, in the place of `config.data.dataset`; its fingerprint must change with them.
+    source: the images, in the place of `config.data.dataset`: uint8 [N, H, W, C], or a `data.sources.Source`, whose
+      fingerprint must change with them.
 
   Returns:
     The model as it was saved last, with the average of its weights.
@@ -326,6 +327,10 @@ def train(
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"
     )
+  if source is not None and not isinstance(source, Source):
+    source = from_array(source)
+  if source is not None and not source.fingerprint:
+    raise UserError("source: it has no fingerprint, so other images would not be noticed on resume; give it one")
   if source is not None:  # nobody else can open it by its name
     config = config_lib.override(config, {"dataset": f"own:{source.name}"})
   stored = layout.read_run(folder)

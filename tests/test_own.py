@@ -80,6 +80,23 @@ def test_own_images_are_those_of_one_run(tmp_path):
   assert model.config.data.dataset == "own:mine"
   other = dataclasses.replace(source, fingerprint={"pixels": "0" * 64})
   assert "have changed" in refusal(ddpm_jax.train, tiny(num_steps=4), tmp_path / "run", source=other)
+  said = "dataset: this run is of images that Python gave it, 'mine'; give them to ddpm_jax.train again"
+  assert refusal(open_source, resolve_config("train", {}, tmp_path / "run").data).startswith(said)
+  unmarked = dataclasses.replace(source, fingerprint={})
+  assert "it has no fingerprint" in refusal(ddpm_jax.train, tiny(num_steps=4), tmp_path / "other", source=unmarked)
+
+
+def test_an_array_of_images_is_a_source(tmp_path):
+  """The digits as an array are the digits: the same losses, and a changed pixel is another data set."""
+  digits = open_source(Config().data)
+  images = digits.read(np.arange(len(digits))).images
+  ddpm_jax.train(tiny(num_steps=2), tmp_path / "array", source=images)
+  ddpm_jax.train(tiny(num_steps=2), tmp_path / "digits")
+  assert metrics(tmp_path / "array") == metrics(tmp_path / "digits")
+  images[0, 0, 0] += 1
+  assert "have changed" in refusal(ddpm_jax.train, tiny(num_steps=4), tmp_path / "array", source=images)
+  for wrong in (images.astype(np.float32), images[0], images[:0], "digits"):
+    assert "is not uint8 [N, H, W, C]" in refusal(ddpm_jax.train, tiny(), tmp_path / "no", source=wrong)
 
 
 def test_an_own_loop_makes_the_training_steps_of_the_command(tmp_path):

@@ -65,6 +65,12 @@ def of_classes(classes: np.ndarray) -> str:
   return _sha256([np.ascontiguousarray(classes, "<i4").data])
 
 
+def of_array(name: str, images: np.ndarray) -> Fingerprint:
+  """The fingerprint of images uint8 [N, H, W, C] that a person has made: all of their pixels."""
+  shape = "x".join(map(str, images.shape[1:]))
+  return {"dataset": name, "images": len(images), "shape": shape, "pixels": _sha256([images.data])}
+
+
 def differences(
   before: Mapping[str, Any], after: Mapping[str, Any], *, labels: bool = False
 ) -> list[tuple[str, Any, Any]]:

@@ -183,6 +183,11 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
       f"data_dir: {data.data_dir!r} is not a local path; copy the prepared data set to a local disk, or "
       "mount the bucket"
     )
+  if name.startswith("own:"):  # see `ddpm_jax.train`
+    raise UserError(
+      f"dataset: this run is of images that Python gave it, {name.removeprefix('own:')!r}; give them to ddpm_jax.train "
+      "again, as source"
+    )
   if re.match(r"\w+:\D", name):  # NAME:1.2.3 is a version, SPACE:NAME needs TensorFlow and a network to be looked up
     raise UserError(
       f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "

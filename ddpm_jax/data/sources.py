@@ -92,6 +92,34 @@ class Source:
     return self.length
 
 
+def from_array(images: np.ndarray, name: str = "array", labels: np.ndarray | None = None) -> Source:
+  """A source of images in memory, for `ddpm_jax.train(config, workdir, source=...)`.
+
+  Args:
+    images: uint8 [N, H, W, C], N at least 1, C 1 or 3.
+    name: of the data set.
+    labels: of each image, int [N] in 0..K-1; None: there are none.
+
+  Raises:
+    UserError: another type or shape.
+  """
+  shape, kind = np.shape(images), getattr(images, "dtype", type(images).__name__)
+  if kind != np.uint8 or len(shape) != 4 or not shape[0] or shape[3] not in (1, 3):
+    raise UserError(f"source: {kind} {list(shape)} is not uint8 [N, H, W, C] with 1 or 3 channels; make it so")
+  classes = None if labels is None else np.asarray(labels, np.int32)
+  if classes is not None and classes.shape != shape[:1]:
+    raise UserError(f"source: labels {list(classes.shape)} are not one for each of {shape[0]} images; make them so")
+  rows = DecodedRows(np.ascontiguousarray(images), np.zeros(len(images), bool))
+  return Source(
+    name=name,
+    image_shape=(shape[1], shape[2], shape[3]),
+    length=len(images),
+    read=rows.take,
+    fingerprint=fingerprint.of_array(name, rows.images),
+    labels=None if classes is None else lambda: classes,
+  )
+
+
 def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda height, width: None) -> Source:
   """Opens `data.dataset`, which is prepared first if need be.
 

@@ -15,15 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ddpm_jax.errors import UserError
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Params
-from ddpm_jax.training.objective import Batch, Objective, PerExample
+from ddpm_jax.training.objective import Batch, Objective, PerExample, Terms
 from ddpm_jax.training.optimizer import apply_updates, ema_decay_at, update_ema
 from ddpm_jax.training.state import Counts, TrainState
 
 Metrics = dict[str, jax.Array]  # scalars
-# (params, batch, keys [B]) -> the loss, a scalar, and numbers of each example
-LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, PerExample]]
+# (params, batch, keys [B]) -> the loss, a scalar; its terms, where there are several, and numbers of each example
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, tuple[Terms, PerExample]]]
 
 
 def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> jax.Array:
@@ -47,15 +48,15 @@ def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def mean_loss_and_gradients(
   loss_fn: LossFn, params: Params, batch: Batch, keys: jax.Array, grad_accum_steps: int
-) -> tuple[jax.Array, Params, PerExample]:
-  """The mean loss, its gradient and the numbers of each example, with gradients accumulated over M microbatches.
+) -> tuple[jax.Array, Params, Terms, PerExample]:
+  """The mean loss, its gradient, its terms and the numbers of each example, accumulated over M microbatches.
 
   Microbatch m takes every M-th row, so that rows spread over devices stay where they are.
   """
   value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   if grad_accum_steps == 1:
-    (loss, per_example), gradients = value_and_grad(params, batch, keys)
-    return loss, gradients, per_example
+    (loss, (terms, per_example)), gradients = value_and_grad(params, batch, keys)
+    return loss, gradients, terms, per_example
 
   def split(rows: jax.Array) -> jax.Array:
     return rows.reshape(-1, grad_accum_steps, *rows.shape[1:]).swapaxes(0, 1)
@@ -64,13 +65,13 @@ def mean_loss_and_gradients(
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])
 
   def add_part(total, part):
-    (loss, per_example), gradients = value_and_grad(params, *part)
-    return jax.tree.map(jnp.add, total, (loss, gradients)), per_example
+    (loss, aux), gradients = value_and_grad(params, *part)
+    return jax.tree.map(jnp.add, total, (loss, gradients)), aux
 
   zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-  total, per_example = jax.lax.scan(add_part, zero, jax.tree.map(split, (batch, keys)))
+  total, (terms, per_example) = jax.lax.scan(add_part, zero, jax.tree.map(split, (batch, keys)))
   loss, gradients = jax.tree.map(lambda x: x / grad_accum_steps, total)
-  return loss, gradients, jax.tree.map(join, per_example)
+  return loss, gradients, jax.tree.map(jnp.mean, terms), jax.tree.map(join, per_example)
 
 
 def train_step(
@@ -107,18 +108,18 @@ def train_step(
 
   Returns:
     The state after n + 1 steps, and its scalars: loss and grad_norm (before clipping) of this step, learning_rate,
-    ema_decay, and the fields of `Counts`.
+    ema_decay, the fields of `Counts`, and where the loss has several terms each of them as loss/NAME.
   """
   keys = example_keys(seed, state.step, batch["index"])
   loss_of = wrap_loss(objective.loss)
 
-  def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, PerExample]:
+  def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Terms, PerExample]]:
     terms, per_example = loss_of(params, state.extra, frozen, batch, keys)
-    return functools.reduce(jnp.add, terms.values()), per_example
+    return functools.reduce(jnp.add, terms.values()), (terms if len(terms) > 1 else {}, per_example)
 
-  loss, gradients, per_example = mean_loss_and_gradients(loss_fn, state.params, batch, keys, grad_accum_steps)
+  loss, gradients, terms, per_example = mean_loss_and_gradients(loss_fn, state.params, batch, keys, grad_accum_steps)
   if axis_name is not None:
-    loss, gradients = jax.lax.pmean((loss, gradients), axis_name)
+    loss, gradients, terms = jax.lax.pmean((loss, gradients, terms), axis_name)
   grad_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -130,6 +131,10 @@ def train_step(
     name: optax.tree.where(finite, update_ema(average, params, decay), average) for name, average in state.ema.items()
   }
   extra = objective.update_extra(state.extra, in_order_of_index(per_example, batch["index"], axis_name))
+  if jax.tree.structure(extra) != jax.tree.structure(state.extra):
+    raise UserError(
+      f"objective: update_extra of {type(objective).__name__} returns other arrays than `extra` has; return the same"
+    )
 
   counts = count(state.counts, finite, batch["replaced"], axis_name)
   metrics = {
@@ -138,6 +143,7 @@ def train_step(
     "learning_rate": jnp.asarray(learning_rate(applied), jnp.float32),
     "ema_decay": decay,
     **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
+    **{f"loss/{name}": term for name, term in terms.items()},
   }
   new_state = TrainState(state.step + 1, params, ema, opt_state, counts, optax.tree.where(finite, extra, state.extra))
   return new_state, metrics

@@ -242,7 +242,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
   params = jax.tree.map(lambda x: x + 0.05, run.initial_state().params)  # nothing zero-initialised hides dropout
 
   def loss_fn(params, batch, keys):
-    return loss_of(make_objective(run), batch, keys, params), {"index": batch["index"]}
+    loss = loss_of(make_objective(run), batch, keys, params)
+    return loss, ({"half": loss / 2}, {"index": batch["index"]})
 
   batch = jax.tree.map(jnp.asarray, random_batch())
   keys = step_lib.example_keys(0, jnp.asarray(7), batch["index"])
@@ -251,7 +252,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     for n in (1, 4)
   )
   chex.assert_trees_all_close(parts, whole, rtol=2e-3, atol=1e-5)
-  np.testing.assert_array_equal(parts[2]["index"], np.arange(16))  # each number is that of its row again
+  np.testing.assert_array_equal(parts[3]["index"], np.arange(16))  # each number is that of its row again
 
 
 class Remembering(NamedTuple):
@@ -299,7 +300,7 @@ def test_an_own_objective_with_terms_extra_and_frozen(mode, accumulated):
   compiled = mesh.compile(step, jax.eval_shape(lambda: state))
   placed = jax.device_put(state, mesh.state_shardings(jax.eval_shape(lambda: state)))
   new, metrics, _ = compiled(placed, mesh.put_batches([batch]), mesh.put_step_command())
-  assert float(metrics["loss"]) == 2 + 10
+  assert [float(metrics[name]) for name in ("loss", "loss/square", "loss/slope")] == [2 + 10, 2, 10]
   np.testing.assert_allclose(new.params["w"], 1 - 0.1 * (1 - 3 + 10), rtol=1e-6)
   np.testing.assert_allclose(new.ema["ema"]["w"], 1 + (1 - 2 / 11) * (new.params["w"] - 1), rtol=1e-6)
   np.testing.assert_array_equal(new.extra["seen"], 101 * np.arange(16))
