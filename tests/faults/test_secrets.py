@@ -71,7 +71,6 @@ def test_a_pickle_among_the_checkpoints_is_never_executed(folder, launch, payloa
     "manifest/metadata",
     "state/manifest.ocdbt",
     "state/_METADATA",
-    "state/array_metadatas/process_0",
     "state/d/*",
   ]
   older_format, newest = "state/checkpoint", len(read) + 2
