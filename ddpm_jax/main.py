@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
     except (UserError, RunError, NonFiniteError) as error:
       if preset and isinstance(error, UserError) and str(error).partition(":")[0] in flags.of_preset(preset):
         error = resolve.with_preset(error, preset)
+      elif isinstance(error, UserError):
+        error = resolve.with_named_preset(error, command)
       job.wait_for_verdict(root_cause(error))
       code = _exit_code(error)
       job.leave(code)

@@ -203,6 +203,16 @@ def with_preset(error: UserError, name: str) -> UserError:
   return UserError(f"{error} (own images take --preset={name} on {_device(name)}; --preset=none leaves the defaults)")
 
 
+def with_named_preset(error: UserError, command: Command) -> UserError:
+  """The same of a setting that the command did not name, but its --preset has."""
+  name, _, _ = str(error).partition(":")
+  if command.preset in (None, "none") or name not in command.given:
+    return error
+  of_preset = flags.of_preset(command.preset)
+  said = name in of_preset and of_preset[name] == command.given[name]
+  return UserError(f"{error} (--preset={command.preset} says so: leave that out)") if said else error
+
+
 def _device(preset: str) -> str:
   """Where own images take it."""
   return "a CPU" if preset == presets.for_own_images("cpu") else "an accelerator"

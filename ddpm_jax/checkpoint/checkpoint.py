@@ -315,8 +315,11 @@ class Candidates:
       raise UserError(
         f"checkpoint: {self._only} in {self._folder.directory} is damaged: {self.damaged[self._only]}; use another one"
       )
-    listed = "; ".join(f"{step}: {reason}" for step, reason in self.damaged.items())
-    raise UserError(f"workdir: no checkpoint in {self._folder.directory} is intact ({listed}); restore one from a copy")
+    listed = "; ".join(f"{step}: {reason:.100}" for step, reason in self.damaged.items())
+    raise UserError(
+      f"workdir: no checkpoint in {self._folder.directory} is intact ({listed}); restore one from a copy, or use "
+      "another --workdir"
+    )
 
   def _steps(self) -> list[int]:
     steps = self._folder.steps()

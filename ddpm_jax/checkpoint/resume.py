@@ -23,7 +23,7 @@ from ddpm_jax.runtime import numerics
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run
 from ddpm_jax.training.state import TrainState
-from ddpm_jax.workdir import lock
+from ddpm_jax.workdir import layout, lock
 
 
 def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str, Any]:
@@ -108,7 +108,9 @@ def find_start(checkpoints: Checkpoints, run: Run, source: Source, workdir: path
     if state is not None:
       return Start(candidate.step, state, candidate.manifest, candidates.damaged, sorted(others))
   if others and min(error.since for error in others.values()) > 0:
-    raise UserError(str(others[min(others)])) from others[min(others)]
+    damaged = ", ".join(map(str, candidates.damaged))
+    hint = f" (checkpoint {damaged} is damaged)" if damaged else ""
+    raise UserError(f"{others[min(others)]}{hint}") from others[min(others)]
   return Start(0, None, {}, candidates.damaged, sorted(others))  # both begin with the same initial state
 
 
@@ -131,13 +133,34 @@ def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pa
   check_images(manifest, source, workdir)
 
 
+# For people: what a digest of a fingerprint is of.
+_FIELDS = {
+  "listing": "listing (names and sizes of the files)",
+  "probe": "probe (pixels of some of them)",
+  "pixels": "pixels (of all of them)",
+}
+
+
+def check_size(source: Source, workdir: pathlib.Path) -> None:
+  """Raises UserError if a run was trained with images of another size: before the network says what that does to it."""
+  step, facts = layout.newest_facts(workdir)
+  before = facts.get("image_shape")
+  if before and list(source.image_shape) != before:
+    then, now = ("x".join(map(str, shape)) for shape in (before, source.image_shape))
+    raise UserError(
+      f"dataset: the images of {source.name} are {now}, those of checkpoint {step} in {workdir} were {then}; restore "
+      "them, or use another --workdir"
+    )
+
+
 def check_images(manifest: Manifest, source: Source, workdir: pathlib.Path) -> None:
   """Raises UserError if a checkpoint was trained with other images than those of `source`, wherever they lie."""
   before = {name: value for name, value in manifest["data"].items() if name != "order"}
   for field, then, now in fingerprint.differences(before, source.fingerprint):
     raise UserError(
       f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
-      f"{field} was {_short(then)}, is {_short(now)}; restore them, or go on all the same with --allow_data_change"
+      f"{_FIELDS.get(field, field)} was {_short(then)}, is {_short(now)}; restore them, or go on all the same with "
+      "--allow_data_change"
     )
 
 
@@ -150,7 +173,8 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
   for name, before, now in config_lib.changed(stored, config, on_resume=True, once_trained=once_trained):
     raise UserError(
       f"{name}: checkpoint {manifest['step']} in {workdir} was trained with {config_lib.flag_text(before)!r}, "
-      f"config.json says {config_lib.flag_text(now)!r}; restore config.json, or use another --workdir"
+      f"config.json says {config_lib.flag_text(now)!r}; restore config.json, use another --workdir, or "
+      f"move {workdir / 'checkpoints' / str(manifest['step'])} away if it is of another run"
     )
 
 

@@ -127,9 +127,18 @@ class DeviceMesh(abc.ABC):
     """Whether XLA may compile while the devices compute. For a GPU it tries algorithms out there, and takes memory."""
     return self.platform != "gpu"
 
-  def check_batch(self, batch_size: int, grad_accum_steps: int = 1) -> None:
-    """Raises UserError if the devices do not divide the global batch, or a part of it."""
+  def check_batch(self, batch_size: int, grad_accum_steps: int = 1, *, fixed: bool = False) -> None:
+    """Raises UserError if the devices do not divide the global batch, or a part of it.
+
+    fixed: the run was trained with that batch size, and goes on with no other.
+    """
     rows = self.num_devices * grad_accum_steps
+    if batch_size % rows and fixed:
+      fewer = [n for n in range(1, self.num_devices) if batch_size % (n * grad_accum_steps) == 0]
+      raise UserError(
+        f"batch_size: {batch_size}, which this run keeps, cannot be divided among {self.num_devices} devices; use "
+        f"{' or '.join(map(str, fewer[-3:]))} of them, or more that divide it"
+      )
     if batch_size % rows:
       below, above = batch_size // rows * rows, (batch_size // rows + 1) * rows
       parts = f" times grad_accum_steps={grad_accum_steps}" if grad_accum_steps > 1 else ""

@@ -17,7 +17,7 @@ from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
 from ddpm_jax.evaluation.summary import Result, columns, yardsticks
 from ddpm_jax.workdir import grids
-from ddpm_jax.workdir.storage import write_whole
+from ddpm_jax.workdir.storage import remedy, write_whole
 
 # What belongs together: measured on the same samples.
 _OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours", "yardsticks")
@@ -50,7 +50,7 @@ def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, n
       write_whole(folder / f"{step}.{number}.json", path.read_bytes())  # a kill may come before the next line
     write_whole(path, (json.dumps(_finite(result), indent=2, allow_nan=False) + "\n").encode())
   except OSError as error:
-    raise RunError(f"workdir: cannot write {error.filename or path} ({error.strerror}); make room") from error
+    raise RunError(f"workdir: cannot write {error.filename or path} ({error.strerror}); {remedy(error)}") from error
   return path
 
 
@@ -168,6 +168,6 @@ def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:
     with contextlib.suppress(OSError):
       shutil.rmtree(best / f".{step}.new")
     raise RunError(
-      f"workdir: cannot copy checkpoint {step} to {best} ({error.strerror or error}); make room"
+      f"workdir: cannot copy checkpoint {step} to {best} ({error.strerror or error}); {remedy(error)}"
     ) from error
   return True

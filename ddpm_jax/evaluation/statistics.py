@@ -35,7 +35,7 @@ from ddpm_jax.evaluation.comparison import MOST
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
 from ddpm_jax.evaluation.reference import Reference, evenly_spaced
-from ddpm_jax.workdir.storage import write_whole
+from ddpm_jax.workdir.storage import remedy, write_whole
 
 OF_REFERENCE = ("frechet", "kid", "precision_recall", "density_coverage")  # measures between samples and data
 _OF_FEATURES = OF_REFERENCE[1:]  # those for which mean and covariance are not enough
@@ -113,7 +113,9 @@ def write_statistics(path: pathlib.Path, source: Source, split: str, features: F
   try:
     write_whole(path, data.getvalue())
   except OSError as error:
-    raise RunError(f"write_reference: cannot write {path} ({error.strerror}); make room, or name another") from error
+    raise RunError(
+      f"write_reference: cannot write {path} ({error.strerror}); {remedy(error)}, or name another"
+    ) from error
 
 
 def read_statistics(path: str) -> Statistics:

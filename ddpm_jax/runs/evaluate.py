@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator
 
 import jax
 
+from ddpm_jax.checkpoint import resume
 from ddpm_jax.config import Config
-from ddpm_jax.data.sources import open_source
+from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import scalars, write_result
@@ -18,6 +19,8 @@ from ddpm_jax.evaluation.summary import Result, in_words, title_of, yardsticks
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import keep_place
+from ddpm_jax.workdir import layout
+from ddpm_jax.workdir.storage import remedy
 
 
 def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str] = ()) -> None:
@@ -36,6 +39,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
     _write_reference(config, workdir)
     return
   assert workdir is not None
+  layout.check_writable(next(folder for folder in (workdir, *workdir.parents) if folder.exists()))
   weights = find_weights(config, workdir)
   train = open_source(config.data)
   if train.image_shape != weights.run.image_shape:
@@ -43,6 +47,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
       f"dataset: the images of {train.name} are not of the size that the model draws, "
       f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
     )
+  _warn_of_changed_images(train, workdir)
   measured = evaluate_lib.check(config, workdir, train).evaluate.measures
   keep_place(config, workdir, weights, train)
   ensure_workdir(config, workdir)
@@ -60,13 +65,23 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
     console.say(f"done: {path} and {workdir / 'report.html'}")
 
 
+def _warn_of_changed_images(train: Source, workdir: pathlib.Path) -> None:
+  """Warns where the images are not those that the newest checkpoint was trained with; they are measured as they are."""
+  step, facts = layout.newest_facts(workdir)
+  if isinstance(facts.get("data"), dict) and jax.process_index() == 0:
+    try:
+      resume.check_images({"step": step, "data": facts["data"]}, train, workdir)
+    except UserError as error:
+      console.warn(f"{str(error).partition(';')[0]}; they are compared with as they are now")
+
+
 def _write_report(workdir: pathlib.Path) -> None:
   from ddpm_jax.report.report import write_report  # Matplotlib takes long to import
 
   try:
     write_report(workdir)
   except OSError as error:
-    raise RunError(f"workdir: cannot write {workdir / 'report.html'} ({error.strerror}); make room") from error
+    raise RunError(f"workdir: cannot write {workdir / 'report.html'} ({error.strerror}); {remedy(error)}") from error
 
 
 def result_lines(result: Result) -> Iterator[str]:

@@ -19,7 +19,7 @@ from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights import diffusers, file
 from ddpm_jax.weights.initial import find_weights
 from ddpm_jax.weights.load import Weights
-from ddpm_jax.workdir.storage import sync_file, write_whole
+from ddpm_jax.workdir.storage import remedy, sync_file, write_whole
 
 
 def export(config: Config, workdir: pathlib.Path | None) -> None:
@@ -98,7 +98,9 @@ def _whole_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     new.replace(target)
   except OSError as error:
     shutil.rmtree(new, ignore_errors=True)
-    raise RunError(f"export_dir: cannot write {error.filename or target} ({error.strerror}); make room") from error
+    raise RunError(
+      f"export_dir: cannot write {error.filename or target} ({error.strerror}); {remedy(error)}"
+    ) from error
   except UserError:
     shutil.rmtree(new, ignore_errors=True)
     raise

@@ -24,8 +24,8 @@ from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, facts_of_picture, settings
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import Weights, keep_place
-from ddpm_jax.workdir import grids
-from ddpm_jax.workdir.storage import sync_file
+from ddpm_jax.workdir import grids, layout
+from ddpm_jax.workdir.storage import remedy, sync_file
 
 _GRID_IMAGES = 256  # more than that is no picture any more
 _FRAME_MS = 100
@@ -43,6 +43,7 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
     UserError: if the workdir holds no such checkpoint, or what a task is given does not fit.
     RunError: if the samples cannot be written.
   """
+  layout.check_writable(next(folder for folder in (workdir, *workdir.parents) if folder.exists()))
   weights = find_weights(config, workdir)
   if config.sample.sample_task == "images":
     _draw_images(config, weights, workdir)
@@ -150,7 +151,7 @@ def _save_pngs(folder: pathlib.Path, images: np.ndarray, facts: dict) -> None:
     new.replace(folder)
   except OSError as error:
     shutil.rmtree(new, ignore_errors=True)
-    raise RunError(f"sample_png_dir: cannot write {folder} ({error.strerror or error}); make room") from error
+    raise RunError(f"sample_png_dir: cannot write {folder} ({error.strerror or error}); {remedy(error)}") from error
   console.say(f"{len(images)} PNG files in {folder}")
 
 

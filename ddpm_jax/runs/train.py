@@ -159,11 +159,13 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
     UserError: see `train`.
   """
   mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
-  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
+  fixed = layout.holds_run(workdir)
+  mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps, fixed=fixed)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
   accept = functools.partial(check_size, config.model)
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
+  resume.check_size(source, workdir)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
   run = build_run(config, source.image_shape, mesh, own.network)
   run = run._replace(objective=own.objective(run) if own.objective else None)

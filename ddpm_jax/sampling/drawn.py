@@ -24,7 +24,7 @@ from ddpm_jax.keys import Seeded, seeded
 from ddpm_jax.runtime.progress import Drawing
 from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_long_draw, table_of
 from ddpm_jax.weights.load import Weights
-from ddpm_jax.workdir.storage import Records, size_text
+from ddpm_jax.workdir.storage import Records, remedy, size_text
 
 # Options of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
@@ -166,4 +166,4 @@ def check_room(flag: str, folder: pathlib.Path, image_shape: tuple[int, ...], nu
 
 def cannot_write(folder: pathlib.Path, error: OSError) -> RunError:
   """The error of a `folder` that takes no more samples."""
-  return RunError(f"workdir: cannot write the samples into {folder} ({error.strerror}); make room and draw again")
+  return RunError(f"workdir: cannot write the samples into {folder} ({error.strerror}); {remedy(error)} and draw again")

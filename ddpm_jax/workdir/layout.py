@@ -104,6 +104,32 @@ def read_run(workdir: pathlib.Path) -> StoredRun | None:
   return StoredRun(workdir, config, saved, not config.exchange.init_from or saved or has_begun(workdir))
 
 
+def newest_facts(workdir: pathlib.Path) -> tuple[int, dict[str, Any]]:
+  """The number of the newest checkpoint and what its manifest says, unverified; 0 and {} where there is none to read.
+
+  For messages, which checkpoints make more exact, before JAX is imported.
+  """
+  found = [path for path in (workdir / "checkpoints").glob("*") if path.name.isdecimal()]
+  for path in sorted(found, key=lambda path: -int(path.name)):
+    with contextlib.suppress(OSError, ValueError):
+      facts = json.loads((path / "manifest" / "metadata").read_bytes())
+      if isinstance(facts, dict):
+        return int(path.name), facts
+  return 0, {}
+
+
+def _check_not_edited(run: StoredRun, name: str, value: Any) -> None:
+  """Raises UserError if config.json says something else of an option than the newest checkpoint does."""
+  step, facts = newest_facts(run.folder)
+  sections = facts.get("config")
+  for section in sections.values() if isinstance(sections, dict) else ():
+    if isinstance(section, dict) and name in section and section[name] != json.loads(json.dumps(value)):
+      raise UserError(
+        f"{name}: config.json of {run.folder} says {config_lib.flag_text(value)!r}, its checkpoint {step} "
+        f"{config_lib.flag_text(section[name])!r}; restore config.json"
+      )
+
+
 def own_parts(workdir: pathlib.Path) -> dict[str, str]:
   """What of a run is not as its settings say, but a person's own: 'network' and 'objective', with their names."""
   path = workdir / "config.json"
@@ -177,6 +203,7 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
     differences = changed(run, config)
     if differences:
       name, old, new = differences[0]
+      _check_not_edited(run, name, old)
       others = (
         f" (and {len(differences) - 1} more: {', '.join(d[0] for d in differences[1:])})" if differences[1:] else ""
       )
@@ -186,12 +213,18 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
       )
     for name in ("", "checkpoints", "samples", "tensorboard"):
       if not name or (workdir / name).exists():
-        _check_writable(workdir / name)
+        check_writable(workdir / name)
     return True
   if workdir.exists() and not workdir.is_dir():
     raise UserError(f"workdir: {workdir} is a file; name a folder")
   if workdir.is_dir():
     _check_links(workdir)
+    step, facts = newest_facts(workdir)
+    if "config" in facts:
+      raise UserError(
+        f"workdir: config.json of {workdir} is missing; checkpoints/{step}/manifest/metadata has its text under "
+        '"config": write that there, or move the folder away'
+      )
     for path in sorted(workdir.iterdir()):
       # A kill between the lock and the end of `create` leaves a lock and an empty folder.
       if WRITTEN.fullmatch(path.name) and path.name != lock.NAME and not (path.is_dir() and not any(path.iterdir())):
@@ -200,7 +233,7 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
           "another --workdir"
         )
   _check_outside_images(workdir, config.data.dataset)
-  _check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
+  check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
   return False
 
 
@@ -315,8 +348,9 @@ def _check_links(workdir: pathlib.Path) -> None:
       continue  # an old checkpoint that a trainer deletes meanwhile
 
 
-def _check_writable(folder: pathlib.Path) -> None:
+def check_writable(folder: pathlib.Path) -> None:
+  """Raises UserError if nothing can be written into a folder."""
   if not folder.is_dir():
     raise UserError(f"workdir: {folder} is a file, not a folder; use another --workdir")
   if not os.access(folder, os.W_OK | os.X_OK):
-    raise UserError(f"workdir: {folder} cannot be written; use another --workdir")
+    raise UserError(f"workdir: {folder} cannot be written; make it writable, or use another --workdir")

@@ -40,6 +40,11 @@ def _write_at(file: int, data: bytes, offset: int) -> None:
     done += os.pwrite(file, data[done:], offset + done)
 
 
+def remedy(error: OSError) -> str:
+  """What a person can do where a file cannot be written."""
+  return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
+
+
 def size_text(number: int) -> str:
   """A number of bytes for people."""
   return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"

@@ -165,7 +165,7 @@ def test_a_folder_without_permission(tmp_path, monkeypatch, exists):
   locked = folder if exists else tmp_path
   # Root may write everywhere, so the answer is faked.
   monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != locked or not mode & os.W_OK)
-  assert refusal(folder, Config()) == f"workdir: {locked} cannot be written; use another --workdir"
+  assert refusal(folder, Config()) == f"workdir: {locked} cannot be written; make it writable, or use another --workdir"
 
 
 def test_a_path_that_the_system_refuses(tmp_path):
@@ -212,7 +212,10 @@ def test_a_folder_inside_without_permission(tmp_path, monkeypatch, folder):
   layout.create(tmp_path, Config())
   (tmp_path / folder).mkdir(exist_ok=True)
   monkeypatch.setattr(os, "access", lambda path, mode: pathlib.Path(path) != tmp_path / folder or not mode & os.W_OK)
-  assert refusal(tmp_path, Config()) == f"workdir: {tmp_path / folder} cannot be written; use another --workdir"
+  assert (
+    refusal(tmp_path, Config())
+    == f"workdir: {tmp_path / folder} cannot be written; make it writable, or use another --workdir"
+  )
 
 
 def test_a_file_in_place_of_a_folder(tmp_path):
