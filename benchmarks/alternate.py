@@ -56,7 +56,8 @@ def block_size(run: Run, seconds: float) -> int:
     took = run(count)["seconds"]
     if took >= seconds / 4 or count >= _MOST:
       return max(1, min(_MOST, round(count * seconds / took)))
-    count = min(_MOST, max(2 * count, math.ceil(count * seconds / 4 / max(took, 1e-9))))
+    # No more than eight times as many: the first few may have been read ahead, and take no time.
+    count = min(_MOST, 8 * count, max(2 * count, math.ceil(count * seconds / 4 / max(took, 1e-9))))
 
 
 def run_blocks(runs: dict[str, Run], counts: dict[str, int], rounds: int) -> list[Block]:

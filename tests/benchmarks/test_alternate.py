@@ -66,3 +66,15 @@ def test_a_block_takes_about_as_long_as_asked(rate):
 
 def test_a_block_is_never_endless():
   assert block_size(lambda count: {"seconds": 1e-12}, 4.0) == 100_000
+
+
+def test_what_was_read_ahead_does_not_make_a_block_huge():
+  """The first four units are there already; each of the others takes a second."""
+  counts = []
+
+  def run(count):
+    counts.append(count)
+    return {"seconds": max(0, count - 4) + 1e-6}
+
+  assert block_size(run, 4.0) <= 8
+  assert max(counts) <= 8
