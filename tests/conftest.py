@@ -15,6 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick.FLAGS}"
 compilation.keep_simulated_devices_in_step()
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))  # children of the tests inherit it
+os.environ["XDG_CACHE_HOME"] = str(CACHE.parent / "home")  # tests leave the person's own cache alone
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES"] = "none"
 

@@ -60,8 +60,9 @@ def test_the_two_ways_are_memory_and_disk(monkeypatch):
     assert forgotten == [f"folder:{folder}"] * 2
 
 
-def test_files_are_forgotten_before_a_first_pass(monkeypatch):
+def test_files_are_forgotten_before_a_first_pass(tmp_path, monkeypatch):
   dropped = []
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: dropped.append(advice), raising=False)
   with input_benchmark.generated(3, (8, 8, 1)) as folder:
     hardware.forget(f"folder:{folder}")
