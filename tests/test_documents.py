@@ -40,6 +40,7 @@ OTHER_FLAGS = {
   *("xla_backend_optimization_level",),
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images", "kinds", "model"),  # benchmarks
+  *("rounds", "block_seconds", "own_data", "packed", "torch_python"),
   *("seeds",),  # experiments/launch/sweep.py
   *("font", "emoji_test"),  # experiments/make_emoji.py
   *("port", "logdir"),  # xprof, TensorBoard
