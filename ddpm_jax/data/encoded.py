@@ -114,7 +114,7 @@ class EncodedImages:
       UserError if the images have no classes, or fewer than two, or a record is bad and not to be skipped.
     class_names: of the classes, where `classes` would have to read all records for them, or raises; None where it does
       not.
-    part_listing: `listing` of the images at int [M] alone; None: it cannot be told from that of all.
+    part_listing: `listing` of the images at int [M] alone; None: it does not follow from that of all.
     remark: a line to print once a start, such as what was left out; may be empty.
     how: in which way they are resized.
   """
@@ -215,17 +215,17 @@ def _read(
   report: ReportSkip,
 ) -> DecodedRows:
   positions = [int(i) for i in indices]
-  decoded, record = np.empty((len(positions), *encoded.shape), np.uint8), np.array(positions, np.int32)
-  replaced = np.zeros(len(positions), bool)
+  rows = np.empty((len(positions), *encoded.shape), np.uint8)
+  replaced, record = np.zeros(len(positions), bool), np.array(positions, np.int32)
   for row, image in enumerate(_decode(encoded, positions)):
     if isinstance(image, BadRecord):
       if not skip:
         raise image
       report(positions[row], image.what)
-      record[row], image = _next_good(encoded, positions[row], report)
+      image, record[row] = _next_good(encoded, positions[row], report)
       replaced[row] = True
-    decoded[row] = crops.crop(image, encoded.shape, None if places is None else places[row])
-  return DecodedRows(decoded, replaced, record=record)
+    rows[row] = crops.crop(image, encoded.shape, None if places is None else places[row])
+  return DecodedRows(rows, replaced, record=record)
 
 
 def decode_all(encoded: EncodedImages, *, skip: bool, most: float = math.inf) -> DecodedRows | Covers | None:
@@ -323,13 +323,13 @@ def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Pat
   return image
 
 
-def _next_good(encoded: EncodedImages, position: int, report: ReportSkip) -> tuple[int, np.ndarray]:
-  """The first image after the bad one at `position` that is not bad: which, and its pixels. Raises UserError."""
+def _next_good(encoded: EncodedImages, position: int, report: ReportSkip) -> tuple[np.ndarray, int]:
+  """The first image after the bad one at `position` that is not bad, and which one that is. Raises UserError."""
   for distance in range(1, min(_MOST_IN_A_ROW + 1, encoded.length)):
     candidate = (position + distance) % encoded.length
     (image,) = _decode(encoded, [candidate])
     if not isinstance(image, BadRecord):
-      return candidate, image
+      return image, candidate
     report(candidate, image.what)
   raise _too_many(encoded, position)
 

@@ -13,7 +13,7 @@ import hashlib
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +58,16 @@ class ImageFiles:
   splits: Mapping[str, np.ndarray] | None = None
   listing: str | None = None
   remark: str = ""
+
+
+def suffixes_of(data: DataConfig) -> frozenset[str]:
+  """By which an image is known, in small letters."""
+  return images.BASIC_SUFFIXES if data.formats == "basic" else images.SUFFIXES
+
+
+def key_of(data: DataConfig) -> str:
+  """What an index depends on beside the files: what counts as an image, with a plugin or without, and as grey."""
+  return f"{data.formats} {' '.join(sorted(suffixes_of(data)))}"
 
 
 def path_of(data: DataConfig) -> str:
@@ -124,12 +134,12 @@ def _raise_bad(found: ImageFiles, row: int) -> None:
 
 
 def read_headers(
+  data: DataConfig,
   fetch: Callable[[np.ndarray], Sequence[File]],
   place: Callable[[int], str],
   number: int,
   *,
   skip: bool,
-  grey_palettes: bool = True,
 ) -> np.ndarray:
   """The headers int32 [N, 3] of all images, as `ImageFiles` has them, read on all cores.
 
@@ -144,7 +154,7 @@ def read_headers(
       try:
         if isinstance(file, images.BadRecord):
           raise file
-        headers[row] = images.read_header(file, numbered(place, row), grey_palettes=grey_palettes)
+        headers[row] = images.read_header(file, numbered(place, row), grey_palettes=data.formats != "basic")
       except images.BadRecord:
         if not skip:
           raise
@@ -293,25 +303,21 @@ def remark(dataset: str, number: int, left_out: LeftOut) -> str:
   return f"{dataset}: {number} image{'s' * (number != 1)}; left out: {left_out_text(left_out)}"
 
 
-def nothing_found(
-  data: DataConfig, left_out: LeftOut, hint: str = "", *, suffixes: Collection[str] = images.SUFFIXES
-) -> UserError:
+def nothing_found(data: DataConfig, left_out: LeftOut, hint: str = "") -> UserError:
   """The error that a collection holds no image."""
   kind, _ = own_images(data.dataset) or ("", "")
-  there = f", only {left_out_text(left_out)}" if left_out else ""
-  return UserError(
-    f"dataset: {data.dataset!r} holds no {' '.join(sorted(suffixes))} file{there}; name a {kind} of images{hint}"
-  )
+  suffixes, there = " ".join(sorted(suffixes_of(data))), f", only {left_out_text(left_out)}" if left_out else ""
+  return UserError(f"dataset: {data.dataset!r} holds no {suffixes} file{there}; name a {kind} of images{hint}")
 
 
-def kind_of(name: str) -> str:
+def kind_of(name: str, suffixes: frozenset[str]) -> str:
   """What a file within a packed collection is by its name: a kind of `PLURALS`, or "" for an image."""
   path = pathlib.PurePosixPath(name)
   if path.name.startswith("."):
     return "hidden file"
   if any(part.startswith(".") for part in path.parts):
     return "hidden folder"
-  return "" if path.suffix.lower() in images.SUFFIXES else "file of another format"
+  return "" if path.suffix.lower() in suffixes else "file of another format"
 
 
 # What an index keeps of all kinds of packed collections.
@@ -342,28 +348,28 @@ def to_index(scanned: Scanned) -> Index:
   names, sizes, headers, labels, left_out, more, facts = scanned
   arrays = {"text": names.text, "ends": names.ends, "sizes": sizes, "headers": headers}
   if isinstance(labels, Labels):
-    arrays["classes"], told = labels.classes, {"class_names": list(labels.names)}
+    arrays["classes"], of_labels = labels.classes, {"class_names": list(labels.names)}
   else:
-    told = {"without_labels": labels.why if isinstance(labels, NoLabels) else None, "bad_labels": str(labels)}
+    of_labels = {"without_labels": labels.why if isinstance(labels, NoLabels) else None, "bad_labels": str(labels)}
   listing = fingerprint.digest(
     part for name, size in zip(names, sizes.tolist(), strict=True) for part in (name, str(size))
   )
   return Index(
     arrays | {f"of_kind/{name}": array for name, array in more.items()},
-    {"left_out": left_out, "labels": told, "listing": listing, "of_kind": facts},
+    {"left_out": left_out, "labels": of_labels, "listing": listing, "of_kind": facts},
   )
 
 
 def from_index(dataset: str, index: Index) -> tuple[Scanned, str]:
   """The reverse of `to_index`, and the digest of names and sizes."""
   arrays, facts = index
-  told = facts["labels"]
+  of_labels = facts["labels"]
   if "classes" in arrays:
-    labels: Labels | UserError = Labels(arrays["classes"], tuple(told["class_names"]))
-  elif told["without_labels"] is not None:
-    labels = NoLabels(dataset, told["without_labels"])
+    labels: Labels | UserError = Labels(arrays["classes"], tuple(of_labels["class_names"]))
+  elif of_labels["without_labels"] is not None:
+    labels = NoLabels(dataset, of_labels["without_labels"])
   else:
-    labels = UserError(told["bad_labels"])
+    labels = UserError(of_labels["bad_labels"])
   more = {name.removeprefix("of_kind/"): array for name, array in arrays.items() if name.startswith("of_kind/")}
   names = Names(arrays["text"], arrays["ends"])
   scanned = Scanned(names, arrays["sizes"], arrays["headers"], labels, facts["left_out"], more, facts["of_kind"])

@@ -39,11 +39,9 @@ def find(data: DataConfig) -> ImageFiles:
       f"dataset: {data.dataset!r} is not a folder; use folder:PATH with the path of a folder of images, its new path "
       "if it was moved"
     )
-  basic = data.formats == "basic"
-  suffixes = images.BASIC_SUFFIXES if basic else images.SUFFIXES
-  found = find_images(root, follow_links=data.follow_links, suffixes=suffixes)
+  found = find_images(root, follow_links=data.follow_links, suffixes=files.suffixes_of(data))
   if not found.files:
-    raise files.nothing_found(data, found.left_out, ", or use --follow_links" * found.has_links, suffixes=suffixes)
+    raise files.nothing_found(data, found.left_out, ", or use --follow_links" * found.has_links)
   paths = np.array([os.fsencode(file) for file in found.files])  # of a million, a worker process gets its copy at once
 
   def path(row: int) -> pathlib.Path:
@@ -55,7 +53,7 @@ def find(data: DataConfig) -> ImageFiles:
   def place(row: int) -> str:
     return str(path(row))
 
-  headers = files.read_headers(fetch, place, len(paths), skip=data.on_bad_record == "skip", grey_palettes=not basic)
+  headers = files.read_headers(data, fetch, place, len(paths), skip=data.on_bad_record == "skip")
   names = [_relative(file, root) for file in found.files]
   left_out = files.remark(data.dataset, len(paths), found.left_out)
   return ImageFiles(
@@ -120,7 +118,7 @@ def find_images(
     UserError: a folder cannot be listed. Without its files the order would be another.
   """
   inside = root.resolve()
-  images, links, seen = [], [root], set()
+  taken, links, seen = [], [root], set()
   left_out: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
   def identity(folder: pathlib.Path) -> tuple[int, int]:
@@ -163,10 +161,10 @@ def find_images(
         elif file.is_symlink() and not follow_links and not file.resolve().is_relative_to(inside):
           left_out["link to a file outside"][""] += 1
         else:
-          images.append(file)
+          taken.append(file)
     if follow_links:
       links += sorted(linked)
-  return Found(sorted(images, key=functools.partial(_relative, root=root)), left_out)
+  return Found(sorted(taken, key=functools.partial(_relative, root=root)), left_out)
 
 
 def _relative(file: pathlib.Path, root: pathlib.Path) -> str:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import PIL
 
-from ddpm_jax.data import images
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.paths import cache_folder
 from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
@@ -41,8 +40,7 @@ def path_of(kind: str, place: str, *options: str, suffix: str = ".safetensors") 
     *options: what else it depends on.
     suffix: of the file.
   """
-  # Which files are images may change: with a plugin of Pillow, say.
-  folder, key = cache_folder(), json.dumps([kind, place, *options, *sorted(images.SUFFIXES)])
+  folder, key = cache_folder(), json.dumps([kind, place, *options])
   return folder and folder / "data" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}{suffix}"
 
 

@@ -277,7 +277,7 @@ def _scan(
   return Scanned(
     Names.of(names),
     lengths,
-    files.read_headers(fetch, place, len(names), skip=True),
+    files.read_headers(data, fetch, place, len(names), skip=True),
     files.labels_or_error(found_labels),
     {},
     {"start": starts},
@@ -287,7 +287,7 @@ def _scan(
 
 def _packed(data: DataConfig, paths: list[str], splits: list[str], columns: _Columns) -> tuple[Scanned, str, Fetch]:
   """What a scan has found, the digest of names and sizes, and what reads images from the file in the cache."""
-  place_of = [os.path.abspath(files.path_of(data)), data.label_field, data.image_field]
+  place_of = [os.path.abspath(files.path_of(data)), data.label_field, data.image_field, files.key_of(data)]
   kept = index.path_of("parquet", *place_of)
   if kept is None:
     raise UserError(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import files, images, index, labels
+from ddpm_jax.data import files, index, labels
 from ddpm_jax.data.encoded import Labels
 from ddpm_jax.data.files import File, ImageFiles, Reader, Scanned
 from ddpm_jax.data.names import Names
@@ -49,7 +49,7 @@ def find(data: DataConfig) -> ImageFiles:
   paths = _shards(data)
   skip = data.on_bad_record == "skip"
   place_of = os.path.abspath(files.path_of(data))
-  kept = index.path_of("webdataset", place_of, data.label_field)
+  kept = index.path_of("webdataset", place_of, data.label_field, files.key_of(data))
   scan = lambda: files.to_index(_scan(data, paths))  # noqa: E731
   try:
     found = index.kept_or(kept, [*paths, *_names_files(paths)], scan)
@@ -150,7 +150,7 @@ def _scan(data: DataConfig, paths: list[str]) -> Scanned:
       last = f"the last whole example is {examples[-1].key}" if examples else "it has no whole example"
       cut.append(f"{path} {problem}; {last}")
     for example in examples:
-      pictures = [member for extension, member in example.files.items() if f".{extension}" in images.SUFFIXES]
+      pictures = [member for extension, member in example.files.items() if f".{extension}" in files.suffixes_of(data)]
       if len(pictures) > 1:
         raise UserError(
           f"dataset: example {example.key} of {path} has two images, {pictures[0].name} and {pictures[1].name}; pack "
@@ -169,7 +169,7 @@ def _scan(data: DataConfig, paths: list[str]) -> Scanned:
   return Scanned(
     packed,
     sizes,
-    files.read_headers(fetch, place, len(packed), skip=True),
+    files.read_headers(data, fetch, place, len(packed), skip=True),
     files.labels_or_error(lambda: _labels(data, paths, values)),
     files.counted(left_out),
     {"shard": shard.astype(np.int32), "start": start},
@@ -197,7 +197,7 @@ def _examples(data: DataConfig, path: str, examples: list[_Example], left_out: l
         if entry.offset_data + entry.size > length:
           problem = "is cut off"
           break
-        current = _add(entry, examples, current, left_out)
+        current = _add(data, entry, examples, current, left_out)
       if not problem:
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
@@ -212,15 +212,26 @@ def _examples(data: DataConfig, path: str, examples: list[_Example], left_out: l
 
 
 def _add(
-  entry: tarfile.TarInfo, examples: list[_Example], current: _Example | None, left_out: list[tuple[str, str]]
+  data: DataConfig,
+  entry: tarfile.TarInfo,
+  examples: list[_Example],
+  current: _Example | None,
+  left_out: list[tuple[str, str]],
 ) -> _Example | None:
   """Adds an entry of a shard to the example that it belongs to. Returns the one that is not finished."""
   if entry.isdir():
     return current
   found = _NAME.fullmatch(entry.name.removeprefix("./"))
-  if not entry.isreg() or entry.issparse() or found is None or files.kind_of(entry.name).startswith("hidden"):
+  if (
+    not entry.isreg()
+    or entry.issparse()
+    or found is None
+    or files.kind_of(entry.name, files.suffixes_of(data)).startswith("hidden")
+  ):
     special = not entry.isreg() or entry.issparse()
-    left_out.append(("special file", "") if special else (files.kind_of(entry.name) or "hidden file", ""))
+    left_out.append(
+      ("special file", "") if special else (files.kind_of(entry.name, files.suffixes_of(data)) or "hidden file", "")
+    )
     return current
   key, extension = found.groups()
   if current is None or current.key != key:

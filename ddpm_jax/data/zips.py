@@ -21,8 +21,8 @@ from ddpm_jax.data.names import Names
 from ddpm_jax.errors import UserError
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd"}
 _EMOJI = "emoji64.zip"  # of the presets emoji32 and emoji64
+_OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, ..., length of the name, length of the extra field
 _ENCRYPTED = 0x1  # of the flags of an entry
 
@@ -44,7 +44,7 @@ def find(data: DataConfig) -> ImageFiles:
   if not exists(data):
     made = f"{_EMOJI} is made by experiments/make_emoji.py" if os.path.basename(path) == _EMOJI else ""
     raise UserError(f"dataset: {data.dataset!r} is no file; {made or 'use zip:PATH with the path of a zip of images'}")
-  kept = index.path_of("zip", os.path.abspath(path))
+  kept = index.path_of("zip", os.path.abspath(path), files.key_of(data))
   found = index.kept_or(kept, [path], lambda: files.to_index(_scan(data, path)))
   scanned, listing = files.from_index(data.dataset, found)
   of_entries = scanned.more
@@ -74,7 +74,7 @@ def _scan(data: DataConfig, path: str) -> Scanned:
     with zipfile.ZipFile(path) as archive:
       entries = [entry for entry in archive.infolist() if not entry.is_dir()]
       _check(data, entries)
-      found = sorted((entry for entry in entries if _kind(entry) == ""), key=lambda entry: entry.filename)
+      found = sorted((entry for entry in entries if _kind(data, entry) == ""), key=lambda entry: entry.filename)
       if not found:
         raise _without_images(data, entries)
       labels_file = archive.read(labels.DATASET_JSON) if labels.DATASET_JSON in archive.NameToInfo else None
@@ -96,12 +96,12 @@ def _scan(data: DataConfig, path: str) -> Scanned:
   left_out = files.counted(
     (kind, pathlib.PurePosixPath(entry.filename).suffix.lower() or "no suffix" if "format" in kind else "")
     for entry in entries
-    if (kind := _kind(entry)) and entry.filename != labels.DATASET_JSON
+    if (kind := _kind(data, entry)) and entry.filename != labels.DATASET_JSON
   )
   return Scanned(
     names,
     sizes,
-    files.read_headers(fetch, place, len(names), skip=True),
+    files.read_headers(data, fetch, place, len(names), skip=True),
     files.labels_or_error(lambda: labels.of_files(data.dataset, names, labels_file)),
     left_out,
     {"start": start, "stored": stored, "crc": crc},
@@ -109,8 +109,8 @@ def _scan(data: DataConfig, path: str) -> Scanned:
   )
 
 
-def _kind(entry: zipfile.ZipInfo) -> str:
-  return "link" if stat.S_ISLNK(entry.external_attr >> 16) else files.kind_of(entry.filename)
+def _kind(data: DataConfig, entry: zipfile.ZipInfo) -> str:
+  return "link" if stat.S_ISLNK(entry.external_attr >> 16) else files.kind_of(entry.filename, files.suffixes_of(data))
 
 
 def _check(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> None:
@@ -126,7 +126,7 @@ def _check(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> None:
     seen.add(name)
     if entry.flag_bits & _ENCRYPTED:
       raise UserError(f"dataset: {data.dataset!r} is encrypted ({name!r}); pack it again without a password")
-    if _kind(entry) == "" and entry.compress_type not in _METHODS:
+    if _kind(data, entry) == "" and entry.compress_type not in _METHODS:
       method = _OTHER_METHODS.get(entry.compress_type, f"method {entry.compress_type}")
       raise UserError(
         f"dataset: {data.dataset!r} has {name!r} compressed by {method}; pack it again, stored or with deflate"
@@ -139,7 +139,7 @@ def _without_images(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> Use
       f"dataset: {data.dataset!r} holds arrays such as {latents!r} (.npy, as of latents), which are no images; name "
       "the zip of the images that they were made of"
     )
-  kinds = ((kind, "") for entry in entries if (kind := _kind(entry)))
+  kinds = ((kind, "") for entry in entries if (kind := _kind(data, entry)))
   return files.nothing_found(data, files.counted(kinds))
 
 

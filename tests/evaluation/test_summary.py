@@ -5,8 +5,8 @@ from ddpm_jax.evaluation.summary import in_words, number, yardsticks
 
 def test_a_score_of_noise_above_that_of_the_data_tells_nothing():
   others = {"data": 1.8, "noise": 2.9}
-  assert "tells nothing" in in_words("Score", "classifier_score", 3.4, others)
-  assert "tells nothing" not in in_words("Score", "classifier_score", 3.4, {"data": 3.9, "noise": 2.9})
+  assert "says nothing" in in_words("Score", "classifier_score", 3.4, others)
+  assert "says nothing" not in in_words("Score", "classifier_score", 3.4, {"data": 3.9, "noise": 2.9})
 
 
 def test_numbers():

@@ -434,7 +434,7 @@ def test_a_measure_is_never_told_without_its_yardsticks(workdir):
   assert (
     "Classifier distance 0.74: the data against itself has 0.0231, pure noise 8.91, an untrained network 12.1; lower "
     "is better. Precision 0.625: the data against itself has 0.9, pure noise 0.86, an untrained network 0.4; higher is "
-    "better. Noise does better than that: here this measure tells nothing."
+    "better. Noise does better than that: here this measure says nothing."
   ) in page.text
   rows = [text.strip() for _, text in page.cells]
   for head, numbers in (
