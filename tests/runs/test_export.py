@@ -156,7 +156,7 @@ def test_no_folder_of_this_machine_is_told():
     told = file.without_paths(config)
     assert "/data" not in config_lib.to_json(told)
     assert (told.model, told.diffusion, told.optimizer) == (config.model, config.diffusion, config.optimizer)
-  assert file.without_paths(make(**OTHER)).data.dataset == "folder:a b#c,d=e"
+  assert file.without_paths(make(**OTHER)).data.dataset == "parquet:a b#c,d=e"
 
 
 def test_the_model_card(trained, tmp_path):
