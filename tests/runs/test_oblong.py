@@ -128,7 +128,7 @@ def test_every_task_draws_them(trained, workdir, monkeypatch):
 
 
 def test_they_are_measured(trained, workdir, monkeypatch, capsys):
-  monkeypatch.setattr(evaluate_lib, "network_features", functools.partial(network_features, updates=2))
+  monkeypatch.setattr(evaluate_lib, "network_features", functools.partial(network_features, num_steps=2))
   measured = dict(measures=("frechet", "neighbours", "bound", "ode"), features="network", evaluate_samples=4)
   config = config_lib.override(trained[1], measured | dict(bound_timesteps=2, ode_steps=1, likelihood_examples=4))
   evaluate_run.evaluate(config, workdir)
