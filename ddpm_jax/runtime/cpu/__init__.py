@@ -20,6 +20,8 @@ __all__ = ["convolve", "materialize", "pack", "unpack"]
 def materialize(tree: Any) -> Any:
   """The same arrays. On CPUs, XLA computes them anew wherever they are used, unless it is kept from that.
 
-  Elsewhere one pass over the memory yields several results, and nothing may come between.
+  Elsewhere one pass over the memory yields several results, and nothing may come between. On 2 cores of a shared AMD
+  EPYC the optimizer's part of a step on the digits took 5.40 ms of CPU time with it and 5.58 without (2026-11-29, in
+  turns). It is little; it stays because the last bits of earlier runs depend on it.
   """
   return jax.lax.platform_dependent(tree, cpu=jax.lax.optimization_barrier, default=lambda tree: tree)
