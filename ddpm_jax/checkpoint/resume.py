@@ -135,9 +135,9 @@ def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pa
 
 # For people: what a digest of a fingerprint is of.
 _FIELDS = {
-  "listing": "listing (names and sizes of the files)",
-  "probe": "probe (pixels of some of them)",
-  "pixels": "pixels (of all of them)",
+  "listing": " (names and sizes of the files)",
+  "probe": " (pixels of some images)",
+  "pixels": " (of all images)",
 }
 
 
@@ -159,7 +159,7 @@ def check_images(manifest: Manifest, source: Source, workdir: pathlib.Path) -> N
   for field, then, now in fingerprint.differences(before, source.fingerprint):
     raise UserError(
       f"dataset: the images of {source.name} have changed since checkpoint {manifest['step']} in {workdir}: "
-      f"{_FIELDS.get(field, field)} was {_short(then)}, is {_short(now)}; restore them, or go on all the same with "
+      f"{field} was {_short(then)}, is {_short(now)}{_FIELDS.get(field, '')}; restore them, or go on all the same with "
       "--allow_data_change"
     )
 
