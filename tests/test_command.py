@@ -33,6 +33,7 @@ def test_subcommands_are_modes_and_tools(started):
     (["plan", "--help"], "", ["--mode=plan", "--help"]),
     (["compare", "a", "b"], "ddpm_jax.compare", ["a", "b"]),
     (["prepare", "--dataset=x"], "ddpm_jax.data.prepare", ["--dataset=x"]),
+    (["pack", "digits", "zip:x"], "ddpm_jax.data.pack", ["digits", "zip:x"]),
   ):
     assert started(*words) == (tool, left)
 

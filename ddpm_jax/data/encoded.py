@@ -117,6 +117,7 @@ class EncodedImages:
     part_listing: `listing` of the images at int [M] alone; None: it cannot be told from that of all.
     remark: a line to print once a start, such as what was left out; may be empty.
     how: in which way they are resized.
+    file_name: the path of image i within its collection; None: the images are no files.
   """
 
   name: str
@@ -132,6 +133,7 @@ class EncodedImages:
   part_listing: Callable[[np.ndarray], str] | None = None
   remark: str = ""
   how: images.Resizing = images.DEFAULT
+  file_name: Callable[[int], str] | None = None
 
   @property
   def random_crop(self) -> bool:
@@ -195,7 +197,10 @@ def on_demand(encoded: EncodedImages, *, skip: bool, report: ReportSkip | None =
 def remote_reader(encoded: EncodedImages, *, skip: bool, report: ReportSkip) -> RemoteReader:
   """As `on_demand`, for another process, which is sent `encoded` without what only this one asks."""
   return RemoteReader(
-    functools.partial(_read_with_skips, dataclasses.replace(encoded, classes=None, part_listing=None), skip), report
+    functools.partial(
+      _read_with_skips, dataclasses.replace(encoded, classes=None, part_listing=None, file_name=None), skip
+    ),
+    report,
   )
 
 

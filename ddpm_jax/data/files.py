@@ -105,6 +105,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
     classes=labels,
     part_listing=lambda places: listing(chosen[places]),
     remark=found.remark,
+    file_name=lambda index: names[int(chosen[index])],
   )
 
 

@@ -190,6 +190,28 @@ def decode(
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
 
 
+def read(file: pathlib.Path, name: str) -> bytes:
+  """The content of a file, `name` in errors. Raises BadRecord, or RunError as `decode`."""
+  try:
+    return file.read_bytes()
+  except OSError as error:
+    raise _unreadable(error.errno or 0, name) from error
+
+
+def _unreadable(code: int, name: str) -> BadRecord | RunError:
+  """The error for one of the system: of the file, or of this process."""
+  if code in OF_THE_PROCESS:
+    return RunError(f"dataset: {name} cannot be opened ({os.strerror(code)}); raise that limit of the process")
+  return BadRecord(f"{name} cannot be read ({os.strerror(code)})", "repair or remove it")  # it is gone, say
+
+
+def png(pixels: np.ndarray) -> bytes:
+  """uint8 [H, W], [H, W, 1] or [H, W, 3] as a PNG file."""
+  file = io.BytesIO()
+  Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(file, "PNG")
+  return file.getvalue()
+
+
 def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
   """Opens an image and reads its header. Raises BadRecord, RunError."""
   with _pillow(name, "is not an image that Pillow can read"):
@@ -268,12 +290,8 @@ def _pillow(name: str, problem: str) -> Iterator[None]:
     raise BadRecord(f"{name} {problem} (unknown format)", "repair or remove it") from error
   except Exception as error:
     code = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
-    if code in OF_THE_PROCESS:
-      raise RunError(
-        f"dataset: {name} cannot be opened ({os.strerror(code)}); raise that limit of the process"
-      ) from error
-    if code:  # of the system and not of Pillow: the file is gone, say
-      raise BadRecord(f"{name} cannot be read ({os.strerror(code)})", "repair or remove it") from error
+    if code:  # of the system and not of Pillow
+      raise _unreadable(code, name) from error
     raise BadRecord(f"{name} {problem} ({_reason(error)})", "repair or remove it") from error
 
 

@@ -112,11 +112,7 @@ def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda he
       `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
       cannot be prepared.
   """
-  encoded = _open(data, accept)
-  accept(*encoded.shape[:2])
-  if data.only:
-    encoded = select(encoded, data.only)
-  encoded = dataclasses.replace(encoded, how=images.resizing(data))
+  encoded = open_encoded(data, accept)
   if encoded.remark:
     _note(encoded.remark)
   skip, gib = data.on_bad_record == "skip", encoded.length * math.prod(encoded.shape) / 2**30
@@ -142,6 +138,15 @@ def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda he
     known_classes=functools.cache(functools.partial(_known_classes, encoded.name, labels, encoded.class_names)),
     random_crop=encoded.random_crop,
   )
+
+
+def open_encoded(data: DataConfig, accept: Callable[[int, int], None] = lambda height, width: None) -> EncodedImages:
+  """The images of `data.dataset`, `data.split` and `data.only` before decoding; see `open_source`. Raises UserError."""
+  encoded = _open(data, accept)
+  accept(*encoded.shape[:2])
+  if data.only:
+    encoded = select(encoded, data.only)
+  return dataclasses.replace(encoded, how=images.resizing(data))
 
 
 def _note(remark: str) -> None:
