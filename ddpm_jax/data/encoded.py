@@ -118,6 +118,7 @@ class EncodedImages:
     remark: a line to print once a start, such as what was left out; may be empty.
     how: in which way they are resized.
     file_name: the path of image i within its collection; None: the images are no files.
+    stored: height and width of the stored images in some words; empty if they are not known.
   """
 
   name: str
@@ -134,6 +135,7 @@ class EncodedImages:
   remark: str = ""
   how: images.Resizing = images.DEFAULT
   file_name: Callable[[int], str] | None = None
+  stored: str = ""
 
   @property
   def random_crop(self) -> bool:

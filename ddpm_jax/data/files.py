@@ -106,6 +106,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
     part_listing=lambda places: listing(chosen[places]),
     remark=found.remark,
     file_name=lambda index: names[int(chosen[index])],
+    stored=images.sizes_text(found.headers[good, :2]),
   )
 
 

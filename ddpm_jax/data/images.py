@@ -134,6 +134,14 @@ def resized(image: Image.Image, size: tuple[int, int], how: Resizing = DEFAULT) 
       raise ValueError(f"unknown way of resizing {how}")
 
 
+def sizes_text(sizes: np.ndarray) -> str:
+  """Sizes int [N, 2], heights and widths, N at least 1: '64x64', or '3 sizes, 20x30 to 60x40', by their areas."""
+  found = np.unique(sizes, axis=0)
+  found = found[np.argsort(found.astype(np.int64).prod(axis=1), kind="stable")]
+  first, last = ("x".join(map(str, size)) for size in found[[0, -1]].tolist())
+  return first if len(found) == 1 else f"{len(found)} sizes, {first} to {last}"
+
+
 def read_header(file: bytes | pathlib.Path, name: str, *, grey_palettes: bool = True) -> tuple[int, int, bool]:
   """Height and width in pixels, upright, and whether the image is grey. Reads no pixels.
 

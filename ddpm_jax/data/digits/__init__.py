@@ -65,6 +65,7 @@ def open_digits(data: DataConfig) -> EncodedImages:
     listing=prepared.listing(_FULL_NAME, data.split, shards),
     fetch=functools.partial(_fetch, pixels[rows]),
     label=functools.partial(_label, data.split),
+    stored=f"{_SIZE}x{_SIZE}",
     classes=lambda: Labels(prepared.checked_classes(data, labels[rows]), tuple("0123456789")),
   )
 
