@@ -233,8 +233,8 @@ def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
 class ToolParser(argparse.ArgumentParser):
   """Arguments of a tool that also takes flags of training. A wrong one raises UserError."""
 
-  def parse(self, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The tool's own arguments, and the options of training that are given, as `given`. Raises UserError.
+  def parse(self, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], str | None]:
+    """The tool's own arguments, the options of training that are given, as `given`, and `preset`. Raises UserError.
 
     An argument `source` is --dataset.
     """
@@ -247,7 +247,7 @@ class ToolParser(argparse.ArgumentParser):
       self.error(one_line(error))
     if left:
       self.error(f"unexpected argument {left[0]!r}; flags are written --name=value")
-    return own, given(registry)
+    return own, given(registry), preset(registry)
 
   def error(self, message: str) -> NoReturn:
     """Raises UserError."""

@@ -21,15 +21,16 @@ import textwrap
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import flags, presets
 from ddpm_jax.config import Config, DataConfig
 from ddpm_jax.data import images, pipeline, sources, summary
 from ddpm_jax.data.encoded import EncodedImages, NoLabels, on_demand
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.flags import ToolParser
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.paths import absolute
@@ -214,9 +215,8 @@ def first_batch(encoded: EncodedImages, config: Config) -> tuple[np.ndarray, np.
     batch = next(stream)
   seen = batch["image"]
   if config.data.random_flip:
-    seen = np.asarray(
-      jax.vmap(_flipped)(indexed_keys(jax.random.fold_in(stream_key(seed, "train"), 0), batch["index"]), seen)
-    )
+    keys = indexed_keys(jax.random.fold_in(stream_key(seed, "train"), 0), jnp.asarray(batch["index"]))
+    seen = np.asarray(jax.vmap(_flipped)(keys, jnp.asarray(seen)))
   return seen, batch["record"]
 
 
@@ -228,7 +228,7 @@ def _flipped(key: jax.Array, image: jax.Array) -> jax.Array:
 
 def main() -> int:
   """Returns the exit code."""
-  parser = ToolParser(
+  parser = flags.ToolParser(
     prog=command_text(module="ddpm_jax.data.inspect"),
     description="Shows what a data set holds, without training, and draws a batch as the training step sees it.",
     epilog="Takes all flags of training; those of the data, --batch_size and --seed matter.",
@@ -239,8 +239,14 @@ def main() -> int:
     "--output", default="inspect.png", metavar="PNG", help="the picture (default: %(default)s); replaced if it is there"
   )
   try:
-    arguments, given = parser.parse(sys.argv[1:])
+    arguments, given, preset = parser.parse(sys.argv[1:])
     output = absolute("output", arguments.output, "name a file on disk")
+    if preset is None and config_lib.own_images(given["dataset"]):  # as a new run does
+      preset = presets.for_own_images(jax.default_backend())
+      given = flags.of_preset(preset) | given
+      console.note(
+        f"own images, with the settings that a new run takes here: --preset={preset}; --preset=none: without"
+      )
     inspect(config_lib.override(Config(), given), output)
   except (UserError, RunError) as error:
     console.error(str(error))

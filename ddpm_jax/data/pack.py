@@ -229,7 +229,7 @@ def main() -> int:
   parser.add_argument("target", metavar="TARGET", help="zip:PATH, or webdataset:PATH, for PATH-000000.tar, ...")
   parser.add_argument("--shard_size", type=int, metavar="N", help=f"images in a shard (default: {_SHARD_SIZE})")
   try:
-    arguments, given = parser.parse(sys.argv[1:])
+    arguments, given, _ = parser.parse(sys.argv[1:])
     _check(arguments, given)
     data = config_lib.override(Config(), given).data
     written = pack(data, arguments.target, arguments.shard_size or _SHARD_SIZE)

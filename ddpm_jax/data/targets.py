@@ -20,7 +20,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ddpm_jax.data import labels as labels_lib
 from ddpm_jax.data.encoded import Labels
@@ -56,7 +56,7 @@ class Job(NamedTuple):
   is_name: Callable[[int, str], bool]
   labels: Labels | None
   contents: Callable[[int, int], Iterator[tuple[int, bytes]]]
-  progress: Callable[[int], None]
+  progress: Callable[[int], object]
 
 
 class Written(NamedTuple):
@@ -236,9 +236,10 @@ def _write_shard(path: str, job: Job, first: int, stop: int) -> None:
   with _locked(f"{path}.part") as file:
     file.truncate(0)
     empty = True
-    with tarfile.open(
+    archive: Any = tarfile.open(  # noqa: SIM115
       fileobj=file, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"comment": job.comment}
-    ) as archive:
+    )
+    with archive:
       for index, content in job.contents(first, stop):
         name, empty = job.name(index, content), False
         _add(archive, name, content)

@@ -31,8 +31,10 @@ def cache(tmp_path, monkeypatch):
 def run(monkeypatch, capsys, tmp_path):
   """Runs `ddpm inspect` with these words. Returns the exit code, and what it printed: (code, stdout, stderr)."""
 
-  def call(*words):
-    monkeypatch.setattr(sys, "argv", ["ddpm", "inspect", *map(str, words), f"--output={tmp_path / 'look.png'}"])
+  def call(*words, preset=("--preset=none",)):
+    monkeypatch.setattr(
+      sys, "argv", ["ddpm", "inspect", *preset, *map(str, words), f"--output={tmp_path / 'look.png'}"]
+    )
     return (command.main(), *capsys.readouterr())
 
   return call
@@ -79,6 +81,14 @@ def test_odd_files(tmp_path, run):
   assert "on_bad_record: fail" in sized["training"]
   assert sized["batch"].startswith("all 3 images, 4x6, --resize=crop --crop=center --resample=bicubic: ")
   assert "training" not in table(run(f"folder:{tmp_path}/folder", "--image_size=4x6", "--on_bad_record=skip")[1])
+
+
+def test_own_images_take_the_preset_that_training_takes(tmp_path, run):
+  dataset = write("folder", tmp_path, pictures(4) | {"ape/wide.png": encoded(np.zeros((5, 30, 3), np.uint8))})
+  code, out, err = run(dataset, "--batch_size=2", preset=())
+  assert code == 0 and err.startswith("own images, with the settings that a new run takes here: --preset=images32")
+  told = table(out)
+  assert "all 2 images, 32x32, " in told["batch"] and "mirrored at random" in told["batch"] and "training" not in told
 
 
 def test_many_sizes_are_ranges(tmp_path, run):
