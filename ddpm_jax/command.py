@@ -4,6 +4,8 @@ ddpm --workdir=runs/digits                      python -m ddpm_jax.main --workdi
 ddpm sample --workdir=runs/digits               python -m ddpm_jax.main --mode=sample --workdir=runs/digits
 ddpm compare runs/a runs/b                      python -m ddpm_jax.compare runs/a runs/b
 ddpm prepare --dataset=fashion_mnist            python -m ddpm_jax.data.prepare --dataset=fashion_mnist
+ddpm inspect folder:images                      python -m ddpm_jax.data.inspect folder:images
+ddpm pack folder:images zip:images.zip          python -m ddpm_jax.data.pack folder:images zip:images.zip
 """
 
 from __future__ import annotations
@@ -17,7 +19,12 @@ from ddpm_jax import main as program
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
 
-TOOLS = {"compare": "ddpm_jax.compare", "prepare": "ddpm_jax.data.prepare"}
+TOOLS = {
+  "compare": "ddpm_jax.compare",
+  "prepare": "ddpm_jax.data.prepare",
+  "pack": "ddpm_jax.data.pack",
+  "inspect": "ddpm_jax.data.inspect",
+}
 
 
 def main() -> int:

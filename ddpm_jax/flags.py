@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -227,6 +228,30 @@ def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
     kind, place = own
     found["dataset"] = f"{kind}:{_absolute('dataset', place)}"
   return found
+
+
+class ToolParser(argparse.ArgumentParser):
+  """Arguments of a tool that also takes flags of training. A wrong one raises UserError."""
+
+  def parse(self, words: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any], str | None]:
+    """The tool's own arguments, the options of training that are given, as `given`, and `preset`. Raises UserError.
+
+    An argument `source` is --dataset.
+    """
+    own, rest = self.parse_known_args(words)
+    registry = flags.FlagValues()
+    define(registry)
+    try:
+      _, *left = registry([self.prog, *expand_flagfiles(rest), f"--dataset={own.source}"])
+    except flags.Error as error:
+      self.error(one_line(error))
+    if left:
+      self.error(f"unexpected argument {left[0]!r}; flags are written --name=value")
+    return own, given(registry), preset(registry)
+
+  def error(self, message: str) -> NoReturn:
+    """Raises UserError."""
+    raise UserError(f"{message}; --help lists the arguments")
 
 
 def _absolute(name: str, text: str) -> str:

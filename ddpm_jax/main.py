@@ -9,7 +9,8 @@
 
 The same command goes on where it stopped, and so does --workdir alone: flags win over the settings of the workdir.
 Installed, it is also the command `ddpm`: `ddpm sample ...` is --mode=sample; `ddpm compare RUN RUN` makes one page of
-several runs, and `ddpm prepare --dataset=NAME` a data set of TFDS.
+several runs, `ddpm prepare --dataset=NAME` a data set of TFDS and `ddpm pack DATASET zip:PATH` a zip of any, which
+`ddpm inspect DATASET` shows.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ def uninterrupted(folder):
   assert process.returncode == 0 and len(TIME.findall(out)) == len(out.splitlines()), "every line has a time"
   assert f"done: {STEPS} training steps" in out and str(folder / "whole" / "metrics.jsonl") in out
   assert "1797 images 8x8x1 of digits" in out and "compiled" in out
+  assert "data: 8x8, grey" in out and "  classes: 10: 0 178, 1 182, " in out
   assert err == ""
   sample(folder, "whole", "--num_samples=5", "--sampling_steps=10")
   return folder / "whole"

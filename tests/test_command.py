@@ -33,6 +33,8 @@ def test_subcommands_are_modes_and_tools(started):
     (["plan", "--help"], "", ["--mode=plan", "--help"]),
     (["compare", "a", "b"], "ddpm_jax.compare", ["a", "b"]),
     (["prepare", "--dataset=x"], "ddpm_jax.data.prepare", ["--dataset=x"]),
+    (["pack", "digits", "zip:x"], "ddpm_jax.data.pack", ["digits", "zip:x"]),
+    (["inspect", "digits"], "ddpm_jax.data.inspect", ["digits"]),
   ):
     assert started(*words) == (tool, left)
 

@@ -117,6 +117,8 @@ class EncodedImages:
     part_listing: `listing` of the images at int [M] alone; None: it does not follow from that of all.
     remark: a line to print once a start, such as what was left out; may be empty.
     how: in which way they are resized.
+    file_name: the path of image i within its collection; None: the images are no files.
+    stored: height and width of the stored images in some words; empty if they are not known.
   """
 
   name: str
@@ -132,6 +134,8 @@ class EncodedImages:
   part_listing: Callable[[np.ndarray], str] | None = None
   remark: str = ""
   how: images.Resizing = images.DEFAULT
+  file_name: Callable[[int], str] | None = None
+  stored: str = ""
 
   @property
   def random_crop(self) -> bool:
@@ -195,7 +199,10 @@ def on_demand(encoded: EncodedImages, *, skip: bool, report: ReportSkip | None =
 def remote_reader(encoded: EncodedImages, *, skip: bool, report: ReportSkip) -> RemoteReader:
   """As `on_demand`, for another process, which is sent `encoded` without what only this one asks."""
   return RemoteReader(
-    functools.partial(_read_with_skips, dataclasses.replace(encoded, classes=None, part_listing=None), skip), report
+    functools.partial(
+      _read_with_skips, dataclasses.replace(encoded, classes=None, part_listing=None, file_name=None), skip
+    ),
+    report,
   )
 
 

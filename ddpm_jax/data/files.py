@@ -115,6 +115,8 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
     classes=labels,
     part_listing=lambda places: listing(chosen[places]),
     remark=found.remark,
+    file_name=lambda index: names[int(chosen[index])],
+    stored=images.sizes_text(found.headers[good, :2]),
   )
 
 

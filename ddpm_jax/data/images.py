@@ -134,6 +134,14 @@ def resized(image: Image.Image, size: tuple[int, int], how: Resizing = DEFAULT) 
       raise ValueError(f"unknown way of resizing {how}")
 
 
+def sizes_text(sizes: np.ndarray) -> str:
+  """Sizes int [N, 2], heights and widths, N at least 1: '64x64', or '3 sizes, 20x30 to 60x40', by their areas."""
+  found = np.unique(sizes, axis=0)
+  found = found[np.argsort(found.astype(np.int64).prod(axis=1), kind="stable")]
+  first, last = ("x".join(map(str, size)) for size in found[[0, -1]].tolist())
+  return first if len(found) == 1 else f"{len(found)} sizes, {first} to {last}"
+
+
 def read_header(file: bytes | pathlib.Path, name: str, *, grey_palettes: bool = True) -> tuple[int, int, bool]:
   """Height and width in pixels, upright, and whether the image is grey. Reads no pixels.
 
@@ -188,6 +196,28 @@ def decode(
     if size is not None:
       pixels = resized(pixels, size, how)
     return np.asarray(pixels, np.uint8).reshape(pixels.height, pixels.width, channels)
+
+
+def read(file: pathlib.Path, name: str) -> bytes:
+  """The content of a file, `name` in errors. Raises BadRecord, or RunError as `decode`."""
+  try:
+    return file.read_bytes()
+  except OSError as error:
+    raise _unreadable(error.errno or 0, name) from error
+
+
+def _unreadable(code: int, name: str) -> BadRecord | RunError:
+  """The error for one of the system: of the file, or of this process."""
+  if code in OF_THE_PROCESS:
+    return RunError(f"dataset: {name} cannot be opened ({os.strerror(code)}); raise that limit of the process")
+  return BadRecord(f"{name} cannot be read ({os.strerror(code)})", "repair or remove it")  # it is gone, say
+
+
+def png(pixels: np.ndarray) -> bytes:
+  """uint8 [H, W], [H, W, 1] or [H, W, 3] as a PNG file."""
+  file = io.BytesIO()
+  Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels).save(file, "PNG")
+  return file.getvalue()
 
 
 def _opened(file: bytes | pathlib.Path, name: str) -> Image.Image:
@@ -268,12 +298,8 @@ def _pillow(name: str, problem: str) -> Iterator[None]:
     raise BadRecord(f"{name} {problem} (unknown format)", "repair or remove it") from error
   except Exception as error:
     code = errno.ENOMEM if isinstance(error, MemoryError) else error.errno if isinstance(error, OSError) else None
-    if code in OF_THE_PROCESS:
-      raise RunError(
-        f"dataset: {name} cannot be opened ({os.strerror(code)}); raise that limit of the process"
-      ) from error
-    if code:  # of the system and not of Pillow: the file is gone, say
-      raise BadRecord(f"{name} cannot be read ({os.strerror(code)})", "repair or remove it") from error
+    if code:  # of the system and not of Pillow
+      raise _unreadable(code, name) from error
     raise BadRecord(f"{name} {problem} ({_reason(error)})", "repair or remove it") from error
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import io
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 
+from ddpm_jax.data.images import png
 from ddpm_jax.errors import UserError
 
 Examples = Iterator[tuple[int, dict[str, Any]]]  # keys and features, as of TFDS's _generate_examples
@@ -58,7 +57,7 @@ def _mnist_splits(builder: tfds.core.DatasetBuilder, dl_manager: tfds.download.D
 
 def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
   for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-    yield index, {"image": _png(image), "label": int(label)}
+    yield index, {"image": png(image), "label": int(label)}
 
 
 def _idx(path: str) -> np.ndarray:
@@ -93,7 +92,7 @@ def _cifar_examples(records: np.ndarray, archive: _Cifar, split: str) -> Example
   for index, record in enumerate(records):
     labels = dict(zip(archive.label_names, map(int, record[:number]), strict=True))
     pixels = record[number:].reshape(3, 32, 32).transpose(1, 2, 0)
-    yield index, {"id": f"{split}_{index:05d}", "image": _png(pixels), **labels}
+    yield index, {"id": f"{split}_{index:05d}", "image": png(pixels), **labels}
 
 
 def _download(builder: tfds.core.DatasetBuilder, dl_manager: tfds.download.DownloadManager) -> dict[str, str]:
@@ -109,13 +108,6 @@ def _readable(path: str) -> Iterator[None]:
     yield
   except _DAMAGED as error:
     raise UserError(f"dataset: {path} is damaged ({error}); delete it, and it is downloaded again") from None
-
-
-def _png(pixels: np.ndarray) -> bytes:
-  """uint8 [H, W] or [H, W, 3] as a PNG file."""
-  file = io.BytesIO()
-  Image.fromarray(pixels).save(file, "PNG")
-  return file.getvalue()
 
 
 _SPLITS: Mapping[str, Callable[..., dict[str, Examples]]] = {

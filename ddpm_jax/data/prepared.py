@@ -58,6 +58,7 @@ def open_prepared(data: DataConfig) -> EncodedImages:
     label=label,
     classes=functools.partial(_classes, data, builder, class_feature, label, remedy) if class_feature else None,
     class_names=tuple(_features(builder)[class_feature].names) if class_feature else None,
+    stored=f"{height}x{width}" if height and width else "different sizes",
   )
 
 

@@ -39,7 +39,7 @@ def select(encoded: EncodedImages, only: str) -> EncodedImages:
       return encoded.part_listing(places[rows])
     return fingerprint.digest([encoded.listing, *map(str, places[rows].tolist())])
 
-  fetch, label = encoded.fetch, encoded.label
+  fetch, label, file_name = encoded.fetch, encoded.label, encoded.file_name
   return dataclasses.replace(
     encoded,
     length=len(places),
@@ -49,4 +49,5 @@ def select(encoded: EncodedImages, only: str) -> EncodedImages:
     classes=selected,
     class_names=own if len(own) < 2 else None,  # else `selected` has them, and reads nothing
     part_listing=listing,
+    file_name=file_name and (lambda index: file_name(int(places[index]))),
   )

@@ -51,10 +51,12 @@ class KnownClasses(NamedTuple):
   Attributes:
     names: of the classes in their order; empty if they are not known.
     sha256: `fingerprint.of_classes` of all images; empty if it is not known.
+    counts: images of each class; empty if they are not known.
   """
 
   names: tuple[str, ...] = ()
   sha256: str = ""
+  counts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Source:
       or fewer than two, or a record is bad and not to be skipped. None for a source that never has any.
     known_classes: what is known of them without reading records. Raises nothing.
     random_crop: whether each batch of the training chooses other parts of the images.
+    stored: height and width of the images as they are stored, in some words; empty if they are not known.
   """
 
   name: str
@@ -87,6 +90,7 @@ class Source:
   remote: RemoteReader | None = None
   known_classes: Callable[[], KnownClasses] = KnownClasses
   random_crop: bool = False
+  stored: str = ""
 
   def __len__(self) -> int:
     return self.length
@@ -140,11 +144,7 @@ def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda he
       `data.image_size` is 0; an image that cannot be decoded (with skip: more than 100 in a row); a data set that
       cannot be prepared.
   """
-  encoded = _open(data, accept)
-  accept(*encoded.shape[:2])
-  if data.only:
-    encoded = select(encoded, data.only)
-  encoded = dataclasses.replace(encoded, how=images.resizing(data))
+  encoded = open_encoded(data, accept)
   if encoded.remark:
     _note(encoded.remark)
   skip, gib = data.on_bad_record == "skip", encoded.length * math.prod(encoded.shape) / 2**30
@@ -169,7 +169,17 @@ def open_source(data: DataConfig, accept: Callable[[int, int], None] = lambda he
     remote=remote,
     known_classes=functools.cache(functools.partial(_known_classes, encoded.name, labels, encoded.class_names)),
     random_crop=encoded.random_crop,
+    stored=encoded.stored,
   )
+
+
+def open_encoded(data: DataConfig, accept: Callable[[int, int], None] = lambda height, width: None) -> EncodedImages:
+  """The images of `data.dataset`, `data.split` and `data.only` before decoding; see `open_source`. Raises UserError."""
+  encoded = _open(data, accept)
+  accept(*encoded.shape[:2])
+  if data.only:
+    encoded = select(encoded, data.only)
+  return dataclasses.replace(encoded, how=images.resizing(data))
 
 
 def _note(remark: str) -> None:
@@ -198,7 +208,8 @@ def _known_classes(name: str, labels: Callable[[], Labels] | None, class_names: 
   except UserError as error:
     _note(f"the labels of {name} are not used: {error}")
     return KnownClasses()
-  return KnownClasses(names, fingerprint.of_classes(classes))
+  counts = np.bincount(classes, minlength=len(names))
+  return KnownClasses(names, fingerprint.of_classes(classes), tuple(counts.tolist()))
 
 
 def image_shape(data: DataConfig) -> tuple[int, int, int]:
@@ -220,16 +231,20 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
 
 
 def has_split(data: DataConfig, split: str) -> bool:
-  """Returns True if the data set has a split of that name. Prepares the data set if need be.
+  """Returns True if the data set has a split of that name, such as 'test', which is no slice of one.
 
-  Args:
-    data: says which data set; its own split does not matter.
-    split: a name, such as 'test', and no slice of one.
+  Prepares the data set if need be, and raises UserError as `split_names`.
+  """
+  return split in split_names(data)
+
+
+def split_names(data: DataConfig) -> list[str]:
+  """The splits of a data set, which is prepared if need be; its own split does not matter.
 
   Raises:
     UserError: no such data set, none of images, `data.image_size` is 0 and has to be set, or it cannot be prepared.
   """
   kind, _ = own_images(data.dataset) or ("", "")
   if kind == "parquet":
-    return split in parquet.split_names(data)
-  return split in (["train"] if kind or digits.is_digits(data) else prepared.split_names(data))
+    return parquet.split_names(data)
+  return ["train"] if kind or digits.is_digits(data) else prepared.split_names(data)

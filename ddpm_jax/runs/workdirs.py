@@ -14,6 +14,7 @@ from ddpm_jax.checkpoint import resume
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.config import Config, reset_weight_selectors
+from ddpm_jax.data import summary
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import num_params
@@ -131,7 +132,7 @@ def _headline(
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {network} of "
     f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
-    f"({run.mesh.strategy})\n{job.text}\n"
+    f"({run.mesh.strategy})\n{job.text}\n{summary.two_lines(source, run.config.data)}"
   )
   if finished:
     return what + f"{workdir} already holds all {total} steps: nothing to do; raise --num_steps to train longer"

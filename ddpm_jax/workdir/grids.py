@@ -6,7 +6,7 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,19 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from ddpm_jax.workdir.storage import write_whole
 
 _MARGIN = 2  # pixels between tiles
+_STRIP = 14  # pixels, of a caption
 _FRAME = (230, 120, 0)
 _FACTS = "ddpm_jax"  # the text chunk of a PNG that holds them
 _TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
 
 
-def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
+def image_grid(images: np.ndarray, columns: int | None = None, captions: Sequence[str] | None = None) -> np.ndarray:
   """Tiles images row by row.
 
   Args:
     images: uint8 [N, H, W, C], C 1 or 3.
     columns: of the grid; by default about as many as rows.
+    captions: a text below each, cut to its width.
 
   Returns:
     uint8 [height, width, 3] with a thin white margin; small images are enlarged by a whole factor.
@@ -37,12 +39,27 @@ def image_grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
   images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
   if channels == 1:
     images = np.repeat(images, 3, axis=3)
+  if captions is not None:
+    images = np.stack([_with_caption(*pair) for pair in zip(images, captions, strict=True)])
+    height, width, scale = images.shape[1], images.shape[2], 1
   tall, wide = height * scale + _MARGIN, width * scale + _MARGIN
   grid = np.full((rows * tall + _MARGIN, columns * wide + _MARGIN, 3), 255, np.uint8)
   for i, image in enumerate(images):
     top, left = _MARGIN + i // columns * tall, _MARGIN + i % columns * wide
     grid[top : top + height * scale, left : left + width * scale] = image
   return grid
+
+
+def _with_caption(image: np.ndarray, caption: str) -> np.ndarray:
+  """uint8 [H, W, 3] on a white page, at least as wide as `_TILE`, with a strip for the text below it."""
+  height, width, _ = image.shape
+  page = Image.new("RGB", (max(width, _TILE), height + _STRIP), "white")
+  page.paste(Image.fromarray(image), (0, 0))
+  pen, text = ImageDraw.Draw(page), caption
+  while text and pen.textlength(text if text == caption else f"{text}...") > page.width:
+    text = text[:-1]
+  pen.text((0, height + 1), text if text == caption else f"{text}...", fill="black")
+  return np.asarray(page)
 
 
 def framed(grid: np.ndarray, chosen: np.ndarray) -> np.ndarray:

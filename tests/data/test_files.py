@@ -197,7 +197,7 @@ def test_labels_of_dataset_json(tmp_path, kind):
     assert source.labels().tolist() == labels, case
     assert list(source.known_classes().names) == right, case
   without = open_source(write(kind, tmp_path / "without", with_json(numbered, {"labels": None})))
-  assert without.known_classes() == ((), "")
+  assert without.known_classes() == sources.KnownClasses()
   with pytest.raises(UserError, match="has none; use"):
     without.labels()
 
@@ -219,7 +219,7 @@ def test_labels_of_shards(tmp_path):
   trees = beside("json", lambda file: json.dumps({"kind": int(file[:3] == "bee"), "label": [1]}).encode())
   numbers = shards("numbers", trees, label_field="kind")
   assert numbers.labels().tolist() == classes(files)[1] and numbers.known_classes().names == ("0", "1")
-  assert shards("captions", beside("txt", lambda file: b"a picture")).known_classes() == ((), "")
+  assert shards("captions", beside("txt", lambda file: b"a picture")).known_classes() == sources.KnownClasses()
   # What is not asked for is no error: a line.
   with pytest.raises(UserError, match=r"the class of image 0 of webdataset:.* is \[1\]; use a whole number"):
     shards("bad", trees).labels()

@@ -11,4 +11,5 @@ def installed(*names: str) -> bool:
 
 collect_ignore_glob = [] if installed("torch", "diffusers") else ["test_diffusers.py"]
 collect_ignore_glob += [] if installed("wandb") else ["test_wandb.py"]
+collect_ignore_glob += [] if installed("webdataset", "datasets") else ["test_packed.py"]
 collect_ignore_glob += [] if installed("uharfbuzz") else ["test_emoji.py"]

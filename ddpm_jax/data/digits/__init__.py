@@ -10,17 +10,15 @@ import csv
 import functools
 import gzip
 import hashlib
-import io
 import pathlib
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from PIL import Image
 from tensorflow_datasets.core.splits import SplitDict
 
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import prepared
+from ddpm_jax.data import images, prepared
 from ddpm_jax.data.encoded import EncodedImages, Labels, decoded_size
 from ddpm_jax.errors import UserError
 
@@ -67,6 +65,7 @@ def open_digits(data: DataConfig) -> EncodedImages:
     listing=prepared.listing(_FULL_NAME, data.split, shards),
     fetch=functools.partial(_fetch, pixels[rows]),
     label=functools.partial(_label, data.split),
+    stored=f"{_SIZE}x{_SIZE}",
     classes=lambda: Labels(prepared.checked_classes(data, labels[rows]), tuple("0123456789")),
   )
 
@@ -83,12 +82,7 @@ def _in_order() -> tuple[np.ndarray, np.ndarray]:
 
 def _fetch(pixels: np.ndarray, indices: list[int]) -> list[bytes]:
   """As PNG: decoding and resizing start from files."""
-  files = []
-  for index in indices:
-    file = io.BytesIO()
-    Image.fromarray(pixels[index]).save(file, "PNG")
-    files.append(file.getvalue())
-  return files
+  return [images.png(pixels[index]) for index in indices]
 
 
 def _label(split: str, index: int) -> str:
