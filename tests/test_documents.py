@@ -32,6 +32,7 @@ OPTIONS = {field.name: field for _, field, _ in config_lib.options(Config())}
 
 # Flags of other programs that the documents may mention.
 OTHER_FLAGS = {
+  *("output", "shard_size"),  # of ddpm_jax.data.inspect and ddpm_jax.data.pack
   *("flagfile", "help"),  # absl
   *("out",),  # ddpm_jax.compare
   *("require-hashes",),  # pip
