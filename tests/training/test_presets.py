@@ -24,6 +24,8 @@ PRESETS = {  # what the data set delivers, and the size of the network
   "fashion_mnist": ((28, 28, 1), 1_112_801),
   "images32": ((32, 32, 3), 2_688_179),
   "images64": ((64, 64, 3), PAPER_32),
+  "emoji32": ((32, 32, 3), 2_688_179),
+  "emoji64": ((64, 64, 3), 4_256_563),
   "cifar10": ((32, 32, 3), PAPER_32),
   "celebahq256": ((256, 256, 3), PAPER_256),
   "lsun_bedroom": ((256, 256, 3), PAPER_256),
