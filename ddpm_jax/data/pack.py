@@ -133,7 +133,8 @@ def _problem(names: Sequence[str], kind: str) -> str:
     return "two files have one name" if kind == "zip" else "two files have one name but for its end"
   for name in names:
     parts = name.split("/")
-    if files.kind_of(name) or ".." in parts or not parts[0] or re.search(r"[\\:\0]", name) or _too_long(name):
+    unfit = ".." in parts or not parts[0] or re.search(r"[\\:\0]", name) or _too_long(name)
+    if unfit or files.kind_of(name, images.SUFFIXES):
       return f"{name!r} is no name of an image there"
     if kind == "webdataset" and parts[-1].count(".") != 1:
       return f"{name!r} has more than one dot, and the name of an example ends at the first"

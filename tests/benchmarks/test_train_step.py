@@ -62,7 +62,7 @@ def test_batches_may_be_those_of_the_run(monkeypatch, no_peak):
     seen.extend(indices)
     return DecodedRows(np.zeros((len(indices), *IMAGE_SHAPE), np.uint8), np.zeros(len(indices), bool))
 
-  monkeypatch.setattr(step_work, "open_source", lambda data: Source("x", IMAGE_SHAPE, 40, read))
+  monkeypatch.setattr(step_work, "open_source", lambda *_: Source("x", IMAGE_SHAPE, 40, read))
   first = step_work._first_batches(tiny_config())
   assert len(first) == 8
   assert set(seen) == set(range(40))

@@ -395,7 +395,7 @@ BAD = {
 def test_what_cannot_be_measured(tmp_path, monkeypatch, name):
   changes, message = BAD[name]
   if name == "images of density":
-    monkeypatch.setattr(evaluate_lib, "open_source", lambda data: pictures(number=5))
+    monkeypatch.setattr(evaluate_lib, "open_source", lambda *_: pictures(number=5))
   with pytest.raises(UserError, match=message) as caught:
     check(config_of(**changes), tmp_path, pictures())
   assert "\n" not in str(caught.value)
@@ -547,7 +547,7 @@ def test_what_the_run_refuses_leaves_no_trace(workdir, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=message):
       evaluation_run.evaluate(config_of(**changes), workdir)
   small = dataclasses.replace(pictures(), image_shape=(4, 4, 1))
-  monkeypatch.setattr(evaluation_run, "open_source", lambda data: small)
+  monkeypatch.setattr(evaluation_run, "open_source", lambda *_: small)
   with pytest.raises(UserError, match="dataset: the images of pictures are not of the size that the model draws"):
     evaluation_run.evaluate(config_of(), workdir)
   assert listing(workdir) == before

@@ -144,7 +144,7 @@ def noise_images(monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
   rows = DecodedRows(images, np.zeros(40, bool))
   source = Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": "0" * 64})
-  monkeypatch.setattr(train_lib, "open_source", lambda data: source)
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: source)
 
 
 SHORT = dict(
