@@ -133,8 +133,8 @@ class DeviceMesh(abc.ABC):
     fixed: the run was trained with that batch size, and goes on with no other.
     """
     rows = self.num_devices * grad_accum_steps
-    if batch_size % rows and fixed:
-      fewer = [n for n in range(1, self.num_devices) if batch_size % (n * grad_accum_steps) == 0]
+    fewer = [n for n in range(1, self.num_devices) if batch_size % (n * grad_accum_steps) == 0]
+    if batch_size % rows and fixed and fewer:
       raise UserError(
         f"batch_size: {batch_size}, which this run keeps, cannot be divided among {self.num_devices} devices; use "
         f"{' or '.join(map(str, fewer[-3:]))} of them, or more that divide it"

@@ -39,7 +39,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
     _write_reference(config, workdir)
     return
   assert workdir is not None
-  layout.check_writable(next(folder for folder in (workdir, *workdir.parents) if folder.exists()))
+  layout.check_writable(workdir)
   weights = find_weights(config, workdir)
   train = open_source(config.data)
   if train.image_shape != weights.run.image_shape:

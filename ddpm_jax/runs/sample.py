@@ -43,7 +43,7 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
     UserError: if the workdir holds no such checkpoint, or what a task is given does not fit.
     RunError: if the samples cannot be written.
   """
-  layout.check_writable(next(folder for folder in (workdir, *workdir.parents) if folder.exists()))
+  layout.check_writable(workdir)
   weights = find_weights(config, workdir)
   if config.sample.sample_task == "images":
     _draw_images(config, weights, workdir)

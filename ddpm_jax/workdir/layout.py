@@ -233,7 +233,7 @@ def _check(workdir: pathlib.Path, config: Config) -> bool:
           "another --workdir"
         )
   _check_outside_images(workdir, config.data.dataset)
-  check_writable(next(parent for parent in (workdir, *workdir.parents) if parent.exists()))
+  check_writable(workdir)
   return False
 
 
@@ -349,7 +349,8 @@ def _check_links(workdir: pathlib.Path) -> None:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-  """Raises UserError if nothing can be written into a folder."""
+  """Raises UserError if nothing can be written into a folder, or into the first that exists above it."""
+  folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
   if not folder.is_dir():
     raise UserError(f"workdir: {folder} is a file, not a folder; use another --workdir")
   if not os.access(folder, os.W_OK | os.X_OK):

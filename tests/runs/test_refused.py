@@ -92,6 +92,10 @@ def test_a_batch_size_that_is_kept_is_not_what_may_be_changed():
   )
 
 
+def test_a_batch_size_that_no_number_of_devices_divides_names_one_that_may():
+  assert "use --batch_size=" in refusal(make_mesh("pmap").check_batch, 8, 3, fixed=True)
+
+
 def test_what_a_preset_says_is_not_laid_to_the_command():
   error = UserError("batch_size: runs/a was trained with '8', this command says '64'; leave --batch_size out")
   for given, preset, named in (
