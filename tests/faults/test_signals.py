@@ -13,7 +13,7 @@ from tests.command import checkpoints, digests, metrics, run
 pytestmark = pytest.mark.slow
 
 PROMPT = (
-  15.0  # seconds from the signal to the end of the process, beside other tests, where it waits for no compilation
+  30.0  # seconds from the signal to the end of the process, beside other tests, where it waits for no compilation
 )
 STARTED, TRAINING = "compiling", "compiled and made step"
 

@@ -317,7 +317,7 @@ def test_a_lost_process():
     for pair, (victim, _, what) in zip(pairs, cases, strict=True):
       code, err = pair.ends(1 - victim)
       assert code == 1, err
-      assert time.monotonic() - start < HEARTBEAT + 5
+      assert time.monotonic() - start < HEARTBEAT + 30  # beside other programs
       assert pair.lost(victim, what).search(err), err
 
 

