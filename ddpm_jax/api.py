@@ -334,8 +334,10 @@ def train(
   if source is not None:  # nobody else can open it by its name
     config = config_lib.override(config, {"dataset": f"own:{source.name}"})
   stored = layout.read_run(folder)
-  if stored and config.model.attention_resolutions == config_lib.AUTO_ATTENTION:  # it is settled there
-    config = config_lib.override(config, {"attention_resolutions": stored.config.model.attention_resolutions})
+  if stored:  # what is settled there
+    now, settled = config_lib.values(config), config_lib.values(stored.config)
+    left_open = [name for name, value in config_lib.LEFT_TO_IMAGES.items() if now[name] == value]
+    config = config_lib.override(config, {name: settled[name] for name in left_open})
   numerics.check_options(config.model.matmul_precision)
   with StopRequest() as stop:
     train_lib.train(config, folder, train_lib.Invocation(stop, own=train_lib.Own(network, objective, source)))

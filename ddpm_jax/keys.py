@@ -13,6 +13,17 @@ STREAMS = ("init", "train", "preview", "sample", "classifier", "bound", "ode")
 IMPLEMENTATION = "threefry2x32"
 
 
+# Draws of a training example beside the four of release 0.1, which split its key in four: each has a key of its own.
+EXAMPLE_DRAWS = ("label_dropout",)
+
+
+def example_key(key: jax.Array, draw: str) -> jax.Array:
+  """The key of one of `EXAMPLE_DRAWS`, from that of a training example; meets none of the four that it is split in."""
+  if draw not in EXAMPLE_DRAWS:
+    raise ValueError(f"unknown draw {draw!r}")
+  return jax.random.fold_in(key, zlib.crc32(draw.encode()))
+
+
 class Seeded(NamedTuple):
   """Weights and a seed as one argument of a compiled function.
 

@@ -6,6 +6,7 @@ A `Config` is a tree of frozen dataclasses, one for each concern. The defaults t
 
 from ddpm_jax.config.config import (
   AUTO_ATTENTION,
+  LEFT_TO_IMAGES,
   NAMES_WEIGHTS,
   OWN_IMAGES,
   Config,
@@ -39,6 +40,7 @@ from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_
 __all__ = [
   "AUTO_ATTENTION",
   "BETA_SCHEDULES",
+  "LEFT_TO_IMAGES",
   "NAMES_WEIGHTS",
   "OWN_IMAGES",
   "WITHOUT_ENDS",

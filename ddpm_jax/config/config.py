@@ -76,6 +76,9 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
 # what it came to.
 AUTO_ATTENTION = (0,)
 
+# Values of options that leave them to the images: a workdir holds what they came to.
+LEFT_TO_IMAGES = {"attention_resolutions": AUTO_ATTENTION, "num_classes": 0}
+
 # Kinds of collections of image files: `dataset` is KIND:PATH.
 OWN_IMAGES = ("folder", "zip", "webdataset", "parquet")
 
@@ -213,6 +216,7 @@ def _check_together(config: Config) -> None:
       f"channels: {config.model.channels} must be even, for the sines and cosines of the timestep; "
       f"use --channels={config.model.channels + 1}"
     )
+  _check_conditioning(config)
   groups = config.model.norm_groups
   if groups and config.model.channels % groups:
     raise UserError(
@@ -232,6 +236,13 @@ def _check_together(config: Config) -> None:
       f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
       "--lr_schedule=constant_then_decay, or leave it out"
     )
+
+
+def _check_conditioning(config: Config) -> None:
+  if config.data.conditioning == "none":
+    for name in ("num_classes", "label_dropout"):
+      if value := getattr(config.model, name):
+        raise UserError(f"{name}: {value} has no effect with conditioning=none; use --conditioning=class")
 
 
 # Kinds of data sets whose records have no such fields.

@@ -29,6 +29,8 @@ class DataConfig:
   only: str = option("", "Train on the images of these classes alone, names or numbers separated by commas "
                      "('smileys-emotion,flags'); they are numbered anew from 0 in the order of the data set (empty: "
                      "all images).")
+  conditioning: str = option("none", "What the network is told beside the timestep: 'none', or 'class', the class of "
+                             "the image, by which images can then be drawn (--classes).", choices=("none", "class"))
   label_field: str = option("", "What holds the class of an image: a field of the .json of a webdataset, a column of a "
                             "parquet, a feature of TFDS (empty: 'label' in a .json, else the first ClassLabel).")
   image_field: str = option("", "The column, or feature, of images, where there are several (empty: the only one; in "
@@ -103,6 +105,11 @@ class ModelConfig:
   norm_groups: int = option(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                             "channels).", minimum=0)
   dropout: float = option(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
+  num_classes: int = option(0, "Classes that a network of --conditioning=class knows (0: those of the data set).",
+                            minimum=0)
+  label_dropout: float = option(0.0, "Rate at which --conditioning=class drops the class of an image in training, so "
+                                "that the network learns what images of any class are like, which --guidance_scale "
+                                "needs; 0.1 is usual.", minimum=0, below=1)
   dtype: str = option("float32", "Type of the activations; parameters, loss, optimiser and likelihoods are float32 "
                       "always.", choices=("float32", "bfloat16"), may_change_once_trained=True)
   matmul_precision: str = option("default", "Precision of float32 matrix products and convolutions: 'default' is the "

@@ -17,6 +17,9 @@ FORMAT = 2
 WITHOUT_THE_OPTION = {
   "follow_links": False,
   "only": "",
+  "conditioning": "none",
+  "num_classes": 0,
+  "label_dropout": 0.0,
   "label_field": "",
   "image_field": "",
   "formats": "basic",
