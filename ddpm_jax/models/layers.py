@@ -20,8 +20,6 @@ zeros_init = nn.initializers.zeros_init()  # where the authors' code has a varia
 CONVOLUTION = "convolution"  # the name of what a convolution has computed, for rules on what to keep
 
 
-
-
 class Block(NamedTuple):
   """What makes one network of another, beside sizes.
 
