@@ -24,7 +24,7 @@ from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.checkpoint.saver import Saver
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
-from ddpm_jax.data.sources import Source, num_classes, open_source
+from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
@@ -247,7 +247,7 @@ def open_services(
       reports,
       saver,
       Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
-      Preview(run, compiler if trains_first else None),
+      Preview(run, compiler if trains_first else None, class_names(source, run.config.model.num_classes)),
       EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
       profile,
       progress,
