@@ -87,7 +87,6 @@ def one_scale(options: SampleConfig) -> float:
   """The guidance scale. Raises UserError if there are several."""
   first, *others = options.guidance_scale
   if others:
-    raise UserError(
-      f"guidance_scale: {flag_text(options.guidance_scale)} are several, which --mode=evaluate compares; name one to draw"
-    )
+    text = flag_text(options.guidance_scale)
+    raise UserError(f"guidance_scale: {text} are several, which --mode=evaluate compares; name one to draw with")
   return first
