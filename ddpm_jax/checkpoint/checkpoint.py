@@ -57,12 +57,18 @@ class Checkpoints:
     read_only: whether nothing can be saved there.
   """
 
-  def __init__(self, directory: pathlib.Path, *, keep: int | None = None, keep_step: int | None = None):
-    """Opens the folder: to write, keeping the newest `keep` checkpoints and that of `keep_step`, or only to read.
+  def __init__(
+    self, directory: pathlib.Path, *, keep: int | None = None, keep_step: int | None = None, keep_every: int = 0
+  ):
+    """Opens the folder, to write or only to read.
 
-    Only to read if `keep` is None.
+    Args:
+      directory: the folder.
+      keep: the newest checkpoints that are kept; None: only to read.
+      keep_step: the training step of one that is kept beside them.
+      keep_every: those at multiples of it are kept, too; 0: none.
     """
-    self.directory, self._keep, self._keep_step = directory, keep, keep_step
+    self.directory, self._keep, self._keep_step, self._keep_every = directory, keep, keep_step, keep_every
     self.read_only = keep is None
     self._saving: int | None = None
     self._lame = False  # a save has failed on one of several processes: nothing collective works any more
@@ -75,6 +81,7 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
       kept = [managers.LatestN(self._keep), managers.CustomSteps([] if self._keep_step is None else [self._keep_step])]
+      kept += [managers.EveryNSteps(self._keep_every)] if self._keep_every else []
       options = ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(kept),
         create=True,

@@ -163,6 +163,9 @@ class TrainConfig:
                              "lowest value counts. 'bound' is that of the last of --likelihood_splits.",
                              choices=("frechet", "kid", "bound", "ode"), may_change=True)
   keep_checkpoints: int = option(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
+  keep_every: int = option(0, "Checkpoints at multiples of this number of training steps are made too, and kept for "
+                           "good, beside --keep_checkpoints; a guide for --guide_with is one (0: none).", minimum=0,
+                           may_change=True)
   max_unsaved_steps: int = option(0, "After a checkpoint that could not be written, training steps that may be at "
                                   "risk before the run ends with an error, up to the end of a call of "
                                   "--steps_per_dispatch (0: twice --checkpoint_every).", minimum=0, may_change=True)

@@ -32,6 +32,7 @@ WITHOUT_THE_OPTION = {
   "resample": "bicubic",
   "matmul_precision": "default",
   "decay_fraction": 0.4,  # has no effect with its learning rates, 'constant' and 'cosine'
+  "keep_every": 0,
   "writers": "tensorboard",
   "stop_exit_code": 0,
   "profile_steps": "",
