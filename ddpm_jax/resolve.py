@@ -106,8 +106,9 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
 
 def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
   """`given` without what the run has settled, and --init_from as an absolute path."""
-  if run and given.get("attention_resolutions") == config_lib.AUTO_ATTENTION:
-    given = {name: value for name, value in given.items() if name != "attention_resolutions"}
+  if run:
+    left_open = config_lib.LEFT_TO_IMAGES.items()
+    given = {name: value for name, value in given.items() if (name, value) not in left_open}
   if given.get("init_from"):
     from ddpm_jax.weights import initial  # with JAX
 

@@ -16,7 +16,7 @@ from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import Manifest, OtherPastError
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint, shuffle
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.sources import Source, class_names
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import numerics
@@ -35,8 +35,8 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     earlier: the manifest that it goes on from.
   """
   changes = list(earlier["data_changes"]) if earlier else []
-  data = _data(source)
-  if earlier and fingerprint.differences(earlier["data"], data):
+  data = _data(source, run.config)
+  if earlier and fingerprint.differences(earlier["data"], data, labels=run.conditional):
     changes.append({"after_update": earlier["step"], "before": earlier["data"]})
   elif earlier:  # what was known of all pixels, where this run does not keep them in memory
     data = earlier["data"] | data
@@ -47,6 +47,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     "data_changes": changes,
     "lr_restarts": restarts(run.config, earlier),
     "surroundings": numerics.surroundings(),
+    **({"classes": list(class_names(source, run.config.model.num_classes))} if run.conditional else {}),
     **({"own": run.own} if run.own else {}),
   }
 
@@ -65,9 +66,12 @@ def restarts(config: Config, earlier: Manifest | None) -> list[int]:
   return made
 
 
-def _data(source: Source) -> fingerprint.Fingerprint:
-  """The images, the order in which they are seen, and their classes, where those are known without reading records."""
-  labels = source.known_classes().sha256
+def _data(source: Source, config: Config) -> fingerprint.Fingerprint:
+  """The images, the order in which they are seen, and their classes.
+
+  Of an unconditional run, only where those are known without reading records.
+  """
+  labels = _labels_sha256(source) if config.data.conditioning == "class" else source.known_classes().sha256
   return source.fingerprint | {"order": shuffle.KIND} | ({"labels": labels} if labels else {})
 
 
@@ -131,6 +135,8 @@ def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pa
       "another order; go on with that version, or all the same with --allow_data_change"
     )
   check_images(manifest, source, workdir)
+  if config.data.conditioning == "class":
+    _check_labels(manifest, config, source, workdir)
 
 
 # For people: what a digest of a fingerprint is of.
@@ -162,6 +168,30 @@ def check_images(manifest: Manifest, source: Source, workdir: pathlib.Path) -> N
       f"{field} was {_short(then)}, is {_short(now)}{_FIELDS.get(field, '')}; restore them, or go on all the same with "
       "--allow_data_change"
     )
+
+
+def _labels_sha256(source: Source) -> str:
+  assert source.labels is not None  # `num_classes` has looked
+  return fingerprint.of_classes(source.labels())
+
+
+def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: pathlib.Path) -> None:
+  """Raises UserError if the classes of the images are others than those that a conditional run was trained with."""
+  step, names = manifest["step"], list(class_names(source, config.model.num_classes))
+  if names != manifest["classes"]:
+    what = f"names were {_names(manifest['classes'])}, are {_names(names)}"
+  elif _labels_sha256(source) != manifest["data"]["labels"]:
+    what = "names are the same, those of some images are not"
+  else:
+    return
+  raise UserError(
+    f"dataset: the classes of {source.name} have changed since checkpoint {step} in {workdir}: their {what}; restore "
+    "them, or go on all the same with --allow_data_change"
+  )
+
+
+def _names(classes: list[str]) -> str:
+  return ", ".join(classes[:10]) + ", ..." * (len(classes) > 10)
 
 
 def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:

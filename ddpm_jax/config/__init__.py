@@ -6,11 +6,13 @@ A `Config` is a tree of frozen dataclasses, one for each concern. The defaults t
 
 from ddpm_jax.config.config import (
   AUTO_ATTENTION,
+  LEFT_TO_IMAGES,
   NAMES_WEIGHTS,
   OWN_IMAGES,
   Config,
   changed,
   check_variance,
+  guided,
   options,
   override,
   own_images,
@@ -39,6 +41,7 @@ from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_
 __all__ = [
   "AUTO_ATTENTION",
   "BETA_SCHEDULES",
+  "LEFT_TO_IMAGES",
   "NAMES_WEIGHTS",
   "OWN_IMAGES",
   "WITHOUT_ENDS",
@@ -56,6 +59,7 @@ __all__ = [
   "check_variance",
   "flag_text",
   "from_json",
+  "guided",
   "height_and_width",
   "image_size",
   "options",

@@ -76,6 +76,9 @@ def override(config: Config, changes: dict[str, Any]) -> Config:
 # what it came to.
 AUTO_ATTENTION = (0,)
 
+# Values of options that leave them to the images: a workdir holds what they came to.
+LEFT_TO_IMAGES = {"attention_resolutions": AUTO_ATTENTION, "num_classes": 0}
+
 # Kinds of collections of image files: `dataset` is KIND:PATH.
 OWN_IMAGES = ("folder", "zip", "webdataset", "parquet")
 
@@ -213,6 +216,8 @@ def _check_together(config: Config) -> None:
       f"channels: {config.model.channels} must be even, for the sines and cosines of the timestep; "
       f"use --channels={config.model.channels + 1}"
     )
+  _check_conditioning(config)
+  _check_guidance(config.sample)
   groups = config.model.norm_groups
   if groups and config.model.channels % groups:
     raise UserError(
@@ -232,6 +237,32 @@ def _check_together(config: Config) -> None:
       f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
       "--lr_schedule=constant_then_decay, or leave it out"
     )
+
+
+def guided(sample: SampleConfig) -> bool:
+  """Whether images are drawn with guidance."""
+  return any(scale != 1.0 for scale in sample.guidance_scale)
+
+
+def _check_guidance(sample: SampleConfig) -> None:
+  if not sample.guidance_scale:
+    raise UserError("guidance_scale: empty; use 1 for no guidance")
+  for name in ("guidance_interval", "guide_with"):
+    if (value := getattr(sample, name)) and not guided(sample):
+      raise UserError(f"{name}: {flag_text(value)} has no effect with guidance_scale=1; set that, such as to 2")
+  if interval := sample.guidance_interval:
+    text = flag_text(interval)
+    if len(interval) != 2:
+      raise UserError(f"guidance_interval: {text} is not LO,HI; write two noise levels such as 0.2,1.6")
+    if interval[0] >= interval[1]:
+      raise UserError(f"guidance_interval: {text} holds no noise level; write the lower one first, such as 0.2,1.6")
+
+
+def _check_conditioning(config: Config) -> None:
+  if config.data.conditioning == "none":
+    for name in ("num_classes", "label_dropout"):
+      if value := getattr(config.model, name):
+        raise UserError(f"{name}: {value} has no effect with conditioning=none; use --conditioning=class")
 
 
 # Kinds of data sets whose records have no such fields.

@@ -29,6 +29,8 @@ class DataConfig:
   only: str = option("", "Train on the images of these classes alone, names or numbers separated by commas "
                      "('smileys-emotion,flags'); they are numbered anew from 0 in the order of the data set (empty: "
                      "all images).")
+  conditioning: str = option("none", "What the network is told beside the timestep: 'none', or 'class', the class of "
+                             "the image, by which images can then be drawn (--classes).", choices=("none", "class"))
   label_field: str = option("", "What holds the class of an image: a field of the .json of a webdataset, a column of a "
                             "parquet, a feature of TFDS (empty: 'label' in a .json, else the first ClassLabel).")
   image_field: str = option("", "The column, or feature, of images, where there are several (empty: the only one; in "
@@ -103,6 +105,11 @@ class ModelConfig:
   norm_groups: int = option(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                             "channels).", minimum=0)
   dropout: float = option(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
+  num_classes: int = option(0, "Classes that a network of --conditioning=class knows (0: those of the data set).",
+                            minimum=0)
+  label_dropout: float = option(0.0, "Rate at which --conditioning=class drops the class of an image in training, so "
+                                "that the network learns what images of any class are like, which --guidance_scale "
+                                "needs; 0.1 is usual.", minimum=0, below=1)
   dtype: str = option("float32", "Type of the activations; parameters, loss, optimiser and likelihoods are float32 "
                       "always.", choices=("float32", "bfloat16"), may_change_once_trained=True)
   matmul_precision: str = option("default", "Precision of float32 matrix products and convolutions: 'default' is the "
@@ -226,6 +233,22 @@ class SampleConfig:
                           "2022) clips at a quantile of its absolute values and rescales; 'none'.",
                           choices=("static", "dynamic", "none"), may_change=True)
   threshold_quantile: float = option(0.995, "The quantile of --threshold=dynamic.", above=0, maximum=1, may_change=True)
+  classes: tuple[str, ...] = option((), "Classes of the images that a model of --conditioning=class draws, in turn: "
+                                    "names or numbers (empty: all of them; where images are given, their own).",
+                                    item=str, may_change=True)
+  guidance_scale: tuple[float, ...] = option((1.0,), "g of D = D_guide + g (D_cond - D_guide): how far images are "
+                                             "pushed towards their class, with a model of --label_dropout, or away "
+                                             "from what --guide_with draws; 1 is off, and 2 has w = 1 in Ho and "
+                                             "Salimans 2022. --mode=evaluate takes several, and compares them.",
+                                             item=float, minimum=0, may_change=True)
+  guidance_interval: tuple[float, ...] = option((), "LO,HI: guide only where the noise level sigma = "
+                                                "sqrt((1 - alpha_bar) / alpha_bar) is above LO and at most HI "
+                                                "(Kynkäänniemi et al. 2024); elsewhere the second pass is left out "
+                                                "(empty: everywhere).", item=float, minimum=0, may_change=True)
+  guide_with: str = option("", "What images are pushed away from by --guidance_scale: a worse version of the model "
+                           "(autoguidance, Karras et al. 2024), as the number of a checkpoint of this run, 'raw' for "
+                           "its raw weights, or the path of another model (empty: the same model without the class).",
+                           may_change=True)
   sample_batch_size: int = option(0, "Images drawn at once, over all devices; does not change the images (0: what "
                                   "fits, at most 64 on each device of a CPU).", minimum=0, may_change=True)
   sample_seed: int = option(0, "Seed of the draw; image i depends on it and on i alone.", minimum=0, below=2**32,

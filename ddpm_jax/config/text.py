@@ -17,6 +17,13 @@ FORMAT = 2
 WITHOUT_THE_OPTION = {
   "follow_links": False,
   "only": "",
+  "conditioning": "none",
+  "classes": (),
+  "guidance_scale": (1.0,),
+  "guidance_interval": (),
+  "guide_with": "",
+  "num_classes": 0,
+  "label_dropout": 0.0,
   "label_field": "",
   "image_field": "",
   "formats": "basic",

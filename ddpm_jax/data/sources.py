@@ -96,6 +96,38 @@ class Source:
     return self.length
 
 
+def num_classes(source: Source, known: int = 0) -> int:
+  """The number of classes that a network of these images is told apart.
+
+  Args:
+    source: the images.
+    known: `--num_classes`, which may be more than there are here; 0: as many as there are.
+
+  Raises:
+    UserError: the images have no classes, or more than are known.
+  """
+  why = "has none"
+  try:
+    labels = source.labels() if source.labels else None
+  except NoLabels as error:
+    labels, why = None, error.why
+  if labels is None:
+    raise UserError(
+      f"conditioning: class needs the class of each image, and {source.name} {why}; put the images of each class into "
+      "a folder of their own, or use --conditioning=none"
+    )
+  here = max(len(source.known_classes().names), int(labels.max()) + 1)
+  if known and here > known:
+    raise UserError(f"num_classes: {known} is less than the {here} classes of {source.name}; use --num_classes={here}")
+  return known or here
+
+
+def class_names(source: Source, number: int) -> tuple[str, ...]:
+  """The names of that many classes, in their order: those of the images, and numbers where there is no name."""
+  names = source.known_classes().names
+  return names + tuple(map(str, range(len(names), number)))
+
+
 def from_array(images: np.ndarray, name: str = "array", labels: np.ndarray | None = None) -> Source:
   """A source of images in memory, for `ddpm_jax.train(config, workdir, source=...)`.
 

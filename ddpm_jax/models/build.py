@@ -22,6 +22,16 @@ from ddpm_jax.runtime import cpu
 Params = Any  # a nested dict of float32 arrays
 
 
+def num_labels(config: ModelConfig) -> int:
+  """Rows of the label embedding: one for each class, and the last for no label where some are dropped."""
+  return config.num_classes + (null_label(config) is not None)
+
+
+def null_label(config: ModelConfig) -> int | None:
+  """The label that stands for none; None if the network has no such label."""
+  return config.num_classes if config.num_classes and config.label_dropout else None
+
+
 def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfig:
   """The network with what it leaves to the size of the images [H, W, C]: where attention is.
 
@@ -73,6 +83,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
     dropout=config.dropout,
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
+    num_labels=num_labels(config),
   )
 
 
@@ -93,17 +104,17 @@ class TrainableNetwork(Network, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UNetNetwork:
-  """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters; unconditional."""
+  """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters. Its condition is a label."""
 
   model: UNet
 
   def __call__(
     self, params: Params, x: jax.Array, time: jax.Array, cond: Cond = None, *, dropout_keys: jax.Array | None = None
   ) -> jax.Array:
-    """x float32 [B, H, W, C], time [B] -> float32 [B, H, W, C]."""
-    assert cond is None, "it has no input for a condition"
+    """x float32 [B, H, W, C], time [B], cond int32 [B] or, if it is unconditional, None -> float32 [B, H, W, C]."""
+    assert (cond is not None) == (self.model.num_labels > 0), "a label goes to a conditional network, and to no other"
     with nn.intercept_methods(fast_convolutions):
-      output = self.model.apply({"params": params}, x, time, dropout_keys)
+      output = self.model.apply({"params": params}, x, time, dropout_keys, cond)
     assert isinstance(output, jax.Array)  # and not a pair with mutated collections: the U-Net has none
     return output
 
@@ -125,7 +136,8 @@ def build_denoiser(
 def init_params(model: UNet, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
   """Fresh float32 parameters, a nested dict."""
   xt, time = jnp.zeros((1, *image_shape), jnp.float32), jnp.zeros((1,), jnp.int32)
-  return model.init(key, xt, time)["params"]
+  label = jnp.zeros((1,), jnp.int32) if model.num_labels else None
+  return model.init(key, xt, time, None, label)["params"]
 
 
 def num_params(params: Params) -> int:

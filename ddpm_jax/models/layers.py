@@ -73,6 +73,26 @@ class Dense(nn.Module):
     return x @ kernel + bias[None, :]
 
 
+class LabelEmbedding(nn.Module):
+  """A row for each label, standard normal at first, as in Dhariwal and Nichol 2021.
+
+  Looked up by a product with one-hot vectors: the gradient of an index is a scatter, which GPUs add up in any order.
+
+  Attributes:
+    num_labels: rows.
+    features: F.
+  """
+
+  num_labels: int
+  features: int
+
+  @nn.compact
+  def __call__(self, label: jax.Array) -> jax.Array:
+    """int32 [B] in 0..num_labels-1 -> float32 [B, F]."""
+    rows = self.param("embedding", nn.initializers.normal(1.0), (self.num_labels, self.features), jnp.float32)
+    return jnp.matmul(jax.nn.one_hot(label, self.num_labels), rows, precision=jax.lax.Precision.HIGHEST)
+
+
 class Conv3x3(nn.Module):
   """`flax.linen.Conv` with a 3x3 kernel and zeros around the image: parameters of the same names, shapes and values.
 

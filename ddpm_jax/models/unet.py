@@ -13,6 +13,7 @@ from ddpm_jax.models.layers import (
   Dense,
   Downsample,
   GroupNorm,
+  LabelEmbedding,
   ResBlock,
   SelfAttention,
   Upsample,
@@ -37,6 +38,7 @@ class UNet(nn.Module):
     remat: 'none' keeps all that the backward pass needs; 'norms' keeps of a residual block its input and its first
       convolution, and recomputes norms, swish and dropout; 'blocks' keeps the input of a block with its attention
       alone, on the way up without the concatenation.
+    num_labels: rows of the label embedding; 0: the network is unconditional.
   """
 
   out_channels: int
@@ -48,15 +50,19 @@ class UNet(nn.Module):
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
   remat: str = "none"
+  num_labels: int = 0
 
   @nn.compact
-  def __call__(self, xt: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self, xt: jax.Array, time: jax.Array, dropout_keys: jax.Array | None = None, label: jax.Array | None = None
+  ) -> jax.Array:
     """Runs the network.
 
     Args:
       xt: float32 [B, H, W, C]; H and W divisible by 2^(levels - 1).
       time: [B], of which the embedding is made; in the papers timesteps counted from 0.
       dropout_keys: B random keys, or None for no dropout.
+      label: int32 [B] in 0..num_labels-1; None for an unconditional network.
 
     Returns:
       float32 [B, H, W, out_channels]; zero at initialisation.
@@ -91,6 +97,8 @@ class UNet(nn.Module):
     temb = timestep_embedding(time, self.channels)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense1")(temb)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense2")(nn.swish(temb))
+    if label is not None:
+      temb = temb + LabelEmbedding(self.num_labels, 4 * self.channels, name="label_embedding")(label)
     temb = nn.swish(temb)  # every block begins its use of the embedding with a swish; done once
 
     # Down.

@@ -48,7 +48,7 @@ class StepProgram:
     self._step = run.mesh.compile(train_step, run.abstract_state, max_steps=max_steps, scalars={"seed": seed})
     self._compiled = None
     if ahead and run.mesh.lowers_shapes:
-      batch = abstract_batch(run.image_shape, run.config.data.batch_size)
+      batch = abstract_batch(run.image_shape, run.config.data.batch_size, labels=run.conditional)
       lowered = self._step.lower(run.abstract_state, *run.mesh.abstract_inputs(batch, max_steps=max_steps))
       self._compiled = compiler.submit(lowered)  # JAX keeps the result, and the first call finds it
 

@@ -24,7 +24,7 @@ from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.checkpoint.saver import Saver
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
-from ddpm_jax.data.sources import Source, open_source
+from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
@@ -167,6 +167,8 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
+  if config.data.conditioning == "class":
+    config = config_lib.override(config, {"num_classes": num_classes(source, config.model.num_classes)})
   run = build_run(config, source.image_shape, mesh, own.network)
   run = run._replace(objective=own.objective(run) if own.objective else None)
   parts = {"network": own.network, "objective": run.objective}
@@ -245,7 +247,7 @@ def open_services(
       reports,
       saver,
       Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
-      Preview(run, compiler if trains_first else None),
+      Preview(run, compiler if trains_first else None, class_names(source, run.config.model.num_classes)),
       EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
       profile,
       progress,
@@ -391,4 +393,5 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     process_count=jax.process_count(),
     threads=run.config.data.data_threads,
     workers=run.config.data.data_workers,
+    labels=run.conditional,
   )

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 
 from ddpm_jax.config import DiffusionConfig
 from ddpm_jax.data.images import random_flip
-from ddpm_jax.diffusion.denoiser import Denoiser, Params
+from ddpm_jax.diffusion.conditioning import drop_label
+from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Params
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.losses import loss_weights, pointwise_loss
 from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.first_stage.pixels import FirstStage
+from ddpm_jax.keys import example_key
 
 # image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
-# the row holds another image, because its own could not be read
+# the row holds another image, because its own could not be read; in a conditional run label: int32 [B], its class
 Batch = dict[str, jax.Array]
 Terms = dict[str, jax.Array]  # scalars by name, means over the batch; training minimises their sum
 PerExample = dict[str, jax.Array]  # [B] by name
@@ -66,6 +68,8 @@ class DenoiserObjective:
     first_stage: turns images into x_0; its parameters are `frozen`.
     config: names the pointwise loss and the weighting.
     flip: mirror each image with probability 1/2.
+    label_dropout: rate at which labels are dropped.
+    null_label: what stands for a dropped label; None where none is dropped.
   """
 
   denoiser: Denoiser
@@ -73,6 +77,8 @@ class DenoiserObjective:
   first_stage: FirstStage
   config: DiffusionConfig
   flip: bool
+  label_dropout: float = 0.0
+  null_label: int | None = None
 
   def sample_training_example(self, key: jax.Array, image: jax.Array) -> NoisedExample:
     """Lines 2 to 4 of Algorithm 1 for one example: the image (flipped or not), t ~ U{1..T}, eps ~ N(0, I).
@@ -87,6 +93,14 @@ class DenoiserObjective:
     eps = jax.random.normal(eps_key, self.first_stage.latent_shape, jnp.float32)
     return NoisedExample(image, t, eps, dropout_key)
 
+  def condition(self, keys: jax.Array, batch: Batch) -> Cond:
+    """What the network is told of each example: its label or the null label, int32 [B]; None if unconditional."""
+    label = batch.get("label")
+    if label is None or self.null_label is None:
+      return label
+    drop = functools.partial(drop_label, rate=self.label_dropout, null_label=self.null_label)
+    return jax.vmap(lambda key, label: drop(example_key(key, "label_dropout"), label))(keys, label)
+
   def loss(self, params: Params, extra: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
     """Line 5 of Algorithm 1, averaged over the batch."""
     network, parameterization = self.denoiser.network, self.denoiser.parameterization
@@ -95,7 +109,7 @@ class DenoiserObjective:
     images, t, eps, dropout_keys = jax.vmap(self.sample_training_example)(keys, batch["image"])
     x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images)), self.schedule.level(t)
     xt = jax.vmap(q_sample)(x0, eps, level)
-    output = network(params, xt, level.time, None, dropout_keys=dropout_keys)
+    output = network(params, xt, level.time, self.condition(keys, batch), dropout_keys=dropout_keys)
     target = jax.vmap(parameterization.target)(x0, eps, level)
     losses = jax.vmap(functools.partial(pointwise_loss, self.config.loss))(output, target)
     return {"simple": jnp.mean(at(weights, t) * losses)}, {}

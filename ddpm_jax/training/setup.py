@@ -22,7 +22,7 @@ from ddpm_jax.diffusion.schedules import (
 )
 from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
-from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser
+from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null_label
 from ddpm_jax.training.objective import Batch, DenoiserObjective, Objective
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
@@ -48,6 +48,16 @@ class Run(NamedTuple):
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.first_stage.image_shape
+
+  @property
+  def conditional(self) -> bool:
+    """Whether the network is told the class of an image."""
+    return self.config.model.num_classes > 0
+
+  @property
+  def null_label(self) -> int | None:
+    """The label that stands for none; None if the network has no such label."""
+    return null_label(self.config.model)
 
   def initial_state(self, params: Params | None = None) -> TrainState:
     """The state before the first training step, placed.
@@ -155,8 +165,16 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
 
 def make_objective(run: Run) -> DenoiserObjective:
   """The denoiser's loss."""
-  flip = run.config.data.random_flip
-  return DenoiserObjective(run.denoiser, run.schedule, run.first_stage, run.config.diffusion, flip)
+  data, model = run.config.data, run.config.model
+  return DenoiserObjective(
+    run.denoiser,
+    run.schedule,
+    run.first_stage,
+    run.config.diffusion,
+    flip=data.random_flip,
+    label_dropout=model.label_dropout,
+    null_label=run.null_label,
+  )
 
 
 def _initial_state(

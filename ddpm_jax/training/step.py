@@ -32,18 +32,21 @@ def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> ja
   return indexed_keys(jax.random.fold_in(stream_key(seed, "train"), step), index)
 
 
-def abstract_batch(image_shape: tuple[int, int, int], batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of `inputs_of` a global batch."""
+def abstract_batch(
+  image_shape: tuple[int, int, int], batch_size: int, *, labels: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of `inputs_of` a global batch; labels: of a conditional run."""
   return {
     "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
     "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
+    **({"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)} if labels else {}),
   }
 
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
-  """What of a batch, as `pipeline.batches` yields it, goes to the devices: image, index, replaced."""
-  return {name: batch[name] for name in ("image", "index", "replaced")}
+  """What of a batch, as `pipeline.batches` yields it, goes to the devices: all but the place in the data set."""
+  return {name: batch[name] for name in ("image", "index", "replaced", "label") if name in batch}
 
 
 def mean_loss_and_gradients(
@@ -96,7 +99,7 @@ def train_step(
   Args:
     state: after n steps.
     frozen: parameters of networks that are not trained, see `Objective.loss`.
-    batch: image uint8 [B, H, W, C], index int32 [B], replaced bool [B].
+    batch: image uint8 [B, H, W, C], index int32 [B], replaced bool [B], in a conditional run label int32 [B].
     seed: of the run, in 0..2^32 - 1; an array of it is uint32.
     objective: its loss is minimised.
     optimizer: from `make_optimizer`.
