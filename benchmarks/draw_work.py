@@ -44,7 +44,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
     options = with_sampler(config, case).sample
     table = table_of(options, run.schedule, config.diffusion.variance)
     draws[case] = make_long_draw(
-      bind_for_sampling(run.denoiser, options),
+      bind_for_sampling(run, options),
       table,
       first_stage=run.first_stage,
       mesh=run.mesh,

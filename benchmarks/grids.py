@@ -30,7 +30,7 @@ from ddpm_jax.diffusion.samplers import SamplerTable, grid_name, make_sampler, s
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.measures import frechet_distance
 from ddpm_jax.evaluation.moments import add, covariance, no_moments
-from ddpm_jax.keys import indexed_keys, stream_key
+from ddpm_jax.keys import indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
 from ddpm_jax.sampling.draw import bind_for_sampling
 
@@ -135,12 +135,14 @@ def make_draw(model: Model, number: int) -> Callable[[SamplerTable], np.ndarray]
   Without noise it compiles once for each number of evaluations, else for each table.
   """
   run, params = model.weights.run, model.params
-  bind = bind_for_sampling(run.denoiser, model.config.sample)
+  bind = bind_for_sampling(run, model.config.sample)
   keys = indexed_keys(stream_key(0, "sample"), jnp.arange(number))
 
   @functools.partial(jax.jit, static_argnames="sigma")
   def draw(params: Params, columns: Any, sigma: tuple[float, ...]) -> jax.Array:
-    return sample(SamplerTable._make((*columns, np.asarray(sigma))), bind(params), keys, run.image_shape)[0]
+    return sample(
+      SamplerTable._make((*columns, np.asarray(sigma))), bind(seeded(params, 0), None), keys, run.image_shape
+    )[0]
 
   return lambda table: np.asarray(draw(params, tuple(table[:-1]), tuple(table.sigma.tolist())))
 

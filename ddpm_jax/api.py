@@ -20,7 +20,8 @@ import operator
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -35,6 +36,7 @@ from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, TrainableNetwork, num_params
 from ddpm_jax.runtime import numerics, paths, terminal
 from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.sampling.classes import one_scale, wanted
 from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_draw, table_of
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.setup import Run
@@ -78,6 +80,11 @@ class Model:
     return self.weights.params
 
   @property
+  def class_names(self) -> tuple[str, ...]:
+    """Of the classes of a conditional model, in the order of their numbers; empty for an unconditional one."""
+    return self.weights.class_names
+
+  @property
   def schedule(self) -> NoiseSchedule:
     """float64 tables over t = 0..T: `betas`, `alpha_bar`, `snr`, ..."""
     return self.weights.run.schedule
@@ -100,6 +107,9 @@ class Model:
     threshold: str | None = None,
     threshold_quantile: float | None = None,
     batch_size: int | None = None,
+    classes: str | int | Sequence[str | int] | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
   ) -> np.ndarray:
     """Draws images: those of `--mode=sample --sample_seed=SEED`, to float32 rounding, which depends on the batch.
 
@@ -120,6 +130,9 @@ class Model:
         (Saharia et al. 2022), 'none'.
       threshold_quantile: of 'dynamic', in (0, 1].
       batch_size: images at once, over all devices; 0: as many as fit. Changes images by rounding alone.
+      classes: names or numbers of the classes that a conditional model draws in turn; empty: all of `class_names`.
+      guidance_scale: g in D = D_guide + g (D_cond - D_guide); 1: no guidance.
+      guidance_interval: (lo, hi), where to guide: lo < sqrt((1 - alpha_bar) / alpha_bar) <= hi; empty: everywhere.
         What is None is as in `config`.
 
     Returns:
@@ -139,6 +152,9 @@ class Model:
       "threshold": threshold,
       "threshold_quantile": threshold_quantile,
       "batch_size": batch_size,
+      "classes": (classes,) if isinstance(classes, str | int) else classes,
+      "guidance_scale": guidance_scale if guidance_scale is None else (guidance_scale,),
+      "guidance_interval": guidance_interval,
     }
     options = config_lib.values(Config())
     given = {SHORT_NAMES.get(name, name): value for name, value in asked.items() if value is not None}
@@ -146,40 +162,48 @@ class Model:
       given = {name: _as_option(name, value, type(options[name])) for name, value in given.items()}
       config = config_lib.override(self.config, given)
       config_lib.check_variance(given, config)
+      scale, chosen = one_scale(config.sample), wanted(config.sample, self.weights)
     num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
-    draw, constants = self._draw(config), seeded(self.params, config.sample.sample_seed)
-    size = min(asked_size, num) if asked_size else fit_batch(draw, constants, np.zeros(1, np.int32), number=num)
+    guide = self.weights.guide
+    draw, constants = self._draw(config), seeded(self.params, config.sample.sample_seed, scale, guide and guide.params)
     index = np.arange(num, dtype=np.int32)
-    return np.concatenate([draw(constants, index[first : first + size], size=size) for first in range(0, num, size)])
+    columns = (index,) if chosen is None else (index, chosen.of(index))
+    size = min(asked_size, num) if asked_size else fit_batch(draw, constants, *columns, number=num)
+    rows = [[column[first : first + size] for column in columns] for first in range(0, num, size)]
+    return np.concatenate([draw(constants, *row, size=size) for row in rows])
 
-  def denoise(self, x: ArrayLike, t: ArrayLike) -> np.ndarray:
+  def denoise(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None = None) -> np.ndarray:
     """x0_hat: the image that the network sees in x_t, kept in range as `config.sample.threshold` says.
 
     Args:
       x: x_t, float [B, H, W, C].
       t: the timestep of each, int [B], or of all, in 1..T.
+      label: of a conditional model the class of each, int [B], or of all: its number in `class_names`. None: any class,
+        for a model of `label_dropout`.
 
     Returns:
       float32 [B, H, W, C].
 
     Raises:
-      UserError: if x or t is not of this shape, type or range.
+      UserError: if x, t or label is not of this shape, type or range.
     """
-    return self._x0_hat(self.params, *self._checked(x, t))
+    return self._x0_hat(self.params, *self._checked(x, t, label))
 
-  def eps(self, x: ArrayLike, t: ArrayLike) -> np.ndarray:
+  def eps(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None = None) -> np.ndarray:
     """eps_hat: the noise that the network sees in x_t, whatever it was trained to predict. As `denoise`, no range."""
-    return self._eps_hat(self.params, *self._checked(x, t))
+    return self._eps_hat(self.params, *self._checked(x, t, label))
 
   def _draw(self, config: Config) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
-    # Neither is how many, which seed, how many at once.
-    options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0)
+    # Neither is how many, which seed, how many at once, of which class.
+    options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0, classes=())
+    if config_lib.guided(options):  # nor by how much they are guided
+      options = dataclasses.replace(options, guidance_scale=(2.0,))
     variance = config.diffusion.variance
     if (options, variance) not in self._draws:
       run = self.weights.run
       self._draws[options, variance] = make_draw(
-        bind_for_sampling(run.denoiser, options),
+        bind_for_sampling(run, options, self.weights.guide and self.weights.guide.run),
         table_of(options, run.schedule, variance),
         first_stage=run.first_stage,
         mesh=run.mesh,
@@ -190,16 +214,20 @@ class Model:
   @functools.cached_property
   def _x0_hat(self) -> BatchedFn:
     run = self.weights.run
-    bind = bind_for_sampling(run.denoiser, self.config.sample)
-    return BatchedFn(lambda params, xt, t: bind(params)(xt, run.schedule.level(t)).x0, run.mesh)
+    bind = bind_for_sampling(run, self.config.sample)
+    return BatchedFn(
+      lambda params, xt, t, label=None: bind(seeded(params, 0), label)(xt, run.schedule.level(t)).x0, run.mesh
+    )
 
   @functools.cached_property
   def _eps_hat(self) -> BatchedFn:
     run = self.weights.run
-    return BatchedFn(lambda params, xt, t: run.denoiser.bind(params)(xt, run.schedule.level(t)).eps, run.mesh)
+    return BatchedFn(
+      lambda params, xt, t, label=None: run.denoiser.bind(params, label)(xt, run.schedule.level(t)).eps, run.mesh
+    )
 
-  def _checked(self, x: ArrayLike, t: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [B, H, W, C] and int32 [B]. Raises UserError."""
+  def _checked(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None) -> tuple[np.ndarray, ...]:
+    """float32 [B, H, W, C], int32 [B] and, of a conditional model, the labels int32 [B]. Raises UserError."""
     x, t = _array("x", x), _array("t", t)
     if x.ndim != 4 or x.shape[1:] != self.image_shape or not len(x):
       raise UserError(f"x: {list(x.shape)} is not [B, {', '.join(map(str, self.image_shape))}]; make it so")
@@ -212,7 +240,25 @@ class Model:
     last = self.schedule.num_timesteps
     if t.min() < 1 or t.max() > last:
       raise UserError(f"t: {t.min()} to {t.max()} is not in 1..{last}")
-    return x.astype(np.float32), np.broadcast_to(t.astype(np.int32), x.shape[:1])
+    checked = x.astype(np.float32), np.broadcast_to(t.astype(np.int32), x.shape[:1])
+    labels = self._checked_labels(label, len(x))
+    return checked if labels is None else (*checked, labels)
+
+  def _checked_labels(self, label: ArrayLike | None, number: int) -> np.ndarray | None:
+    """int32 [number]; None for an unconditional model. Raises UserError."""
+    run, names = self.weights.run, self.class_names
+    if not run.conditional:
+      if label is not None:
+        raise UserError("label: has no effect, as the model is unconditional; leave it out")
+      return None
+    if label is None and run.null_label is None:
+      raise UserError(f"label: missing; give a number in 0..{len(names) - 1}, see class_names")
+    labels = _array("label", cast(int, run.null_label) if label is None else label)
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape not in ((), (number,)):
+      raise UserError(f"label: {labels.dtype} {list(labels.shape)} is neither a whole number nor [{number}] of them")
+    if label is not None and (labels.min() < 0 or labels.max() >= len(names)):
+      raise UserError(f"label: {labels.min()} to {labels.max()} is not in 0..{len(names) - 1}, see class_names")
+    return np.broadcast_to(labels.astype(np.int32), (number,))
 
 
 def _array(name: str, values: ArrayLike) -> np.ndarray:
@@ -236,6 +282,9 @@ def _parameters_named() -> Iterator[None]:
 
 def _as_option(name: str, value: object, kind: type) -> object:
   """A value as an option of this type is: Python's own numbers in the place of NumPy's. Ranges are for the option."""
+  if kind is tuple and isinstance(value, Sequence | np.ndarray):
+    of_texts = name == "classes"
+    return tuple(str(part) if of_texts else _as_option(name, part, float) for part in value)
   if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool):
     return float(value)
   if kind is not int:

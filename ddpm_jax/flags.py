@@ -25,7 +25,7 @@ class _TupleParser(flags.ArgumentParser):
 
   syntactic_help = "a comma separated list"
 
-  def __init__(self, item: type[int] | type[str]):
+  def __init__(self, item: type[int] | type[float] | type[str]):
     self._item = item
 
   def parse(self, argument: str | tuple) -> tuple:
@@ -34,7 +34,8 @@ class _TupleParser(flags.ArgumentParser):
     try:
       return tuple(self._item(part.strip()) for part in argument.split(",")) if argument else ()
     except ValueError:
-      raise ValueError("expected integers separated by commas, such as 1,2,2,2") from None
+      kind, example = ("numbers", "1,1.5,2") if self._item is float else ("integers", "1,2,2,2")
+      raise ValueError(f"expected {kind} separated by commas, such as {example}") from None
 
 
 class _NumberParser(flags.ArgumentParser):
@@ -108,8 +109,8 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
   )
   for _, field, default in config_lib.options(Config()):
     text = field.metadata["help"]
-    if field.metadata["choices"] and isinstance(default, tuple):
-      flags.DEFINE(_TupleParser(str), field.name, default, text, registry, _TupleSerializer())
+    if isinstance(default, tuple):
+      flags.DEFINE(_TupleParser(field.metadata["item"]), field.name, default, text, registry, _TupleSerializer())
     elif field.metadata["choices"]:
       flags.DEFINE_enum(field.name, default, field.metadata["choices"], text, flag_values=registry)
     elif isinstance(default, bool):
@@ -120,8 +121,6 @@ def define(registry: flags.FlagValues = flags.FLAGS) -> None:
       flags.DEFINE(_INTEGER, field.name, default, text, registry, flags.ArgumentSerializer())
     elif isinstance(default, float):
       flags.DEFINE(_FLOAT, field.name, default, text, registry, flags.ArgumentSerializer())
-    elif isinstance(default, tuple):
-      flags.DEFINE(_TupleParser(int), field.name, default, text, registry, _TupleSerializer())
     else:
       flags.DEFINE_string(field.name, default, text, flag_values=registry)
 

@@ -25,18 +25,21 @@ def example_key(key: jax.Array, draw: str) -> jax.Array:
 
 
 class Seeded(NamedTuple):
-  """Weights and a seed as one argument of a compiled function.
+  """Weights and a seed as one argument of a compiled function, and what guides a draw.
 
-  The seed is data of the program and no constant in it: another seed needs no other program.
+  The numbers are data of the program and no constants in it: another seed or scale needs no other program.
   """
 
   params: Any
   seed: Any  # uint32 scalar
+  guidance_scale: Any = None  # float32 scalar; None: no guidance
+  guide: Any = None  # the weights of a guide of its own
 
 
-def seeded(params: Any, seed: int) -> Seeded:
-  """Binds a seed in 0..2^32 - 1 to weights."""
-  return Seeded(params, np.uint32(seed))
+def seeded(params: Any, seed: int, guidance_scale: float = 1.0, guide: Any = None) -> Seeded:
+  """Binds a seed in 0..2^32 - 1 to weights, and unless it is 1 a guidance scale with the weights of the guide."""
+  scale = None if guidance_scale == 1.0 else np.float32(guidance_scale)
+  return Seeded(params, np.uint32(seed), scale, None if scale is None else guide)
 
 
 def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:

@@ -217,6 +217,7 @@ def _check_together(config: Config) -> None:
       f"use --channels={config.model.channels + 1}"
     )
   _check_conditioning(config)
+  _check_guidance(config.sample)
   if config.model.head_channels and config.model.num_heads != ModelConfig().num_heads:
     raise UserError(
       f"num_heads: {config.model.num_heads} has no effect with head_channels={config.model.head_channels}; leave one "
@@ -241,6 +242,25 @@ def _check_together(config: Config) -> None:
       f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
       "--lr_schedule=constant_then_decay, or leave it out"
     )
+
+
+def guided(sample: SampleConfig) -> bool:
+  """Whether images are drawn with guidance."""
+  return any(scale != 1.0 for scale in sample.guidance_scale)
+
+
+def _check_guidance(sample: SampleConfig) -> None:
+  if not sample.guidance_scale:
+    raise UserError("guidance_scale: empty; use 1 for no guidance")
+  for name in ("guidance_interval", "guide_with"):
+    if (value := getattr(sample, name)) and not guided(sample):
+      raise UserError(f"{name}: {flag_text(value)} has no effect with guidance_scale=1; set that, such as to 2")
+  if interval := sample.guidance_interval:
+    text = flag_text(interval)
+    if len(interval) != 2:
+      raise UserError(f"guidance_interval: {text} is not LO,HI; write two noise levels such as 0.2,1.6")
+    if interval[0] >= interval[1]:
+      raise UserError(f"guidance_interval: {text} holds no noise level; write the lower one first, such as 0.2,1.6")
 
 
 def _check_conditioning(config: Config) -> None:

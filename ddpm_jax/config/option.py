@@ -17,6 +17,7 @@ def option(
   *,
   choices: tuple[str, ...] = (),
   size: bool = False,
+  item: type = int,
   minimum: float | None = None,
   above: float | None = None,
   maximum: float | None = None,
@@ -31,6 +32,7 @@ def option(
     help: text of the flag.
     choices: all values of a text, or of the parts of a tuple of texts.
     size: the number is the side of square images, and a text 'HEIGHTxWIDTH' may stand in its place.
+    item: type of the parts of a tuple without choices.
     minimum, above, maximum, below: the range of a number.
     may_change: a resumed run may have another value.
     may_change_once_trained: drawing, measuring and exporting may use another value than the run that trained the
@@ -42,6 +44,7 @@ def option(
       "help": help,
       "choices": choices,
       "size": size,
+      "item": str if choices else item,
       "minimum": minimum,
       "above": above,
       "maximum": maximum,
@@ -109,7 +112,9 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
   if kind is float and type(value) is int:
     kind = int
   parts = value if isinstance(value, tuple) else (value,)
-  item = str if rules["choices"] else int  # of a tuple
+  item = rules["item"]  # of a tuple
+  if item is float:
+    parts = tuple(float(part) if type(part) is int else part for part in parts)
   if rules["size"] and isinstance(value, str):
     _check_size(field.name, value)
     return
@@ -118,8 +123,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
   for choice in parts if rules["choices"] else ():
     if choice not in rules["choices"]:
       raise UserError(f"{field.name}: {choice!r} is unknown; use one of {', '.join(rules['choices'])}")
-  if isinstance(value, str):
-    _check_text(field.name, value)
+  for text in (part for part in parts if isinstance(part, str)):
+    _check_text(field.name, text)
   for number in parts:
     if isinstance(number, str | bool):
       continue

@@ -170,6 +170,9 @@ class TrainConfig:
                              "lowest value counts. 'bound' is that of the last of --likelihood_splits.",
                              choices=("frechet", "kid", "bound", "ode"), may_change=True)
   keep_checkpoints: int = option(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
+  keep_every: int = option(0, "Checkpoints at multiples of this number of training steps are made too, and kept for "
+                           "good, beside --keep_checkpoints; a guide for --guide_with is one (0: none).", minimum=0,
+                           may_change=True)
   max_unsaved_steps: int = option(0, "After a checkpoint that could not be written, training steps that may be at "
                                   "risk before the run ends with an error, up to the end of a call of "
                                   "--steps_per_dispatch (0: twice --checkpoint_every).", minimum=0, may_change=True)
@@ -240,6 +243,22 @@ class SampleConfig:
                           "2022) clips at a quantile of its absolute values and rescales; 'none'.",
                           choices=("static", "dynamic", "none"), may_change=True)
   threshold_quantile: float = option(0.995, "The quantile of --threshold=dynamic.", above=0, maximum=1, may_change=True)
+  classes: tuple[str, ...] = option((), "Classes of the images that a model of --conditioning=class draws, in turn: "
+                                    "names or numbers (empty: all of them; where images are given, their own).",
+                                    item=str, may_change=True)
+  guidance_scale: tuple[float, ...] = option((1.0,), "g of D = D_guide + g (D_cond - D_guide): how far images are "
+                                             "pushed towards their class, with a model of --label_dropout, or away "
+                                             "from what --guide_with draws; 1 is off, and 2 has w = 1 in Ho and "
+                                             "Salimans 2022. --mode=evaluate takes several, and compares them.",
+                                             item=float, minimum=0, may_change=True)
+  guidance_interval: tuple[float, ...] = option((), "LO,HI: guide only where the noise level sigma = "
+                                                "sqrt((1 - alpha_bar) / alpha_bar) is above LO and at most HI "
+                                                "(Kynkäänniemi et al. 2024); elsewhere the second pass is left out "
+                                                "(empty: everywhere).", item=float, minimum=0, may_change=True)
+  guide_with: str = option("", "What images are pushed away from by --guidance_scale: a worse version of the model "
+                           "(autoguidance, Karras et al. 2024), as the number of a checkpoint of this run, 'raw' for "
+                           "its raw weights, or the path of another model (empty: the same model without the class).",
+                           may_change=True)
   sample_batch_size: int = option(0, "Images drawn at once, over all devices; does not change the images (0: what "
                                   "fits, at most 64 on each device of a CPU).", minimum=0, may_change=True)
   sample_seed: int = option(0, "Seed of the draw; image i depends on it and on i alone.", minimum=0, below=2**32,

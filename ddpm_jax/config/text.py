@@ -18,6 +18,10 @@ WITHOUT_THE_OPTION = {
   "follow_links": False,
   "only": "",
   "conditioning": "none",
+  "classes": (),
+  "guidance_scale": (1.0,),
+  "guidance_interval": (),
+  "guide_with": "",
   "num_classes": 0,
   "label_dropout": 0.0,
   "block": "ddpm",
@@ -31,6 +35,7 @@ WITHOUT_THE_OPTION = {
   "resample": "bicubic",
   "matmul_precision": "default",
   "decay_fraction": 0.4,  # has no effect with its learning rates, 'constant' and 'cosine'
+  "keep_every": 0,
   "writers": "tensorboard",
   "stop_exit_code": 0,
   "profile_steps": "",

@@ -161,18 +161,29 @@ def _check_several(dataset: str, labels: Labels) -> None:
 
 def numbers_of(only: str, dataset: str, names: Sequence[str]) -> list[int]:
   """The classes that --only names, by name or by number, in rising order. Raises UserError for one that is unknown."""
-  numbers = set()
-  for word in (part.strip() for part in only.split(",")):
-    if word in names:
-      numbers.add(list(names).index(word))
-    elif re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
-      numbers.add(int(word))
-    else:
-      near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-      shown = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-      hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {shown}"
-      raise UserError(f"only: {word!r} is none of the {len(names)} classes of {dataset}; {hint}")
-  return sorted(numbers)
+  return sorted({number_of(part.strip(), "only", dataset, names) for part in only.split(",")})
+
+
+def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
+  """The class that a word means, its name or its number.
+
+  Args:
+    word: the word.
+    option: that holds it, for errors.
+    owner: of the classes, for errors.
+    names: of all classes.
+
+  Raises:
+    UserError: it means none; offers the nearest names.
+  """
+  if word in names:
+    return list(names).index(word)
+  if re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
+    return int(word)
+  near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+  shown = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
+  hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {shown}"
+  raise UserError(f"{option}: {word!r} is none of the {len(names)} classes of {owner}; {hint}")
 
 
 def _is_class(value: Any) -> bool:

@@ -51,6 +51,7 @@ class Prediction(NamedTuple):
 
 
 DenoiseFn = Callable[[jax.Array, Level], Prediction]  # (x_t [B, ...], its level: scalars or [B]) -> Prediction
+PairFn = Callable[[jax.Array, Level], tuple[Prediction, Prediction]]  # likewise, of the main model and of its guide
 
 
 def from_x0(x0: jax.Array, xt: jax.Array, level: Level) -> Prediction:
@@ -59,7 +60,7 @@ def from_x0(x0: jax.Array, xt: jax.Array, level: Level) -> Prediction:
   def eps(x0: jax.Array, xt: jax.Array, level: Level) -> jax.Array:
     return (xt - level.alpha * x0) / level.sigma
 
-  return Prediction(x0, jax.vmap(eps)(x0, xt, _for_each(level, xt)))
+  return Prediction(x0, jax.vmap(eps)(x0, xt, for_each(level, xt)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +74,38 @@ class Denoiser:
     """The denoise function with these parameters and this condition, without dropout and thresholding."""
 
     def denoise(xt: jax.Array, level: Level) -> Prediction:
-      level = _for_each(level, xt)
+      level = for_each(level, xt)
       output = self.network(params, xt, level.time, cond).astype(jnp.float32)
       return from_x0(jax.vmap(self.parameterization.x0_hat)(output, xt, level), xt, level)
 
     return denoise
+
+  def bind_pair(self, params: Params, cond: Cond, null: Cond, *, one_batch: bool) -> PairFn:
+    """The denoise functions of two conditions with the same parameters, to guide the first by the second.
+
+    Args:
+      params: the parameters.
+      cond: the condition of the main prediction.
+      null: that of the guide, of the same structure and shapes.
+      one_batch: evaluate the network once, at a batch of 2 B examples, the main ones first; else twice at B. Equal to
+        float32 rounding; which is faster depends on the device.
+    """
+    if not one_batch:
+      main, guide = self.bind(params, cond), self.bind(params, null)
+      return lambda xt, level: (main(xt, level), guide(xt, level))
+
+    def stacked(main: Any, guide: Any) -> Any:
+      return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), main, guide)
+
+    denoise = self.bind(params, stacked(cond, null))
+
+    def pair(xt: jax.Array, level: Level) -> tuple[Prediction, Prediction]:
+      level = for_each(level, xt)
+      both = denoise(stacked(xt, xt), stacked(level, level))
+      size = xt.shape[0]
+      return jax.tree.map(lambda value: value[:size], both), jax.tree.map(lambda value: value[size:], both)
+
+    return pair
 
 
 def thresholded(denoise: DenoiseFn, how: str, quantile: float = 0.995) -> DenoiseFn:
@@ -117,6 +145,6 @@ def threshold_x0(x0_hat: jax.Array, how: str, quantile: float) -> jax.Array:
       raise ValueError(f"unknown threshold {how!r}")
 
 
-def _for_each(level: Level, x: jax.Array) -> Level:
+def for_each(level: Level, x: jax.Array) -> Level:
   """The level with an entry for each of the B examples of x."""
   return Level(*(jnp.broadcast_to(value, x.shape[:1]) for value in level))

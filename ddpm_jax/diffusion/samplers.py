@@ -274,6 +274,7 @@ class Trajectory:
     start: the state before the first row, float32 [B, *shape]; None: the prior's draw.
     keep: rows whose x0_hat is returned too.
     after_row: (x_s, number of the row) -> the state to go on with, for what steers a draw.
+    shift: (x_t, its level, number of the row) -> what is added to the mean of x_s, see `guidance.mean_shift`.
   """
 
   table: SamplerTable
@@ -283,6 +284,7 @@ class Trajectory:
   start: jax.Array | None = None
   keep: Sequence[int] = ()
   after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+  shift: Callable[[jax.Array, Level, jax.Array], jax.Array] | None = None
 
   def begin(self) -> State:
     """The state before the first row."""
@@ -303,6 +305,7 @@ class Trajectory:
       row, where = jax.tree.map(lambda column: jax.lax.dynamic_index_in_dim(column, number, keepdims=False), columns)
       x0_hat = self.denoise(state.xt, row.level).x0
       xs = row.c_xt * state.xt + row.c_x0 * x0_hat + row.c_prev * state.x0_hat
+      xs = xs + self.shift(state.xt, row.level, number) if self.shift else xs
       xs = xs + row.sigma * noise(number + 1) if noisy else xs
       xs = self.after_row(xs, number) if self.after_row else xs
       return State(xs, x0_hat, state.kept.at[:, where].set(x0_hat) if len(self.keep) else state.kept)
@@ -323,11 +326,12 @@ def sample(
   start: jax.Array | None = None,
   keep: Sequence[int] = (),
   after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+  shift: Callable[[jax.Array, Level, jax.Array], jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one example for each key: `Trajectory`, whose arguments these are, from its begin to its end.
 
   Returns:
     float32 [B, *shape], and x0_hat at the kept rows, float32 [B, len(keep), *shape].
   """
-  whole = Trajectory(table, denoise, keys, shape, start, keep, after_row)
+  whole = Trajectory(table, denoise, keys, shape, start, keep, after_row, shift)
   return whole.end(whole.advance(whole.begin(), 0, len(table.t)))

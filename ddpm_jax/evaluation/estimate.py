@@ -164,8 +164,11 @@ def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_pre
   """Seconds an image takes of one network evaluation in a batch of moderate size."""
   run = weights.run
   network = UNetNetwork(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
-  rows = BatchedFn(lambda params, xt, t: network(params, xt, t), run.mesh, matmul_precision=matmul_precision)
+  rows = BatchedFn(
+    lambda params, xt, t, label=None: network(params, xt, t, label), run.mesh, matmul_precision=matmul_precision
+  )
   one = np.zeros((1, *run.image_shape), np.float32), np.ones(1, np.int32)
+  one = (*one, np.zeros(1, np.int32)) if run.conditional else one
   most = _TIMED[jax.devices()[0].platform == "cpu"] * jax.device_count()
   size = fit_batch(rows, weights.params, *one, number=most)
   return _seconds(lambda: rows(weights.params, *one, size=size)) / size

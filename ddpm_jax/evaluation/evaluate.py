@@ -37,6 +37,7 @@ from ddpm_jax.models.build import Params, build_denoiser
 from ddpm_jax.models.classifier import FEATURES
 from ddpm_jax.runtime import console, numerics
 from ddpm_jax.runtime.progress import Done, counted
+from ddpm_jax.sampling.classes import wanted
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.training.setup import noise_warning
 from ddpm_jax.weights.load import Weights
@@ -252,7 +253,8 @@ def evaluate(
   config, how = _settle(config, weights, train, needed, features, likelihoods, around)
   result |= how
   if features is not None:
-    with contextlib.closing(Drawn(weights, config, around.workdir / "samples")) as drawn:
+    classes = wanted(config.sample, weights)
+    with contextlib.closing(Drawn(weights, config, around.workdir / "samples", classes)) as drawn:
       found, pictures = _samples(config, weights, train, source, features, around, drawn)
     result |= found
   for name in names:
@@ -448,6 +450,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
   def measure(denoiser: Denoiser, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
     shared: dict[str, Any] = dict(
       source=source,
+      labels=source.labels() if run.conditional and source.labels else None,
       examples=examples,
       batch_size=options.evaluate_batch_size,
       mesh=run.mesh,

@@ -13,7 +13,7 @@ import numpy as np
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.mesh import DeviceMesh
-from ddpm_jax.diffusion.denoiser import Denoiser, Params, Prediction
+from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Params, Prediction
 from ddpm_jax.diffusion.forward import prior_kl, q_sample
 from ddpm_jax.diffusion.likelihood import (
   bound_term,
@@ -42,6 +42,7 @@ def bound(
   *,
   variance: str,
   source: Source,
+  labels: np.ndarray | None = None,
   examples: int,
   timesteps: int,
   batch_size: int,
@@ -60,6 +61,7 @@ def bound(
     first_stage: turns images into x_0.
     variance: of p, 'fixed_small' or 'fixed_large'.
     source: the images.
+    labels: of all of them, int32 [N], for a conditional model; None for an unconditional one.
     examples: how many of them, evenly spaced; 0: all.
     timesteps: for each image, see `likelihood.strata`; 0: all T. Unbiased either way; the noise is drawn in any case.
     batch_size: images at once, over all devices.
@@ -91,10 +93,10 @@ def bound(
   prior, decoder, chain = (np.empty(len(indices)) for _ in range(3))
   sums = np.zeros((2, number))  # of bits and of squared errors, by stratum
   for rows, images in _batches(source, indices, size):
-    columns = images, indices[rows].astype(np.int32)
+    columns, label = (images, indices[rows].astype(np.int32)), _labels_of(labels, indices[rows])
     parts = []
     for first in range(0, number, at_once):
-      *terms, prior[rows] = compiled(constants, *columns, np.full(len(images), first, np.int32), size=size)
+      *terms, prior[rows] = compiled(constants, *columns, np.full(len(images), first, np.int32), *label, size=size)
       parts.append(np.asarray(terms, np.float64))
       _tell(progress, rows.start + len(images) * len(parts) // (calls + 1))
     terms = np.concatenate(parts, axis=2)[:, :, :number]  # [2, B, strata]
@@ -118,9 +120,10 @@ def bound(
 def _bound_function(
   denoiser: Denoiser, schedule: NoiseSchedule, first_stage: FirstStage, variance: str, edges: np.ndarray, number: int
 ) -> Callable[..., tuple[jax.Array, jax.Array, jax.Array]]:
-  """(`Seeded`, images uint8 [B, ...], index int32 [B], first int32 [B]) -> bits, eps_mse [B, number] and L_T [B].
+  """(`Seeded`, images uint8 [B, ...], index, first, label int32 [B]) -> bits, eps_mse [B, number] and L_T [B].
 
-  The columns of the result are the strata `first`, `first` + 1, ...; past the last one they are without meaning.
+  The label is that of a conditional model. The columns of the result are the strata `first`, `first` + 1, ...; past the
+  last one they are without meaning.
   """
   low, high = (jnp.asarray(edge, jnp.int32) for edge in (edges[:-1], edges[1:]))
 
@@ -136,12 +139,12 @@ def _bound_function(
     eps_mse = jnp.mean(jnp.square(found.eps - eps))
     return bound_term(schedule, variance, x0, t, jnp.clip(found.x0, -1.0, 1.0)), eps_mse
 
-  def function(constants: Seeded, images: jax.Array, index: jax.Array, first: jax.Array):
+  def function(constants: Seeded, images: jax.Array, index: jax.Array, first: jax.Array, label: Cond = None):
     x0, keys = (
       first_stage.x0(None, first_stage.moments(None, images)),
       indexed_keys(stream_key(constants.seed, "bound"), index),
     )
-    denoise = denoiser.bind(constants.params)
+    denoise = denoiser.bind(constants.params, label)
 
     def step(carry: None, offset: jax.Array) -> tuple[None, tuple]:
       t, eps, xt, level = jax.vmap(draw)(keys, jnp.minimum(first + offset, len(low) - 1), x0)
@@ -177,6 +180,7 @@ def ode(
   first_stage: FirstStage,
   *,
   source: Source,
+  labels: np.ndarray | None = None,
   examples: int,
   steps: int,
   probes: int,
@@ -195,6 +199,7 @@ def ode(
     schedule: the noise schedule.
     first_stage: turns images into x_0.
     source: the images.
+    labels: of all of them, int32 [N], for a conditional model; None for an unconditional one.
     examples: how many of them, evenly spaced; 0: all.
     steps: of Heun's method; at most T are made.
     probes: random vectors of Hutchinson's estimator.
@@ -209,11 +214,11 @@ def ode(
   """
   steps = min(steps, schedule.num_timesteps)
 
-  def function(constants: Seeded, images: jax.Array, index: jax.Array) -> jax.Array:
+  def function(constants: Seeded, images: jax.Array, index: jax.Array, label: Cond = None) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, "ode"), index)
     place_keys, probe_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     x0 = jax.vmap(dequantise)(place_keys, first_stage.x0(None, first_stage.moments(None, images)))
-    denoise = denoiser.bind(constants.params)
+    denoise = denoiser.bind(constants.params, label)
     return ode_log_density(schedule, denoise, x0, probe_keys, num_steps=steps, num_probes=probes)
 
   compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
@@ -221,7 +226,8 @@ def ode(
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))
   for rows, images in _batches(source, indices, size):
-    log_density = compiled(constants, images, indices[rows].astype(np.int32), size=size)
+    columns = images, indices[rows].astype(np.int32), *_labels_of(labels, indices[rows])
+    log_density = compiled(constants, *columns, size=size)
     bits[rows] = density_to_bits(log_density, math.prod(images.shape[1:]))
     _tell(progress, rows.stop)
   counts = {"examples": len(indices), "steps": steps, "evaluations": ode_evaluations(steps), "probes": probes}
@@ -239,6 +245,11 @@ def _batches(source: Source, indices: np.ndarray, size: int) -> Iterator[tuple[s
   for start in range(0, len(indices), size):
     rows = slice(start, min(start + size, len(indices)))
     yield rows, source.read(indices[rows]).images
+
+
+def _labels_of(labels: np.ndarray | None, indices: np.ndarray) -> tuple[np.ndarray, ...]:
+  """The column of labels, where there are any."""
+  return () if labels is None else (labels[indices].astype(np.int32),)
 
 
 def _mean(bits: np.ndarray) -> dict[str, float | None]:

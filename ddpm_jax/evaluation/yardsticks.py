@@ -190,7 +190,7 @@ def _untrained(config: Config, weights: Weights, number: int, beat: Callable[[st
   """Images uint8 [number, H, W, C] of the sampler of `config`, before training."""
   run = weights.run
   draw = make_draw(
-    bind_for_sampling(untrained_denoiser(run.denoiser), config.sample),
+    bind_for_sampling(run._replace(denoiser=untrained_denoiser(run.denoiser)), config.sample),
     table_of(config.sample, run.schedule, config.diffusion.variance),
     first_stage=run.first_stage,
     mesh=run.mesh,

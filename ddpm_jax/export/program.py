@@ -20,13 +20,15 @@ from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import Seeded
 from ddpm_jax.runtime import numerics
+from ddpm_jax.sampling.classes import check_guidance, one_scale
 from ddpm_jax.sampling.draw import bind_for_sampling, draw_of, table_of
+from ddpm_jax.training.setup import Run
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.weights.names import from_flat, to_flat
 from ddpm_jax.workdir.storage import sync_file, write_whole
 
 _SCRIPT = '''\
-"""Draws images with the sampler that lies beside this file: python run.py [SEED [NUMBER]]."""
+"""Draws images with the sampler that lies beside this file: python run.py [{arguments}]."""
 
 import pathlib
 import sys
@@ -40,15 +42,23 @@ seed = int(sys.argv[1]) if len(sys.argv) > 1 else 0
 number = int(sys.argv[2]) if len(sys.argv) > 2 else {number}
 sampler = jax.export.deserialize(bytearray((here / {program}).read_bytes()))
 weights = dict(np.load(here / "weights.npz"))
-images = np.asarray(sampler.call(weights, np.uint32(seed), np.arange(number, dtype=np.int32)))
-np.savez("samples.npz", images=images)
+index = np.arange(number, dtype=np.int32)
+{condition}images = np.asarray(sampler.call(weights, np.uint32(seed), index{more}))
+np.savez("samples.npz", images=images{saved})
 Image.fromarray(np.concatenate(images, axis=1).squeeze()).save("samples.png")  # side by side
 '''
+_LABELS = """\
+classes = [int(number) for number in sys.argv[3].split(",")] if len(sys.argv) > 3 else range({classes})
+labels = np.resize(np.array(classes, np.int32), number)  # in turn
+"""
+_SCALE = """\
+scale = np.float32(sys.argv[4] if len(sys.argv) > 4 else {scale})
+"""
 
 _README = """\
 # Sampler
 
-`python run.py [SEED [NUMBER]]` draws images into `samples.npz` and `samples.png`. It needs four packages and nothing
+`python run.py [{arguments}]` draws images into `samples.npz` and `samples.png`. It needs four packages and nothing
 else: `pip install jax flatbuffers numpy pillow`.
 
 | file | what |
@@ -57,14 +67,14 @@ else: `pip install jax flatbuffers numpy pillow`.
 | `weights.npz` | float32 arrays by name, the first argument of the call |
 | `run.py` | the few lines that call it |
 
-`call(weights, seed, index)`, all for one device:
+`call(weights, seed, index{more})`, all for one device:
 
 | | what |
 |---|---|
 | `weights` | dict of `weights.npz`, name to array |
 | `seed` | uint32 scalar |
 | `index` | int32 [N], which images of that seed; N is {numbers} |
-| result | uint8 [N, {height}, {width}, {channels}]; image i depends on the weights, the seed and i alone |
+{condition}| result | uint8 [N, {height}, {width}, {channels}]; image i depends on weights, seed and i{of} alone |
 
 Image i of seed s is the one that `ddpm_jax --mode=sample --sample_seed=s` draws with these settings, up to the rounding
 of float32, which another kind of device, number of images or version of JAX changes.
@@ -86,8 +96,9 @@ _NUMBER = 16  # of images that run.py draws, where the program can draw any numb
 def write_program(config: Config, weights: Weights, folder: pathlib.Path) -> None:
   """Writes the sampler that `config` names into a folder: programs, `weights.npz`, `run.py`, `README.md`.
 
-  A program is (weights {name: float32 [...]}, seed uint32 [], index int32 [N]) -> uint8 [N, H, W, C]. Image i of seed
-  s is that of `--mode=sample --sample_seed=s`, to float32 rounding. `sampler.stablehlo` draws any number N; where
+  A program is (weights {name: float32 [...]}, seed uint32 [], index int32 [N]) -> uint8 [N, H, W, C]; that of a
+  conditional model also takes label int32 [N] and, where it has a null label, guidance_scale float32 []. Image i of
+  seed s is that of `--mode=sample --sample_seed=s`, to float32 rounding. `sampler.stablehlo` draws any number N; where
   `--export_batch_sizes` names some, there is `sampler_N.stablehlo` for each instead.
 
   Args:
@@ -101,6 +112,9 @@ def write_program(config: Config, weights: Weights, folder: pathlib.Path) -> Non
   """
   if config.sample.sample_task != "images":
     raise UserError(f"sample_task: {config.sample.sample_task} cannot be exported; leave it out")
+  if weights.guide:
+    raise UserError("guide_with: a sampler with a guide of its own cannot be exported; leave it out")
+  check_guidance(config.sample, weights)
   sizes = config.exchange.export_batch_sizes
   names = {f"sampler_{size}.stablehlo": size for size in sizes} or {"sampler.stablehlo": None}
   exported = {name: export_sampler(config, weights, size) for name, size in names.items()}
@@ -109,9 +123,17 @@ def write_program(config: Config, weights: Weights, folder: pathlib.Path) -> Non
   arrays: Any = to_flat(jax.tree.map(gather, weights.params))
   np.savez(folder / "weights.npz", **arrays)
   sync_file(folder / "weights.npz")
+  run = weights.run
   script = _SCRIPT.format(
     number=sizes[0] if sizes else _NUMBER,
     program='f"sampler_{number}.stablehlo"' if sizes else '"sampler.stablehlo"',
+    arguments=_arguments(weights.run),
+    condition="".join(
+      [_LABELS.format(classes=run.config.model.num_classes)] * run.conditional
+      + [_SCALE.format(scale=one_scale(config.sample))] * (run.null_label is not None)
+    ),
+    more=", labels" * run.conditional + ", scale" * (run.null_label is not None),
+    saved=", labels=labels" * run.conditional,
   )
   write_whole(folder / "run.py", script.encode())
   write_whole(folder / "README.md", _readme(config, weights, exported).encode())
@@ -125,22 +147,38 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
   """
   run = weights.run
   draw = draw_of(
-    bind_for_sampling(run.denoiser, config.sample),
+    bind_for_sampling(run, config.sample, weights.guide and weights.guide.run),
     table_of(config.sample, run.schedule, config.diffusion.variance),
     first_stage=run.first_stage,
     stream="sample",
   )
 
-  def sampler(weights: dict[str, Any], seed: jax.Array, index: jax.Array) -> jax.Array:
-    return draw(Seeded(from_flat(weights, config.model, run.image_shape), seed), index)
+  def sampler(
+    weights: dict[str, Any],
+    seed: jax.Array,
+    index: jax.Array,
+    label: jax.Array | None = None,
+    guidance_scale: jax.Array | None = None,
+  ) -> jax.Array:
+    return draw(Seeded(from_flat(weights, config.model, run.image_shape), seed, guidance_scale), index, label)
 
   (rows,) = (number,) if number else export.symbolic_shape("n")
+  condition = [jax.ShapeDtypeStruct((rows,), np.int32)] * run.conditional
+  condition += [jax.ShapeDtypeStruct((), np.float32)] * (run.null_label is not None)
   with numerics.pinned(config.model.matmul_precision):
     return export.export(jax.jit(sampler), platforms=config.exchange.export_platforms)(
       {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in to_flat(weights.params).items()},
       jax.ShapeDtypeStruct((), np.uint32),
       jax.ShapeDtypeStruct((rows,), np.int32),
+      *condition,
     )
+
+
+def _arguments(run: Run) -> str:
+  """Of run.py, as a person types them."""
+  if not run.conditional:
+    return "SEED [NUMBER]"
+  return "SEED [NUMBER [CLASSES [SCALE]]]" if run.null_label is not None else "SEED [NUMBER [CLASSES]]"
 
 
 def _readme(config: Config, weights: Weights, exported: dict[str, export.Exported]) -> str:
@@ -157,8 +195,20 @@ def _readme(config: Config, weights: Weights, exported: dict[str, export.Exporte
     "weights": weights.text,
     "digest of the weights": weights.identity,
   }
-  program = next(iter(exported.values()))
+  program, run = next(iter(exported.values())), weights.run
+  condition, more = "", ""
+  if run.conditional:
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(weights.class_names))
+    condition, more = f"| `label` | int32 [N], the class of each image: {names} |\n", ", label"
+  if run.null_label is not None:
+    condition += "| `guidance_scale` | float32 scalar, g in D = D_uncond + g (D_cond - D_uncond); 1 is off |\n"
+    more += ", guidance_scale"
+    settings["guidance_interval"] = config.sample.guidance_interval or "everywhere"
   return _README.format(
+    arguments=_arguments(run),
+    condition=condition,
+    more=more,
+    of=" and its label" if run.conditional else "",
     programs=", ".join(f"`{name}`" for name in exported),
     numbers=f"{' or '.join(map(str, sizes))}, as the file says" if sizes else "any number",
     height=height,

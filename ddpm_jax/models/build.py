@@ -24,12 +24,12 @@ Params = Any  # a nested dict of float32 arrays
 
 def num_labels(config: ModelConfig) -> int:
   """Rows of the label embedding: one for each class, and the last for no label where some are dropped."""
-  return config.num_classes + (config.label_dropout > 0)
+  return config.num_classes + (null_label(config) is not None)
 
 
 def null_label(config: ModelConfig) -> int | None:
   """The label that stands for none; None if the network has no such label."""
-  return config.num_classes if config.label_dropout > 0 else None
+  return config.num_classes if config.num_classes and config.label_dropout else None
 
 
 def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfig:

@@ -126,7 +126,7 @@ class UNet(nn.Module):
     temb = timestep_embedding(time, self.channels, kind.cosines_first)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense1")(temb)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense2")(nn.swish(temb))
-    if self.num_labels:
+    if label is not None:
       temb = temb + LabelEmbedding(self.num_labels, 4 * self.channels, name="label_embedding")(label)
     temb = nn.swish(temb)  # every block begins its use of the embedding with a swish; done once
 

@@ -66,9 +66,10 @@ def _write_diffusers(folder: pathlib.Path, config: Config, weights: Weights, wor
 
 def _told(config: Config, weights: Weights) -> dict[str, Any]:
   """What a safetensors file says of a run; of weights that come from elsewhere no more than came with them."""
+  classes = {"classes": list(weights.class_names)} if weights.run.conditional else {}
   if not weights.step:
-    return {"config": file.settings_of_weights(config)}
-  return {"config": file.settings_of_run(config), "step": weights.step, "weights": weights.which}
+    return {"config": file.settings_of_weights(config)} | classes
+  return {"config": file.settings_of_run(config), "step": weights.step, "weights": weights.which} | classes
 
 
 def _target(text: str, workdir: pathlib.Path | None) -> pathlib.Path:

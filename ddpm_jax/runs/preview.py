@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,10 +28,12 @@ class Preview:
     settings: how they are drawn, JSON values.
   """
 
-  def __init__(self, run: Run, compiler: Compiler | None):
-    """If there will be grids, `compiler` compiles what draws them after the step, beside the first training steps.
-
-    None: the first grid waits for that.
+  def __init__(self, run: Run, compiler: Compiler | None, class_names: Sequence[str] = ()):
+    """Args:
+    run: the run.
+    compiler: if there will be grids, compiles what draws them after the step, beside the first training steps. None:
+      the first grid waits for that.
+    class_names: of the classes that a conditional model draws in turn.
     """
     options, schedule = run.config.train, run.schedule
     self.settings: dict[str, Any] = {  # named as those of a draw
@@ -41,29 +43,33 @@ class Preview:
       "sample_seed": options.seed,
     }
     self._draw = make_draw(
-      bind_for_sampling(run.denoiser),
+      bind_for_sampling(run),
       make_sampler(schedule, "dpmpp", num_steps=options.preview_steps),
       first_stage=run.first_stage,
       mesh=run.mesh,
       stream="preview",
       keep=True,
     )
-    self._seed, self._index = options.seed, np.arange(options.preview_images, dtype=np.int32)
+    self._seed, index = options.seed, np.arange(options.preview_images, dtype=np.int32)
+    label = index % max(1, run.config.model.num_classes)
+    self._columns = (index, label) if run.conditional else (index,)
+    self._captions = [class_names[i] for i in label.tolist()] if run.conditional else None
     self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)
     if compiler and self._ahead:
-      self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), self._index)
+      self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), *self._columns)
 
   @property
   def compiling(self) -> bool:
     """Whether a grid would have to wait for what is being compiled beside the training steps."""
-    return self._ahead and not self._draw.is_ready(self._index)
+    return self._ahead and not self._draw.is_ready(*self._columns)
 
   def __call__(self, state: TrainState) -> Callable[[], np.ndarray]:
     """Begins a grid. Returns what waits for the picture, uint8 [height, width, 3], and gives it."""
     weights = {"EMA weights": state.ema["ema"], "raw weights": state.params}
-    drawn = {name: self._draw.start(seeded(params, self._seed), self._index) for name, params in weights.items()}
+    drawn = {name: self._draw.start(seeded(params, self._seed), *self._columns) for name, params in weights.items()}
+    columns = min(8, len(self._columns[0]))
     return lambda: grids.captioned(
-      {name: grids.image_grid(images(), columns=min(8, len(self._index))) for name, images in drawn.items()}
+      {name: grids.image_grid(images(), columns, self._captions) for name, images in drawn.items()}
     )
 
 

@@ -20,6 +20,7 @@ from ddpm_jax.runtime import console
 from ddpm_jax.runtime.paths import expanded
 from ddpm_jax.runtime.progress import counted
 from ddpm_jax.sampling import inputs, tasks
+from ddpm_jax.sampling.classes import Classes, of_given, one_scale, wanted
 from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, facts_of_picture, settings
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
@@ -44,6 +45,7 @@ def sample(config: Config, workdir: pathlib.Path) -> None:
     RunError: if the samples cannot be written.
   """
   layout.check_writable(workdir)
+  one_scale(config.sample)
   weights = find_weights(config, workdir)
   if config.sample.sample_task == "images":
     _draw_images(config, weights, workdir)
@@ -62,19 +64,24 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
     "num_samples", folder, shape, options.num_samples, copies=2
   )  # while they are drawn, and then in the archive
   ensure_workdir(config, workdir)
-  drawn = Drawn(weights, config, folder)
+  classes = wanted(options, weights)
+  drawn = Drawn(weights, config, folder, classes)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
     say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.evaluations))
     drawn.draw(options.num_samples, done=lambda at: done(at.images, str(at)), say=say)
   if jax.process_index() == 0:
     images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
+    arrays, picture = {"images": images}, grids.image_grid(np.asarray(images[:_GRID_IMAGES]))
+    if classes is not None:
+      arrays["labels"] = classes.of(np.arange(options.num_samples))
+      picture = _rows_of_classes(images, arrays["labels"], classes)
     _write(
       folder,
       "samples",
       {
-        ".npz": lambda path: _save_npz(path, {"images": images}, drawn.settings),
-        ".png": lambda path: grids.save_png(path, grids.image_grid(np.asarray(images[:_GRID_IMAGES])), facts),
+        ".npz": lambda path: _save_npz(path, arrays, drawn.settings),
+        ".png": lambda path: grids.save_png(path, picture, facts),
       },
     )
     if png_folder is not None:
@@ -84,19 +91,31 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   drawn.forget()
 
 
+def _rows_of_classes(images: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
+  """A picture uint8 [height, width, 3] with a row for each class, in the order in which they are drawn."""
+  shown = list(dict.fromkeys(classes.turn.tolist()))
+  most = max(1, _GRID_IMAGES // len(shown))
+  rows = [np.asarray(images[np.flatnonzero(labels == label)[:most]]) for label in shown]
+  names = classes.names_of(np.array(shown))
+  return grids.named_rows({name: row for name, row in zip(names, rows, strict=True) if len(row)})
+
+
 def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   options, run, folder = config.sample, weights.run, workdir / "samples"
   name, number = options.sample_task, options.num_samples
   given = {"interpolate": 2 * number, "inpaint": number, "reconstruct": number}.get(name, 0)
   accept = functools.partial(keep_place, config, workdir, weights)
-  images = inputs.given_images(config, run.image_shape, given, accept) if given else np.empty(0)
+  images, labels = inputs.given_images(config, run.image_shape, given, accept) if given else inputs.Given(np.empty(0))
+  classes = of_given(options, weights, labels) if given else wanted(options, weights)
+  if classes is not None and name == "interpolate" and not options.classes:
+    classes = classes._replace(turn=classes.turn[::2])  # of the first of each pair
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
   ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
   if not quiet:
     rows = number * tasks.rows_for_each(name)
     console.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
-  parts = tasks.make_parts(run, weights.params, config, quiet=quiet)
+  parts = tasks.make_parts(weights, config, classes, quiet=quiet)
   match name:
     case "progressive":
       outcome = tasks.progressive(parts)

@@ -24,7 +24,7 @@ from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.checkpoint.saver import Saver
 from ddpm_jax.config import Config, TrainConfig
 from ddpm_jax.data.pipeline import Batch, batches, images_of
-from ddpm_jax.data.sources import Source, num_classes, open_source
+from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
@@ -117,7 +117,10 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
     kept_step = decay_start(config.optimizer, total)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=kept_step)
+    options = config.train
+    checkpoints = Checkpoints(
+      workdir / "checkpoints", keep=options.keep_checkpoints, keep_step=kept_step, keep_every=options.keep_every
+    )
     cleanup.enter_context(contextlib.closing(checkpoints))
 
     start = resume.find_start(checkpoints, run, source, workdir)
@@ -247,7 +250,7 @@ def open_services(
       reports,
       saver,
       Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
-      Preview(run, compiler if trains_first else None),
+      Preview(run, compiler if trains_first else None, class_names(source, run.config.model.num_classes)),
       EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
       profile,
       progress,
@@ -374,7 +377,8 @@ def dispatches(options: TrainConfig, start: int, extra_step: int | None = None) 
 
   A call ends where something is written, and at `extra_step`.
   """
-  points = (options.log_every, options.checkpoint_every, options.sample_every, options.evaluate_every)
+  saved = options.checkpoint_every, options.keep_every, options.evaluate_every
+  points = (options.log_every, options.sample_every, *saved)
   step = start
   while step < options.num_steps:
     ends = [step + options.steps_per_dispatch, options.num_steps, *(step + n - step % n for n in points if n)]

@@ -6,18 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import SampleConfig
 from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.devices.mesh import DeviceMesh
-from ddpm_jax.diffusion.denoiser import DenoiseFn, Denoiser, thresholded
+from ddpm_jax.diffusion.denoiser import Cond, DenoiseFn, thresholded
+from ddpm_jax.diffusion.guidance import guided, pair_of
 from ddpm_jax.diffusion.samplers import SamplerTable, Trajectory, make_sampler, sample
 from ddpm_jax.diffusion.schedules import NoiseSchedule
 from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.models.build import Params
+from ddpm_jax.training.setup import Run
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -25,12 +28,33 @@ _SHARE = 0.85  # of the free memory: XLA's plan leaves out what the runtime need
 
 
 QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
-Bind = Callable[[Params], DenoiseFn]
+Bind = Callable[[Seeded, Cond], DenoiseFn]
 
 
-def bind_for_sampling(denoiser: Denoiser, options: SampleConfig = SampleConfig()) -> Bind:  # noqa: B008  frozen
-  """`Denoiser.bind`, with x0 kept in range as the options say."""
-  return lambda params: thresholded(denoiser.bind(params), options.threshold, options.threshold_quantile)
+def bind_for_sampling(run: Run, options: SampleConfig = SampleConfig(), guide: Run | None = None) -> Bind:  # noqa: B008
+  """(`Seeded`, labels int32 [B] or None) -> the denoise function: guided, and with x0 kept in range.
+
+  Args:
+    run: of the model.
+    options: say in which interval, and in which range.
+    guide: the run of the weights `Seeded.guide`; None: the model itself without a label guides.
+  """
+  interval = options.guidance_interval
+  one_batch = run.mesh.platform != "cpu"  # where a larger batch makes better use of the device
+
+  def bind(constants: Seeded, label: Cond) -> DenoiseFn:
+    denoise = run.denoiser.bind(constants.params, label)
+    if constants.guidance_scale is not None:
+      if guide is not None:
+        pair = pair_of(denoise, guide.denoiser.bind(constants.guide, label if guide.conditional else None))
+      else:
+        assert run.null_label is not None  # see `classes.check_guidance`
+        null = jnp.full_like(label, run.null_label)
+        pair = run.denoiser.bind_pair(constants.params, label, null, one_batch=one_batch)
+      denoise = guided(denoise, pair, constants.guidance_scale, (interval[0], interval[1]) if interval else None)
+    return thresholded(denoise, options.threshold, options.threshold_quantile)
+
+  return bind
 
 
 def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, first: int = 0) -> SamplerTable:
@@ -46,17 +70,15 @@ def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, firs
   )
 
 
-def draw_of(
-  bind: Bind, table: SamplerTable, *, first_stage: FirstStage, stream: str
-) -> Callable[[Seeded, jax.Array], jax.Array]:
-  """Returns the pure function (`Seeded`, index int32 [B]) -> uint8 [B, H, W, C] that draws image i of a seed.
+def draw_of(bind: Bind, table: SamplerTable, *, first_stage: FirstStage, stream: str) -> Callable[..., jax.Array]:
+  """Returns the pure function (`Seeded`, index int32 [B], label) -> uint8 [B, H, W, C] that draws image i of a seed.
 
-  Image i is a function of (weights, seed, stream, i).
+  Image i is a function of (weights, seed, stream, i) and its label, int32 [B], which an unconditional model has not.
   """
 
-  def draw(constants: Seeded, index: jax.Array) -> jax.Array:
+  def draw(constants: Seeded, index: jax.Array, label: jax.Array | None = None) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return first_stage.decode(None, sample(table, bind(constants.params), keys, first_stage.latent_shape)[0])
+    return first_stage.decode(None, sample(table, bind(constants, label), keys, first_stage.latent_shape)[0])
 
   return draw
 
@@ -70,7 +92,7 @@ def make_draw(
   stream: str,
   keep: bool = False,
 ) -> BatchedFn:
-  """Returns draw(`Seeded`, index int32 [B]) -> uint8 [B, H, W, C], which is `draw_of` on all devices.
+  """Returns draw(`Seeded`, index int32 [B], label) -> uint8 [B, H, W, C], which is `draw_of` on all devices.
 
   One compilation for each B, whatever the seed. The result does not depend on B or on the number of devices beyond
   float32 rounding. keep: as in `BatchedFn`.
@@ -88,9 +110,9 @@ def make_long_draw(
 ) -> BatchedLoop:
   """`make_draw` in stretches of network evaluations, so that progress can be shown. The same images."""
 
-  def trajectory(constants: Seeded, index: jax.Array) -> Trajectory:
+  def trajectory(constants: Seeded, index: jax.Array, label: jax.Array | None = None) -> Trajectory:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return Trajectory(table, bind(constants.params), keys, first_stage.latent_shape)
+    return Trajectory(table, bind(constants, label), keys, first_stage.latent_shape)
 
   return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: first_stage.decode(None, x0))
 

@@ -22,14 +22,18 @@ from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import Seeded, seeded
 from ddpm_jax.runtime.progress import Drawing
+from ddpm_jax.sampling.classes import Classes, one_scale
 from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_long_draw, table_of
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir.storage import Records, remedy, size_text
 
 # Options of the section `sample` that do not change image i.
-_NOT_IN_IMAGES = ("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights")
+_NOT_IN_IMAGES = (
+  *("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights"),
+  *("classes", "guide_with"),  # what these come to is
+)
 
-_PATHS = ("sample_png_dir", "input_images", "mask")
+_PATHS = ("sample_png_dir", "input_images", "mask", "guide_with")
 
 
 class Drawn:
@@ -38,13 +42,30 @@ class Drawn:
   The file is named by a digest of everything that the images depend on. Process 0 writes it.
   """
 
-  def __init__(self, weights: Weights, config: Config, folder: pathlib.Path):
-    """Opens or creates the file in `folder`. Raises RunError if it cannot, UserError if another process draws there."""
-    self._weights, self._config = weights, config
+  def __init__(self, weights: Weights, config: Config, folder: pathlib.Path, classes: Classes | None = None):
+    """Opens or creates the file in `folder`.
+
+    Args:
+      weights: of the model.
+      config: how to draw.
+      folder: where.
+      classes: of the images; None for an unconditional model.
+
+    Raises:
+      RunError: if it cannot be opened.
+      UserError: if another process draws there.
+    """
+    self._weights, self._config, self._classes = weights, config, classes
+    self._scale = one_scale(config.sample)
     self.settings = settings(config, weights)
     run = weights.run
     own = {name: value for name, value in self.settings.items() if name not in _NOT_IN_IMAGES}
-    text = json.dumps([weights.identity, run.image_shape, own], sort_keys=True)
+    about = [weights.identity, run.image_shape, own]
+    if classes is not None:
+      about.append(hashlib.sha256(classes.turn.tobytes()).hexdigest())
+    if weights.guide is not None:
+      about.append(weights.guide.identity)
+    text = json.dumps(about, sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
     self.evaluations = len(self.table.t)  # of the network, for each image
@@ -76,7 +97,8 @@ class Drawn:
       RunError: if they cannot be written.
     """
     options = self._config.sample
-    constants = seeded(self._weights.params, options.sample_seed)
+    guide = self._weights.guide
+    constants = seeded(self._weights.params, options.sample_seed, self._scale, guide and guide.params)
     before = min(self._done, number)
     if before:
       say(f"{before} of them were drawn before")
@@ -85,7 +107,7 @@ class Drawn:
       return
     run = self._weights.run
     draw = make_long_draw(
-      bind_for_sampling(run.denoiser, options),
+      bind_for_sampling(run, options, guide and guide.run),
       self.table,
       first_stage=run.first_stage,
       mesh=run.mesh,
@@ -101,7 +123,7 @@ class Drawn:
         if rows < self.evaluations:  # the last one counts once the images are on disk
           done(Drawing(number, first, count, rows, self.evaluations))
 
-      images = draw(constants, index, size=size, done=made)
+      images = draw(constants, *self._columns(index), size=size, done=made)
       if self._records is not None:
         try:
           self._records.add(images.tobytes())
@@ -113,7 +135,12 @@ class Drawn:
 
   def _batch_size(self, draw: BatchedLoop, constants: Seeded, number: int) -> int:
     asked = self._config.sample.sample_batch_size
-    return min(asked, number) if asked else fit_batch(draw, constants, np.zeros(1, np.int32), number=number)
+    one = self._columns(np.zeros(1, np.int32))
+    return min(asked, number) if asked else fit_batch(draw, constants, *one, number=number)
+
+  def _columns(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What a draw takes of each image: its index and, of a conditional model, its label."""
+    return (index,) if self._classes is None else (index, self._classes.of(index))
 
   def images(self, number: int) -> np.ndarray:
     """The first `number` images, uint8 [number, H, W, C], read from disk as they are used."""

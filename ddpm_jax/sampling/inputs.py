@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,13 +15,20 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.runtime.paths import expanded
 
 
+class Given(NamedTuple):
+  """Images uint8 [N, H, W, C], and for a conditional model their classes int32 [N]; None if they are not known."""
+
+  images: np.ndarray
+  labels: np.ndarray | None = None
+
+
 def given_images(
   config: Config,
   image_shape: tuple[int, int, int],
   number: int,
   accept: Callable[[Source], None] = lambda source: None,
-) -> np.ndarray:
-  """`number` images uint8 [number, H, W, C] of the shape that the model has, from `--input_images` or the data set.
+) -> Given:
+  """`number` images of the shape that the model has, from `--input_images` or the data set.
 
   Files are resized like those of a data set where the run has `image_size`, to their centres; else they must fit.
 
@@ -44,7 +52,8 @@ def given_images(
     if len(source) < number:
       raise UserError(f"num_samples: {number} images are needed, {source.name} has {len(source)}; lower --num_samples")
     accept(source)
-    return source.read(np.arange(number)).images
+    labels = source.labels()[:number] if config.model.num_classes and source.labels else None
+    return Given(source.read(np.arange(number)).images, labels)
   root = pathlib.Path(expanded("input_images", path))
   files = [root] if root.is_file() else []
   if root.is_dir():
@@ -63,7 +72,7 @@ def given_images(
       raise UserError(
         f"input_images: {file} is {_text(image.shape)}, the model draws {_text(image_shape)}; resize the file"
       )
-  return np.stack(found)
+  return Given(np.stack(found))
 
 
 def read_mask(config: Config, image_shape: tuple[int, int, int]) -> np.ndarray:

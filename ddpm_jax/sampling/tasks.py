@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.diffusion.denoiser import Cond
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
@@ -32,8 +33,10 @@ from ddpm_jax.diffusion.samplers import (
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
 from ddpm_jax.runtime.progress import Drawing, counted
+from ddpm_jax.sampling.classes import Classes, one_scale
 from ddpm_jax.sampling.draw import Bind, bind_for_sampling, by_stretches, fit_batch, table_of
 from ddpm_jax.training.setup import Run
+from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import grids
 
 _SHARES = 9  # points from one end of an interpolation to the other
@@ -66,6 +69,8 @@ class Parts(NamedTuple):
   config: Config
   bind: Bind
   quiet: bool
+  guide: Params = None
+  classes: Classes | None = None
 
   @property
   def options(self) -> SampleConfig:
@@ -90,22 +95,26 @@ class Parts(NamedTuple):
     table: SamplerTable,
     trajectory: Callable[..., Trajectory],
     *columns: np.ndarray,
+    image: np.ndarray | None = None,
     end: Callable[..., Any] | None = None,
   ) -> Any:
     """Draws in batches, and shows how far it is.
 
     Args:
       table: that of the trajectory.
-      trajectory: (`Seeded`, *columns) -> the way of these rows.
+      trajectory: (`Seeded`, *columns) -> the way of these rows; of a conditional model with their labels as `label`.
       *columns: NumPy arrays, one entry for each row.
+      image: int [rows], which image's class each has; None: as the first column says.
       end: (x_0, x0_hat at the kept rows) -> what is returned of a row; None: the image of x_0.
 
     Returns:
       NumPy arrays.
     """
     evaluations, number = len(table.t), len(columns[0])
+    if self.classes is not None:
+      columns = (*columns, self.classes.of(columns[0] if image is None else image))
     shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
-    constants = seeded(self.params, self.options.sample_seed)
+    constants = seeded(self.params, self.options.sample_seed, one_scale(self.options), self.guide)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
 
@@ -126,9 +135,18 @@ def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
   return indexed_keys(stream_key(constants.seed, "sample"), index)
 
 
-def make_parts(run: Run, params: Params, config: Config, *, quiet: bool) -> Parts:
-  """Binds the weights. quiet: say nothing of how far it is."""
-  return Parts(run, params, config, bind_for_sampling(run.denoiser, config.sample), quiet)
+def make_parts(weights: Weights, config: Config, classes: Classes | None = None, *, quiet: bool) -> Parts:
+  """Binds the weights.
+
+  Args:
+    weights: of the model.
+    config: the options.
+    classes: of what is drawn; None for an unconditional model.
+    quiet: say nothing of how far it is.
+  """
+  run, guide = weights.run, weights.guide
+  bind = bind_for_sampling(run, config.sample, guide and guide.run)
+  return Parts(run, weights.params, config, bind, quiet, guide and guide.params, classes)
 
 
 def progressive(parts: Parts) -> Outcome:
@@ -137,8 +155,8 @@ def progressive(parts: Parts) -> Outcome:
   frames = min(_FRAMES, len(table.t))
   keep = np.unique(np.round(np.linspace(0, len(table.t) - 1, frames)).astype(int))
 
-  def rows(constants: Seeded, index: jax.Array) -> Trajectory:
-    keys, denoise = _keys(constants, index), parts.bind(constants.params)
+  def rows(constants: Seeded, index: jax.Array, label: Cond = None) -> Trajectory:
+    keys, denoise = _keys(constants, index), parts.bind(constants, label)
     return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()))
 
   index = np.arange(parts.options.num_samples, dtype=np.int32)
@@ -160,12 +178,14 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
   first = parts.options.interpolation_timestep or max(1, schedule.num_timesteps // 2)
   table = table_of(parts.options, schedule, parts.config.diffusion.variance, first)
 
-  def rows(constants: Seeded, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array) -> Trajectory:
+  def rows(
+    constants: Seeded, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array, label: Cond = None
+  ) -> Trajectory:
     keys = _keys(constants, pair)
     eps = numbered_noise(keys, parts.shape)(len(table.t) + 1)
     diffuse = jax.vmap(functools.partial(q_sample, level=schedule.level(first)))
     start = jax.vmap(lerp)(diffuse(parts.x0(a), eps), diffuse(parts.x0(b), eps), share)
-    return Trajectory(table, parts.bind(constants.params), keys, parts.shape, start=start)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start)
 
   pair, share = _pairs_and_shares(len(given) // 2)
   drawn = parts.draw(table, rows, pair, given[2 * pair], given[2 * pair + 1], share)
@@ -179,11 +199,11 @@ def slerp_noises(parts: Parts) -> Outcome:
   run = parts.run
   table = table_of(parts.options, run.schedule, parts.config.diffusion.variance)
 
-  def rows(constants: Seeded, pair: jax.Array, share: jax.Array) -> Trajectory:
+  def rows(constants: Seeded, pair: jax.Array, share: jax.Array, label: Cond = None) -> Trajectory:
     ends = [numbered_noise(_keys(constants, 2 * pair + end), parts.shape)(0) for end in (0, 1)]
     start = jax.vmap(slerp)(ends[0], ends[1], share)
     keys = _keys(constants, 2 * pair)
-    return Trajectory(table, parts.bind(constants.params), keys, parts.shape, start=start)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start)
 
   drawn = parts.draw(table, rows, *_pairs_and_shares(parts.options.num_samples))
   drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
@@ -205,7 +225,7 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
   drawn_here = mask[:, :, None]
 
-  def rows(constants: Seeded, index: jax.Array, known: jax.Array) -> Trajectory:
+  def rows(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
     keys = _keys(constants, index)
     after_row = inpaint_after_row(
       schedule,
@@ -214,10 +234,11 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
       jnp.asarray(drawn_here, jnp.float32)[None],
       numbered_noise(keys, parts.shape),
     )
-    return Trajectory(table, parts.bind(constants.params), keys, parts.shape, after_row=after_row)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, after_row=after_row)
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
-  drawn = parts.draw(table, rows, index, given[index // _VERSIONS]).reshape(-1, _VERSIONS, *run.image_shape)
+  image = index // _VERSIONS
+  drawn = parts.draw(table, rows, index, given[image], image=image).reshape(-1, _VERSIONS, *run.image_shape)
   hidden = np.where(drawn_here, np.uint8(128), given)
   row = np.concatenate([given[:, None], hidden[:, None], drawn], axis=1)
   picture = grids.image_rows(row, apart=(1,))
@@ -235,15 +256,15 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
   unclipped = dataclasses.replace(options, threshold="none")
-  bind = bind_for_sampling(run.denoiser, unclipped)
+  bind = bind_for_sampling(run, unclipped)
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
-  def encode(constants: Seeded, index: jax.Array, known: jax.Array) -> Trajectory:
+  def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
     keys, start = _keys(constants, index), parts.x0(known)
-    return Trajectory(up, bind(constants.params), keys, parts.shape, start=start)
+    return Trajectory(up, bind(constants, label), keys, parts.shape, start=start)
 
-  def decode(constants: Seeded, index: jax.Array, noise: jax.Array) -> Trajectory:
-    return Trajectory(down, bind(constants.params), _keys(constants, index), parts.shape, start=noise)
+  def decode(constants: Seeded, index: jax.Array, noise: jax.Array, label: Cond = None) -> Trajectory:
+    return Trajectory(down, bind(constants, label), _keys(constants, index), parts.shape, start=noise)
 
   index, as_floats = np.arange(len(given), dtype=np.int32), lambda x, _: x
   noise = parts.draw(up, encode, index, given, end=as_floats)

@@ -54,6 +54,11 @@ class Run(NamedTuple):
     """Whether the network is told the class of an image."""
     return self.config.model.num_classes > 0
 
+  @property
+  def null_label(self) -> int | None:
+    """The label that stands for none; None if the network has no such label."""
+    return null_label(self.config.model)
+
   def initial_state(self, params: Params | None = None) -> TrainState:
     """The state before the first training step, placed.
 
@@ -168,7 +173,7 @@ def make_objective(run: Run) -> DenoiserObjective:
     run.config.diffusion,
     flip=data.random_flip,
     label_dropout=model.label_dropout,
-    null_label=null_label(model),
+    null_label=run.null_label,
   )
 
 

@@ -51,13 +51,13 @@ def settings_of_weights(config: Config) -> dict[str, dict[str, Any]]:
   """
   settings: dict[str, dict[str, Any]] = {}
   for section, field, value in config_lib.options(config):
-    if section in ("model", "diffusion") or field.name in (*THRESHOLD, "preview_steps"):
+    if section in ("model", "diffusion") or field.name in (*THRESHOLD, "preview_steps", "conditioning"):
       settings.setdefault(section, {})[field.name] = value
   return settings
 
 
-def describe(path: pathlib.Path) -> tuple[Config, tuple[int, int, int]]:
-  """The settings, and the shape of the images (H, W, C), without reading the parameters.
+def describe(path: pathlib.Path) -> tuple[Config, tuple[int, int, int], tuple[str, ...]]:
+  """The settings, the shape of the images (H, W, C), and names of classes, without reading the parameters.
 
   Raises:
     UserError: if it is no file of ours.
@@ -74,8 +74,11 @@ def describe(path: pathlib.Path) -> tuple[Config, tuple[int, int, int]]:
   shape = facts.get("image_shape")
   if not isinstance(shape, list) or len(shape) != 3 or any(type(side) is not int or side < 1 for side in shape):
     raise UserError(f"{path}: its image_shape {shape!r} is none; get the file again")
+  classes = facts.get("classes", [])
+  if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    raise UserError(f"{path}: its classes are no list of names; get the file again")
   try:
-    return config_lib.from_json(json.dumps(facts.get("config"))), (shape[0], shape[1], shape[2])
+    return config_lib.from_json(json.dumps(facts.get("config"))), (shape[0], shape[1], shape[2]), tuple(classes)
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
 

@@ -7,6 +7,7 @@ own, nobody looks at PATH any more.
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import manifest
-from ddpm_jax.config import Config, SampleConfig, TrainConfig
+from ddpm_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import Params, TrainableNetwork
-from ddpm_jax.runtime import paths
+from ddpm_jax.models.build import Params, TrainableNetwork, num_labels
+from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers, file
 from ddpm_jax.weights.load import Weights, identity_of, load_weights
@@ -38,6 +39,7 @@ class WeightSource(NamedTuple):
   kind: str  # 'diffusers', 'file' or 'workdir'
   settings: dict[str, Any]  # the settings that come with it
   image_shape: ImageShape | None  # None: a workdir's checkpoints say it
+  classes: tuple[str, ...] = ()  # names of the classes of a conditional model, as far as it says them
 
 
 def absolute(text: str) -> str:
@@ -88,8 +90,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
   if not place.exists():
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
-    config, image_shape = file.describe(place)
-    return WeightSource(place, "file", _settings_of(config), image_shape)
+    config, image_shape, classes = file.describe(place)
+    return WeightSource(place, "file", _settings_of(config), image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
     settings, image_shape = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
@@ -97,7 +99,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
       place, "diffusers", settings | ({"preview_steps": settings["num_timesteps"]} if few else {}), image_shape
     )
   if (place / "config.json").exists():
-    return WeightSource(place, "workdir", _settings_of(layout.load_config(place)), None)
+    config = layout.load_config(place)
+    return WeightSource(place, "workdir", _settings_of(config), None, _classes_of(config, place))
   if (place / file.NAME).exists():
     raise UserError(f"{place} holds {file.NAME}; name that file")
   raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
@@ -134,18 +137,52 @@ def _read(config: Config, source: WeightSource, image_shape: ImageShape | None) 
       value = getattr(config.sample, name)
       if value != getattr(SampleConfig(), name):
         raise UserError(f"{source.path} is no workdir, so --{name}={value} has no effect; leave it out")
-  shape = image_shape or source.image_shape
+  shape, model = image_shape or source.image_shape, _model_of(config.model, source)
   if source.kind == "workdir":
     theirs = _weights_of_workdir(config, source.path)
     shape = shape or theirs.run.image_shape
     arrays = to_flat(jax.tree.map(gather, theirs.params))
     try:
-      return from_flat(arrays, config.model, shape), shape
+      params = from_flat(arrays, model, shape)
     except UserError as error:
       raise UserError(f"{source.path}: {error}") from None
-  assert shape is not None  # the others say it
-  reader = diffusers if source.kind == "diffusers" else file
-  return reader.read_params(source.path, config.model, shape), shape
+  else:
+    assert shape is not None  # the others say it
+    reader = diffusers if source.kind == "diffusers" else file
+    params = reader.read_params(source.path, model, shape)
+  return _with_fresh_labels(params, model, config.model), shape
+
+
+def _model_of(model: ModelConfig, source: WeightSource) -> ModelConfig:
+  """The network of the weights, which may lack labels that `model` has. Raises UserError for other classes."""
+  theirs, dropout = (source.settings.get(name, 0) for name in ("num_classes", "label_dropout"))
+  if theirs not in (0, model.num_classes):
+    raise UserError(
+      f"{source.path} knows {theirs} classes, not {model.num_classes}; use images of its classes, or other weights"
+    )
+  known = dataclasses.replace(model, num_classes=theirs)
+  return (
+    known if theirs and not (model.label_dropout and not dropout) else dataclasses.replace(known, label_dropout=0.0)
+  )
+
+
+def _with_fresh_labels(params: Params, model: ModelConfig, wanted: ModelConfig) -> Params:
+  """The weights of `model` with the labels that only `wanted` has, and a line about them.
+
+  They begin so that nothing changes: labels at zero, that for no label at the mean of the others.
+  """
+  missing = num_labels(wanted) - num_labels(model)
+  if not missing:
+    return params
+  if num_labels(model):
+    rows = params["label_embedding"]["embedding"]
+    fresh, what = rows.mean(0, keepdims=True), "that for no class, at the mean of the others"
+    rows = np.concatenate([rows, fresh])
+  else:
+    rows, what = np.zeros((missing, 4 * wanted.channels), np.float32), f"all {missing}, at zero"
+  if jax.process_index() == 0:
+    console.note(f"labels that the weights of --init_from do not know begin anew: {what}")
+  return {**params, "label_embedding": {"embedding": rows}}
 
 
 def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
@@ -166,12 +203,59 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
   Raises:
     UserError: if there are none, or they do not fit the network of `config`.
   """
+  weights = _find_weights(config, workdir, network)
+  if not config.sample.guide_with or not config_lib.guided(config.sample):
+    return weights
+  return weights._replace(guide=_find_guide(config, workdir, weights))
+
+
+def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
   if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
     return load_weights(config, workdir, network)
   params, image_shape = read_params(config)
   run = build_run(config, image_shape, make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision))
   params = run.place(params)
-  return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)))
+  classes = inspect_source(config.exchange.init_from).classes
+  return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)), classes=classes)
+
+
+def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
+  """The weights that --guide_with names, of a model of the same process, images and classes. Raises UserError."""
+  text = config.sample.guide_with
+  own = {"raw": {"sample_weights": "raw"}} | ({text: {"checkpoint": text}} if text.isdecimal() else {})
+  try:
+    if text in own:
+      if workdir is None or not layout.has_checkpoints(workdir):
+        raise UserError("there is no run whose weights that could be; name the path of a model")
+      guide = load_weights(config_lib.override(config, own[text]), workdir)
+    else:
+      place = absolute(text)
+      base = config_lib.override(Config(), {"parallel": config.train.parallel})
+      if inspect_source(place).kind == "workdir":
+        newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
+        guide = load_weights(config_lib.override(layout.load_config(pathlib.Path(place)), newest), pathlib.Path(place))
+      else:
+        guide = _find_weights(config_lib.override(base_config(place, base=base), {"init_from": place}), None)
+    _check_guide(weights, guide)
+  except UserError as error:
+    raise UserError(f"guide_with: {text}: {error}") from None
+  return guide
+
+
+def _check_guide(weights: Weights, guide: Weights) -> None:
+  ours, theirs = weights.run, guide.run
+  if theirs.image_shape != ours.image_shape:
+    raise UserError(f"it draws images of {theirs.image_shape}, the model of {ours.image_shape}; name another")
+  if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
+    raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
+  if theirs.conditional and guide.class_names != weights.class_names:
+    raise UserError(f"its classes are {_listed(guide.class_names)}, those of the model {_listed(weights.class_names)}")
+  if weights.identity == guide.identity:
+    raise UserError("it is the model itself, which cannot guide itself; name a worse one")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+  return ", ".join(names[:10]) + ", ..." * (len(names) > 10) or "none"
 
 
 def ensure_workdir(config: Config, workdir: pathlib.Path) -> None:
@@ -184,6 +268,11 @@ def ensure_workdir(config: Config, workdir: pathlib.Path) -> None:
   exists = layout.holds_run(workdir)
   if not exists or config_lib.changed(layout.load_config(workdir), config, on_resume=True, once_trained=True):
     layout.create(workdir, config)
+
+
+def _classes_of(config: Config, workdir: pathlib.Path) -> tuple[str, ...]:
+  """The names of the classes of a workdir's conditional model."""
+  return layout.classes(workdir)[: config.model.num_classes]
 
 
 def _settings_of(config: Config) -> dict[str, Any]:

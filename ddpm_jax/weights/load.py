@@ -35,6 +35,13 @@ class Weights(NamedTuple):
   which: str  # 'ema' or 'raw'
   identity: str  # SHA-256, see `identity_of`
   manifest: Manifest | None = None  # of the checkpoint that they were read from, if they were
+  classes: tuple[str, ...] = ()  # names of the classes, as far as they are known
+  guide: Weights | None = None  # what --guide_with names
+
+  @property
+  def class_names(self) -> tuple[str, ...]:
+    """Of all classes that the network knows; numbers where there is no name."""
+    return self.classes + tuple(map(str, range(len(self.classes), self.run.config.model.num_classes)))
 
   @property
   def text(self) -> str:
@@ -78,7 +85,7 @@ def load_weights(config: Config, workdir: pathlib.Path, network: TrainableNetwor
   leaves = {
     name.removeprefix(f"{field}/"): leaf for name, leaf in manifest["leaves"].items() if name.startswith(f"{field}/")
   }
-  return Weights(run, params, step, which, identity_of(leaves), manifest)
+  return Weights(run, params, step, which, identity_of(leaves), manifest, tuple(manifest.get("classes", ())))
 
 
 def _missing(name: str, workdir: pathlib.Path) -> str:

@@ -90,6 +90,27 @@ def image_rows(images: np.ndarray, apart: tuple[int, ...] = ()) -> np.ndarray:
   return np.concatenate(blocks[:-1], axis=1)
 
 
+def named_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+  """Rows of images uint8 [N, H, W, C], of any N, each with its name at the left.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  columns = max(map(len, rows.values()))
+  blank = np.full((1, *next(iter(rows.values())).shape[1:]), 255, np.uint8)
+  padded = np.concatenate([np.concatenate([row, *[blank] * (columns - len(row))]) for row in rows.values()])
+  grid = image_grid(padded, columns)
+  tall = (grid.shape[0] - _MARGIN) // len(rows)
+  pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+  left = 8 + math.ceil(max(pen.textlength(name) for name in rows))
+  page = Image.new("RGB", (left + grid.shape[1], grid.shape[0]), "white")
+  page.paste(Image.fromarray(grid), (left, 0))
+  pen = ImageDraw.Draw(page)
+  for i, name in enumerate(rows):
+    pen.text((left - 4, _MARGIN + (i + 0.5) * tall), name, fill="black", anchor="rm")
+  return np.asarray(page)
+
+
 def captioned(panels: dict[str, np.ndarray]) -> np.ndarray:
   """Sets pictures uint8 [height, width, 3] of one size side by side, each under its caption."""
   strip, gap = 18, 12

@@ -261,6 +261,15 @@ def keep_classes(workdir: pathlib.Path, names: Sequence[str]) -> None:
     raise UserError(f"workdir: cannot write {path} ({error.strerror}); use another --workdir") from error
 
 
+def classes(workdir: pathlib.Path) -> tuple[str, ...]:
+  """The names of the classes of its images, in their order; none where they are not known or cannot be read."""
+  try:
+    names = json.loads((workdir / "classes.json").read_text(encoding="utf-8"))
+  except (OSError, ValueError):
+    return ()
+  return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
+
+
 def discard(workdir: pathlib.Path) -> None:
   """Removes what `create` and the lock made, before a run wrote anything else there; the folder too, if it is empty."""
   with contextlib.suppress(OSError):

@@ -101,7 +101,7 @@ def test_noise_and_an_untrained_network_are_far_away(config, data, found):
   assert found["noise"]["values"]["classifier_distance"] == pytest.approx(distance(uniform, images), rel=1e-4)
   weights = weights_of(config)
   draw = draw_lib.make_draw(
-    draw_lib.bind_for_sampling(weights.run.denoiser, config.sample),
+    draw_lib.bind_for_sampling(weights.run, config.sample),
     draw_lib.table_of(config.sample, weights.run.schedule, "fixed_large"),
     first_stage=weights.run.first_stage,
     mesh=weights.run.mesh,

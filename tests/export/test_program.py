@@ -121,7 +121,7 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
   got = load_and_call(tmp_path, PROGRAM, 3, index)
   parts, one = weights.run, make_mesh("pmap", jax.devices()[:1])
   draw = make_draw(
-    bind_for_sampling(parts.denoiser, config.sample),
+    bind_for_sampling(parts, config.sample),
     table_of(config.sample, parts.schedule, config.diffusion.variance),
     first_stage=parts.first_stage,
     mesh=one,

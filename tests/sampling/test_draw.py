@@ -104,7 +104,7 @@ def test_one_device_draws_what_eight_draw(perfect, config, twenty, tmp_path, mon
 def both_draws(weights, options):
   """The images as one program draws them, and what draws them in stretches."""
   run = weights.run
-  predictor = bind_for_sampling(run.denoiser, options)
+  predictor = bind_for_sampling(run, options)
   table = table_of(options, run.schedule, "fixed_large")
   shared = dict(first_stage=run.first_stage, mesh=run.mesh, stream="sample")
   index = np.arange(5, dtype=np.int32)
@@ -311,7 +311,7 @@ def test_the_largest_batch(each, free, most, first, size, tries):
 
 def test_the_batch_fits_the_memory_of_the_devices(perfect, config, monkeypatch):
   run = perfect.run
-  predictor = bind_for_sampling(run.denoiser, config.sample)
+  predictor = bind_for_sampling(run, config.sample)
   table = table_of(config.sample, run.schedule, "fixed_large")
   function = make_draw(predictor, table, first_stage=run.first_stage, mesh=run.mesh, stream="sample")
   constants = seeded(perfect.params, 0)

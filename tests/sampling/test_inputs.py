@@ -25,7 +25,7 @@ def refusal(function, *arguments) -> str:
 
 
 def test_the_first_of_the_data_set(config):
-  np.testing.assert_array_equal(given_images(config(), SHAPE, 4), pictures()[:4])
+  np.testing.assert_array_equal(given_images(config(), SHAPE, 4).images, pictures()[:4])
   text = refusal(given_images, config(), SHAPE, 7)
   assert text.startswith("num_samples: 7 images are needed, folder:") and "has 6; lower --num_samples" in text
   assert "8x8x1, the model draws 8x8x3; name some with --input_images" in refusal(given_images, config(), (8, 8, 3), 1)
@@ -35,18 +35,18 @@ def test_a_folder_in_the_order_of_its_names(config, tmp_path):
   images = pictures()[::-1]
   folder = save_pictures(tmp_path / "mine", images)
   (folder / "notes.txt").write_text("no image")
-  np.testing.assert_array_equal(given_images(config(input_images=str(folder)), SHAPE, 3), images[:3])
+  np.testing.assert_array_equal(given_images(config(input_images=str(folder)), SHAPE, 3).images, images[:3])
   text = refusal(given_images, config(input_images=str(folder)), SHAPE, 7)
   assert text.startswith("num_samples: 7 images are needed, input_images=") and "has 6" in text
 
 
 def test_one_file_of_any_kind(config, tmp_path, monkeypatch):
   Image.fromarray(pictures()[2, :, :, 0]).save(tmp_path / "one.bmp")
-  got = given_images(config(input_images=str(tmp_path / "one.bmp")), SHAPE, 1)
+  got = given_images(config(input_images=str(tmp_path / "one.bmp")), SHAPE, 1).images
   np.testing.assert_array_equal(got, pictures()[2:3])
   assert "has 1; lower" in refusal(given_images, config(input_images=str(tmp_path / "one.bmp")), SHAPE, 2)
   monkeypatch.setenv("HOME", str(tmp_path))
-  np.testing.assert_array_equal(given_images(config(input_images="~/one.bmp"), SHAPE, 1), got)
+  np.testing.assert_array_equal(given_images(config(input_images="~/one.bmp"), SHAPE, 1).images, got)
 
 
 def test_files_become_what_the_model_draws(config, tmp_path):

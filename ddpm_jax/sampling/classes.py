@@ -1,0 +1,92 @@
+"""The classes of what is drawn."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax.config import SampleConfig, flag_text
+from ddpm_jax.data.labels import number_of
+from ddpm_jax.errors import UserError
+from ddpm_jax.weights.load import Weights
+
+
+class Classes(NamedTuple):
+  """The classes of the images of a draw.
+
+  Attributes:
+    turn: int32 [n], taken in turn: image i is of class turn[i % n].
+    names: of all classes of the model.
+  """
+
+  turn: np.ndarray
+  names: tuple[str, ...]
+
+  def of(self, index: np.ndarray) -> np.ndarray:
+    """The labels int32 [B] of images int [B]."""
+    return self.turn[index % len(self.turn)]
+
+  def names_of(self, labels: np.ndarray) -> list[str]:
+    """For people; a label beyond them is the null label."""
+    return [self.names[label] if label < len(self.names) else "any" for label in labels.tolist()]
+
+
+def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
+  """The classes that `--classes` names, or all; None for an unconditional model.
+
+  Raises:
+    UserError: for a class that is not there, or any for an unconditional model; the nearest names are offered.
+  """
+  check_guidance(options, weights)
+  if not weights.run.conditional:
+    if options.classes:
+      raise UserError(
+        f"classes: {','.join(options.classes)} has no effect, as the model is unconditional; leave it out, or train "
+        "one with --conditioning=class"
+      )
+    return None
+  names = weights.class_names
+  numbers = [number_of(word, "classes", "the model", names) for word in options.classes] or range(len(names))
+  return Classes(np.array(numbers, np.int32), names)
+
+
+def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None) -> Classes | None:
+  """The classes of images that are given: those that `--classes` names, their own, or else the null label.
+
+  Args:
+    options: of drawing.
+    weights: of the model.
+    labels: int32 [N], their own; None if they are not known.
+
+  Raises:
+    UserError: as `wanted`, or no class is known and the model has no null label.
+  """
+  classes = wanted(options, weights)
+  if classes is None or options.classes:
+    return classes
+  if labels is None:
+    if weights.run.null_label is None:
+      raise UserError("classes: the model draws by class, and the images have none; name it with --classes")
+    labels = np.array([weights.run.null_label], np.int32)
+  return classes._replace(turn=labels)
+
+
+def check_guidance(options: SampleConfig, weights: Weights) -> None:
+  """Raises UserError where there is nothing to guide by: neither a null label nor a guide of its own."""
+  scale = next((scale for scale in options.guidance_scale if scale != 1.0), None)
+  if scale is None or options.guide_with or weights.run.null_label is not None:
+    return
+  why = "is unconditional" if not weights.run.conditional else "was trained without --label_dropout"
+  raise UserError(
+    f"guidance_scale: {scale} has no effect, as the model {why}; use 1, or name a worse model with --guide_with"
+  )
+
+
+def one_scale(options: SampleConfig) -> float:
+  """The guidance scale. Raises UserError if there are several."""
+  first, *others = options.guidance_scale
+  if others:
+    text = flag_text(options.guidance_scale)
+    raise UserError(f"guidance_scale: {text} are several, which --mode=evaluate compares; name one to draw with")
+  return first
