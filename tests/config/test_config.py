@@ -27,6 +27,7 @@ ZERO_MEANS = {
   "cache_gib": "no cache",
   "data_workers": "threads of this process",
   "norm_groups": "automatic",
+  "head_channels": "as num_heads says",
   "dropout": "none",
   "warmup_steps": "none",
   "grad_clip": "none",
@@ -112,6 +113,8 @@ OTHER = {
   "channel_multipliers": (1, 1, 2, 2, 4, 4),
   "num_res_blocks": 3,
   "attention_resolutions": (),
+  "block": "adm",
+  "num_heads": 4,
   "norm_groups": 32,
   "dropout": 0.0,
   "dtype": "bfloat16",
@@ -202,6 +205,7 @@ OTHER_TASKS = [
   {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
+  {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
 ]
 
 
@@ -336,6 +340,7 @@ CONTRADICTIONS = [
   ({"channels": 33}, ("channels", "33", "even")),
   ({"norm_groups": 32}, ("norm_groups", "32", "one channel in a group", "--norm_groups=0")),
   ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
+  ({"num_heads": 4, "head_channels": 8}, ("num_heads", "4", "head_channels=8", "leave one of them out")),
   ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
   ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
   ({"decay_fraction": 0.5}, ("decay_fraction", "0.5", "lr_schedule=cosine", "--lr_schedule=constant_then_decay")),
@@ -461,8 +466,8 @@ def test_json_is_plain_and_by_section():
 
 def test_unknown_key_is_refused():
   tree = json.loads(config_lib.to_json(Config()))
-  tree["model"]["num_heads"] = 4
-  with pytest.raises(UserError, match=r"model\.num_heads.*does not know"):
+  tree["model"]["num_ears"] = 4
+  with pytest.raises(UserError, match=r"model\.num_ears.*does not know"):
     config_lib.from_json(json.dumps(tree))
 
 
