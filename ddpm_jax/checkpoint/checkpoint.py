@@ -57,12 +57,18 @@ class Checkpoints:
     read_only: whether nothing can be saved there.
   """
 
-  def __init__(self, directory: pathlib.Path, *, keep: int | None = None, keep_step: int | None = None):
-    """Opens the folder: to write, keeping the newest `keep` checkpoints and that of `keep_step`, or only to read.
+  def __init__(
+    self, directory: pathlib.Path, *, keep: int | None = None, keep_step: int | None = None, keep_every: int = 0
+  ):
+    """Opens the folder, to write or only to read.
 
-    Only to read if `keep` is None.
+    Args:
+      directory: the folder.
+      keep: the newest checkpoints that are kept; None: only to read.
+      keep_step: the training step of one that is kept beside them.
+      keep_every: those at multiples of it are kept, too; 0: none.
     """
-    self.directory, self._keep, self._keep_step = directory, keep, keep_step
+    self.directory, self._keep, self._keep_step, self._keep_every = directory, keep, keep_step, keep_every
     self.read_only = keep is None
     self._saving: int | None = None
     self._lame = False  # a save has failed on one of several processes: nothing collective works any more
@@ -75,6 +81,7 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(read_only=True)
     else:
       kept = [managers.LatestN(self._keep), managers.CustomSteps([] if self._keep_step is None else [self._keep_step])]
+      kept += [managers.EveryNSteps(self._keep_every)] if self._keep_every else []
       options = ocp.CheckpointManagerOptions(
         preservation_policy=managers.AnyPreservationPolicy(kept),
         create=True,
@@ -207,14 +214,16 @@ class Checkpoints:
     manifest_lib.check(manifest, step)
     return manifest
 
-  def _read_on_host(self, step: int, abstract_state: dict[str, Any]) -> dict[str, Any]:
-    """The whole state as NumPy arrays, without a collective."""
+  def _read_verified(self, step: int, manifest: Manifest, abstract_state: dict[str, Any]) -> dict[str, Any]:
+    """The whole state as NumPy arrays, without a collective. Raises DamagedError, RunError."""
     target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), abstract_state)
     folder = self.directory / str(step) / "state"
     try:
-      return ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=ocp.args.StandardRestore(target))
+      arrays = ocp.StandardCheckpointHandler().restore(epath.Path(folder), args=ocp.args.StandardRestore(target))
     except _ORBAX_ERRORS as error:
       raise self._unreadable(step, error) from error
+    manifest_lib.verify(manifest, arrays)
+    return arrays
 
   def _restore(self, step: int, manifest: Manifest, abstract_state: TrainState) -> TrainState:
     """The state of a checkpoint, verified. Raises DamagedError, on all processes or none; UserError, RunError."""
@@ -223,17 +232,11 @@ class Checkpoints:
     if differences:  # Orbax would cast another type in silence
       others = f" (and {len(differences) - 1} more)" if differences[1:] else ""
       raise UserError(f"checkpoint {step} in {self.directory} is of another network: {differences[0]}{others}")
-    if jax.process_count() > 1:
-      # Orbax reads in collectives, in which a process that finds damage alone would leave the others for ever. So each
-      # reads and verifies everything by itself first.
-      self._agree(lambda: manifest_lib.verify_host(manifest, self._read_on_host(step, stored)))
-    args = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
-    try:
-      state = self._manager.restore(step, args=args)["state"]
-    except _ORBAX_ERRORS as error:
-      raise self._unreadable(step, error) from error
-    manifest_lib.verify(manifest, state)
-    # Orbax's arrays may share buffers that cannot be donated; a compiled copy owns its own.
+    # Each process reads and verifies everything by itself. Orbax would read in collectives, in which a process that
+    # finds damage alone would leave the others for ever, and what is replicated once for each device.
+    arrays = self._agree(lambda: self._read_verified(step, manifest, stored))
+    state = jax.tree.map(_place, arrays, stored)
+    # Arrays may share NumPy's memory, which cannot be donated; a compiled copy owns its own.
     return from_stored(jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(state))
 
   def _unreadable(self, step: int, error: Exception) -> Exception:
@@ -345,6 +348,11 @@ class Candidates:
           "to go back to the newest intact one"
         ) from error
       return None
+
+
+def _place(array: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+  """The array where `leaf` says."""
+  return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.asarray(array)[index])
 
 
 def _one_line(error: BaseException) -> str:

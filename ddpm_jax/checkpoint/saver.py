@@ -20,12 +20,12 @@ from ddpm_jax.workdir.lock import Lock
 def first_checkpoint(config: Config) -> int:
   """The training step after which a run writes its first checkpoint, unless it is stopped before."""
   options = config.train
-  steps = options.checkpoint_every, options.evaluate_every, decay_start(config.optimizer, options.num_steps)
-  return min(step for step in (*steps, options.num_steps) if step)
+  steps = options.checkpoint_every, options.keep_every, options.evaluate_every, options.num_steps
+  return min(step for step in (*steps, decay_start(config.optimizer, options.num_steps)) if step)
 
 
 class Saver:
-  """Saves every `checkpoint_every` steps; retries failed saves until `max_unsaved_steps` steps are at risk."""
+  """Saves every `checkpoint_every` and `keep_every` steps; retries until `max_unsaved_steps` steps are at risk."""
 
   def __init__(
     self,
@@ -50,7 +50,8 @@ class Saver:
       extra_step: is saved whatever `checkpoint_every` is.
     """
     self._checkpoints, self._facts, self._lock, self._flush = checkpoints, facts, lock, flush
-    self._every, self._extra_step = options.checkpoint_every, extra_step
+    self._every = [every for every in (options.checkpoint_every, options.keep_every) if every]
+    self._extra_step = extra_step
     self._limit = options.max_unsaved_steps or 2 * options.checkpoint_every
     self._saved = start_step  # the newest that is known to be on disk
     self._pending: int | None = None
@@ -59,7 +60,7 @@ class Saver:
   def due(self, step: int) -> bool:
     """Whether the state after `step` training steps is to be saved."""
     last_chance = self._has_failed and self._pending is None and step - self._saved >= self._limit
-    return step % self._every == 0 or step == self._extra_step or last_chance
+    return any(step % every == 0 for every in self._every) or step == self._extra_step or last_chance
 
   def save(
     self, state: TrainState, step: int, *, last: bool = False, so_far: Mapping[str, Any] = types.MappingProxyType({})

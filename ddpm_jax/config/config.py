@@ -218,6 +218,11 @@ def _check_together(config: Config) -> None:
     )
   _check_conditioning(config)
   _check_guidance(config.sample)
+  if config.model.head_channels and config.model.num_heads != ModelConfig().num_heads:
+    raise UserError(
+      f"num_heads: {config.model.num_heads} has no effect with head_channels={config.model.head_channels}; leave one "
+      "of them out"
+    )
   groups = config.model.norm_groups
   if groups and config.model.channels % groups:
     raise UserError(

@@ -102,6 +102,13 @@ class ModelConfig:
   attention_resolutions: tuple[int, ...] = option((0,), "Heights, in pixels, of the levels whose residual blocks are "
                                                   "followed by self-attention (0: the lowest level if it has at most "
                                                   "16 x 16 pixels; empty: only the middle).", minimum=0)
+  block: str = option("ddpm", "The residual blocks, and what comes with them: 'ddpm' of Ho et al.; 'ldm', OpenAI's, to "
+                      "which the timestep embedding is added as well, of latent diffusion; 'iddpm', in which it scales "
+                      "and shifts the norm; 'adm', which halve and double the resolution, too. See "
+                      "docs/concepts/network.md.", choices=("ddpm", "ldm", "iddpm", "adm"))
+  num_heads: int = option(1, "Heads of self-attention.", minimum=1)
+  head_channels: int = option(0, "Channels of a head of self-attention, in the place of --num_heads; 64 in the networks "
+                              "of Dhariwal and Nichol (0: as --num_heads says).", minimum=0)
   norm_groups: int = option(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                             "channels).", minimum=0)
   dropout: float = option(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
@@ -163,6 +170,9 @@ class TrainConfig:
                              "lowest value counts. 'bound' is that of the last of --likelihood_splits.",
                              choices=("frechet", "kid", "bound", "ode"), may_change=True)
   keep_checkpoints: int = option(3, "Newest checkpoints that are kept.", minimum=1, may_change=True)
+  keep_every: int = option(0, "Checkpoints at multiples of this number of training steps are made too, and kept for "
+                           "good, beside --keep_checkpoints; a guide for --guide_with is one (0: none).", minimum=0,
+                           may_change=True)
   max_unsaved_steps: int = option(0, "After a checkpoint that could not be written, training steps that may be at "
                                   "risk before the run ends with an error, up to the end of a call of "
                                   "--steps_per_dispatch (0: twice --checkpoint_every).", minimum=0, may_change=True)

@@ -25,6 +25,9 @@ WITHOUT_THE_OPTION = {
   "evaluate_labels": "proportional",
   "num_classes": 0,
   "label_dropout": 0.0,
+  "block": "ddpm",
+  "num_heads": 1,
+  "head_channels": 0,
   "label_field": "",
   "image_field": "",
   "formats": "basic",
@@ -33,6 +36,7 @@ WITHOUT_THE_OPTION = {
   "resample": "bicubic",
   "matmul_precision": "default",
   "decay_fraction": 0.4,  # has no effect with its learning rates, 'constant' and 'cosine'
+  "keep_every": 0,
   "writers": "tensorboard",
   "stop_exit_code": 0,
   "profile_steps": "",

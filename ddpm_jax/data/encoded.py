@@ -164,10 +164,13 @@ def decoded_size(name: str, stored: tuple[int | None, int | None], image_size: i
   return height, width
 
 
+HAS_NONE = "has none"
+
+
 class NoLabels(UserError):
   """Classes are needed, and the data set `name` has none."""
 
-  def __init__(self, name: str, why: str = "has none"):
+  def __init__(self, name: str, why: str = HAS_NONE):
     super().__init__(
       f"features: 'classifier' needs labels, and {name} {why}; use --features=network, or inception with "
       "--inception_weights"

@@ -62,14 +62,14 @@ def inspect(config: Config, output: pathlib.Path) -> None:
     OSError: the picture cannot be written.
   """
   data = dataclasses.replace(config.data, on_bad_record="skip")
-  encoded, refused = _open(data)
+  encoded, sized, refused = _open(data)
   found = _read_all(encoded)
   good = [image for image in found if isinstance(image, _Image)]
   bad = [image.what for image in found if isinstance(image, BadRecord)]
   if not good:
     raise UserError(f"dataset: none of the {len(bad)} images of {encoded.name} can be decoded ({bad[0]})")
   console.say(f"{encoded.name}: {len(found):,} image{'s' * (len(found) != 1)} of {data.split}")
-  _say("splits", [", ".join(sources.split_names(data))])
+  _say("splits", [", ".join(sources.split_names(sized))])
   _say("sizes", _sizes(good))
   grey = sum(image.grey for image in good)
   colour = f"{'grey' if encoded.shape[2] == 1 else 'colour'}, {encoded.shape[2]} in a batch"
@@ -97,14 +97,18 @@ def inspect(config: Config, output: pathlib.Path) -> None:
     console.show_png(output)
 
 
-def _open(data: DataConfig) -> tuple[EncodedImages, str]:
-  """The images, and why they could not be trained on as they are: they differ in size, and --image_size is not set."""
+def _open(data: DataConfig) -> tuple[EncodedImages, DataConfig, str]:
+  """The images, and why they could not be trained on as they are: they differ in size, and --image_size is not set.
+
+  Then it is, in what is returned in the place of `data`.
+  """
   try:
-    return sources.open_encoded(data), ""
+    return sources.open_encoded(data), data, ""
   except UserError as error:
     if data.image_size or not str(error).startswith("image_size:"):
       raise
-    return sources.open_encoded(dataclasses.replace(data, image_size=_ANY_SIZE)), str(error)
+    sized = dataclasses.replace(data, image_size=_ANY_SIZE)
+    return sources.open_encoded(sized), sized, str(error)
 
 
 def _read_all(encoded: EncodedImages) -> list[_Image | BadRecord]:

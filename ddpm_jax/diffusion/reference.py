@@ -20,6 +20,7 @@ from typing import Any
 
 X = Any  # a float, or a float64 array
 Model = Callable[[X, int], X]  # (x, t)
+Denoiser = Callable[[X, float], X]  # (x, sigma)
 
 
 def ddpm_loss(eps_theta: Model, beta: Sequence[float], x_0: X, t: int, eps: X) -> X:
@@ -122,7 +123,7 @@ def dpm_solver_pp_2m(x_theta: Model, alpha: Sequence[float], sigma: Sequence[flo
   return x
 
 
-def heun(D: Callable[[X, float], X], sigmas: Sequence[float], x_0: X) -> X:
+def heun(D: Denoiser, sigmas: Sequence[float], x_0: X) -> X:
   """Karras et al. 2022, Algorithm 1, with sigma(t) = t and s(t) = 1, which makes the ODE dx/dt = (x - D(x; t)) / t.
 
   Args:
@@ -141,4 +142,75 @@ def heun(D: Callable[[X, float], X], sigmas: Sequence[float], x_0: X) -> X:
       d_next = (x_next - D(x_next, t[i + 1])) / t[i + 1]
       x_next = x + (t[i + 1] - t[i]) * (d / 2 + d_next / 2)
     x = x_next
+  return x
+
+
+def classifier_free(eps_theta_c: Model, eps_theta: Model, w: float) -> Model:
+  """Ho and Salimans 2022, eq. 6: the eps that their Algorithm 2 samples with.
+
+  Args:
+    eps_theta_c: the model of the condition c.
+    eps_theta: the unconditional model.
+    w: the strength of guidance; 0 for none.
+  """
+  return lambda x, t: (1 + w) * eps_theta_c(x, t) - w * eps_theta(x, t)
+
+
+def in_interval(D_c: Denoiser, D: Denoiser, w: float, sigma_lo: float, sigma_hi: float) -> Denoiser:
+  """Kynkaanniemi et al. 2024: guidance of weight w for sigma in (sigma_lo, sigma_hi], of weight 1 outside.
+
+  Args:
+    D_c: the denoiser of the condition c.
+    D: the unconditional denoiser.
+    w: the weight; 1 for no guidance.
+    sigma_lo: is outside.
+    sigma_hi: is inside.
+  """
+
+  def D_w(x: X, sigma: float) -> X:
+    weight = w if sigma_lo < sigma <= sigma_hi else 1.0
+    return weight * D_c(x, sigma) + (1 - weight) * D(x, sigma)
+
+  return D_w
+
+
+def classifier_guided(mu: Model, Sigma: Sequence[float], gradient: Model, s: float, x_T: X, z: Sequence[X]) -> X:
+  """Dhariwal and Nichol 2021, Algorithm 1: classifier guided diffusion sampling.
+
+  Args:
+    mu: mu_theta(x, t).
+    Sigma: the variance, for t = 0..T; Sigma[0] is not used.
+    gradient: of log p_phi(y | x_t) by x_t.
+    s: the gradient scale.
+    x_T: line 1.
+    z: the standard normal numbers that make the sample of each line 4, for t = 0..T; z[0] is not used. The authors'
+      code has z[1] = 0.
+
+  Returns:
+    x_0.
+  """
+  x = x_T
+  for t in range(len(Sigma) - 1, 0, -1):
+    x = mu(x, t) + s * Sigma[t] * gradient(x, t) + math.sqrt(Sigma[t]) * z[t]
+  return x
+
+
+def classifier_guided_ddim(eps_theta: Model, alpha_bar: Sequence[float], gradient: Model, s: float, x_T: X) -> X:
+  """Dhariwal and Nichol 2021, Algorithm 2: classifier guided DDIM sampling.
+
+  Args:
+    eps_theta: the model.
+    alpha_bar: for t = 0..T; alpha_bar[0] = 1.
+    gradient: of log p_phi(y | x_t) by x_t.
+    s: the gradient scale, which the algorithm has among its inputs and the authors' code before the gradient.
+    x_T: line 1.
+
+  Returns:
+    x_0.
+  """
+  x = x_T
+  for t in range(len(alpha_bar) - 1, 0, -1):
+    eps = eps_theta(x, t) - math.sqrt(1 - alpha_bar[t]) * s * gradient(x, t)
+    predicted_x0 = (x - math.sqrt(1 - alpha_bar[t]) * eps) / math.sqrt(alpha_bar[t])
+    x = math.sqrt(alpha_bar[t - 1]) * predicted_x0 + math.sqrt(1 - alpha_bar[t - 1]) * eps
   return x

@@ -61,7 +61,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
   """The U-Net for images of that shape [H, W, C].
 
   Raises:
-    UserError: see `check_size`, or an attention resolution is never reached.
+    UserError: see `check_size`, or an attention resolution is never reached, or channels cannot be divided into heads.
   """
   height, width, channels = image_shape
   check_size(config, height, width)
@@ -73,18 +73,35 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
         f"attention_resolutions: {resolution} is none of this U-Net's resolutions, {', '.join(map(str, resolutions))}; "
         "use some of those, or --attention_resolutions= for attention in the middle only"
       )
+  _check_heads(config, resolutions)
   return UNet(
     out_channels=channels,
     channels=config.channels,
     channel_multipliers=config.channel_multipliers,
     num_res_blocks=config.num_res_blocks,
     attention_resolutions=config.attention_resolutions,
+    block=config.block,
+    num_heads=config.num_heads,
+    head_channels=config.head_channels,
     num_groups=config.norm_groups or num_norm_groups(config.channels),
     dropout=config.dropout,
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     num_labels=num_labels(config),
   )
+
+
+def _check_heads(config: ModelConfig, resolutions: list[int]) -> None:
+  """Raises UserError unless heads divide the channels wherever there is attention; in the middle there always is."""
+  name = "head_channels" if config.head_channels else "num_heads"
+  value = getattr(config, name)
+  for resolution, multiplier in zip(resolutions, config.channel_multipliers, strict=True):
+    width, attends = config.channels * multiplier, resolution in (*config.attention_resolutions, resolutions[-1])
+    if attends and width % value:
+      raise UserError(
+        f"{name}: {value} does not divide the {width} channels of the level of {resolution} rows, which has "
+        "attention; use a divisor"
+      )
 
 
 def fast_convolutions(plain: Callable, args: tuple, kwargs: dict, context: InterceptorContext) -> Any:

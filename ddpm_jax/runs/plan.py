@@ -7,8 +7,9 @@ import time
 
 import jax
 
+from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.sources import image_shape
+from ddpm_jax.data.sources import image_shape, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.plan import report, topology
 from ddpm_jax.plan.batches import Largest, largest
@@ -30,7 +31,10 @@ def plan(config: Config) -> None:
   target = topology.find(config.plan.topology)
   mesh = make_mesh(config.train.parallel, target.devices, matmul_precision=config.model.matmul_precision)
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  run = build_run(config, image_shape(config.data), mesh)
+  shape = image_shape(config.data)
+  if config.data.conditioning == "class" and not config.model.num_classes:
+    config = config_lib.override(config, {"num_classes": num_classes(open_source(config.data))})
+  run = build_run(config, shape, mesh)
   best = peaks(target)
   console.say(report.headline(run, target, best))
   size = config.data.batch_size

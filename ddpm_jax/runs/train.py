@@ -118,7 +118,10 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     watchdog = Watchdog(config.train.step_timeout, process=job.process, folder=workdir, leave=job.leave)
     cleanup.enter_context(watchdog)
     kept_step = decay_start(config.optimizer, total)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints, keep_step=kept_step)
+    options = config.train
+    checkpoints = Checkpoints(
+      workdir / "checkpoints", keep=options.keep_checkpoints, keep_step=kept_step, keep_every=options.keep_every
+    )
     cleanup.enter_context(contextlib.closing(checkpoints))
 
     start = resume.find_start(checkpoints, run, source, workdir)
@@ -376,7 +379,8 @@ def dispatches(options: TrainConfig, start: int, extra_step: int | None = None) 
 
   A call ends where something is written, and at `extra_step`.
   """
-  points = (options.log_every, options.checkpoint_every, options.sample_every, options.evaluate_every)
+  saved = options.checkpoint_every, options.keep_every, options.evaluate_every
+  points = (options.log_every, options.sample_every, *saved)
   step = start
   while step < options.num_steps:
     ends = [step + options.steps_per_dispatch, options.num_steps, *(step + n - step % n for n in points if n)]

@@ -104,12 +104,15 @@ def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(run.abstract_state))
   options = run.config.train
   saves = sum(
-    (options.num_steps - start) // every + 1 for every in (options.checkpoint_every, options.evaluate_every) if every
+    (options.num_steps - start) // every + 1
+    for every in (options.checkpoint_every, options.keep_every, options.evaluate_every)
+    if every
   )
+  for_good = (options.num_steps - start) // options.keep_every if options.keep_every else 0
   begin = decay_start(run.config.optimizer, options.num_steps)
   decay = begin is not None  # one more is kept, and written unless it exists
   saves += decay and begin > start
-  layout.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + leaving)
+  layout.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + for_good + leaving)
 
 
 def say_headline(

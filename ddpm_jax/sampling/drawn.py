@@ -183,6 +183,7 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "dtype": config.model.dtype,
     "matmul_precision": config.model.matmul_precision,
     "device": jax.devices()[0].device_kind,
+    **({"guide_sha256": weights.guide.identity} if weights.guide else {}),
   }
 
 

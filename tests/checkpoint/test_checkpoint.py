@@ -255,7 +255,7 @@ def test_a_machine_that_cannot_read_is_not_taken_for_damage(copy, monkeypatch):
   def refuse(*args, **kwargs):
     raise PermissionError(13, "Permission denied")
 
-  monkeypatch.setattr(checkpoints._manager, "restore", refuse)
+  monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", refuse)
   with pytest.raises(RunError, match=r"checkpoint 9 in .* cannot be read \(.*Permission denied"):
     newest_intact(checkpoints, run.abstract_state)
 

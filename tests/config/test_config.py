@@ -18,7 +18,7 @@ PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
 OPTIONS = [(section, field) for section, field, _ in config_lib.options(Config())]
 NUMBERS = [f.name for _, f in OPTIONS if isinstance(f.default, int | float) and not isinstance(f.default, bool)]
 FLOATS = [f.name for _, f in OPTIONS if isinstance(f.default, float)]
-TUPLES = [f.name for _, f in OPTIONS if isinstance(f.default, tuple) and not f.metadata["choices"]]
+TUPLES = [f.name for _, f in OPTIONS if isinstance(f.default, tuple) and f.metadata["item"] is not str]
 CHOICES = [f.name for _, f in OPTIONS if f.metadata["choices"] and not isinstance(f.default, tuple)]
 
 # Every number is refused at 0 but these, where 0 means something.
@@ -27,6 +27,7 @@ ZERO_MEANS = {
   "cache_gib": "no cache",
   "data_workers": "threads of this process",
   "norm_groups": "automatic",
+  "head_channels": "as num_heads says",
   "dropout": "none",
   "warmup_steps": "none",
   "grad_clip": "none",
@@ -34,6 +35,9 @@ ZERO_MEANS = {
   "seed": "a seed",
   "sample_seed": "a seed",
   "sample_every": "never",
+  "num_classes": "those of the data set",
+  "label_dropout": "none",
+  "keep_every": "none",
   "max_unsaved_steps": "twice checkpoint_every",
   "step_timeout": "never",
   "sampling_steps": "all T",
@@ -109,6 +113,8 @@ OTHER = {
   "channel_multipliers": (1, 1, 2, 2, 4, 4),
   "num_res_blocks": 3,
   "attention_resolutions": (),
+  "block": "adm",
+  "num_heads": 4,
   "norm_groups": 32,
   "dropout": 0.0,
   "dtype": "bfloat16",
@@ -174,6 +180,14 @@ OTHER = {
   "evaluate_batch_size": 40,
   "topology": "v5e:4x4",
   "export_format": "jax",
+  "conditioning": "class",
+  "num_classes": 12,
+  "label_dropout": 0.1,
+  "keep_every": 300,
+  "classes": ("cat", "7", "a cat's paw"),
+  "guidance_scale": (1.5,),
+  "guidance_interval": (0.2, 1.61),
+  "guide_with": "/data/a guide, worse",
   "export_dir": "/data/exported here",
   "export_platforms": ("tpu", "cpu"),
   "export_batch_sizes": (1, 64),
@@ -191,6 +205,7 @@ OTHER_TASKS = [
   {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
+  {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
 ]
 
 
@@ -256,7 +271,7 @@ def test_every_number_is_refused_outside_its_range():
   for value in (float("nan"), float("inf"), float("-inf")):
     cases += [({name: value}, f"{name}: {value} is not a finite number") for name in FLOATS]
   for value in ((-1,), (1, -2)):
-    least = {"attention_resolutions": 0}  # 0: where it fits
+    least = {"attention_resolutions": 0, "guidance_scale": 0, "guidance_interval": 0}  # 0: where it fits
     cases += [({name: value}, f"{name}: {value[-1]} must be at least {least.get(name, 1)}") for name in TUPLES]
   assert len(NUMBERS) > 40 and len(FLOATS) > 8 and len(TUPLES) > 1
   assert not wrong(cases)
@@ -304,6 +319,14 @@ def test_words_of_a_list_are_checked():
 
 _OF_SIZE = (("resize", "squash"), ("crop", "random"), ("resample", "box"))
 CONTRADICTIONS = [
+  ({"num_classes": 10}, ("num_classes", "10", "conditioning=none", "--conditioning=class")),
+  ({"label_dropout": 0.1}, ("label_dropout", "0.1", "conditioning=none", "--conditioning=class")),
+  ({"guidance_scale": ()}, ("guidance_scale", "empty", "use 1")),
+  ({"guidance_interval": (0.2, 1.0)}, ("guidance_interval", "0.2,1.0", "guidance_scale=1")),
+  ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
+  ({"guidance_scale": (2.0,), "guidance_interval": (0.2,)}, ("guidance_interval", "0.2", "LO,HI")),
+  ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 0.2)}, ("guidance_interval", "1.0,0.2", "lower one first")),
+  ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 1.0)}, ("guidance_interval", "1.0,1.0", "lower one first")),
   ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
   ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
   ({"beta_schedule": "cosine", "beta_end": 0.03}, ("beta_end", "0.03", "beta_schedule=cosine", "leave it out")),
@@ -317,6 +340,7 @@ CONTRADICTIONS = [
   ({"channels": 33}, ("channels", "33", "even")),
   ({"norm_groups": 32}, ("norm_groups", "32", "one channel in a group", "--norm_groups=0")),
   ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
+  ({"num_heads": 4, "head_channels": 8}, ("num_heads", "4", "head_channels=8", "leave one of them out")),
   ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
   ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
   ({"decay_fraction": 0.5}, ("decay_fraction", "0.5", "lr_schedule=cosine", "--lr_schedule=constant_then_decay")),
@@ -442,8 +466,8 @@ def test_json_is_plain_and_by_section():
 
 def test_unknown_key_is_refused():
   tree = json.loads(config_lib.to_json(Config()))
-  tree["model"]["num_heads"] = 4
-  with pytest.raises(UserError, match=r"model\.num_heads.*does not know"):
+  tree["model"]["num_ears"] = 4
+  with pytest.raises(UserError, match=r"model\.num_ears.*does not know"):
     config_lib.from_json(json.dumps(tree))
 
 
@@ -527,6 +551,7 @@ MAY_CHANGE = {
     "on_nonfinite",
     "max_nonfinite",
   ),
+  *("classes", "guidance_scale", "guidance_interval", "guide_with", "keep_every"),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),

@@ -13,12 +13,13 @@ from PIL import Image
 from ddpm_jax import command
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, DataConfig
-from ddpm_jax.data import pipeline, sources, summary
+from ddpm_jax.data import pipeline, prepare, sources, summary
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.first_stage.pixels import Pixels
 from ddpm_jax.training.objective import DenoiserObjective
 from ddpm_jax.training.step import example_keys
 from ddpm_jax.workdir import grids
+from tests.data import mixed  # noqa: F401  TFDS knows the data set once this is imported
 from tests.data.packing import classes, encoded, pictures, write, write_folder
 
 
@@ -89,6 +90,27 @@ def test_own_images_take_the_preset_that_training_takes(tmp_path, run):
   assert code == 0 and err.startswith("own images, with the settings that a new run takes here: --preset=images32")
   told = table(out)
   assert "all 2 images, 32x32, " in told["batch"] and "mirrored at random" in told["batch"] and "training" not in told
+
+
+@pytest.fixture(scope="module")
+def mixed_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  prepare.prepare(DataConfig(dataset="mixed/half", data_dir=str(folder)))
+  return folder
+
+
+def test_tfds(run, mixed_dir):
+  """Its splits and classes; images of no declared size are read although training would refuse them."""
+  code, out, err = run("mixed/half", f"--data_dir={mixed_dir}", "--split=train[:10]")
+  told = table(out)
+  assert (code, err) == (0, "") and out.startswith("mixed/half: 10 images of train[:10]\n"), err
+  assert (told["splits"], told["sizes"], told["left out"], told["bad"]) == ("train, test", "8x8", "nothing", "none")
+  assert told["channels"] == "colour, 3 in a batch; 4 images are grey"
+  assert told["classes"].startswith("3: b/c ") and told["classes"].endswith(", of no image 0")
+  assert "image_size: 0, but the images of" in told["training"] and "64x64" in told["batch"]
+  told = table(run("mixed/half", f"--data_dir={mixed_dir}", "--split=test", "--image_size=6x4")[1])
+  assert re.fullmatch("none: the data set has none for image [0-9]+ of test", told["classes"])
+  assert "training" not in told and "6x4" in told["batch"]
 
 
 def test_many_sizes_are_ranges(tmp_path, run):
