@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, EvaluateConfig
+from ddpm_jax.config import EvaluateConfig
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import by_class, likelihood, measures, trained, yardsticks
+from ddpm_jax.evaluation import by_class, likelihood, measures, moments, trained, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.evaluate import Abandoned, check, evaluate, measurable
 from ddpm_jax.evaluation.results import read_result, write_result
@@ -143,7 +142,7 @@ def test_means_over_classes_and_classes_that_the_classifier_does_not_know():
   """By hand: all classes have a distance, and the classifier knows two of three."""
   labels = np.repeat([0, 1, 2], 10)
   features = np.random.default_rng(0).normal(size=(2, 30, 2))
-  ours, others = (by_class.moments_by_class(part, labels) for part in features)
+  ours, others = (moments.moments_by_class(part, labels) for part in features)
   probabilities = np.eye(2)[np.repeat([0, 1, 0, 1], (10, 4, 6, 10))]
   right = by_class.seen_as("classifier", probabilities, labels)
   found = by_class.measure("classifier", NAMES, labels, ours, others, right)
@@ -197,13 +196,7 @@ def test_on_by_default_for_conditional_models_alone(tmp_path):
     "left out: classes (" + str(tmp_path / "a.npz") + " has no classes, and features=network sees none)"
   )
   with pytest.raises(UserError, match=r"measures: classes cannot be measured, as .*a\.npz has no classes"):
-    measurable(conditional(**file), labelled())
-  with pytest.raises(UserError, match="measures: classes needs a model of --conditioning=class; leave it out"):
-    config_of(measures=("classes",))
-  with pytest.raises(UserError, match="evaluate_labels: uniform has no effect with conditioning=none; leave it out"):
-    config_of(evaluate_labels="uniform")
-  with pytest.raises(UserError, match=r"guidance_scale: 1\.0,2\.0,2\.0 names one twice"):
-    config_lib.override(Config(), {"guidance_scale": (1.0, 2.0, 2.0)})
+    measurable(conditional(measures=("frechet", "classes"), **file), labelled())
 
 
 @pytest.mark.parametrize(
