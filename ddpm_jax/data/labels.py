@@ -56,7 +56,7 @@ def _of_dataset_json(
   """The classes int32 [N] and their names, as `dataset.json` has them; None if it has none."""
   try:
     tree = json.loads(text)
-  except ValueError as error:  # of JSON, or of the encoding
+  except (ValueError, RecursionError) as error:  # of JSON, or of the encoding
     raise _bad(dataset, f"is not JSON ({' '.join(str(error).split())})") from None
   pairs = tree.get("labels") if isinstance(tree, dict) else None
   if pairs is None:
@@ -163,6 +163,9 @@ def numbers_of(only: str, dataset: str, names: Sequence[str]) -> list[int]:
   """The classes that --only names, by name or by number, in rising order. Raises UserError for one that is unknown."""
   numbers = set()
   for word in (part.strip() for part in only.split(",")):
+    if names.count(word) > 1:
+      same = " and ".join(str(number) for number, name in enumerate(names) if name == word)
+      raise UserError(f"only: {word!r} names several classes of {dataset}, {same}; use the number")
     if word in names:
       numbers.add(list(names).index(word))
     elif re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
@@ -180,5 +183,5 @@ def _is_class(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-  text = json.dumps(value)
+  text = json.dumps(value, default=str)
   return text if len(text) <= 60 else text[:60] + "..."
