@@ -76,6 +76,20 @@ def path_of(data: DataConfig) -> str:
   return expanded("dataset", path)
 
 
+def not_there(data: DataConfig, what: str) -> UserError:
+  """The error that there is no such collection; `what`: why, and what to do."""
+  if "://" in data.dataset:
+    what = "is an address, and images are read from disk; copy them to one, or mount the bucket"
+  path = path_of(data)
+  try:
+    os.listdir(path if os.path.isdir(path) else os.path.dirname(path) or os.curdir)
+  except PermissionError as error:
+    what = f"is not found: {error.filename} cannot be listed ({error.strerror}); make it readable"
+  except OSError:
+    pass  # it is not there either
+  return UserError(f"dataset: {data.dataset!r} {what}")
+
+
 def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   """The images of a split of a collection. They are grey if all in the collection are, whatever the split.
 
@@ -279,6 +293,7 @@ PLURALS = {
   "link": "links",
   "link to a file outside": "links to files outside",
   "link to a folder": "links to folders",
+  "image with a second dot in its name": "images with a second dot in their names",
   "example without an image": "examples without an image",
 }
 LeftOut = Mapping[str, Mapping[str, int]]  # kind -> suffix (or nothing) -> how many

@@ -35,9 +35,8 @@ def find(data: DataConfig) -> ImageFiles:
   """
   root = pathlib.Path(files.path_of(data))
   if not exists(data):
-    raise UserError(
-      f"dataset: {data.dataset!r} is not a folder; use folder:PATH with the path of a folder of images, its new path "
-      "if it was moved"
+    raise files.not_there(
+      data, "is not a folder; use folder:PATH with the path of a folder of images, its new path if it was moved"
     )
   found = find_images(root, follow_links=data.follow_links, suffixes=files.suffixes_of(data))
   if not found.files:
