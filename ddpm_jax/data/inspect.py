@@ -136,7 +136,7 @@ def _read_all(encoded: EncodedImages) -> list[_Image | BadRecord]:
   return found
 
 
-def _look(encoded: EncodedImages, row: int, file: bytes | pathlib.Path | BadRecord) -> _Image | BadRecord:
+def _look(encoded: EncodedImages, row: int, file: images.File | BadRecord) -> _Image | BadRecord:
   """One image at its own size, or why it is bad."""
   name = encoded.label(row)
   try:

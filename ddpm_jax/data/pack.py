@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -214,7 +213,7 @@ def _converted(encoded: EncodedImages, rows: range, copy: bool) -> list[bytes | 
   return made
 
 
-def _convert(encoded: EncodedImages, row: int, file: bytes | pathlib.Path | BadRecord, copy: bool) -> bytes:
+def _convert(encoded: EncodedImages, row: int, file: images.File | BadRecord, copy: bool) -> bytes:
   """Raises BadRecord, RunError."""
   if isinstance(file, BadRecord):
     raise file

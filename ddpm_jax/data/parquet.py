@@ -378,4 +378,5 @@ def _packed(data: DataConfig, paths: list[str], splits: list[str], columns: _Col
 def _from_file(
   reader: Reader, starts: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
 ) -> list[File]:
-  return [reader.read(0, int(starts[row]), int(sizes[row]), files.numbered(place, row)) for row in rows.tolist()]
+  of_rows = zip(rows.tolist(), starts[rows].tolist(), sizes[rows].tolist(), strict=True)
+  return [reader.read(0, start, size, functools.partial(files.numbered, place, row)) for row, start, size in of_rows]

@@ -84,9 +84,8 @@ def _fetch(
   reader: Reader, shard: np.ndarray, start: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all images [N]."""
-  return [
-    reader.read(int(shard[row]), int(start[row]), int(sizes[row]), files.numbered(place, row)) for row in rows.tolist()
-  ]
+  of_rows = zip(rows.tolist(), shard[rows].tolist(), start[rows].tolist(), sizes[rows].tolist(), strict=True)
+  return [reader.read(*where, functools.partial(files.numbered, place, row)) for row, *where in of_rows]
 
 
 def _shards(data: DataConfig) -> list[str]:
@@ -262,7 +261,7 @@ def _value(data: DataConfig, reader: Reader, shard: int, path: str, example: _Ex
     member = example.files.get(extension)
     if member is None:
       continue
-    content = reader.read(shard, member.start, member.size, f"{path}/{member.name}")
+    content = reader.read(shard, member.start, member.size, functools.partial("{}/{}".format, path, member.name))
     try:
       text = content.decode() if isinstance(content, bytes) else ""
       tree = json.loads(text) if extension == "json" else {}

@@ -156,7 +156,7 @@ def _starts(data: DataConfig, reader: Reader, headers: np.ndarray, place: Callab
   """Where the bytes of each entry begin, int64 [N]: behind its local header, whose length stands only there."""
   starts = np.empty_like(headers)
   for row, offset in enumerate(headers.tolist()):
-    found = reader.read(0, offset, _LOCAL_HEADER.size, place(row))
+    found = reader.read(0, offset, _LOCAL_HEADER.size, functools.partial(place, row))
     if isinstance(found, bytes):
       magic, name, extra = _LOCAL_HEADER.unpack(found)
     if isinstance(found, BadRecord) or magic != b"PK\3\4":
@@ -179,16 +179,14 @@ def _fetch(
   rows: np.ndarray,
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all entries [N]; stored: bytes if compressed, else 0."""
-  return [
-    _read(reader, int(start[row]), int(stored[row]), int(sizes[row]), int(crc[row]), place, row)
-    for row in rows.tolist()
-  ]
+  of_rows = [rows.tolist(), *(array[rows].tolist() for array in (start, stored, sizes, crc))]
+  return [_read(reader, place, *entry) for entry in zip(*of_rows, strict=True)]
 
 
 def _read(
-  reader: Reader, start: int, stored: int, size: int, crc: int, place: Callable[[int], str], row: int
+  reader: Reader, place: Callable[[int], str], row: int, start: int, stored: int, size: int, crc: int
 ) -> bytes | BadRecord:
-  name, remedy = files.numbered(place, row), "pack or copy it again"
+  name, remedy = functools.partial(files.numbered, place, row), "pack or copy it again"
   found = reader.read(0, start, stored or size, name)
   if isinstance(found, BadRecord):
     return found
@@ -196,7 +194,7 @@ def _read(
     try:
       found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(found, size + 1)  # no more than it says, whatever it holds
     except zlib.error as error:
-      return BadRecord(f"{name} cannot be decompressed ({error})", remedy)
+      return BadRecord(f"{name()} cannot be decompressed ({error})", remedy)
   if len(found) != size or zlib.crc32(found) != crc:
-    return BadRecord(f"{name} is damaged (its checksum differs)", remedy)
+    return BadRecord(f"{name()} is damaged (its checksum differs)", remedy)
   return found
