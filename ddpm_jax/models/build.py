@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, check_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.layers import Conv3x3, num_norm_groups
+from ddpm_jax.models.layers import Conv3x3, SelfAttention, num_norm_groups
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import cpu
 
@@ -99,6 +100,19 @@ def fast_convolutions(plain: Callable, args: tuple, kwargs: dict, context: Inter
   return plain(*args, **kwargs)
 
 
+def fused_attention(plain: Callable, args: tuple, kwargs: dict, context: InterceptorContext) -> Any:
+  """An interceptor as `fast_convolutions`: attention by one kernel of cuDNN, where that has one.
+
+  It takes half precision, and heads of up to 128 channels in eights. One head alone stays as it is: its programs, and
+  so its bits, are those of earlier releases.
+  """
+  if isinstance(context.module, SelfAttention) and context.method_name == "attend":
+    (_, _, num_heads, size), half = args[0].shape, args[0].dtype in (jnp.bfloat16, jnp.float16)
+    if half and num_heads > 1 and size % 8 == 0 and size <= 128:
+      return jax.nn.dot_product_attention(*args, implementation="cudnn")
+  return plain(*args, **kwargs)
+
+
 class TrainableNetwork(Network, Protocol):
   """A network that can be trained: one that makes its own first parameters."""
 
@@ -109,16 +123,23 @@ class TrainableNetwork(Network, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UNetNetwork:
-  """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters. Its condition is a label."""
+  """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters. Its condition is a label.
+
+  Attributes:
+    model: the module.
+    attention: 'cudnn' where its programs are for GPUs with cuDNN alone, see `fused_attention`; else 'xla'.
+  """
 
   model: UNet
+  attention: str = "xla"
 
   def __call__(
     self, params: Params, x: jax.Array, time: jax.Array, cond: Cond = None, *, dropout_keys: jax.Array | None = None
   ) -> jax.Array:
     """x float32 [B, H, W, C], time [B], cond int32 [B] or, if it is unconditional, None -> float32 [B, H, W, C]."""
     assert (cond is not None) == (self.model.num_labels > 0), "a label goes to a conditional network, and to no other"
-    with nn.intercept_methods(fast_convolutions):
+    fused = nn.intercept_methods(fused_attention) if self.attention == "cudnn" else contextlib.nullcontext()
+    with nn.intercept_methods(fast_convolutions), fused:
       output = self.model.apply({"params": params}, x, time, dropout_keys, cond)
     assert isinstance(output, jax.Array)  # and not a pair with mutated collections: the U-Net has none
     return output
@@ -129,13 +150,27 @@ class UNetNetwork:
 
 
 def build_denoiser(
-  config: ModelConfig, prediction: str, image_shape: tuple[int, int, int], network: TrainableNetwork | None = None
+  config: ModelConfig,
+  prediction: str,
+  image_shape: tuple[int, int, int],
+  network: TrainableNetwork | None = None,
+  *,
+  attention: str = "xla",
 ) -> Denoiser:
   """The denoiser of that prediction: the one place that knows predictions by name. Raises UserError.
 
   network: in the place of the U-Net of `config`.
+  attention: see `UNetNetwork`.
   """
-  return Denoiser(network or UNetNetwork(build_model(config, image_shape)), PARAMETERIZATIONS[prediction])
+  network = network or UNetNetwork(build_model(config, image_shape), attention)
+  return Denoiser(network, PARAMETERIZATIONS[prediction])
+
+
+def portable(denoiser: Denoiser) -> Denoiser:
+  """The same function of the same parameters, for programs that run on any kind of device."""
+  if not isinstance(denoiser.network, UNetNetwork):
+    return denoiser
+  return dataclasses.replace(denoiser, network=dataclasses.replace(denoiser.network, attention="xla"))
 
 
 def init_params(model: UNet, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
