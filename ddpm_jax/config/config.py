@@ -265,6 +265,8 @@ def guided(sample: SampleConfig) -> bool:
 def _check_guidance(sample: SampleConfig) -> None:
   if not sample.guidance_scale:
     raise UserError("guidance_scale: empty; use 1 for no guidance")
+  if len(set(sample.guidance_scale)) < len(sample.guidance_scale):
+    raise UserError(f"guidance_scale: {flag_text(sample.guidance_scale)} names one twice; name each once")
   for name in ("guidance_interval", "guide_with"):
     if (value := getattr(sample, name)) and not guided(sample):
       raise UserError(f"{name}: {flag_text(value)} has no effect with guidance_scale=1; set that, such as to 2")
@@ -347,12 +349,17 @@ def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
 def _check_evaluate(config: Config) -> None:
   evaluate, defaults, train = config.evaluate, EvaluateConfig(), config.train
   if not evaluate.measures:
-    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, ode")
+    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, classes, ode")
   for name in ("bound_timesteps", "ode_steps"):
     if getattr(evaluate, name) > config.diffusion.num_timesteps and getattr(evaluate, name) != getattr(defaults, name):
       raise UserError(
         f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
       )
+  if config.data.conditioning == "none":
+    if "classes" in evaluate.measures:
+      raise UserError("measures: classes needs a model of --conditioning=class; leave it out")
+    if evaluate.evaluate_labels != defaults.evaluate_labels:
+      raise UserError(f"evaluate_labels: {evaluate.evaluate_labels} has no effect with conditioning=none; leave it out")
   if evaluate.evaluate_samples == 1:
     raise UserError("evaluate_samples: 1 must be at least 2; use 0 for as many as fit")
   if evaluate.features == "inception" and not evaluate.inception_weights:
