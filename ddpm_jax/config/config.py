@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Container, Iterator
 from typing import Any
 
-from ddpm_jax.config.option import check_range, flag_text
+from ddpm_jax.config.option import check_range, flag_text, image_size
 from ddpm_jax.config.sections import (
   WITHOUT_ENDS,
   DataConfig,
@@ -87,6 +87,19 @@ def own_images(dataset: str) -> tuple[str, str] | None:
   """Kind and path of a collection of image files; None for a data set of another kind."""
   kind, colon, path = dataset.partition(":")
   return (kind, path) if colon and kind in OWN_IMAGES else None
+
+
+def check_size(model: ModelConfig, height: int, width: int) -> None:
+  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can."""
+  levels = len(model.channel_multipliers)
+  factor = 2 ** (levels - 1)
+  if height % factor or width % factor:
+    heights, widths = ([n * factor for n in (size // factor, -(-size // factor))] for size in (height, width))
+    nearest = [image_size(*sides) for sides in zip(heights, widths, strict=True) if all(sides)]
+    raise UserError(
+      f"image_size: {image_size(height, width)} is not divisible by {factor}, as the {levels} levels of "
+      f"channel_multipliers need; use --image_size={' or '.join(map(str, nearest))}, or fewer levels"
+    )
 
 
 def changed(

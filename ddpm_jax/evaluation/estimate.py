@@ -159,7 +159,9 @@ def measure_speed(config: Config, weights: Weights, features: Features | None, t
 def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_precision: str) -> float:
   """Seconds an image takes of one network evaluation in a batch of moderate size."""
   run = weights.run
-  network = UNetNetwork(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
+  network = UNetNetwork(
+    build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape), run.mesh.attention
+  )
   rows = BatchedFn(
     lambda params, xt, t, label=None: network(params, xt, t, label), run.mesh, matmul_precision=matmul_precision
   )

@@ -22,14 +22,14 @@ from ddpm_jax.checkpoint import resume
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.checkpoint.saver import Saver
-from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.config import Config, TrainConfig, check_size
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
-from ddpm_jax.models.build import TrainableNetwork, check_size, fitted
+from ddpm_jax.models.build import TrainableNetwork, fitted
 from ddpm_jax.runs import earlier, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview

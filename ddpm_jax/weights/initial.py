@@ -93,11 +93,10 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config, image_shape, classes = file.describe(place)
     return WeightSource(place, "file", _settings_of(config), image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
-    settings, image_shape = diffusers.describe(place)
+    settings, image_shape, classes = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
-    return WeightSource(
-      place, "diffusers", settings | ({"preview_steps": settings["num_timesteps"]} if few else {}), image_shape
-    )
+    few_steps = {"preview_steps": settings["num_timesteps"]} if few else {}
+    return WeightSource(place, "diffusers", settings | few_steps, image_shape, classes)
   if (place / "config.json").exists():
     config = layout.load_config(place)
     return WeightSource(place, "workdir", _settings_of(config), None, _classes_of(config, place))
