@@ -249,7 +249,9 @@ def _check_guidance(sample: SampleConfig) -> None:
     raise UserError("guidance_scale: empty; use 1 for no guidance")
   for name in ("guidance_interval", "guide_with"):
     if (value := getattr(sample, name)) and not guided(sample):
-      raise UserError(f"{name}: {flag_text(value)} has no effect with guidance_scale=1; set that, such as to 2")
+      raise UserError(
+        f"{name}: {flag_text(value)} has no effect with guidance_scale=1; use --guidance_scale=2, or --{name}="
+      )
   if interval := sample.guidance_interval:
     text = flag_text(interval)
     if len(interval) != 2:

@@ -75,7 +75,7 @@ def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None)
 def check_guidance(options: SampleConfig, weights: Weights) -> None:
   """Raises UserError where there is nothing to guide by: neither a null label nor a guide of its own."""
   scale = next((scale for scale in options.guidance_scale if scale != 1.0), None)
-  if scale is None or options.guide_with or weights.run.null_label is not None:
+  if scale is None or weights.guide is not None or weights.run.null_label is not None:
     return
   why = "is unconditional" if not weights.run.conditional else "was trained without --label_dropout"
   raise UserError(

@@ -63,8 +63,6 @@ class Drawn:
     about = [weights.identity, run.image_shape, own]
     if classes is not None:
       about.append(hashlib.sha256(classes.turn.tobytes()).hexdigest())
-    if weights.guide is not None:
-      about.append(weights.guide.identity)
     text = json.dumps(about, sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
@@ -170,6 +168,7 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "dtype": config.model.dtype,
     "matmul_precision": config.model.matmul_precision,
     "device": jax.devices()[0].device_kind,
+    **({"guide_sha256": weights.guide.identity} if weights.guide else {}),
   }
 
 

@@ -35,6 +35,9 @@ ZERO_MEANS = {
   "sample_seed": "a seed",
   "sample_every": "never",
   "max_unsaved_steps": "twice checkpoint_every",
+  "keep_every": "none",
+  "num_classes": "those of the data set",
+  "label_dropout": "none",
   "step_timeout": "never",
   "sampling_steps": "all T",
   "eta": "deterministic",
@@ -80,6 +83,7 @@ BASE = {
 OTHER = {
   "dataset": "parquet:/data/a b#c,d=e",
   "only": "cat,7",
+  "conditioning": "class",
   "label_field": "kind",
   "image_field": "picture",
   "split": "train[:90%]",
@@ -111,6 +115,8 @@ OTHER = {
   "attention_resolutions": (),
   "norm_groups": 32,
   "dropout": 0.0,
+  "num_classes": 1000,
+  "label_dropout": 0.1,
   "dtype": "bfloat16",
   "matmul_precision": "highest",
   "remat": "blocks",
@@ -128,6 +134,7 @@ OTHER = {
   "checkpoint_every": 70,
   "sample_every": 0,
   "keep_checkpoints": 1,
+  "keep_every": 140,
   "max_unsaved_steps": 900,
   "on_corrupt": "fail",
   "on_nonfinite": "skip",
@@ -154,6 +161,10 @@ OTHER = {
   "time_grid": "quadratic",
   "threshold": "dynamic",
   "threshold_quantile": 0.9,
+  "classes": ("cat b#c", "7"),
+  "guidance_scale": (1.0, 2.5, 1 / 3),
+  "guidance_interval": (0.1 + 0.2, 1.5),
+  "guide_with": "/data/worse one",
   "input_images": "/data/a b,c",
   "mask": "/data/mask#1.png",
   "repaint_jump": 5,
@@ -256,8 +267,12 @@ def test_every_number_is_refused_outside_its_range():
   for value in (float("nan"), float("inf"), float("-inf")):
     cases += [({name: value}, f"{name}: {value} is not a finite number") for name in FLOATS]
   for value in ((-1,), (1, -2)):
-    least = {"attention_resolutions": 0}  # 0: where it fits
-    cases += [({name: value}, f"{name}: {value[-1]} must be at least {least.get(name, 1)}") for name in TUPLES]
+    least = {"attention_resolutions": 0, "guidance_scale": 0, "guidance_interval": 0}  # 0: where it fits, no class, all
+    cases += [
+      ({name: value}, rf"{name}: {value[-1]}(\.0)? must be at least {least.get(name, 1)}")
+      for name in TUPLES
+      if name != "classes"
+    ]
   assert len(NUMBERS) > 40 and len(FLOATS) > 8 and len(TUPLES) > 1
   assert not wrong(cases)
 
@@ -278,6 +293,7 @@ LIMITS = [
   ("beta_start", 1.0, "less than 1"),
   ("beta_end", 1.5, "less than 1"),
   ("dropout", 1.0, "less than 1"),
+  ("label_dropout", 1.0, "less than 1"),
   ("ema_decay", 1.0, "less than 1"),
   ("channels", 1, "at least 2"),
   ("eta", 1.01, "at most 1"),
@@ -369,6 +385,19 @@ CONTRADICTIONS = [
   *(({"profile_steps": text}, ("profile_steps", text, "1:4000")) for text in ("0:5", "1:4001")),
   ({"profile_steps": "5:4"}, ("profile_steps", "5:4", "4:5")),
   ({"profile_steps": "1:2:3"}, ("profile_steps", "'1:2:3'", "such as")),
+  ({"num_classes": 3}, ("num_classes", "3", "conditioning=none", "--conditioning=class")),
+  ({"label_dropout": 0.1}, ("label_dropout", "0.1", "conditioning=none", "--conditioning=class")),
+  ({"guidance_scale": ()}, ("guidance_scale", "empty", "1 for no guidance")),
+  ({"guidance_interval": (0.2, 1.6)}, ("guidance_interval", "0.2,1.6", "guidance_scale=1", "--guidance_scale=2")),
+  ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1", "--guide_with=")),
+  *(
+    ({"guidance_scale": (2.0,), "guidance_interval": interval}, ("guidance_interval", text))
+    for interval, text in (
+      ((1.6,), "is not LO,HI"),
+      ((1.6, 0.2), "holds no noise level"),
+      ((1.0, 1.0), "no noise level"),
+    )
+  ),
 ]
 
 
@@ -408,6 +437,8 @@ ALLOWED = [
   {"evaluate_every": 5, "best_measure": "ode", "measures": ("ode",)},
   {"stop_exit_code": 4},
   {"stop_exit_code": 125},
+  {"conditioning": "class", "label_dropout": 0.1},
+  {"guidance_scale": (1.0, 2.0), "guidance_interval": (0.0, 0.1), "guide_with": "raw"},
 ]
 
 
@@ -529,6 +560,7 @@ MAY_CHANGE = {
   ),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
+  *("keep_every", "classes", "guidance_scale", "guidance_interval", "guide_with"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
