@@ -112,13 +112,11 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
   if kind is float and type(value) is int:
     kind = int
   parts = value if isinstance(value, tuple) else (value,)
-  item = rules["item"]  # of a tuple
-  if item is float:
-    parts = tuple(float(part) if type(part) is int else part for part in parts)
+  items = (int, float) if rules["item"] is float else (rules["item"],)  # of a tuple
   if rules["size"] and isinstance(value, str):
     _check_size(field.name, value)
     return
-  if type(value) is not kind or (kind is tuple and any(type(part) is not item for part in parts)):
+  if type(value) is not kind or (kind is tuple and any(type(part) not in items for part in parts)):
     raise UserError(f"{field.name}: {value!r} is not of its type, {kind.__name__}; write it like {field.default!r}")
   for choice in parts if rules["choices"] else ():
     if choice not in rules["choices"]:

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,13 +27,13 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, DataConfig, own_images
 from ddpm_jax.data import files, fingerprint, images, targets
 from ddpm_jax.data import labels as labels_lib
-from ddpm_jax.data.encoded import EncodedImages, Labels, NoLabels, on_demand
+from ddpm_jax.data.encoded import HAS_NONE, EncodedImages, Labels, NoLabels, on_demand
 from ddpm_jax.data.images import BadRecord
 from ddpm_jax.data.sources import open_encoded
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.flags import ToolParser
 from ddpm_jax.runtime import console
-from ddpm_jax.runtime.paths import absolute
+from ddpm_jax.runtime.paths import absolute, check_name
 from ddpm_jax.runtime.paths import command as command_text
 
 _CHUNK = 32  # images a task
@@ -58,7 +57,12 @@ def pack(data: DataConfig, target: str, shard_size: int) -> targets.Written:
   kind, path = own_images(target) or ("", "")
   if kind not in ("zip", "webdataset") or not path:
     raise UserError(f"TARGET: {target!r} is neither zip:PATH nor webdataset:PATH; name one of them")
-  path = str(absolute("TARGET", path, "name a file on disk")) + "/" * path.endswith("/")
+  folder = path.endswith("/")
+  path = absolute("TARGET", path, "name a file on disk")
+  check_name("TARGET", path)
+  if kind == "zip" and (folder or path.is_dir()):
+    raise UserError(f"TARGET: {target!r} is a folder; name the zip, such as zip:{path / 'images.zip'}")
+  path = f"{path}{'/' * folder}"
   if kind == "webdataset":
     targets.shards_of(path)
   if data.crop == "random":
@@ -92,7 +96,9 @@ def _labels(encoded: EncodedImages) -> Labels | None:
   """The classes of the images; None if they have none. Raises UserError for labels that cannot be used."""
   try:
     return encoded.classes() if encoded.classes else None
-  except NoLabels:
+  except NoLabels as error:
+    if error.why != HAS_NONE:
+      console.note(f"no classes are packed: {encoded.name} {error.why}")
     return None
 
 
@@ -165,8 +171,9 @@ def _suffix(content: bytes) -> str:
   """The suffix of a sound image, by its format."""
   with Image.open(io.BytesIO(content)) as image:
     kind = str(image.format)
-  usual = {"JPEG": ".jpg", "TIFF": ".tif", "PPM": ".ppm", "HEIF": ".heic", "JPEG2000": ".jp2"}
-  return usual.get(kind, f".{kind.lower()}")
+  usual = {"JPEG": ".jpg", "MPO": ".jpg", "TIFF": ".tif", "HEIF": ".heic", "JPEG2000": ".jp2"}
+  suffix = usual.get(kind, f".{kind.lower()}")
+  return suffix if suffix in images.SUFFIXES else ".png"  # one by which it is known as an image: its content says which
 
 
 # Contents.
@@ -206,15 +213,17 @@ def _converted(encoded: EncodedImages, rows: range, copy: bool) -> list[bytes | 
   return made
 
 
-def _convert(encoded: EncodedImages, row: int, file: bytes | pathlib.Path | BadRecord, copy: bool) -> bytes:
+def _convert(encoded: EncodedImages, row: int, file: images.File | BadRecord, copy: bool) -> bytes:
   """Raises BadRecord, RunError."""
   if isinstance(file, BadRecord):
     raise file
   (height, width, channels), name = encoded.shape, encoded.label(row)
   if copy:
     content = file if isinstance(file, bytes) else images.read(file, name)
-    images.decode(content, channels, name)
-    return content
+    pixels = images.decode(content, channels, name)
+    # Files are all grey or not by their headers, images that are no files by what their data set says.
+    fits = encoded.file_name is not None or images.read_header(content, name)[2] == (channels == 1)
+    return content if fits else images.png(pixels)
   return images.png(images.decode(file, channels, name, (height, width), encoded.how))
 
 

@@ -1,9 +1,10 @@
-"""The parts of the U-Net of Ho et al. 2020 (appendix B), which follows PixelCNN++ and Wide ResNet."""
+"""The parts of the U-Net: of Ho et al. 2020 (appendix B), which follows PixelCNN++ and Wide ResNet, and of OpenAI's."""
 
 from __future__ import annotations
 
 import math
 import zlib
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,9 +17,38 @@ from jax.typing import DTypeLike
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()  # where the authors' code has a variance of 1e-10
 
-_EPSILON = 1e-6  # added to the variance of a group
-
 CONVOLUTION = "convolution"  # the name of what a convolution has computed, for rules on what to keep
+
+
+class Block(NamedTuple):
+  """What makes one network of another, beside sizes.
+
+  Attributes:
+    cosines_first: the timestep embedding, see `timestep_embedding`.
+    epsilon: added to the variance of a group of channels.
+    scale_shift: the timestep embedding scales and shifts what comes out of the second norm of a residual block (AdaGN,
+      Dhariwal and Nichol 2021, eq. 3), rather than being added to what goes into it.
+    downsample: the strided convolution between two levels as `Conv3x3` has it.
+    residual_resampling: between two levels are residual blocks instead, of which the first norm is followed by the mean
+      of 2x2 pixels or by their repetition, as is the shortcut.
+    wide_input: the first convolution has the channels of the first level, not `channels`.
+  """
+
+  cosines_first: bool = True
+  epsilon: float = 1e-5
+  scale_shift: bool = False
+  downsample: str = "down_symmetric"
+  residual_resampling: bool = False
+  wide_input: bool = False
+
+
+# By --block. The others than Ho's are OpenAI's network as it grew.
+BLOCKS = {
+  "ddpm": Block(cosines_first=False, epsilon=1e-6, downsample="down"),  # Ho et al. 2020
+  "ldm": Block(),  # Rombach et al. 2022, and the models of LSUN of Nichol and Dhariwal 2021
+  "iddpm": Block(scale_shift=True),  # Nichol and Dhariwal 2021
+  "adm": Block(scale_shift=True, residual_resampling=True, wide_input=True),  # Dhariwal and Nichol 2021
+}
 
 
 def num_norm_groups(channels: int) -> int:
@@ -32,19 +62,24 @@ def num_norm_groups(channels: int) -> int:
   return max(g for g in range(1, most + 1) if channels % g == 0)
 
 
-def timestep_embedding(positions: jax.Array, channels: int) -> jax.Array:
-  """Sinusoidal embedding [sin | cos] with frequencies 10000^(-i / (channels/2 - 1)), as in tensor2tensor.
+def timestep_embedding(positions: jax.Array, channels: int, cosines_first: bool = False) -> jax.Array:
+  """Sinusoidal embedding of two conventions.
 
   Args:
     positions: [B], counted from 0.
     channels: even.
+    cosines_first: [cos | sin] with frequencies 10000^(-i / (channels/2)), as in OpenAI's code; else [sin | cos] with
+      10000^(-i / (channels/2 - 1)), as in tensor2tensor.
 
   Returns:
     float32 [B, channels].
   """
   half = channels // 2
-  frequencies = jnp.exp(-math.log(10000.0) / max(half - 1, 1) * jnp.arange(half, dtype=jnp.float32))
+  last = half if cosines_first else max(half - 1, 1)
+  frequencies = jnp.exp(-math.log(10000.0) / last * jnp.arange(half, dtype=jnp.float32))
   angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+  if cosines_first:
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
   return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
 
 
@@ -100,7 +135,8 @@ class Conv3x3(nn.Module):
     features: F, channels of the output.
     kernel_init: of the kernel; the bias begins with zeros.
     dtype: of the computation; the parameters are float32.
-    resample: 'none'; 'up' convolves the input enlarged by two, each pixel repeated; 'down' has stride 2.
+    resample: 'none'; 'up' convolves the input enlarged by two, each pixel repeated; 'down' has stride 2, with zeros
+      below and right alone (TensorFlow's SAME), 'down_symmetric' on all sides (PyTorch's padding of 1).
   """
 
   features: int
@@ -121,8 +157,9 @@ class Conv3x3(nn.Module):
     """x [B, H, W, C], kernel [3, 3, C, F], of one type -> [B, H', W', F]; see `build.fast_convolutions`."""
     if self.resample == "up":
       x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-    strides = (2, 2) if self.resample == "down" else (1, 1)
-    return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    strides = (2, 2) if self.resample.startswith("down") else (1, 1)
+    padding = [(1, 1), (1, 1)] if self.resample == "down_symmetric" else "SAME"
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def pixelwise(dense: Dense, x: jax.Array) -> jax.Array:
@@ -162,10 +199,14 @@ class GroupNorm(nn.Module):
 
   num_groups: int
   dtype: DTypeLike
+  epsilon: float = BLOCKS["ddpm"].epsilon
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H, W, C] of `dtype`."""
+  def __call__(self, x: jax.Array, scale_shift: jax.Array | None = None) -> jax.Array:
+    """[B, H, W, C] -> [B, H, W, C] of `dtype`.
+
+    scale_shift: float32 [B, 2 C], s and then b, by which the result y becomes (1 + s) y + b.
+    """
     batch, height, width, channels = x.shape
     scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
@@ -177,28 +218,63 @@ class GroupNorm(nn.Module):
     x = x.astype(jnp.float32)
     mu = mean(x)
     variance = jnp.maximum(mean(jnp.square(x)) - jnp.square(mu), 0.0)
-    gain = jax.lax.rsqrt(variance + _EPSILON) * scale[None, :]
+    gain = jax.lax.rsqrt(variance + self.epsilon) * scale[None, :]
     offset = bias[None, :] - mu * gain
+    if scale_shift is not None:
+      s, b = jnp.split(scale_shift, 2, axis=-1)
+      gain, offset = (1.0 + s) * gain, (1.0 + s) * offset + b
     return (x * gain[:, None, None, :] + offset[:, None, None, :]).astype(self.dtype)
 
 
+def halve(x: jax.Array) -> jax.Array:
+  """The mean of each 2x2 pixels: [B, H, W, C] -> [B, H/2, W/2, C]."""
+  batch, height, width, channels = x.shape
+  return jnp.mean(x.reshape(batch, height // 2, 2, width // 2, 2, channels), axis=(2, 4))
+
+
+def double(x: jax.Array) -> jax.Array:
+  """Each pixel as 2x2: [B, H, W, C] -> [B, 2H, 2W, C]."""
+  wide = x.astype(jnp.float32)  # the gradient is a sum of four
+  return jnp.repeat(jnp.repeat(wide, 2, axis=1), 2, axis=2).astype(x.dtype)
+
+
 class ResBlock(nn.Module):
-  """GroupNorm, swish, conv, + timestep embedding, GroupNorm, swish, dropout, conv (zero at first), + shortcut."""
+  """GroupNorm, swish, conv, timestep embedding, GroupNorm, swish, dropout, conv (zero at first), + shortcut.
+
+  Attributes:
+    features: channels of the output.
+    num_groups: of the norms.
+    dropout: rate before the last convolution.
+    dtype: of the activations.
+    scale_shift, epsilon: see `Block`.
+    resample: 'up' or 'down': doubles or halves the resolution, before the first convolution and of the shortcut.
+  """
 
   features: int
   num_groups: int
   dropout: float
   dtype: DTypeLike
+  scale_shift: bool = False
+  epsilon: float = BLOCKS["ddpm"].epsilon
+  resample: str = "none"
 
   @nn.compact
   def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
-    """x [B, H, W, C], temb [B, E] after swish, dropout_keys [B] or None -> [B, H, W, features]."""
-    h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm1")(x))
-    h = checkpoint_name(Conv3x3(self.features, default_init, self.dtype, name="conv1")(h), CONVOLUTION)
-    temb = Dense(self.features, default_init, self.dtype, name="temb_proj")(temb)
-    h = (h + temb[:, None, None, :]).astype(h.dtype)  # added as float32, as a bias is
-    h = nn.swish(GroupNorm(self.num_groups, self.dtype, name="norm2")(h))
-    h = Dropout(self.dropout, name="dropout")(h, dropout_keys)
+    """x [B, H, W, C], temb [B, E] after swish, dropout_keys [B] or None -> [B, H', W', features]."""
+    h = nn.swish(GroupNorm(self.num_groups, self.dtype, self.epsilon, name="norm1")(x))
+    if self.resample == "down":
+      h, x = halve(h), halve(x)
+    if self.resample == "up":
+      x = double(x)  # and the convolution does the same with h
+    resample = "up" if self.resample == "up" else "none"
+    h = checkpoint_name(Conv3x3(self.features, default_init, self.dtype, resample, name="conv1")(h), CONVOLUTION)
+    norm2 = GroupNorm(self.num_groups, self.dtype, self.epsilon, name="norm2")
+    if self.scale_shift:
+      h = norm2(h, Dense(2 * self.features, default_init, self.dtype, name="temb_proj")(temb))
+    else:
+      temb = Dense(self.features, default_init, self.dtype, name="temb_proj")(temb)
+      h = norm2((h + temb[:, None, None, :]).astype(h.dtype))  # added as float32, as a bias is
+    h = Dropout(self.dropout, name="dropout")(nn.swish(h), dropout_keys)
     h = Conv3x3(self.features, zeros_init, self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
       x = pixelwise(Dense(self.features, default_init, self.dtype, name="shortcut"), x)
@@ -206,34 +282,54 @@ class ResBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """One-head self-attention over the H x W positions, with a residual; zero at first."""
+  """Self-attention over the H x W positions, with a residual; zero at first.
+
+  Attributes:
+    num_groups: of the norm.
+    dtype: of the activations.
+    num_heads: heads, each of C / num_heads channels in a row.
+    epsilon: see `Block`.
+  """
 
   num_groups: int
   dtype: DTypeLike
+  num_heads: int = 1
+  epsilon: float = BLOCKS["ddpm"].epsilon
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [B, H, W, C] -> [B, H, W, C]."""
     batch, height, width, channels = x.shape
-    h = GroupNorm(self.num_groups, self.dtype, name="norm")(x)
+    h = GroupNorm(self.num_groups, self.dtype, self.epsilon, name="norm")(x)
     # One product for queries, keys and values. Its fan-out is three times theirs, so scale 2 makes its uniform range
     # that of three separate C -> C layers: 2 / ((C + 3C) / 2) = 1 / ((C + C) / 2).
     init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
     qkv = pixelwise(Dense(3 * channels, init, self.dtype, name="qkv"), h)
-    q, k, v = jnp.split(qkv.reshape(batch, height * width, 1, 3 * channels), 3, axis=-1)
-    h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels)
+    heads = (batch, height * width, self.num_heads, channels // self.num_heads)
+    q, k, v = (part.reshape(heads) for part in jnp.split(qkv.reshape(*heads[:2], 1, 3 * channels), 3, axis=-1))
+    h = self.attend(q, k, v).reshape(batch, height, width, channels)
     return x + pixelwise(Dense(channels, zeros_init, self.dtype, name="proj"), h)
+
+  def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(size)) v of each head, all [B, positions, heads, size]; see `build.fused_attention`."""
+    return jax.nn.dot_product_attention(q, k, v)
 
 
 class Downsample(nn.Module):
-  """Halves the resolution with a strided 3x3 convolution (TensorFlow's SAME padding: one row below and right)."""
+  """Halves the resolution with a strided 3x3 convolution.
+
+  Attributes:
+    dtype: of the activations.
+    resample: 'down' or 'down_symmetric', see `Conv3x3`.
+  """
 
   dtype: DTypeLike
+  resample: str = "down"
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H/2, W/2, C]."""
-    return Conv3x3(x.shape[-1], default_init, self.dtype, "down", name="conv")(x)
+    return Conv3x3(x.shape[-1], default_init, self.dtype, self.resample, name="conv")(x)
 
 
 class Upsample(nn.Module):

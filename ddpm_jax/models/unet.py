@@ -1,4 +1,4 @@
-"""The U-Net of Ho et al. 2020 (appendix B), read top to bottom."""
+"""The U-Net of Ho et al. 2020 (appendix B), and of OpenAI, read top to bottom."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ddpm_jax.models.layers import (
+  BLOCKS,
   CONVOLUTION,
   Conv3x3,
   Dense,
@@ -29,9 +30,12 @@ class UNet(nn.Module):
   Attributes:
     out_channels: channels of the image.
     channels: channels at the full resolution; even.
-    channel_multipliers: channels of each level as multiples of `channels`; each level halves the resolution.
+    channel_multipliers: channels of each level as multiples of `channels`, also 0.5; each level halves the resolution.
     num_res_blocks: residual blocks of each level on the way down, one more on the way up.
     attention_resolutions: heights at which each residual block, down and up, is followed by attention.
+    block: a key of `layers.BLOCKS`.
+    num_heads: of each attention.
+    head_channels: channels of a head, in the place of `num_heads`; 0: as that says.
     num_groups: groups of GroupNorm; divides `channels`.
     dropout: rate inside the residual blocks.
     dtype: of the activations; parameters, the last norm and convolution, and the output are float32.
@@ -43,9 +47,12 @@ class UNet(nn.Module):
 
   out_channels: int
   channels: int = 128
-  channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+  channel_multipliers: tuple[float, ...] = (1, 2, 2, 2)
   num_res_blocks: int = 2
   attention_resolutions: tuple[int, ...] = (16,)
+  block: str = "ddpm"
+  num_heads: int = 1
+  head_channels: int = 0
   num_groups: int = 32
   dropout: float = 0.0
   dtype: DTypeLike = jnp.float32
@@ -67,6 +74,7 @@ class UNet(nn.Module):
     Returns:
       float32 [B, H, W, out_channels]; zero at initialisation.
     """
+    kind = BLOCKS[self.block]
     match self.remat:
       case "none" | "blocks":
         block_class = ResBlock
@@ -78,23 +86,44 @@ class UNet(nn.Module):
     rematted = nn.remat if self.remat == "blocks" else lambda function: function
 
     def block(
-      h: jax.Array, features: int, name: str, *, skip: jax.Array | None = None, attention: str | None = None
+      h: jax.Array,
+      features: int,
+      name: str,
+      *,
+      skip: jax.Array | None = None,
+      attention: str | None = None,
+      resample: str = "none",
     ) -> jax.Array:
       """A residual block of h, on the way up beside what `skip` brings, and the attention of that name after it."""
 
       # With the concatenation and the attention, so that remat keeps nothing of them.
       def whole(unet: UNet, h: jax.Array, skip: jax.Array | None, temb: jax.Array, dropout_keys: jax.Array | None):
         h = h if skip is None else jnp.concatenate([h, skip], axis=-1)
-        h = block_class(features, unet.num_groups, unet.dropout, unet.dtype, name=name)(h, temb, dropout_keys)
-        return SelfAttention(unet.num_groups, unet.dtype, name=attention)(h) if attention else h
+        h = block_class(
+          features, unet.num_groups, unet.dropout, unet.dtype, kind.scale_shift, kind.epsilon, resample, name=name
+        )(h, temb, dropout_keys)
+        if not attention:
+          return h
+        num_heads = features // unet.head_channels if unet.head_channels else unet.num_heads
+        return SelfAttention(unet.num_groups, unet.dtype, num_heads, kind.epsilon, name=attention)(h)
 
       return rematted(whole)(self, h, skip, temb, dropout_keys)
 
     def attention_after(name: str, h: jax.Array) -> str | None:
       return f"{name}_attention" if h.shape[1] in self.attention_resolutions else None
 
+    def downsample(h: jax.Array, name: str) -> jax.Array:
+      if kind.residual_resampling:
+        return block(h, h.shape[-1], name, resample="down")
+      return Downsample(self.dtype, kind.downsample, name=name)(h)
+
+    def upsample(h: jax.Array, name: str) -> jax.Array:
+      if kind.residual_resampling:
+        return block(h, h.shape[-1], name, resample="up")
+      return Upsample(self.dtype, name=name)(h)
+
     # Timestep embedding.
-    temb = timestep_embedding(time, self.channels)
+    temb = timestep_embedding(time, self.channels, kind.cosines_first)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense1")(temb)
     temb = Dense(4 * self.channels, default_init, self.dtype, name="temb_dense2")(nn.swish(temb))
     if label is not None:
@@ -102,16 +131,16 @@ class UNet(nn.Module):
     temb = nn.swish(temb)  # every block begins its use of the embedding with a swish; done once
 
     # Down.
-    levels = len(self.channel_multipliers)
-    h = Conv3x3(self.channels, default_init, self.dtype, name="conv_in")(xt)
+    widths = [int(self.channels * multiplier) for multiplier in self.channel_multipliers]
+    h = Conv3x3(widths[0] if kind.wide_input else self.channels, default_init, self.dtype, name="conv_in")(xt)
     skips = [h]
-    for level, multiplier in enumerate(self.channel_multipliers):
+    for level, features in enumerate(widths):
       for i in range(self.num_res_blocks):
         name = f"down{level}_block{i}"
-        h = block(h, self.channels * multiplier, name, attention=attention_after(name, h))
+        h = block(h, features, name, attention=attention_after(name, h))
         skips.append(h)
-      if level < levels - 1:
-        h = Downsample(self.dtype, name=f"down{level}_downsample")(h)
+      if level < len(widths) - 1:
+        h = downsample(h, f"down{level}_downsample")
         skips.append(h)
 
     # Middle: attention at every resolution.
@@ -120,12 +149,12 @@ class UNet(nn.Module):
     h = block(h, features, "mid_block1")
 
     # Up.
-    for level, multiplier in reversed(list(enumerate(self.channel_multipliers))):
+    for level, features in reversed(list(enumerate(widths))):
       for i in range(self.num_res_blocks + 1):
         name = f"up{level}_block{i}"
-        h = block(h, self.channels * multiplier, name, skip=skips.pop(), attention=attention_after(name, h))
+        h = block(h, features, name, skip=skips.pop(), attention=attention_after(name, h))
       if level > 0:
-        h = Upsample(self.dtype, name=f"up{level}_upsample")(h)
+        h = upsample(h, f"up{level}_upsample")
     assert not skips
 
     # End, in float32: where the samplers divide by sqrt(alpha_bar_t), a rounding to bfloat16 would be multiplied too.

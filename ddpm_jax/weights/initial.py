@@ -94,11 +94,10 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config, image_shape, classes = file.describe(place)
     return WeightSource(place, "file", _settings_of(config), image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
-    settings, image_shape = diffusers.describe(place)
+    settings, image_shape, classes = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
-    return WeightSource(
-      place, "diffusers", settings | ({"preview_steps": settings["num_timesteps"]} if few else {}), image_shape
-    )
+    few_steps = {"preview_steps": settings["num_timesteps"]} if few else {}
+    return WeightSource(place, "diffusers", settings | few_steps, image_shape, classes)
   if (place / "config.json").exists():
     config = layout.load_config(place)
     return WeightSource(place, "workdir", _settings_of(config), None, _classes_of(config, place))
@@ -233,9 +232,8 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
     UserError: if there are none, or they do not fit the network of `config`.
   """
   weights = _find_weights(config, workdir, network)
-  if not config.sample.guide_with or not config_lib.guided(config.sample):
-    return weights
-  return weights._replace(guide=_find_guide(config, workdir, weights))
+  guide = config.sample.guide_with
+  return weights._replace(guide=find_guide(guide, config, workdir, weights)) if guide else weights
 
 
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
@@ -248,9 +246,18 @@ def _find_weights(config: Config, workdir: pathlib.Path | None, network: Trainab
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)), classes=classes)
 
 
-def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
-  """The weights that --guide_with names, of a model that can guide. Raises UserError."""
-  text = config.sample.guide_with
+def find_guide(text: str, config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
+  """The weights of a guide, of a model of the same process, images and classes.
+
+  Args:
+    text: `--guide_with`: a number of training steps, 'raw', or a path.
+    config: of the run.
+    workdir: its folder, if it has one.
+    weights: what is guided.
+
+  Raises:
+    UserError: there are none, or they are of another kind.
+  """
   own = {"raw": {"sample_weights": "raw"}} | ({text: {"checkpoint": text}} if text.isdecimal() else {})
   try:
     if text in own:

@@ -18,7 +18,7 @@ PACKAGE = pathlib.Path(ddpm_jax.__file__).parent
 OPTIONS = [(section, field) for section, field, _ in config_lib.options(Config())]
 NUMBERS = [f.name for _, f in OPTIONS if isinstance(f.default, int | float) and not isinstance(f.default, bool)]
 FLOATS = [f.name for _, f in OPTIONS if isinstance(f.default, float)]
-TUPLES = [f.name for _, f in OPTIONS if isinstance(f.default, tuple) and not f.metadata["choices"]]
+TUPLES = [f.name for _, f in OPTIONS if isinstance(f.default, tuple) and f.metadata["item"] is not str]
 CHOICES = [f.name for _, f in OPTIONS if f.metadata["choices"] and not isinstance(f.default, tuple)]
 
 # Every number is refused at 0 but these, where 0 means something.
@@ -27,6 +27,7 @@ ZERO_MEANS = {
   "cache_gib": "no cache",
   "data_workers": "threads of this process",
   "norm_groups": "automatic",
+  "head_channels": "as num_heads says",
   "dropout": "none",
   "warmup_steps": "none",
   "grad_clip": "none",
@@ -113,6 +114,8 @@ OTHER = {
   "channel_multipliers": (1, 1, 2, 2, 4, 4),
   "num_res_blocks": 3,
   "attention_resolutions": (),
+  "block": "adm",
+  "num_heads": 4,
   "norm_groups": 32,
   "dropout": 0.0,
   "num_classes": 1000,
@@ -176,6 +179,7 @@ OTHER = {
   "inception_weights": "/data/inception.safetensors",
   "inception_resize": "clean",
   "evaluate_samples": 1000,
+  "evaluate_labels": "uniform",
   "reference_split": "test",
   "likelihood_splits": "train,test",
   "likelihood_examples": 500,
@@ -202,6 +206,7 @@ OTHER_TASKS = [
   {k: v for k, v in OTHER.items() if k != "reference_split"} | {"reference_stats": "/data/stats of it.npz"},
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
+  {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
 ]
 
 
@@ -267,12 +272,8 @@ def test_every_number_is_refused_outside_its_range():
   for value in (float("nan"), float("inf"), float("-inf")):
     cases += [({name: value}, f"{name}: {value} is not a finite number") for name in FLOATS]
   for value in ((-1,), (1, -2)):
-    least = {"attention_resolutions": 0, "guidance_scale": 0, "guidance_interval": 0}  # 0: where it fits, no class, all
-    cases += [
-      ({name: value}, rf"{name}: {value[-1]}(\.0)? must be at least {least.get(name, 1)}")
-      for name in TUPLES
-      if name != "classes"
-    ]
+    least = {"attention_resolutions": 0, "guidance_scale": 0, "guidance_interval": 0}  # 0: where it fits
+    cases += [({name: value}, f"{name}: {value[-1]} must be at least {least.get(name, 1)}") for name in TUPLES]
   assert len(NUMBERS) > 40 and len(FLOATS) > 8 and len(TUPLES) > 1
   assert not wrong(cases)
 
@@ -320,6 +321,17 @@ def test_words_of_a_list_are_checked():
 
 _OF_SIZE = (("resize", "squash"), ("crop", "random"), ("resample", "box"))
 CONTRADICTIONS = [
+  ({"num_classes": 10}, ("num_classes", "10", "conditioning=none", "--conditioning=class")),
+  ({"label_dropout": 0.1}, ("label_dropout", "0.1", "conditioning=none", "--conditioning=class")),
+  ({"guidance_scale": ()}, ("guidance_scale", "empty", "use 1")),
+  ({"guidance_scale": (1.0, 2.0, 2.0)}, ("guidance_scale", "1.0,2.0,2.0", "once")),
+  ({"measures": ("classes",)}, ("measures", "classes", "--conditioning=class", "leave it out")),
+  ({"evaluate_labels": "uniform"}, ("evaluate_labels", "uniform", "conditioning=none", "leave it out")),
+  ({"guidance_interval": (0.2, 1.0)}, ("guidance_interval", "0.2,1.0", "guidance_scale=1")),
+  ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
+  ({"guidance_scale": (2.0,), "guidance_interval": (0.2,)}, ("guidance_interval", "0.2", "LO,HI")),
+  ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 0.2)}, ("guidance_interval", "1.0,0.2", "lower one first")),
+  ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 1.0)}, ("guidance_interval", "1.0,1.0", "lower one first")),
   ({"beta_start": 0.03}, ("beta_start", "0.03", "beta_end=0.02")),
   ({"beta_schedule": "cosine", "beta_start": 0.001}, ("beta_start", "0.001", "beta_schedule=cosine", "leave it out")),
   ({"beta_schedule": "cosine", "beta_end": 0.03}, ("beta_end", "0.03", "beta_schedule=cosine", "leave it out")),
@@ -333,6 +345,7 @@ CONTRADICTIONS = [
   ({"channels": 33}, ("channels", "33", "even")),
   ({"norm_groups": 32}, ("norm_groups", "32", "one channel in a group", "--norm_groups=0")),
   ({"norm_groups": 5}, ("norm_groups", "5", "channels=32", "divisor")),
+  ({"num_heads": 4, "head_channels": 8}, ("num_heads", "4", "head_channels=8", "leave one of them out")),
   ({"max_nonfinite": 3}, ("max_nonfinite", "3", "on_nonfinite=halt", "--on_nonfinite=skip")),
   ({"grad_accum_steps": 3}, ("grad_accum_steps", "3", "batch_size=128")),
   ({"decay_fraction": 0.5}, ("decay_fraction", "0.5", "lr_schedule=cosine", "--lr_schedule=constant_then_decay")),
@@ -473,8 +486,8 @@ def test_json_is_plain_and_by_section():
 
 def test_unknown_key_is_refused():
   tree = json.loads(config_lib.to_json(Config()))
-  tree["model"]["num_heads"] = 4
-  with pytest.raises(UserError, match=r"model\.num_heads.*does not know"):
+  tree["model"]["num_ears"] = 4
+  with pytest.raises(UserError, match=r"model\.num_ears.*does not know"):
     config_lib.from_json(json.dumps(tree))
 
 
@@ -564,7 +577,8 @@ MAY_CHANGE = {
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),
-  *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "reference_split"),
+  *("measures", "features", "inception_weights", "inception_resize", "evaluate_samples", "evaluate_labels"),
+  "reference_split",
   *("reference_stats", "write_reference"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
   *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),

@@ -13,12 +13,13 @@ from PIL import Image
 from ddpm_jax import command
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, DataConfig
-from ddpm_jax.data import pipeline, sources, summary
+from ddpm_jax.data import pipeline, prepare, sources, summary
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.first_stage.pixels import Pixels
 from ddpm_jax.training.objective import DenoiserObjective
 from ddpm_jax.training.step import example_keys
 from ddpm_jax.workdir import grids
+from tests.data import mixed  # noqa: F401  TFDS knows the data set once this is imported
 from tests.data.packing import classes, encoded, pictures, write, write_folder
 
 
@@ -31,10 +32,8 @@ def cache(tmp_path, monkeypatch):
 def run(monkeypatch, capsys, tmp_path):
   """Runs `ddpm inspect` with these words. Returns the exit code, and what it printed: (code, stdout, stderr)."""
 
-  def call(*words, preset=("--preset=none",)):
-    monkeypatch.setattr(
-      sys, "argv", ["ddpm", "inspect", *preset, *map(str, words), f"--output={tmp_path / 'look.png'}"]
-    )
+  def call(*words, preset=("--preset=none",), output=tmp_path / "look.png"):
+    monkeypatch.setattr(sys, "argv", ["ddpm", "inspect", *preset, *map(str, words), f"--output={output}"])
     return (command.main(), *capsys.readouterr())
 
   return call
@@ -89,6 +88,41 @@ def test_own_images_take_the_preset_that_training_takes(tmp_path, run):
   assert code == 0 and err.startswith("own images, with the settings that a new run takes here: --preset=images32")
   told = table(out)
   assert "all 2 images, 32x32, " in told["batch"] and "mirrored at random" in told["batch"] and "training" not in told
+
+
+@pytest.fixture(scope="module")
+def mixed_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  prepare.prepare(DataConfig(dataset="mixed/half", data_dir=str(folder)))
+  return folder
+
+
+def test_tfds(run, mixed_dir):
+  """Its splits and classes; images of no declared size are read although training would refuse them."""
+  code, out, err = run("mixed/half", f"--data_dir={mixed_dir}", "--split=train[:10]")
+  told = table(out)
+  assert (code, err) == (0, "") and out.startswith("mixed/half: 10 images of train[:10]\n"), err
+  assert (told["splits"], told["sizes"], told["left out"], told["bad"]) == ("train, test", "8x8", "nothing", "none")
+  assert told["channels"] == "colour, 3 in a batch; 4 images are grey"
+  assert told["classes"].startswith("3: b/c ") and told["classes"].endswith(", of no image 0")
+  assert "image_size: 0, but the images of" in told["training"] and "64x64" in told["batch"]
+  told = table(run("mixed/half", f"--data_dir={mixed_dir}", "--split=test", "--image_size=6x4")[1])
+  assert re.fullmatch("none: the data set has none for image [0-9]+ of test", told["classes"])
+  assert "training" not in told and "6x4" in told["batch"]
+
+
+def test_a_size_that_the_network_cannot_take(tmp_path, run):
+  dataset = write("folder", tmp_path, pictures(4))
+  told = table(run(dataset, "--image_size=9x12", "--channel_multipliers=1,2,2")[1])
+  assert told["training"].startswith("would be refused: image_size: 9x12 is not divisible by 4, as the 3 levels of")
+  assert "training" not in table(run(dataset, "--image_size=8x12", "--channel_multipliers=1,2,2")[1])
+
+
+def test_names_of_classes_stay_on_their_line(tmp_path, run):
+  files = {f"{'ab'[i % 2]}\n/{i}\n.png": content for i, content in enumerate(pictures(4).values())}
+  code, out, _ = run(write("folder", tmp_path, files | {"a\n/none\n.png": b"no image"}))
+  told = table(out)
+  assert code == 0 and told["classes"] == "2: a\\n 3, b\\n 2" and "/a\\n/none\\n.png (image 2)" in told["bad"], out
 
 
 def test_many_sizes_are_ranges(tmp_path, run):
@@ -155,9 +189,15 @@ def test_what_is_refused_is_one_line(tmp_path, run):
     ([], "required: DATASET"),
     ([f"folder:{tmp_path}/none"], "is not a folder"),
     (["digits", "more"], "unexpected argument 'more'"),
+    (["digits", "--batch_size=0"], "batch_size: 0 must be at least 1"),
     (["digits", "--only=x"], "only: 'x' is none of the 10 classes"),
     ([write("folder", tmp_path, {"a.png": encoded(np.zeros((8, 8), np.uint8))[:45]})], "can be decoded"),
   ):
     code, out, err = run(*words)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and part in err, err
   assert not (tmp_path / "look.png").exists()
+  code, _, err = run(f"folder:{tmp_path}/none", preset=())
+  assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+  for output, part in (("none/x.png", "is no file in a folder that exists"), ("", "is no file in"), ("a\nb", "'\\n'")):
+    code, out, err = run("digits", output=f"{tmp_path}/{output}" if output else "")
+    assert (code, out) == (2, "") and err.startswith("error: output: ") and err.count("\n") == 1 and part in err, err

@@ -13,7 +13,9 @@ import pytest
 
 from ddpm_jax import command
 from ddpm_jax.config import DataConfig
-from ddpm_jax.data import fingerprint, pack, pipeline, sources
+from ddpm_jax.data import fingerprint, pack, pipeline, prepare, sources
+from ddpm_jax.data.encoded import NoLabels
+from tests.data import mixed
 from tests.data.packing import KINDS, classes, encoded, pictures, write, write_folder, write_tar
 
 TARGETS = ("zip", "webdataset")
@@ -156,6 +158,37 @@ def test_resized_as_in_training(tmp_path, run, kind):
       assert archive.namelist()[:2] == names and json.loads(archive.read("dataset.json"))["label_names"] == ["3", "7"]
 
 
+@pytest.fixture(scope="module")
+def mixed_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  for name in mixed.CONFIGS:
+    prepare.prepare(DataConfig(dataset=f"mixed/{name}", data_dir=str(folder)))
+  return folder
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("name", mixed.CONFIGS)
+def test_tfds(tmp_path, run, kind, name, mixed_dir):
+  """The pixels, classes and names of the source, whatever the encoded images are and say."""
+  source, where = f"mixed/{name}", {"data_dir": str(mixed_dir)}
+  dataset = packed(run, source, kind, tmp_path / "whole" / "x", f"--data_dir={mixed_dir}")
+  for size in (8, 6):
+    (ours, found), (theirs, right) = batches(dataset, image_size=size), batches(source, image_size=size, **where)
+    same(found, right)
+    assert (ours.length, ours.image_shape) == (12, theirs.image_shape)
+    assert ours.known_classes().names == theirs.known_classes().names
+    np.testing.assert_array_equal(ours.labels(), theirs.labels())
+  dataset = packed(
+    run, source, kind, tmp_path / "part" / "x", f"--data_dir={mixed_dir}", "--split=train[5:]", "--only=1,0"
+  )
+  same(batches(dataset, image_size=8)[1], batches(source, image_size=8, split="train[5:]", only="1,0", **where)[1])
+  code, out, err = run(source, *target(kind, tmp_path / "test" / "x"), f"--data_dir={mixed_dir}", "--split=test")
+  assert code == 0 and err.startswith(f"no classes are packed: {source} has none for image ") and err.count("\n") == 1
+  ours = sources.open_source(DataConfig(dataset=out.strip().partition("--dataset=")[2]))
+  with pytest.raises(NoLabels):
+    ours.labels()
+
+
 @pytest.mark.parametrize("kind", TARGETS)
 def test_images_of_different_sizes_and_formats_are_copied(tmp_path, run, kind):
   files = {
@@ -228,6 +261,11 @@ def test_what_is_refused_is_one_line(tmp_path, run):
     ([source, f"zip:{tmp_path}/x.zip", "--image_size=4", "--crop=random"], "crop: random takes another part"),
     ([source, f"zip:{tmp_path}/x.zip", "--imagesize=4"], "did you mean --image_size"),
     ([f"folder:{tmp_path}/none", f"zip:{tmp_path}/x.zip"], "is not a folder"),
+    ([source, f"zip:{tmp_path}/named"], f"is a folder; name the zip, such as zip:{tmp_path}/named/images.zip"),
+    ([source, f"zip:{tmp_path}/new/"], "is a folder; name the zip"),
+    ([source, f"zip:{tmp_path}/a\nb.zip"], "has the character '\\n', with which files cannot be written"),
+    ([source, f"webdataset:{tmp_path}/a\0b"], "has the character '\\x00'"),
+    ([source, f"zip:{tmp_path}/\udcff.zip"], "is not UTF-8; use another TARGET"),
     ([source, f"zip:{tmp_path}/other.zip/x.zip"], "cannot be written"),
   ):
     code, out, err = run(*words)

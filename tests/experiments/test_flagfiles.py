@@ -19,9 +19,9 @@ FILES = sorted((ROOT / "experiments").glob("*.flags"))
 NAMES = [path.stem for path in FILES]
 
 # Height of the images as the data set delivers them, where the flagfile does not resize them.
-NATIVE_SIZE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32}
+NATIVE_SIZE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "imagenet64": 64}
 NATIVE_SIZE |= {f"{name}_cond": NATIVE_SIZE[name] for name in ("fashion_mnist", "cifar10")}
-BY_CLASS = ("fashion_mnist_cond", "emoji32_cond", "cifar10_cond")
+BY_CLASS = ("fashion_mnist_cond", "emoji32_cond", "cifar10_cond", "imagenet64")
 
 # What makes an experiment what it is: every flagfile states these, so that a changed default changes no experiment.
 STATED = {

@@ -9,7 +9,7 @@ import pytest
 from ddpm_jax.models.build import fast_convolutions
 from ddpm_jax.models.layers import Conv3x3, LabelEmbedding
 
-RESAMPLE = ("none", "up", "down")
+RESAMPLE = ("none", "up", "down", "down_symmetric")
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "fast"])
@@ -27,8 +27,8 @@ def convolutions(request):
 def test_parameters_and_types_are_those_of_flax(resample, dtype, convolutions):
   init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
   x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
-  strides = 2 if resample == "down" else 1
-  ours, theirs = Conv3x3(5, init, dtype, resample), nn.Conv(5, (3, 3), strides, kernel_init=init, dtype=dtype)
+  strides, padding = 2 if resample.startswith("down") else 1, 1 if resample == "down_symmetric" else "SAME"
+  ours, theirs = Conv3x3(5, init, dtype, resample), nn.Conv(5, (3, 3), strides, padding, kernel_init=init, dtype=dtype)
   params = ours.init(jax.random.key(1), x)
   assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.all(a == b)), params, theirs.init(jax.random.key(1), x)))
   params = jax.tree.map(lambda leaf: leaf + 0.5, params)  # a bias that counts
@@ -48,7 +48,8 @@ def test_the_gradient_by_a_bias_is_summed_in_float32(resample, convolutions):
   conv, x = Conv3x3(2, nn.initializers.ones_init(), jnp.bfloat16, resample), jnp.zeros((2, 200, 250, 1))
   params = conv.init(jax.random.key(0), x[:1, :2, :2])
   gradient = jax.jit(jax.grad(lambda params: jnp.sum(conv.apply(params, x).astype(jnp.float32))))(params)
-  np.testing.assert_array_equal(gradient["params"]["bias"], {"none": 1e5, "up": 4e5, "down": 2.5e4}[resample])
+  pixels = {"none": 1e5, "up": 4e5, "down": 2.5e4, "down_symmetric": 2.5e4}
+  np.testing.assert_array_equal(gradient["params"]["bias"], pixels[resample])
 
 
 @pytest.mark.parametrize("resample", RESAMPLE)

@@ -1,5 +1,6 @@
 """The U-Net against the published parameter counts and a second implementation in float64 NumPy."""
 
+import dataclasses
 import functools
 import math
 
@@ -16,6 +17,7 @@ from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models import layers
 from ddpm_jax.models.build import UNetNetwork, build_denoiser, build_model, fitted, init_params, num_params
+from ddpm_jax.models.unet import UNet
 from tests.models import reference
 
 TINY = ModelConfig(channels=8, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(4,), dropout=0.5)
@@ -52,6 +54,46 @@ def test_published_parameter_counts(multipliers, image_shape, expected):
   assert num_params(shapes_of(ModelConfig(channel_multipliers=multipliers, **PAPER), image_shape)) == expected
 
 
+# Image [H, W, C], network, parameters. With a learned variance the output has twice the channels.
+IDDPM = dict(block="iddpm", channels=128, num_res_blocks=3, attention_resolutions=(16, 8), num_heads=4)
+ADM = dict(block="adm", channels=256, num_res_blocks=2, attention_resolutions=(32, 16, 8), head_channels=64)
+LDM = dict(block="ldm", channels=224, num_res_blocks=2, attention_resolutions=(32, 16, 8), head_channels=32)
+IMAGENET64 = dict(channels=192, channel_multipliers=(1, 2, 3, 4), num_res_blocks=3, out_channels=6)
+LARGE = dict(channel_multipliers=(1, 1, 2, 2, 4, 4), out_channels=6)
+CHURCHES = dict(channels=192, channel_multipliers=(1, 2, 2, 4, 4), attention_resolutions=(32, 16, 8, 4))
+EIGHT_HEADS, CLASSES = dict(head_channels=0, num_heads=8), dict(num_labels=1000)
+PUBLISHED = {
+  # Nichol and Dhariwal 2021
+  "CIFAR-10": ((32, 32, 3), IDDPM | dict(out_channels=3), 52_542_979),
+  "CIFAR-10, learned variance": ((32, 32, 3), IDDPM | dict(out_channels=6), 52_546_438),
+  "ImageNet 64": ((64, 64, 3), IDDPM | IMAGENET64 | dict(channels=128), 121_063_942),
+  "ImageNet 64, classes": ((64, 64, 3), IDDPM | IMAGENET64 | CLASSES, 273_049_350),
+  "LSUN": (
+    (256, 256, 3),
+    LDM | LARGE | dict(channels=128, attention_resolutions=(16,), head_channels=0),
+    113_676_678,
+  ),
+  # Dhariwal and Nichol 2021
+  "ADM 64": ((64, 64, 3), ADM | IMAGENET64 | CLASSES, 295_904_454),
+  "ADM 128": ((128, 128, 3), ADM | LARGE | CLASSES | dict(channel_multipliers=(1, 1, 2, 3, 4)), 421_529_606),
+  "ADM 256": ((256, 256, 3), ADM | LARGE | CLASSES, 553_838_086),
+  "ADM LSUN": ((256, 256, 3), ADM | LARGE, 552_814_086),
+  "ADM 512": ((512, 512, 3), ADM | LARGE | CLASSES | dict(channel_multipliers=(0.5, 1, 1, 2, 2, 4, 4)), 558_997_638),
+  # Rombach et al. 2022
+  "LDM CelebA-HQ": ((64, 64, 3), LDM | dict(channel_multipliers=(1, 2, 3, 4), out_channels=3), 274_056_163),
+  "LDM churches": ((32, 32, 4), ADM | CHURCHES | EIGHT_HEADS | dict(out_channels=4), 294_966_916),
+}
+
+
+def test_published_parameter_counts_of_openais_networks():
+  wrong = {}
+  for name, (image_shape, network, expected) in PUBLISHED.items():
+    init = functools.partial(init_params, UNet(**network), image_shape=image_shape)
+    if (found := num_params(jax.eval_shape(init, jax.random.key(0)))) != expected:
+      wrong[name] = found, expected
+  assert wrong == {}
+
+
 def test_forward_pass_is_that_of_the_reference():
   """Three levels, two blocks, attention half-way, all parameters random, in colour."""
   config = ModelConfig(channels=8, channel_multipliers=(1, 2, 2), num_res_blocks=2, attention_resolutions=(4,))
@@ -66,6 +108,34 @@ def test_forward_pass_is_that_of_the_reference():
   got = jax.jit(UNetNetwork(model))(*single, jnp.asarray(t - 1))
   assert np.abs(expected).max() > 0.5
   np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+HEADS = {"num_heads": 2, "head_channels": 4}
+
+
+@pytest.mark.parametrize(
+  ("block", "heads", "num_classes"),
+  [("ldm", "num_heads", 0), ("iddpm", "head_channels", 3), ("adm", "head_channels", 0), ("adm", "num_heads", 3)],
+)
+def test_forward_pass_of_openais_networks_is_that_of_the_reference(block, heads, num_classes):
+  """Three levels, two blocks, attention at two of them, all parameters random, with labels and without."""
+  sizes = dict(channels=8, num_res_blocks=2, attention_resolutions=(8, 4))
+  config = ModelConfig(
+    channel_multipliers=(1, 2, 3), block=block, num_classes=num_classes, **sizes, **{heads: HEADS[heads]}
+  )
+  model = build_model(config, (8, 8, 3))
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda leaf: 0.25 * rng.standard_normal(leaf.shape), shapes_of(config, (8, 8, 3)))
+  xt, t = rng.standard_normal((2, 8, 8, 3)), np.array([3, 977])
+  label = np.array([2, 0]) if num_classes else None
+  count = {"num_heads": lambda _: 2, "head_channels": lambda channels: channels // 4}[heads]
+  expected = reference.openai_unet(
+    params, xt, t, label, kind=block, multipliers=(1, 2, 3), heads=count, groups=2, **sizes
+  )
+  single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, xt))
+  got = jax.jit(UNetNetwork(model))(*single, jnp.asarray(t - 1), label)
+  assert np.abs(expected).max() > 0.5
+  np.testing.assert_allclose(got, expected, atol=5e-5)
 
 
 def test_dropout_is_before_the_last_convolution_of_a_block():
@@ -165,13 +235,17 @@ def test_timestep_embedding_by_hand():
   got = layers.timestep_embedding(jnp.asarray([0, 3]), 4)
   expected = [[0, 0, 1, 1], [np.sin(3), np.sin(3e-4), np.cos(3), np.cos(3e-4)]]
   np.testing.assert_allclose(got, expected, atol=1e-6)
+  # OpenAI's: frequencies 1 and 10000^(-1/2), and [cos | sin].
+  got = layers.timestep_embedding(jnp.asarray([0, 3]), 4, cosines_first=True)
+  expected = [[1, 1, 0, 0], [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03)]]
+  np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_the_network_is_given_t_minus_1(tiny, monkeypatch):
   seen = []
   monkeypatch.setattr(
     "ddpm_jax.models.unet.timestep_embedding",
-    lambda positions, channels: seen.append(positions) or jnp.zeros((len(positions), channels)),
+    lambda positions, channels, _: seen.append(positions) or jnp.zeros((len(positions), channels)),
   )
   denoise = build_denoiser(TINY, "eps", (8, 8, 1)).bind(tiny[1])
   denoise(jnp.zeros((2, 8, 8, 1)), make_schedule("linear", 1000).level(jnp.asarray([1, 1000])))
@@ -201,6 +275,34 @@ def test_attention_by_hand():
   scores = np.exp(q @ k.T / np.sqrt(2))
   out = (scores / scores.sum(-1, keepdims=True)) @ v @ params["proj"]["kernel"] + params["proj"]["bias"]
   np.testing.assert_allclose(got[0, :, 0], x[0, :, 0] + out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_heads", [2, 4])
+def test_attention_with_several_heads_by_hand(num_heads):
+  """Head h has the channels from h C / heads on, of queries, keys and values, and the same of the output."""
+  x = np.random.default_rng(0).standard_normal((2, 3, 2, 8)).astype(np.float32)
+  module = layers.SelfAttention(2, jnp.float32, num_heads, 1e-5)
+  params = randomize(jax.eval_shape(module.init, jax.random.key(0), x)["params"])
+  exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (x, params))
+  expected = reference.attention(*exact, groups=2, heads=num_heads, epsilon=1e-5)
+  got = module.apply({"params": params}, x)
+  np.testing.assert_allclose(got, expected, atol=2e-6)
+  assert np.abs(got - reference.attention(*exact, groups=2, heads=1, epsilon=1e-5)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_heads": 3}, "num_heads: 3 does not divide the 16 channels of the level of 4 rows"),
+    (
+      {"head_channels": 16, "attention_resolutions": (8,)},
+      "head_channels: 16 does not divide the 8 channels of the lev",
+    ),
+  ],
+)
+def test_heads_that_do_not_divide_the_channels(changes, message):
+  with pytest.raises(UserError, match=message):
+    build_model(dataclasses.replace(TINY, **changes), (8, 8, 1))
 
 
 @pytest.mark.parametrize(

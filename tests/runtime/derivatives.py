@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax.runtime.cpu import convolve
 
-MODES = ("none", "up", "down")
+MODES = ("none", "up", "down", "down_symmetric")
 DTYPES = ("float64", "float32", "bfloat16")
 
 
@@ -19,8 +19,9 @@ def plain(x, kernel, resample):
   """The same function as a convolution that JAX differentiates and batches by its own rules."""
   if resample == "up":
     x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-  strides = (2, 2) if resample == "down" else (1, 1)
-  return jax.lax.conv_general_dilated(x, kernel, strides, "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  strides = (2, 2) if resample.startswith("down") else (1, 1)
+  padding = [(1, 1), (1, 1)] if resample == "down_symmetric" else "SAME"
+  return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def derivatives(function, x, kernel, dx, dkernel):

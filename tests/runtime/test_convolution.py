@@ -28,6 +28,7 @@ CASES = {
   "none": reference,
   "up": lambda x, kernel: reference(enlarged(x), kernel),
   "down": lambda x, kernel: reference(x, kernel)[:, 1::2, 1::2],
+  "down_symmetric": lambda x, kernel: reference(x, kernel)[:, ::2, ::2],
 }
 
 

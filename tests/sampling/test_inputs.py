@@ -55,11 +55,11 @@ def test_files_become_what_the_model_draws(config, tmp_path):
   folder = save_pictures(tmp_path / "mine", colour)
   text = refusal(given_images, config(input_images=str(folder)), SHAPE, 1)
   assert text == (f"input_images: {folder / '00.png'} is 16x24x1, the model draws 8x8x1; resize the file")
-  got = given_images(config(input_images=str(folder), image_size=8), SHAPE, 1)
+  got = given_images(config(input_images=str(folder), image_size=8), SHAPE, 1).images
   assert got.shape == (1, 8, 8, 1)
   assert np.abs(got[0].astype(int) - colour[0, ::2, 4:20:2, :1]).max() < 80  # the middle of it
-  assert given_images(config(input_images=str(folder), image_size=8), (8, 8, 3), 1).shape == (1, 8, 8, 3)
-  got = given_images(config(input_images=str(folder), image_size="8x12"), (8, 12, 1), 1)  # all of it
+  assert given_images(config(input_images=str(folder), image_size=8), (8, 8, 3), 1).images.shape == (1, 8, 8, 3)
+  got = given_images(config(input_images=str(folder), image_size="8x12"), (8, 12, 1), 1).images  # all of it
   assert np.abs(got[0].astype(int) - colour[0, ::2, ::2, :1]).max() < 80
 
 
@@ -67,7 +67,7 @@ def test_the_file_that_does_not_fit_is_named(config, tmp_path):
   folder = save_pictures(tmp_path / "mine", pictures(2))
   Image.fromarray(np.zeros((9, 8), np.uint8)).save(folder / "01.png")
   assert "01.png is 9x8x1" in refusal(given_images, config(input_images=str(folder)), SHAPE, 2)
-  assert len(given_images(config(input_images=str(folder)), SHAPE, 1)) == 1
+  assert len(given_images(config(input_images=str(folder)), SHAPE, 1).images) == 1
   (folder / "00.png").write_bytes(b"no image")
   text = refusal(given_images, config(input_images=str(folder)), SHAPE, 1)
   assert "input_images: " in text and "00.png is not an image that Pillow can read" in text

@@ -23,8 +23,10 @@ from jax.interpreters import ad, batching, mlir
 # Of a 3x3 kernel's three rows (or columns), which ones meet the two pixels that a row of the enlarged image sees:
 # [row's place, pixel, kernel row]. An even row sees (above, own), an odd one (own, below).
 _MERGE = np.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], np.float32)
-# Of two neighbouring pairs of rows (or columns), which row meets which row of the kernel: [pair, row, kernel row].
+# Of two neighbouring pairs of rows (or columns), which row meets which row of the kernel: [pair, row, kernel row]. The
+# kernel begins with the first pair's first row, or its second one.
 _PAIRS = np.array([[[1, 0, 0], [0, 1, 0]], [[0, 0, 1], [0, 0, 0]]], np.float32)
+_LATER_PAIRS = np.array([[[0, 0, 0], [1, 0, 0]], [[0, 1, 0], [0, 0, 1]]], np.float32)
 _PIXELS_AT_ONCE = 6272  # of a gradient by the kernel: their moved copies fit into a cache
 
 
@@ -38,7 +40,7 @@ def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Arr
     x: of the type of the kernel.
     kernel: see above.
     resample: 'none' gives [B, H, W, F]; 'up', of the image with each pixel repeated 2 x 2, [B, 2H, 2W, F]; 'down', with
-      stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F].
+      stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F]; 'down_symmetric' the same of rows 2r - 1 to 2r + 1.
 
   Raises:
     TypeError, ValueError: types or shapes do not fit, as `jax.lax.conv_general_dilated` says it.
@@ -124,15 +126,15 @@ def _merge_transposed(merged: jax.Array) -> jax.Array:
   return jnp.einsum("aui,jcfau->ijcf", merge, columns)
 
 
-def _pair(kernel: jax.Array) -> jax.Array:
+def _pair(kernel: jax.Array, pairs: np.ndarray) -> jax.Array:
   """[3, 3, C, F] -> [2, 2, 4 C, F]: the kernel of stride 2 over an image as `_space_to_depth` has it."""
-  pairs = _PAIRS.astype(kernel.dtype)
+  pairs = pairs.astype(kernel.dtype)
   return jnp.einsum("uai,vbj,ijcf->uvabcf", pairs, pairs, kernel).reshape(2, 2, 4 * kernel.shape[2], kernel.shape[3])
 
 
-def _pair_transposed(paired: jax.Array) -> jax.Array:
+def _pair_transposed(paired: jax.Array, pairs: np.ndarray) -> jax.Array:
   """The transpose of `_pair`."""
-  pairs, (channels, features) = _PAIRS.astype(paired.dtype), (paired.shape[2] // 4, paired.shape[3])
+  pairs, (channels, features) = pairs.astype(paired.dtype), (paired.shape[2] // 4, paired.shape[3])
   columns = jnp.einsum("vbj,uvabcf->jcfua", pairs, paired.reshape(2, 2, 2, 2, channels, features))
   return jnp.einsum("uai,jcfua->ijcf", pairs, columns)
 
@@ -204,6 +206,7 @@ class _ConvPlan(NamedTuple):
     pre, post: of images, each with its transpose.
     repeat: how often a row of x is repeated.
     stride: of the 3x3 kernel.
+    above: rows of zeros above, and columns on the left, that the 3x3 kernel sees.
   """
 
   size: int
@@ -217,6 +220,7 @@ class _ConvPlan(NamedTuple):
   post_transposed: Callable[[jax.Array], jax.Array] = _same
   repeat: int = 1
   stride: int = 1
+  above: int = 1
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [B, H, W, C], kernel [3, 3, C, F] -> y."""
@@ -236,12 +240,12 @@ class _ConvPlan(NamedTuple):
 
   def plain_convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve` for other compilers."""
-    return _slide(_repeat(x, self.repeat), kernel, 2 - self.stride, 1, self.stride)
+    return _slide(_repeat(x, self.repeat), kernel, self.above, 3 - self.stride - self.above, self.stride)
 
   def plain_image_gradient(self, kernel: jax.Array, dy: jax.Array) -> jax.Array:
     """`image_gradient` for other compilers."""
     dx = jax.lax.conv_general_dilated(
-      *(dy, kernel[::-1, ::-1], (1, 1), [(self.stride, 1)] * 2),
+      *(dy, kernel[::-1, ::-1], (1, 1), [(2 - self.above, self.stride - 1 + self.above)] * 2),
       lhs_dilation=(self.stride, self.stride),
       dimension_numbers=("NHWC", "HWOI", "NHWC"),
     )
@@ -254,7 +258,7 @@ class _ConvPlan(NamedTuple):
   def plain_kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
     """`kernel_gradient` for other compilers: dy slides over x, and the sum is over the batch."""
     return jax.lax.conv_general_dilated(
-      *(_repeat(x, self.repeat), dy, (1, 1), [(2 - self.stride, 1)] * 2),
+      *(_repeat(x, self.repeat), dy, (1, 1), [(self.above, 3 - self.stride - self.above)] * 2),
       rhs_dilation=(self.stride, self.stride),
       dimension_numbers=("CHWN", "IHWO", "HWNC"),
     )
@@ -273,8 +277,17 @@ _PLANS = {
   ),
   "down": _ConvPlan(
     *(2, 0, 1),
-    expand=_pair,
-    expand_transposed=_pair_transposed,
+    expand=functools.partial(_pair, pairs=_PAIRS),
+    expand_transposed=functools.partial(_pair_transposed, pairs=_PAIRS),
+    pre=_space_to_depth,
+    pre_transposed=_depth_to_space,
+    stride=2,
+    above=0,
+  ),
+  "down_symmetric": _ConvPlan(
+    *(2, 1, 0),
+    expand=functools.partial(_pair, pairs=_LATER_PAIRS),
+    expand_transposed=functools.partial(_pair_transposed, pairs=_LATER_PAIRS),
     pre=_space_to_depth,
     pre_transposed=_depth_to_space,
     stride=2,
