@@ -322,7 +322,6 @@ def load(
   dtype: str | None = None,
   matmul_precision: str | None = None,
   network: TrainableNetwork | None = None,
-  guide_with: str | int = "",
 ) -> Model:
   """Reads a trained model.
 
@@ -334,8 +333,6 @@ def load(
     matmul_precision: of float32 products, 'default', 'high' or 'highest'.
       What is None is as the model was trained.
     network: that of a workdir which was trained with one of your own.
-    guide_with: a worse model that guides where `Model.sample` is given a guidance scale: a checkpoint of this workdir,
-      'raw' for its raw weights, or the path of another model; empty: the model itself without the class.
 
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
@@ -352,18 +349,13 @@ def load(
     own = {} if network is None else {"network": layout.describe_own(network)}
     layout.check_own(pathlib.Path(place), own, ["network"])
     with terminal.errors_alone():
-      found = initial.find_weights(config, pathlib.Path(place), network)
-      return Model(config, _with_guide(found, str(guide_with), config, pathlib.Path(place)))
+      return Model(config, initial.find_weights(config, pathlib.Path(place), network))
   if network is not None:
     raise UserError(f"network: {place} is no workdir, so it has no effect; leave it out")
   if weights != "ema":
     raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
   config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
-  return Model(config, _with_guide(initial.find_weights(config, None), str(guide_with), config, None))
-
-
-def _with_guide(weights: Weights, text: str, config: Config, workdir: pathlib.Path | None) -> Weights:
-  return weights._replace(guide=initial.find_guide(text, config, workdir, weights)) if text else weights
+  return Model(config, initial.find_weights(config, None))
 
 
 def train(

@@ -111,8 +111,9 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   fetch, place, names, sizes, classes = found.fetch, found.place, found.names, found.sizes, found.classes
 
   def listing(rows: np.ndarray) -> str:
-    of_rows = zip(rows.tolist(), sizes[rows].tolist(), strict=True)
-    return fingerprint.digest(part for row, size in of_rows for part in (names[row], str(size)))
+    of_rows: list[int] = rows.tolist()
+    with_sizes = zip(of_rows, sizes[rows].tolist(), strict=True)
+    return fingerprint.digest(part for row, size in with_sizes for part in (names[row], str(size)))
 
   def labels() -> Labels:
     of_all = classes()

@@ -85,7 +85,8 @@ def _fetch(
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all images [N]."""
   of_rows = zip(rows.tolist(), shard[rows].tolist(), start[rows].tolist(), sizes[rows].tolist(), strict=True)
-  return [reader.read(*where, functools.partial(files.numbered, place, row)) for row, *where in of_rows]
+  name = functools.partial(files.numbered, place)
+  return [reader.read(file, first, size, functools.partial(name, row)) for row, file, first, size in of_rows]
 
 
 def _shards(data: DataConfig) -> list[str]:

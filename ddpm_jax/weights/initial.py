@@ -232,8 +232,7 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
     UserError: if there are none, or they do not fit the network of `config`.
   """
   weights = _find_weights(config, workdir, network)
-  guide = config.sample.guide_with
-  return weights._replace(guide=find_guide(guide, config, workdir, weights)) if guide else weights
+  return weights._replace(guide=_find_guide(config, workdir, weights)) if config.sample.guide_with else weights
 
 
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
@@ -246,18 +245,9 @@ def _find_weights(config: Config, workdir: pathlib.Path | None, network: Trainab
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)), classes=classes)
 
 
-def find_guide(text: str, config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
-  """The weights of a guide, of a model of the same process, images and classes.
-
-  Args:
-    text: `--guide_with`: a number of training steps, 'raw', or a path.
-    config: of the run.
-    workdir: its folder, if it has one.
-    weights: what is guided.
-
-  Raises:
-    UserError: there are none, or they are of another kind.
-  """
+def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
+  """The weights that --guide_with names, of a model that can guide. Raises UserError."""
+  text = config.sample.guide_with
   own = {"raw": {"sample_weights": "raw"}} | ({text: {"checkpoint": text}} if text.isdecimal() else {})
   try:
     if text in own:
