@@ -53,7 +53,7 @@ def test_all_presets_are_here():
 @pytest.mark.parametrize("name", PRESETS)
 def test_builds(name):
   image_shape, size = PRESETS[name]
-  config = config_lib.override(read(name), {"num_classes": CLASSES.get(name, 0)})
+  config = config_lib.override(read(name), {"num_classes": CLASSES[name]} if name in CLASSES else {})
   run = build_run(config, image_shape, make_mesh("pmap"))
   assert num_params(run.abstract_state.params) == size
   run.mesh.check_batch(run.config.data.batch_size)  # eight devices share it
