@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, image_size
+from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, check_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
@@ -45,24 +45,12 @@ def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfi
   return dataclasses.replace(config, attention_resolutions=(height,) if 1 <= height * width <= 16 * 16 else ())
 
 
-def check_size(config: ModelConfig, height: int, width: int) -> None:
-  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can."""
-  levels = len(config.channel_multipliers)
-  factor = 2 ** (levels - 1)
-  if height % factor or width % factor:
-    heights, widths = ([n * factor for n in (size // factor, -(-size // factor))] for size in (height, width))
-    nearest = [image_size(*sides) for sides in zip(heights, widths, strict=True) if all(sides)]
-    raise UserError(
-      f"image_size: {image_size(height, width)} is not divisible by {factor}, as the {levels} levels of "
-      f"channel_multipliers need; use --image_size={' or '.join(map(str, nearest))}, or fewer levels"
-    )
-
-
 def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
   """The U-Net for images of that shape [H, W, C].
 
   Raises:
-    UserError: see `check_size`, or an attention resolution is never reached, or channels cannot be divided into heads.
+    UserError: see `config.check_size`, or an attention resolution is never reached, or channels cannot be divided into
+      heads.
   """
   height, width, channels = image_shape
   check_size(config, height, width)
