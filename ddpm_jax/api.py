@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source, from_array
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.schedules import NoiseSchedule
@@ -67,7 +67,7 @@ class Model:
 
   config: Config
   weights: Weights
-  _draws: dict[tuple[SampleConfig, str], BatchedFn] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _draws: dict[tuple, BatchedFn] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -110,6 +110,7 @@ class Model:
     classes: str | int | Sequence[str | int] | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    guide_with: Model | None = None,
   ) -> np.ndarray:
     """Draws images: those of `--mode=sample --sample_seed=SEED`, to float32 rounding, which depends on the batch.
 
@@ -133,7 +134,9 @@ class Model:
       classes: names or numbers of the classes that a conditional model draws in turn; empty: all of `class_names`.
       guidance_scale: g in D = D_guide + g (D_cond - D_guide); 1: no guidance.
       guidance_interval: (lo, hi), where to guide: lo < sqrt((1 - alpha_bar) / alpha_bar) <= hi; empty: everywhere.
-        What is None is as in `config`.
+      guide_with: a worse model of the same images, noise and classes, away from which this one is guided (Karras et al.
+        2024), such as an earlier checkpoint; None: that of `config`, or else this one without the class.
+        What else is None is as in `config`.
 
     Returns:
       uint8 [num, H, W, C].
@@ -156,16 +159,21 @@ class Model:
       "guidance_scale": guidance_scale if guidance_scale is None else (guidance_scale,),
       "guidance_interval": guidance_interval,
     }
+    if guidance_scale == 1.0 and guide_with is None:  # also where `config` says how to guide
+      asked |= {"guidance_interval": guidance_interval or (), "guide_with": ""}
     options = config_lib.values(Config())
     given = {SHORT_NAMES.get(name, name): value for name, value in asked.items() if value is not None}
     with _parameters_named():
       given = {name: _as_option(name, value, type(options[name])) for name, value in given.items()}
       config = config_lib.override(self.config, given)
       config_lib.check_variance(given, config)
-      scale, chosen = one_scale(config.sample), wanted(config.sample, self.weights)
+      scale, weights = one_scale(config.sample), self.weights
+      if guide_with is not None:
+        weights = _guided_by(weights, guide_with, scale)
+      chosen = wanted(config.sample, weights)
     num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
-    guide = self.weights.guide
-    draw, constants = self._draw(config), seeded(self.params, config.sample.sample_seed, scale, guide and guide.params)
+    draw = self._draw(config, weights.guide)
+    constants = seeded(self.params, config.sample.sample_seed, scale, weights.guide and weights.guide.params)
     index = np.arange(num, dtype=np.int32)
     columns = (index,) if chosen is None else (index, chosen.of(index))
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, *columns, number=num)
@@ -193,23 +201,23 @@ class Model:
     """eps_hat: the noise that the network sees in x_t, whatever it was trained to predict. As `denoise`, no range."""
     return self._eps_hat(self.params, *self._checked(x, t, label))
 
-  def _draw(self, config: Config) -> BatchedFn:
+  def _draw(self, config: Config, guide: Weights | None) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
     # Neither is how many, which seed, how many at once, of which class.
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0, classes=())
     if config_lib.guided(options):  # nor by how much they are guided
       options = dataclasses.replace(options, guidance_scale=(2.0,))
-    variance = config.diffusion.variance
-    if (options, variance) not in self._draws:
+    variance, pair = config.diffusion.variance, guide and (guide.run.denoiser, guide.run.conditional)
+    if (options, variance, pair) not in self._draws:
       run = self.weights.run
-      self._draws[options, variance] = make_draw(
-        bind_for_sampling(run, options, self.weights.guide and self.weights.guide.run),
+      self._draws[options, variance, pair] = make_draw(
+        bind_for_sampling(run, options, guide and guide.run),
         table_of(options, run.schedule, variance),
         first_stage=run.first_stage,
         mesh=run.mesh,
         stream="sample",
       )
-    return self._draws[options, variance]
+    return self._draws[options, variance, pair]
 
   @functools.cached_property
   def _x0_hat(self) -> BatchedFn:
@@ -261,6 +269,17 @@ class Model:
     return np.broadcast_to(labels.astype(np.int32), (number,))
 
 
+def _guided_by(weights: Weights, guide: Model, scale: float) -> Weights:
+  """The weights with those of a guide. Raises UserError if it cannot guide them, or there is nothing to guide."""
+  if scale == 1.0:
+    raise UserError("guide_with: has no effect with guidance_scale=1; use another scale, such as 2")
+  try:
+    initial.check_guide(weights, guide.weights)
+  except UserError as error:
+    raise UserError(f"guide_with: {error}") from None
+  return weights._replace(guide=guide.weights)
+
+
 def _array(name: str, values: ArrayLike) -> np.ndarray:
   try:
     return np.asarray(values)
@@ -303,7 +322,6 @@ def load(
   dtype: str | None = None,
   matmul_precision: str | None = None,
   network: TrainableNetwork | None = None,
-  guide_with: str | int = "",
 ) -> Model:
   """Reads a trained model.
 
@@ -315,8 +333,6 @@ def load(
     matmul_precision: of float32 products, 'default', 'high' or 'highest'.
       What is None is as the model was trained.
     network: that of a workdir which was trained with one of your own.
-    guide_with: a worse model that guides where `Model.sample` is given a guidance scale: a checkpoint of this workdir,
-      'raw' for its raw weights, or the path of another model; empty: the model itself without the class.
 
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
@@ -333,18 +349,13 @@ def load(
     own = {} if network is None else {"network": layout.describe_own(network)}
     layout.check_own(pathlib.Path(place), own, ["network"])
     with terminal.errors_alone():
-      found = initial.find_weights(config, pathlib.Path(place), network)
-      return Model(config, _with_guide(found, str(guide_with), config, pathlib.Path(place)))
+      return Model(config, initial.find_weights(config, pathlib.Path(place), network))
   if network is not None:
     raise UserError(f"network: {place} is no workdir, so it has no effect; leave it out")
   if weights != "ema":
     raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
   config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
-  return Model(config, _with_guide(initial.find_weights(config, None), str(guide_with), config, None))
-
-
-def _with_guide(weights: Weights, text: str, config: Config, workdir: pathlib.Path | None) -> Weights:
-  return weights._replace(guide=initial.find_guide(text, config, workdir, weights)) if text else weights
+  return Model(config, initial.find_weights(config, None))
 
 
 def train(

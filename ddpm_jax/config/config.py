@@ -269,7 +269,9 @@ def _check_guidance(sample: SampleConfig) -> None:
     raise UserError(f"guidance_scale: {flag_text(sample.guidance_scale)} names one twice; name each once")
   for name in ("guidance_interval", "guide_with"):
     if (value := getattr(sample, name)) and not guided(sample):
-      raise UserError(f"{name}: {flag_text(value)} has no effect with guidance_scale=1; set that, such as to 2")
+      raise UserError(
+        f"{name}: {flag_text(value)} has no effect with guidance_scale=1; use --guidance_scale=2, or --{name}="
+      )
   if interval := sample.guidance_interval:
     text = flag_text(interval)
     if len(interval) != 2:

@@ -217,7 +217,7 @@ def _columns_of(data: DataConfig, path: str, schema: Any) -> _Columns:
   if label is not None and label not in schema.names:
     raise UserError(f"label_field: {label!r} is no column of {path}; it has {columns}")
   type_of = schema.field(label).type if label is not None else None
-  names = features[label].get("names") if label in classes else None
+  names = features[label].get("names") if label is not None and label in classes else None
   return _Columns(
     data.image_field or images[0],
     label,

@@ -80,6 +80,13 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
   return (*decoded_size(data.dataset, (height, width), data.image_size), _decoded_channels(channels))
 
 
+def class_names(data: DataConfig) -> tuple[str, ...]:
+  """Of the classes, as the builder describes them, none if it has none: the data set need not be prepared."""
+  builder = make_builder(data)
+  feature = _class_feature(data, builder)
+  return tuple(_features(builder)[feature].names) if feature else ()
+
+
 def _decoded_channels(stored: int | None) -> int:
   """Grey stays grey, transparency goes, and everything else becomes RGB."""
   return 1 if stored in (1, 2) else 3

@@ -119,7 +119,8 @@ def measure(
   distance, each = NAMES[extractor]["frechet"], {}
   for label in np.unique(labels).tolist():
     rows = labels == label
-    each[names[label]] = found = {"number": int(rows.sum())}
+    found: dict[str, float | int] = {"number": int(rows.sum())}
+    each[names[label]] = found
     if label in ours and label in others:
       (a, b) = ours[label], others[label]
       found[distance] = measures.frechet_distance(a.mean, covariance(a), b.mean, covariance(b))

@@ -430,7 +430,7 @@ def _of_draw(
   with around.counted(f"features of the samples{of_scale}", "image", number) as done:
     seen = see(features, images, size, done, labels)
   pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
-  how = {"number": number, "evaluations": evaluations}
+  how: dict[str, Any] = {"number": number, "evaluations": evaluations}
   if classes is not None:
     how["labels"] = "proportional" if classes.proportional else "uniform"
   result: dict[str, Any] = {

@@ -148,7 +148,7 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
   """
   run = weights.run._replace(denoiser=portable(weights.run.denoiser))
   draw = draw_of(
-    bind_for_sampling(run, config.sample, weights.guide and weights.guide.run),
+    bind_for_sampling(run, config.sample),
     table_of(config.sample, run.schedule, config.diffusion.variance),
     first_stage=run.first_stage,
     stream="sample",

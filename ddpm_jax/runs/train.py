@@ -107,9 +107,9 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   job, total = invocation.job, config.train.num_steps
   run, source = prepare(config, workdir, invocation.own)
   config = run.config
-  params = None
+  params, classes = None, class_names(source, config.model.num_classes) if run.conditional else ()
   if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
-    params, _ = initial.read_params(config, run.image_shape)
+    params, _ = initial.read_params(config, run.image_shape, classes)
 
   with contextlib.ExitStack() as cleanup:
     # None in all processes but the first, which is the one that prints.
@@ -132,7 +132,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     if not start.state and params is None and config.exchange.init_from:
       if not start.other_past:
         raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-      params, _ = initial.read_params(config, run.image_shape)
+      params, _ = initial.read_params(config, run.image_shape, classes)
     restarts = resume.restarts(config, start.manifest)
     run = run._replace(lr_restart=restarts[-1] if restarts else 0)
 

@@ -73,8 +73,6 @@ class Drawn:
     about = [weights.identity, run.image_shape, own]
     if classes is not None:
       about.append(classes.identity)
-    if weights.guide is not None:
-      about.append(weights.guide.identity)
     text = json.dumps(about, sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config, SampleConfig
-from ddpm_jax.diffusion.denoiser import Cond
+from ddpm_jax.diffusion.denoiser import Cond, DenoiseFn
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
@@ -31,7 +31,6 @@ from ddpm_jax.diffusion.samplers import (
   time_grid,
 )
 from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
-from ddpm_jax.models.build import Params
 from ddpm_jax.runtime.progress import Drawing, counted
 from ddpm_jax.sampling.classes import Classes, one_scale
 from ddpm_jax.sampling.draw import Bind, bind_for_sampling, by_stretches, fit_batch, table_of
@@ -62,15 +61,24 @@ class Outcome(NamedTuple):
 
 
 class Parts(NamedTuple):
-  """The run, the weights and the options that a task draws with."""
+  """What a task draws with.
 
-  run: Run
-  params: Params
+  Attributes:
+    weights: of the model.
+    config: the options.
+    quiet: say nothing of how far it is.
+    classes: of what is drawn; None for an unconditional model.
+  """
+
+  weights: Weights
   config: Config
-  bind: Bind
   quiet: bool
-  guide: Params = None
   classes: Classes | None = None
+
+  @property
+  def run(self) -> Run:
+    """The parts of the model."""
+    return self.weights.run
 
   @property
   def options(self) -> SampleConfig:
@@ -81,6 +89,14 @@ class Parts(NamedTuple):
   def shape(self) -> tuple[int, int, int]:
     """Of an x_0."""
     return self.run.first_stage.latent_shape
+
+  def bind(self, constants: Seeded, label: Cond) -> DenoiseFn:
+    """The denoise function that the options name."""
+    return self.binding(self.options)(constants, label)
+
+  def binding(self, options: SampleConfig) -> Bind:
+    """`bind` with other options."""
+    return bind_for_sampling(self.run, options, self.weights.guide and self.weights.guide.run)
 
   def x0(self, images: jax.Array) -> jax.Array:
     """The x_0 of given images, uint8 [B, H, W, C]."""
@@ -114,7 +130,8 @@ class Parts(NamedTuple):
     if self.classes is not None:
       columns = (*columns, self.classes.of(columns[0] if image is None else image))
     shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
-    constants = seeded(self.params, self.options.sample_seed, one_scale(self.options), self.guide)
+    guide, scale = self.weights.guide, one_scale(self.options)
+    constants = seeded(self.weights.params, self.options.sample_seed, scale, guide and guide.params)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
 
@@ -133,20 +150,6 @@ class Parts(NamedTuple):
 def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
   """The keys of a draw's images."""
   return indexed_keys(stream_key(constants.seed, "sample"), index)
-
-
-def make_parts(weights: Weights, config: Config, classes: Classes | None = None, *, quiet: bool) -> Parts:
-  """Binds the weights.
-
-  Args:
-    weights: of the model.
-    config: the options.
-    classes: of what is drawn; None for an unconditional model.
-    quiet: say nothing of how far it is.
-  """
-  run, guide = weights.run, weights.guide
-  bind = bind_for_sampling(run, config.sample, guide and guide.run)
-  return Parts(run, weights.params, config, bind, quiet, guide and guide.params, classes)
 
 
 def progressive(parts: Parts) -> Outcome:
@@ -251,12 +254,12 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
 
   given: uint8 [N, H, W, C]. The picture has the image, its noise, what came back, and ten times the difference.
   """
-  run, schedule, options = parts.run, parts.run.schedule, parts.options
+  schedule, options = parts.run.schedule, parts.options
   grid = "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
   unclipped = dataclasses.replace(options, threshold="none")
-  bind = bind_for_sampling(run, unclipped)
+  bind = parts.binding(unclipped)
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
