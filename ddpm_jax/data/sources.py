@@ -25,7 +25,6 @@ from ddpm_jax.data.encoded import (
   remote_reader,
 )
 from ddpm_jax.data.files import ImageFiles
-from ddpm_jax.data.labels import numbers_of
 from ddpm_jax.data.selection import select
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
@@ -274,7 +273,8 @@ def class_count(data: DataConfig) -> int:
   own = own_images(data.dataset)
   if own is None and not digits.is_digits(data):
     names = prepared.class_names(data)
-    count = len(numbers_of(data.only, data.dataset, names)) if data.only and names else len(names)
+    only = {part.strip() for part in data.only.split(",")} if data.only else names
+    count = len(only) if names else 0  # before it is prepared, a data set may have numbers alone for names
   elif own is None or _KINDS[own[0]].exists(data):
     encoded = open_encoded(data)
     try:
