@@ -36,8 +36,8 @@ from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, TrainableNetwork, num_params
 from ddpm_jax.runtime import numerics, paths, terminal
 from ddpm_jax.runtime.stop import StopRequest
-from ddpm_jax.sampling.classes import one_scale, wanted
-from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_draw, table_of
+from ddpm_jax.sampling.classes import wanted
+from ddpm_jax.sampling.draw import bind_for_sampling, bind_weights, constants_of, fit_batch, make_draw, table_of
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.setup import Run
 from ddpm_jax.weights import initial
@@ -110,6 +110,7 @@ class Model:
     classes: str | int | Sequence[str | int] | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    classifier_scale: float | None = None,
   ) -> np.ndarray:
     """Draws images: those of `--mode=sample --sample_seed=SEED`, to float32 rounding, which depends on the batch.
 
@@ -133,6 +134,7 @@ class Model:
       classes: names or numbers of the classes that a conditional model draws in turn; empty: all of `class_names`.
       guidance_scale: g in D = D_guide + g (D_cond - D_guide); 1: no guidance.
       guidance_interval: (lo, hi), where to guide: lo < sqrt((1 - alpha_bar) / alpha_bar) <= hi; empty: everywhere.
+      classifier_scale: s of s grad log p(class | x_t), by which the classifier that `load` was given guides.
         What is None is as in `config`.
 
     Returns:
@@ -155,6 +157,7 @@ class Model:
       "classes": (classes,) if isinstance(classes, str | int) else classes,
       "guidance_scale": guidance_scale if guidance_scale is None else (guidance_scale,),
       "guidance_interval": guidance_interval,
+      "classifier_scale": classifier_scale,
     }
     options = config_lib.values(Config())
     given = {SHORT_NAMES.get(name, name): value for name, value in asked.items() if value is not None}
@@ -162,10 +165,8 @@ class Model:
       given = {name: _as_option(name, value, type(options[name])) for name, value in given.items()}
       config = config_lib.override(self.config, given)
       config_lib.check_variance(given, config)
-      scale, chosen = one_scale(config.sample), wanted(config.sample, self.weights)
-    num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
-    guide = self.weights.guide
-    draw, constants = self._draw(config), seeded(self.params, config.sample.sample_seed, scale, guide and guide.params)
+      constants, chosen = constants_of(self.weights, config.sample), wanted(config.sample, self.weights)
+    num, asked_size, draw = config.sample.num_samples, config.sample.sample_batch_size, self._draw(config)
     index = np.arange(num, dtype=np.int32)
     columns = (index,) if chosen is None else (index, chosen.of(index))
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, *columns, number=num)
@@ -197,13 +198,14 @@ class Model:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
     # Neither is how many, which seed, how many at once, of which class.
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0, classes=())
+    options = dataclasses.replace(options, classifier_scale=SampleConfig().classifier_scale)
     if config_lib.guided(options):  # nor by how much they are guided
       options = dataclasses.replace(options, guidance_scale=(2.0,))
     variance = config.diffusion.variance
     if (options, variance) not in self._draws:
       run = self.weights.run
       self._draws[options, variance] = make_draw(
-        bind_for_sampling(run, options, self.weights.guide and self.weights.guide.run),
+        bind_weights(self.weights, options),
         table_of(options, run.schedule, variance),
         first_stage=run.first_stage,
         mesh=run.mesh,
@@ -304,6 +306,7 @@ def load(
   matmul_precision: str | None = None,
   network: TrainableNetwork | None = None,
   guide_with: str | int = "",
+  classifier: str | os.PathLike[str] = "",
 ) -> Model:
   """Reads a trained model.
 
@@ -317,6 +320,7 @@ def load(
     network: that of a workdir which was trained with one of your own.
     guide_with: a worse model that guides where `Model.sample` is given a guidance scale: a checkpoint of this workdir,
       'raw' for its raw weights, or the path of another model; empty: the model itself without the class.
+    classifier: the workdir of a classifier of noisy images that guides the draws towards their classes.
 
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
@@ -328,6 +332,7 @@ def load(
   place = initial.absolute(os.fspath(path))
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
+  asked |= {"classifier": os.fspath(classifier)} if classifier else {}
   if initial.inspect_source(place).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     own = {} if network is None else {"network": layout.describe_own(network)}
@@ -380,6 +385,8 @@ def train(
   from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
 
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
+  if config.model.stage == "classifier":
+    raise UserError("stage: a classifier is no model that draws, which this returns; train it by the command")
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"

@@ -20,20 +20,20 @@ from ddpm_jax.devices.batched import BatchedLoop
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.keys import Seeded, seeded
+from ddpm_jax.keys import Seeded
 from ddpm_jax.runtime.progress import Drawing
-from ddpm_jax.sampling.classes import Classes, one_scale
-from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_long_draw, table_of
+from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.sampling.draw import bind_weights, constants_of, fit_batch, make_long_draw, table_of
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir.storage import Records, remedy, size_text
 
 # Options of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = (
   *("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights"),
-  *("classes", "guide_with"),  # what these come to is
+  *("classes", "guide_with", "classifier"),  # what these come to is
 )
 
-_PATHS = ("sample_png_dir", "input_images", "mask", "guide_with")
+_PATHS = ("sample_png_dir", "input_images", "mask", "guide_with", "classifier")
 
 
 class Drawn:
@@ -56,15 +56,13 @@ class Drawn:
       UserError: if another process draws there.
     """
     self._weights, self._config, self._classes = weights, config, classes
-    self._scale = one_scale(config.sample)
     self.settings = settings(config, weights)
     run = weights.run
     own = {name: value for name, value in self.settings.items() if name not in _NOT_IN_IMAGES}
     about = [weights.identity, run.image_shape, own]
     if classes is not None:
       about.append(hashlib.sha256(classes.turn.tobytes()).hexdigest())
-    if weights.guide is not None:
-      about.append(weights.guide.identity)
+    about += [other.identity for other in (weights.guide, weights.classifier) if other is not None]
     text = json.dumps(about, sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
@@ -97,8 +95,7 @@ class Drawn:
       RunError: if they cannot be written.
     """
     options = self._config.sample
-    guide = self._weights.guide
-    constants = seeded(self._weights.params, options.sample_seed, self._scale, guide and guide.params)
+    constants = constants_of(self._weights, options)
     before = min(self._done, number)
     if before:
       say(f"{before} of them were drawn before")
@@ -107,7 +104,7 @@ class Drawn:
       return
     run = self._weights.run
     draw = make_long_draw(
-      bind_for_sampling(run, options, guide and guide.run),
+      bind_weights(self._weights, options),
       self.table,
       first_stage=run.first_stage,
       mesh=run.mesh,

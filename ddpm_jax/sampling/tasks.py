@@ -30,11 +30,10 @@ from ddpm_jax.diffusion.samplers import (
   steps_table,
   time_grid,
 )
-from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
-from ddpm_jax.models.build import Params
+from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.runtime.progress import Drawing, counted
-from ddpm_jax.sampling.classes import Classes, one_scale
-from ddpm_jax.sampling.draw import Bind, bind_for_sampling, by_stretches, fit_batch, table_of
+from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.sampling.draw import Bind, bind_weights, by_stretches, constants_of, fit_batch, table_of
 from ddpm_jax.training.setup import Run
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import grids
@@ -65,11 +64,10 @@ class Parts(NamedTuple):
   """The run, the weights and the options that a task draws with."""
 
   run: Run
-  params: Params
   config: Config
   bind: Bind
   quiet: bool
-  guide: Params = None
+  constants: Seeded
   classes: Classes | None = None
 
   @property
@@ -114,7 +112,6 @@ class Parts(NamedTuple):
     if self.classes is not None:
       columns = (*columns, self.classes.of(columns[0] if image is None else image))
     shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
-    constants = seeded(self.params, self.options.sample_seed, one_scale(self.options), self.guide)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
 
@@ -122,11 +119,11 @@ class Parts(NamedTuple):
         at = Drawing(number, first, count, made, evaluations)
         done(at.images, str(at))
 
-      size = min(asked, number) if asked else fit_batch(shared, constants, *columns, number=number)
+      size = min(asked, number) if asked else fit_batch(shared, self.constants, *columns, number=number)
       report(0, size, 0)
       for first in range(0, number, size):
         batch = [column[first : first + size] for column in columns]
-        batches.append(shared(constants, *batch, size=size, done=functools.partial(report, first, len(batch[0]))))
+        batches.append(shared(self.constants, *batch, size=size, done=functools.partial(report, first, len(batch[0]))))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
@@ -144,9 +141,8 @@ def make_parts(weights: Weights, config: Config, classes: Classes | None = None,
     classes: of what is drawn; None for an unconditional model.
     quiet: say nothing of how far it is.
   """
-  run, guide = weights.run, weights.guide
-  bind = bind_for_sampling(run, config.sample, guide and guide.run)
-  return Parts(run, weights.params, config, bind, quiet, guide and guide.params, classes)
+  bind, constants = bind_weights(weights, config.sample), constants_of(weights, config.sample)
+  return Parts(weights.run, config, bind, quiet, constants, classes)
 
 
 def progressive(parts: Parts) -> Outcome:
@@ -157,7 +153,8 @@ def progressive(parts: Parts) -> Outcome:
 
   def rows(constants: Seeded, index: jax.Array, label: Cond = None) -> Trajectory:
     keys, denoise = _keys(constants, index), parts.bind(constants, label)
-    return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()))
+    shift = parts.bind.shift(constants, label, table)
+    return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()), shift=shift)
 
   index = np.arange(parts.options.num_samples, dtype=np.int32)
   final, kept = parts.draw(table, rows, index, end=lambda x0, kept: (parts.images(x0), parts.images(kept)))
@@ -185,7 +182,8 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
     eps = numbered_noise(keys, parts.shape)(len(table.t) + 1)
     diffuse = jax.vmap(functools.partial(q_sample, level=schedule.level(first)))
     start = jax.vmap(lerp)(diffuse(parts.x0(a), eps), diffuse(parts.x0(b), eps), share)
-    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start)
+    shift = parts.bind.shift(constants, label, table)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start, shift=shift)
 
   pair, share = _pairs_and_shares(len(given) // 2)
   drawn = parts.draw(table, rows, pair, given[2 * pair], given[2 * pair + 1], share)
@@ -202,8 +200,8 @@ def slerp_noises(parts: Parts) -> Outcome:
   def rows(constants: Seeded, pair: jax.Array, share: jax.Array, label: Cond = None) -> Trajectory:
     ends = [numbered_noise(_keys(constants, 2 * pair + end), parts.shape)(0) for end in (0, 1)]
     start = jax.vmap(slerp)(ends[0], ends[1], share)
-    keys = _keys(constants, 2 * pair)
-    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start)
+    keys, shift = _keys(constants, 2 * pair), parts.bind.shift(constants, label, table)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start, shift=shift)
 
   drawn = parts.draw(table, rows, *_pairs_and_shares(parts.options.num_samples))
   drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
@@ -234,7 +232,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
       jnp.asarray(drawn_here, jnp.float32)[None],
       numbered_noise(keys, parts.shape),
     )
-    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, after_row=after_row)
+    shift = parts.bind.shift(constants, label, table)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, after_row=after_row, shift=shift)
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
   image = index // _VERSIONS
@@ -251,12 +250,11 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
 
   given: uint8 [N, H, W, C]. The picture has the image, its noise, what came back, and ten times the difference.
   """
-  run, schedule, options = parts.run, parts.run.schedule, parts.options
+  schedule, options = parts.run.schedule, parts.options
   grid = "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
-  unclipped = dataclasses.replace(options, threshold="none")
-  bind = bind_for_sampling(run, unclipped)
+  bind = dataclasses.replace(parts.bind, options=dataclasses.replace(options, threshold="none"))
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:

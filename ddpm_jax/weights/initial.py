@@ -100,6 +100,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     )
   if (place / "config.json").exists():
     config = layout.load_config(place)
+    if config.model.stage == "classifier":
+      raise UserError(f"{place} holds a classifier, which draws nothing; name it as --classifier of a draw")
     return WeightSource(place, "workdir", _settings_of(config), None, _classes_of(config, place))
   if (place / file.NAME).exists():
     raise UserError(f"{place} holds {file.NAME}; name that file")
@@ -204,8 +206,9 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
     UserError: if there are none, or they do not fit the network of `config`.
   """
   weights = _find_weights(config, workdir, network)
-  guide = config.sample.guide_with
-  return weights._replace(guide=find_guide(guide, config, workdir, weights)) if guide else weights
+  guide, classifier = config.sample.guide_with, config.sample.classifier
+  weights = weights._replace(guide=find_guide(guide, config, workdir, weights)) if guide else weights
+  return weights._replace(classifier=find_classifier(classifier, weights)) if classifier else weights
 
 
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
@@ -250,16 +253,52 @@ def find_guide(text: str, config: Config, workdir: pathlib.Path | None, weights:
   return guide
 
 
+def find_classifier(text: str, weights: Weights) -> Weights:
+  """The newest average of a classifier of noisy images, of the same process and images, and of the same classes.
+
+  Args:
+    text: `--classifier`, its workdir.
+    weights: what is guided; an unconditional model has no classes of its own.
+
+  Raises:
+    UserError: there is none, or it is of another kind.
+  """
+  try:
+    place = pathlib.Path(absolute(text))
+    config = layout.load_config(place)
+    if config.model.stage != "classifier":
+      raise UserError("it holds a model to draw with; name the workdir of a classifier, see --stage")
+    newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
+    parallel = {"parallel": weights.run.config.train.parallel}
+    classifier = load_weights(config_lib.override(config, newest | parallel), place)
+    _check_alike(weights, classifier)
+    if weights.run.conditional:
+      _check_classes(weights, classifier)
+  except UserError as error:
+    raise UserError(f"classifier: {text}: {error}") from None
+  return classifier
+
+
 def _check_guide(weights: Weights, guide: Weights) -> None:
-  ours, theirs = weights.run, guide.run
-  if theirs.image_shape != ours.image_shape:
-    raise UserError(f"it draws images of {theirs.image_shape}, the model of {ours.image_shape}; name another")
-  if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
-    raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
-  if theirs.conditional and guide.class_names != weights.class_names:
-    raise UserError(f"its classes are {_listed(guide.class_names)}, those of the model {_listed(weights.class_names)}")
+  _check_alike(weights, guide)
+  if guide.run.conditional:
+    _check_classes(weights, guide)
   if weights.identity == guide.identity:
     raise UserError("it is the model itself, which cannot guide itself; name a worse one")
+
+
+def _check_alike(weights: Weights, other: Weights) -> None:
+  """Raises UserError unless both know the same images and noise."""
+  ours, theirs = weights.run, other.run
+  if theirs.image_shape != ours.image_shape:
+    raise UserError(f"it knows images of {theirs.image_shape}, the model of {ours.image_shape}; name another")
+  if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
+    raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
+
+
+def _check_classes(weights: Weights, other: Weights) -> None:
+  if other.class_names != weights.class_names:
+    raise UserError(f"its classes are {_listed(other.class_names)}, those of the model {_listed(weights.class_names)}")
 
 
 def _listed(names: tuple[str, ...]) -> str:
