@@ -13,6 +13,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.keys import seeded
+from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.sampling.draw import bind_for_sampling, make_long_draw, table_of
 from ddpm_jax.training.setup import build_run
 
@@ -38,7 +39,9 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   )
   size = job["batch_size"]
   index = np.arange(size, dtype=np.int32)
-  constants = seeded(run.initial_state().ema["ema"], config.sample.sample_seed)
+  label = index % max(1, config.model.num_classes)
+  columns = (index, label) if run.conditional else (index,)
+  constants = seeded(run.initial_state().ema["ema"], config.sample.sample_seed, one_scale(config.sample))
   draws, samplers = {}, {}
   for case in job["cases"]:
     options = with_sampler(config, case).sample
@@ -51,7 +54,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
       stream="sample",
     )
     began = time.perf_counter()
-    planned = draws[case].bytes_needed(constants, index, size=size)
+    planned = draws[case].bytes_needed(constants, *columns, size=size)
     samplers[case] = {
       "compile_seconds": time.perf_counter() - began,
       "evaluations": len(table.t),
@@ -61,7 +64,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   def block(case: str, count: int) -> dict[str, Any]:
     began, cpu = time.perf_counter(), time.process_time()
     for number in range(count):
-      draws[case](constants, index + number * size)
+      draws[case](constants, index + number * size, *columns[1:])
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "images": count * size, **memory_used()}
 

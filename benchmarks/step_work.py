@@ -39,7 +39,7 @@ def prepare(job: dict[str, Any]) -> tuple[dict[str, Any], Callable[[str, int], d
   config, shape = config_lib.from_json(job["config"]), tuple(job["image_shape"])
   mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
-  host_batches = _first_batches(config) if job.get("data") else _random_batches(config.data.batch_size, shape)
+  host_batches = _first_batches(config) if job.get("data") else _random_batches(config, shape)
   run = build_run(config, shape, mesh)
   updates = config.train.steps_per_dispatch
   step: Any = mesh.compile(make_train_step(run), run.abstract_state, max_steps=updates)
@@ -133,13 +133,15 @@ def memory_used() -> dict[str, int]:
   return {**device, "process_bytes": hardware.peak_rss()}
 
 
-def _random_batches(size: int, shape: tuple[int, ...]) -> list[Batch]:
-  random = np.random.default_rng(0)
+def _random_batches(config: Config, shape: tuple[int, ...]) -> list[Batch]:
+  random, size, classes = np.random.default_rng(0), config.data.batch_size, config.model.num_classes
+  label = {"label": np.arange(size, dtype=np.int32) % classes} if classes else {}
   return [
     {
       "image": random.integers(0, 256, (size, *shape), dtype=np.uint8),
       "index": np.arange(size, dtype=np.int32),
       "replaced": np.zeros(size, bool),
+      **label,
     }
     for _ in range(_BATCHES)
   ]
@@ -147,6 +149,7 @@ def _random_batches(size: int, shape: tuple[int, ...]) -> list[Batch]:
 
 def _first_batches(config: Config) -> list[Batch]:
   source = open_source(config.data)
-  stream = batches(source, batch_size=config.data.batch_size, seed=config.train.seed, start_step=0)
+  of_run = {"batch_size": config.data.batch_size, "seed": config.train.seed}
+  stream = batches(source, **of_run, start_step=0, labels=config.model.num_classes > 0)
   with contextlib.closing(stream):
     return [inputs_of(batch) for batch in itertools.islice(stream, _BATCHES)]

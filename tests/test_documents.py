@@ -50,7 +50,7 @@ OTHER_FLAGS = {
 }
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
-IMAGES = {"digits": (8, 1), "fashion_mnist": (28, 1), "cifar10": (32, 3)}
+IMAGES = {"digits": (8, 1), "fashion_mnist": (28, 1), "cifar10": (32, 3), "imagenet64": (64, 3)}
 
 
 def fenced(text: str) -> list[str]:

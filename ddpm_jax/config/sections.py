@@ -111,8 +111,8 @@ class ModelConfig:
                       "and shifts the norm; 'adm', which halve and double the resolution, too. See "
                       "docs/concepts/network.md.", choices=("ddpm", "ldm", "iddpm", "adm"))
   num_heads: int = option(1, "Heads of self-attention.", minimum=1)
-  head_channels: int = option(0, "Channels of a head of self-attention, in the place of --num_heads; 64 in the "
-                              "networks of Dhariwal and Nichol (0: as --num_heads says).", minimum=0)
+  head_channels: int = option(0, "Channels of a head of self-attention, in the place of --num_heads; 64 for Dhariwal "
+                              "and Nichol (0: as --num_heads says).", minimum=0)
   norm_groups: int = option(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                             "channels).", minimum=0)
   dropout: float = option(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)

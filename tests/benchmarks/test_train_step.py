@@ -70,18 +70,20 @@ def test_batches_may_be_those_of_the_run(monkeypatch, no_peak):
 
 
 def test_flops_are_those_of_the_model_and_not_of_how_it_is_run():
-  batch = step_work._random_batches(16, IMAGE_SHAPE)[0]
+  batch = step_work._random_batches(tiny_config(batch_size=16), IMAGE_SHAPE)[0]
   plain = step_work.model_flops(tiny_config(), IMAGE_SHAPE, batch)
   for changes in ({"remat": "blocks"}, {"grad_accum_steps": 2}, {"parallel": "fsdp"}):
     assert step_work.model_flops(tiny_config(**changes), IMAGE_SHAPE, batch) == plain
-  twice = step_work._random_batches(32, IMAGE_SHAPE)[0]
+  twice = step_work._random_batches(tiny_config(batch_size=32), IMAGE_SHAPE)[0]
   assert step_work.model_flops(tiny_config(batch_size=32), IMAGE_SHAPE, twice) == pytest.approx(2 * plain, rel=0.05)
 
 
 def test_flops_of_convolutions_by_hand():
   """Without levels nearly all is 3x3 convolutions: 2 * 9 * c_in * c_out for a pixel, once forwards and twice back."""
   config = tiny_config(channels=64, channel_multipliers=(1,), attention_resolutions=(), dropout=0.0, batch_size=4)
-  flops = step_work.model_flops(config, IMAGE_SHAPE, step_work._random_batches(4, IMAGE_SHAPE)[0])
+  flops = step_work.model_flops(
+    config, IMAGE_SHAPE, step_work._random_batches(tiny_config(batch_size=4), IMAGE_SHAPE)[0]
+  )
   c, first_and_last = 64, 2 * 64
   blocks = 2 * c * c  # two convolutions in the block down and in two in the middle, and of the two up the second
   convolutions = 3 * blocks + 2 * (2 * c * c + c * c) + first_and_last

@@ -30,7 +30,9 @@ ZERO_MEANS = {
   "head_channels": "as num_heads says",
   "dropout": "none",
   "warmup_steps": "none",
+  "weight_decay": "none",
   "grad_clip": "none",
+  "classifier_scale": "no guidance",
   "ema_decay": "no average",
   "seed": "a seed",
   "sample_seed": "a seed",
@@ -124,6 +126,7 @@ OTHER = {
   "lr_schedule": "constant_then_decay",
   "decay_fraction": 0.5,
   "warmup_steps": 5000,
+  "weight_decay": 0.05,
   "grad_clip": 0.125,
   "ema_decay": 0.9999,
   "seed": 2**32 - 1,
@@ -188,6 +191,8 @@ OTHER = {
   "guidance_scale": (1.5,),
   "guidance_interval": (0.2, 1.61),
   "guide_with": "/data/a guide, worse",
+  "classifier": "/data/a classifier",
+  "classifier_scale": 2.5,
   "export_dir": "/data/exported here",
   "export_platforms": ("tpu", "cpu"),
   "export_batch_sizes": (1, 64),
@@ -206,6 +211,7 @@ OTHER_TASKS = [
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
   {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
+  {"stage": "classifier", "num_classes": 12},
 ]
 
 
@@ -324,6 +330,14 @@ CONTRADICTIONS = [
   ({"guidance_scale": ()}, ("guidance_scale", "empty", "use 1")),
   ({"guidance_interval": (0.2, 1.0)}, ("guidance_interval", "0.2,1.0", "guidance_scale=1")),
   ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
+  ({"classifier_scale": 2.0}, ("classifier_scale", "2.0", "--classifier")),
+  *(
+    ({"stage": "classifier", name: value}, (name, str(value), "stage=classifier", "leave it out"))
+    for name, value in (
+      *(("conditioning", "class"), ("label_dropout", 0.1), ("prediction", "v"), ("loss", "huber")),
+      *(("loss_weighting", "min_snr"), ("evaluate_every", 5), ("init_from", "/data/w")),
+    )
+  ),
   ({"guidance_scale": (2.0,), "guidance_interval": (0.2,)}, ("guidance_interval", "0.2", "LO,HI")),
   ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 0.2)}, ("guidance_interval", "1.0,0.2", "lower one first")),
   ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 1.0)}, ("guidance_interval", "1.0,1.0", "lower one first")),
@@ -551,7 +565,8 @@ MAY_CHANGE = {
     "on_nonfinite",
     "max_nonfinite",
   ),
-  *("classes", "guidance_scale", "guidance_interval", "guide_with", "keep_every"),
+  *("classes", "guidance_scale", "guidance_interval", "guide_with", "classifier", "classifier_scale"),
+  "keep_every",
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),

@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "experiments").glob("*.flags"))
 NAMES = [path.stem for path in FILES]
 
 # Height of the images as the data set delivers them, where the flagfile does not resize them.
-NATIVE_SIZE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32}
+NATIVE_SIZE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "imagenet64": 64}
 
 # What makes an experiment what it is: every flagfile states these, so that a changed default changes no experiment.
 STATED = {
@@ -100,7 +100,7 @@ def header(path: pathlib.Path) -> str:
 
 
 def test_all_experiments_are_here():
-  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images32", "images64", "emoji32", "emoji64"}
+  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images32", "images64", "emoji32", "emoji64", "imagenet64"}
 
 
 @pytest.mark.parametrize("name", NAMES)

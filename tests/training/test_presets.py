@@ -27,6 +27,7 @@ PRESETS = {  # what the data set delivers, and the size of the network
   "emoji32": ((32, 32, 3), 2_688_179),
   "emoji64": ((64, 64, 3), 4_256_563),
   "cifar10": ((32, 32, 3), PAPER_32),
+  "imagenet64": ((64, 64, 3), 295_904_454 - 3 * (9 * 192 + 1)),  # without the second half of the output
   "celebahq256": ((256, 256, 3), PAPER_256),
   "lsun_bedroom": ((256, 256, 3), PAPER_256),
   "lsun_church": ((256, 256, 3), PAPER_256),
