@@ -211,7 +211,7 @@ OTHER_TASKS = [
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
   {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
-  {"stage": "classifier", "num_classes": 12},
+  {"stage": "classifier", "num_classes": 12, "loss": "l2"},
 ]
 
 
@@ -332,7 +332,7 @@ CONTRADICTIONS = [
   ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
   ({"classifier_scale": 2.0}, ("classifier_scale", "2.0", "--classifier")),
   *(
-    ({"stage": "classifier", name: value}, (name, str(value), "stage=classifier", "leave it out"))
+    ({"stage": "classifier", "loss": "l2", name: value}, (name, str(value), "stage=classifier", "leave it out"))
     for name, value in (
       *(("conditioning", "class"), ("label_dropout", 0.1), ("prediction", "v"), ("loss", "huber")),
       *(("loss_weighting", "min_snr"), ("evaluate_every", 5), ("init_from", "/data/w")),
