@@ -55,6 +55,7 @@ ZERO_MEANS = {
 
 # The defaults are tuned from time to time; the tests that need numbers bring their own.
 BASE = {
+  "classifier": "runs/classifier",
   "batch_size": 128,
   "cache_gib": 4.0,
   "data_threads": 2,
@@ -330,7 +331,7 @@ CONTRADICTIONS = [
   ({"guidance_scale": ()}, ("guidance_scale", "empty", "use 1")),
   ({"guidance_interval": (0.2, 1.0)}, ("guidance_interval", "0.2,1.0", "guidance_scale=1")),
   ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
-  ({"classifier_scale": 2.0}, ("classifier_scale", "2.0", "--classifier")),
+  ({"classifier": "", "classifier_scale": 2.0}, ("classifier_scale", "2.0", "--classifier")),
   *(
     ({"stage": "classifier", "loss": "l2", name: value}, (name, str(value), "stage=classifier", "leave it out"))
     for name, value in (

@@ -11,6 +11,7 @@ from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
+from tests.sampling.conftest import pictures, save_pictures
 from tests.training.tiny import tiny_config
 
 CONFIG = tiny_config(
@@ -21,6 +22,7 @@ CONFIG = tiny_config(
   num_steps=3,
   sample_every=1,
   weight_decay=0.05,
+  num_classes=10,
 )
 
 
@@ -48,8 +50,6 @@ def test_a_classifier_is_trained_resumed_exactly_and_draws_nothing(tmp_path, cap
 
 
 def test_images_without_classes_are_refused(tmp_path):
-  from tests.sampling.conftest import pictures, save_pictures
-
   with pytest.raises(UserError, match=r"^stage: classifier needs the class of each image, and folder:\S+ has [^-]*$"):
     train(tmp_path / "run", dataset=f"folder:{save_pictures(tmp_path / 'data', pictures())}")
   assert not (tmp_path / "run").exists()

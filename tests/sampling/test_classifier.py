@@ -15,15 +15,17 @@ from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
 from ddpm_jax.runs import sample as sampling
+from ddpm_jax.sampling.classes import of_given, wanted
 from ddpm_jax.sampling.draw import bind_weights, constants_of, table_of
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import initial
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
-from tests.sampling.conftest import STD, Trained, pictures, settings_of
+from tests.sampling.conftest import Trained, pictures, save_pictures, settings_of
 from tests.training.tiny import IMAGE_SHAPE
 
-MEAN = pictures(1)[0].astype(np.float32) / 127.5 - 1  # of one kind of images; its negative is that of the other
+# Of one kind of images; its negative is that of the other. None of their pixels are clipped.
+MEAN, STD = 0.4 * (pictures(1)[0].astype(np.float32) / 127.5 - 1), 0.15
 NAMES = ("bright", "dark")
 
 
@@ -104,8 +106,6 @@ def test_every_task_is_guided(drawing, task):
   few = {"inpaint": {"num_samples": 2, "sampling_steps": 40, "repaint_resamples": 1}}.get(task, {"num_samples": 4})
   given = {} if task in ("progressive", "slerp") else {"input_images": str(drawing.path.parent / "given")}
   if given:
-    from tests.sampling.conftest import save_pictures
-
     save_pictures(drawing.path.parent / "given", np.repeat(pictures(1), 8, axis=0))
   if task == "interpolate":
     few["interpolation_timestep"] = 200
@@ -159,7 +159,9 @@ def test_a_classifier_is_found_and_guides(folder, weights):
   found = initial.find_classifier(str(folder), weights)
   assert (found.step, found.class_names, found.run.image_shape) == (3, NAMES, IMAGE_SHAPE)
   guided = weights._replace(classifier=found)
-  options = config_lib.override(weights.run.config, {"sampler": "ddim", "classifier_scale": 50.0}).sample
+  options = config_lib.override(
+    weights.run.config, {"sampler": "ddim", "classifier": "c", "classifier_scale": 50.0}
+  ).sample
   bind, constants = bind_weights(guided, options), constants_of(guided, options)
   xt = jax.random.normal(jax.random.key(0), (2, *IMAGE_SHAPE))
   both = [
@@ -204,8 +206,6 @@ def test_what_a_classifier_cannot_do(folder, weights):
     weights._replace(classifier=None),
     config_lib.override(weights.run.config, {"classes": ("dark",)}).sample,
   )
-  from ddpm_jax.sampling.classes import of_given, wanted
-
   assert "has no effect, as the model is unconditional" in refusal(wanted, options, plain)
   assert refusal(wanted, dataclasses.replace(options, classifier="runs/c"), plain).startswith("classifier: ")
   assert "'dar'" in refusal(wanted, dataclasses.replace(options, classes=("dar",)), weights)
