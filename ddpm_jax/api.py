@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source, from_array
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.schedules import NoiseSchedule
@@ -36,7 +36,7 @@ from ddpm_jax.keys import seeded
 from ddpm_jax.models.build import Params, TrainableNetwork, num_params
 from ddpm_jax.runtime import numerics, paths, terminal
 from ddpm_jax.runtime.stop import StopRequest
-from ddpm_jax.sampling.classes import wanted
+from ddpm_jax.sampling.classes import one_scale, wanted
 from ddpm_jax.sampling.draw import bind_for_sampling, bind_weights, constants_of, fit_batch, make_draw, table_of
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.setup import Run
@@ -67,7 +67,7 @@ class Model:
 
   config: Config
   weights: Weights
-  _draws: dict[tuple[SampleConfig, str], BatchedFn] = dataclasses.field(default_factory=dict, init=False, repr=False)
+  _draws: dict[tuple, BatchedFn] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -110,6 +110,7 @@ class Model:
     classes: str | int | Sequence[str | int] | None = None,
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    guide_with: Model | None = None,
     classifier_scale: float | None = None,
   ) -> np.ndarray:
     """Draws images: those of `--mode=sample --sample_seed=SEED`, to float32 rounding, which depends on the batch.
@@ -134,8 +135,10 @@ class Model:
       classes: names or numbers of the classes that a conditional model draws in turn; empty: all of `class_names`.
       guidance_scale: g in D = D_guide + g (D_cond - D_guide); 1: no guidance.
       guidance_interval: (lo, hi), where to guide: lo < sqrt((1 - alpha_bar) / alpha_bar) <= hi; empty: everywhere.
+      guide_with: a worse model of the same images, noise and classes, away from which this one is guided (Karras et al.
+        2024), such as an earlier checkpoint; None: that of `config`, or else this one without the class.
       classifier_scale: s of s grad log p(class | x_t), by which the classifier that `load` was given guides.
-        What is None is as in `config`.
+        What else is None is as in `config`.
 
     Returns:
       uint8 [num, H, W, C].
@@ -159,14 +162,20 @@ class Model:
       "guidance_interval": guidance_interval,
       "classifier_scale": classifier_scale,
     }
+    if guidance_scale == 1.0 and guide_with is None:  # also where `config` says how to guide
+      asked |= {"guidance_interval": guidance_interval or (), "guide_with": ""}
     options = config_lib.values(Config())
     given = {SHORT_NAMES.get(name, name): value for name, value in asked.items() if value is not None}
     with _parameters_named():
       given = {name: _as_option(name, value, type(options[name])) for name, value in given.items()}
       config = config_lib.override(self.config, given)
       config_lib.check_variance(given, config)
-      constants, chosen = constants_of(self.weights, config.sample), wanted(config.sample, self.weights)
-    num, asked_size, draw = config.sample.num_samples, config.sample.sample_batch_size, self._draw(config)
+      scale, weights = one_scale(config.sample), self.weights
+      if guide_with is not None:
+        weights = _guided_by(weights, guide_with, scale)
+      chosen = wanted(config.sample, weights)
+    num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
+    draw, constants = self._draw(config, weights), constants_of(weights, config.sample)
     index = np.arange(num, dtype=np.int32)
     columns = (index,) if chosen is None else (index, chosen.of(index))
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, *columns, number=num)
@@ -194,24 +203,26 @@ class Model:
     """eps_hat: the noise that the network sees in x_t, whatever it was trained to predict. As `denoise`, no range."""
     return self._eps_hat(self.params, *self._checked(x, t, label))
 
-  def _draw(self, config: Config) -> BatchedFn:
+  def _draw(self, config: Config, weights: Weights) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
     # Neither is how many, which seed, how many at once, of which class.
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0, classes=())
-    options = dataclasses.replace(options, classifier_scale=SampleConfig().classifier_scale)
-    if config_lib.guided(options):  # nor by how much they are guided
+    if options.classifier:  # nor by how much a classifier guides them
+      options = dataclasses.replace(options, classifier_scale=2.0)
+    if config_lib.guided(options):  # nor by how much another model does
       options = dataclasses.replace(options, guidance_scale=(2.0,))
-    variance = config.diffusion.variance
-    if (options, variance) not in self._draws:
+    guide, variance = weights.guide, config.diffusion.variance
+    pair = guide and (guide.run.denoiser, guide.run.conditional)
+    if (options, variance, pair) not in self._draws:
       run = self.weights.run
-      self._draws[options, variance] = make_draw(
-        bind_weights(self.weights, options),
+      self._draws[options, variance, pair] = make_draw(
+        bind_weights(weights, options),
         table_of(options, run.schedule, variance),
         first_stage=run.first_stage,
         mesh=run.mesh,
         stream="sample",
       )
-    return self._draws[options, variance]
+    return self._draws[options, variance, pair]
 
   @functools.cached_property
   def _x0_hat(self) -> BatchedFn:
@@ -263,6 +274,17 @@ class Model:
     return np.broadcast_to(labels.astype(np.int32), (number,))
 
 
+def _guided_by(weights: Weights, guide: Model, scale: float) -> Weights:
+  """The weights with those of a guide. Raises UserError if it cannot guide them, or there is nothing to guide."""
+  if scale == 1.0:
+    raise UserError("guide_with: has no effect with guidance_scale=1; use another scale, such as 2")
+  try:
+    initial.check_guide(weights, guide.weights)
+  except UserError as error:
+    raise UserError(f"guide_with: {error}") from None
+  return weights._replace(guide=guide.weights)
+
+
 def _array(name: str, values: ArrayLike) -> np.ndarray:
   try:
     return np.asarray(values)
@@ -305,7 +327,6 @@ def load(
   dtype: str | None = None,
   matmul_precision: str | None = None,
   network: TrainableNetwork | None = None,
-  guide_with: str | int = "",
   classifier: str | os.PathLike[str] = "",
 ) -> Model:
   """Reads a trained model.
@@ -318,8 +339,6 @@ def load(
     matmul_precision: of float32 products, 'default', 'high' or 'highest'.
       What is None is as the model was trained.
     network: that of a workdir which was trained with one of your own.
-    guide_with: a worse model that guides where `Model.sample` is given a guidance scale: a checkpoint of this workdir,
-      'raw' for its raw weights, or the path of another model; empty: the model itself without the class.
     classifier: the workdir of a classifier of noisy images that guides the draws towards their classes.
 
   Returns:
@@ -338,18 +357,13 @@ def load(
     own = {} if network is None else {"network": layout.describe_own(network)}
     layout.check_own(pathlib.Path(place), own, ["network"])
     with terminal.errors_alone():
-      found = initial.find_weights(config, pathlib.Path(place), network)
-      return Model(config, _with_guide(found, str(guide_with), config, pathlib.Path(place)))
+      return Model(config, initial.find_weights(config, pathlib.Path(place), network))
   if network is not None:
     raise UserError(f"network: {place} is no workdir, so it has no effect; leave it out")
   if weights != "ema":
     raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
   config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
-  return Model(config, _with_guide(initial.find_weights(config, None), str(guide_with), config, None))
-
-
-def _with_guide(weights: Weights, text: str, config: Config, workdir: pathlib.Path | None) -> Weights:
-  return weights._replace(guide=initial.find_guide(text, config, workdir, weights)) if text else weights
+  return Model(config, initial.find_weights(config, None))
 
 
 def train(

@@ -20,7 +20,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import flags, presets
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
-from ddpm_jax.runtime import console
+from ddpm_jax.runtime import console, paths
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.layout import StoredRun
 
@@ -110,7 +110,7 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
 
 
 def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
-  """`given` without what the run has settled, and --init_from as an absolute path."""
+  """`given` without what the run has settled, and --init_from and --guide_with as absolute paths."""
   if run:
     left_open = config_lib.LEFT_TO_IMAGES.items()
     given = {name: value for name, value in given.items() if (name, value) not in left_open}
@@ -118,6 +118,10 @@ def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
     from ddpm_jax.weights import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
+  guide = given.get("guide_with", "")
+  if guide not in ("", "raw") and not guide.isdecimal():
+    path = paths.absolute("guide_with", guide, "get the model first and name its folder")
+    given = given | {"guide_with": str(path)}
   return given
 
 
@@ -132,6 +136,8 @@ def _base(rules: Rules, given: dict[str, Any], run: StoredRun | None) -> Config:
     from ddpm_jax.weights import initial
 
     base = initial.base_config(path, run.config if run else None, base)
+    if rules.new_run and not run:  # how many classes there are is for the images to say
+      base = config_lib.override(base, {"num_classes": 0})
   return base
 
 

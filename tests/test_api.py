@@ -20,7 +20,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.runs import export as exchange
 from ddpm_jax.runs import sample as sampling
 from tests.sampling.conftest import Trained, make_workdir, noise
-from tests.training.tiny import IMAGE_SHAPE, host
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +32,12 @@ def trained(tmp_path_factory) -> Trained:
 @pytest.fixture(scope="module")
 def model(trained) -> api.Model:
   return ddpm_jax.load(trained.path)
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory) -> Trained:
+  """The same of a conditional run."""
+  return make_workdir(tmp_path_factory.mktemp("by_class"), ("cats", "dogs", "flags"), **CONDITIONAL)
 
 
 def having_network(model, network, **changes) -> api.Model:
@@ -126,6 +132,46 @@ def test_draws_what_the_command_draws(trained, model, tmp_path, asked, options):
   assert got.shape == theirs.shape and got.dtype == theirs.dtype == np.uint8
   assert np.abs(got.astype(int) - theirs).max() <= 1  # equal but for the rounding to uint8
   assert len(np.unique(got.reshape(11, -1), axis=0)) == 11
+
+
+@pytest.mark.parametrize(
+  ("asked", "options"),
+  [
+    ({"classes": "flags", "guidance_scale": 2}, {"classes": ("flags",), "guidance_scale": (2.0,)}),
+    (
+      {"classes": ["dogs", 0], "guidance_scale": 1.5, "guidance_interval": (0.3, 2)},
+      {"classes": ("dogs", "0"), "guidance_scale": (1.5,), "guidance_interval": (0.3, 2.0)},
+    ),
+    ({"guidance_scale": 3.0, "guide_with": 3}, {"guidance_scale": (3.0,), "guide_with": "3"}),
+  ],
+)
+def test_draws_by_class_what_the_command_draws(by_class, tmp_path, asked, options):
+  shutil.copytree(by_class.path, tmp_path / "run")
+  copy = Trained(tmp_path / "run", by_class.config)
+  sampling.sample(copy.having(num_samples=5, **options), copy.path)
+  model = ddpm_jax.load(by_class.path)
+  assert model.class_names == ("cats", "dogs", "flags")
+  if "guide_with" in asked:
+    asked = asked | {"guide_with": ddpm_jax.load(by_class.path, checkpoint=3)}
+  got = model.sample(5, **asked).astype(int)
+  assert np.abs(got - copy.load()["images"]).max() <= 1
+  plain = model.sample(5, classes=asked.get("classes"), guidance_scale=1.0)
+  assert np.abs(got - plain).max() > 5
+  programs = len(model._draws)
+  assert np.abs(model.sample(5, **asked | {"guidance_scale": 8.0, "classes": "cats"}) - got).max() > 5
+  assert len(model._draws) == programs  # neither the scale nor the classes are a part of one
+
+
+def test_what_a_conditional_model_sees(by_class):
+  """With the class of each, of all, or of none."""
+  model, x = ddpm_jax.load(by_class.path), np.random.default_rng(0).standard_normal((2, *IMAGE_SHAPE), np.float32)
+  for function in (model.denoise, model.eps):
+    cats, flags, both = (function(x, 150, label) for label in (0, np.int64(2), [0, 2]))
+    np.testing.assert_allclose(both, [cats[0], flags[1]], rtol=1e-4, atol=1e-5)
+    assert np.abs(cats - flags).max() > 1e-3
+  run = model.weights.run
+  nothing = run.denoiser.bind(model.params, jnp.full(2, 3))(jnp.asarray(x), run.schedule.level(jnp.asarray(150)))
+  np.testing.assert_allclose(model.eps(x, 150), nothing.eps, rtol=1e-4, atol=1e-5)
 
 
 def test_options_of_the_process_change_nothing(trained, model):
@@ -273,6 +319,42 @@ X = np.zeros((2, *IMAGE_SHAPE), np.float32)
 def test_what_is_wrong_is_one_line(model, call, parts):
   text = refusal(call, model)
   assert all(part in text for part in parts), text
+
+
+def test_what_is_wrong_with_a_class_is_one_line(by_class, model):
+  other = ddpm_jax.load(by_class.path)
+  for call, part in (
+    (
+      lambda: other.sample(classes="flag"),
+      "classes: 'flag' is none of the 3 classes of the model; did you mean flags?",
+    ),
+    (
+      lambda: other.sample(classes=3),
+      "classes: '3' is none of the 3 classes of the model; use some of cats, dogs, flags",
+    ),
+    (lambda: other.sample(guidance_scale=-1), "guidance_scale: -1.0 must be at least 0"),
+    (lambda: other.sample(guidance_scale="2"), "guidance_scale: ('2',) is not of its type, tuple"),
+    (
+      lambda: other.sample(guidance_interval=(0.2, 1)),
+      "guidance_interval: 0.2,1.0 has no effect with guidance_scale=1",
+    ),
+    (
+      lambda: other.sample(guidance_scale=2, guidance_interval=(1, 1)),
+      "guidance_interval: 1.0,1.0 holds no noise level",
+    ),
+    (lambda: other.sample(guide_with=model), "guide_with: has no effect with guidance_scale=1"),
+    (lambda: other.sample(guidance_scale=2, guide_with=other), "guide_with: it is the model itself"),
+    (
+      lambda: model.sample(guidance_scale=2, guide_with=other),
+      "guide_with: its classes are cats, dogs, flags, those of",
+    ),
+    (lambda: model.sample(guidance_scale=2), "guidance_scale: 2.0 has no effect, as the model is unconditional"),
+    (lambda: model.denoise(X, 5, 0), "label: has no effect, as the model is unconditional; leave it out"),
+    (lambda: other.denoise(X, 5, 3), "label: 3 to 3 is not in 0..2, see class_names"),
+    (lambda: other.denoise(X, 5, [0, 1, 2]), "label: int64 [3] is neither a whole number nor [2] of them"),
+    (lambda: other.denoise(X, 5, 0.5), "label: float64 [] is neither a whole number nor [2] of them"),
+  ):
+    assert part in refusal(call)
 
 
 def test_no_model_is_one_line(trained, tmp_path):

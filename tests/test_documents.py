@@ -51,6 +51,8 @@ OTHER_FLAGS = {
 
 # Height and channels of the images of the presets that do not resize them; those that do are in colour.
 IMAGES = {"digits": (8, 1), "fashion_mnist": (28, 1), "cifar10": (32, 3), "imagenet64": (64, 3)}
+IMAGES |= {"fashion_mnist_cond": (28, 1), "cifar10_cond": (32, 3)}
+CLASSES = {"fashion_mnist_cond": 10, "emoji32_cond": 9}
 
 
 def fenced(text: str) -> list[str]:
@@ -216,6 +218,7 @@ def test_every_preset_has_a_row_with_its_numbers():
   assert set(rows) == set(paths)
   for name, path in paths.items():
     config, header = preset(path), path.read_text(encoding="utf-8")
+    config = config_lib.override(config, {"num_classes": CLASSES[name]}) if name in CLASSES else config
     height, channels = IMAGES.get(name, (config.data.image_size, 3))
     cells = [cell.strip() for cell in rows[name].strip("|").split("|")]
     assert f"{height}x{height}" in cells[0]

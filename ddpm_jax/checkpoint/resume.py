@@ -248,7 +248,8 @@ def check_hosts(run: Run, source: Source) -> None:
   flags = {name: value for name, value in config_lib.values(run.config).items() if name not in local}
   if config_lib.own_images(run.config.data.dataset):
     flags["dataset"] = "own images"
-  for what, facts in (("flags", flags), ("images", source.fingerprint)):
+  images = source.fingerprint | ({"labels": _labels_sha256(source)} if run.conditional else {})
+  for what, facts in (("flags", flags), ("images", images)):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     for process, other in enumerate(all_gather_host(np.frombuffer(digest, np.uint8))):
       if other.tobytes() != digest:

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Container, Iterator
 from typing import Any
 
-from ddpm_jax.config.option import check_range, flag_text
+from ddpm_jax.config.option import check_range, flag_text, image_size
 from ddpm_jax.config.sections import (
   WITHOUT_ENDS,
   DataConfig,
@@ -87,6 +87,19 @@ def own_images(dataset: str) -> tuple[str, str] | None:
   """Kind and path of a collection of image files; None for a data set of another kind."""
   kind, colon, path = dataset.partition(":")
   return (kind, path) if colon and kind in OWN_IMAGES else None
+
+
+def check_size(model: ModelConfig, height: int, width: int) -> None:
+  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can."""
+  levels = len(model.channel_multipliers)
+  factor = 2 ** (levels - 1)
+  if height % factor or width % factor:
+    heights, widths = ([n * factor for n in (size // factor, -(-size // factor))] for size in (height, width))
+    nearest = [image_size(*sides) for sides in zip(heights, widths, strict=True) if all(sides)]
+    raise UserError(
+      f"image_size: {image_size(height, width)} is not divisible by {factor}, as the {levels} levels of "
+      f"channel_multipliers need; use --image_size={' or '.join(map(str, nearest))}, or fewer levels"
+    )
 
 
 def changed(
@@ -254,9 +267,13 @@ def _check_guidance(sample: SampleConfig) -> None:
     raise UserError(f"classifier_scale: {sample.classifier_scale} has no effect without --classifier; set that too")
   if not sample.guidance_scale:
     raise UserError("guidance_scale: empty; use 1 for no guidance")
+  if len(set(sample.guidance_scale)) < len(sample.guidance_scale):
+    raise UserError(f"guidance_scale: {flag_text(sample.guidance_scale)} names one twice; name each once")
   for name in ("guidance_interval", "guide_with"):
     if (value := getattr(sample, name)) and not guided(sample):
-      raise UserError(f"{name}: {flag_text(value)} has no effect with guidance_scale=1; set that, such as to 2")
+      raise UserError(
+        f"{name}: {flag_text(value)} has no effect with guidance_scale=1; use --guidance_scale=2, or --{name}="
+      )
   if interval := sample.guidance_interval:
     text = flag_text(interval)
     if len(interval) != 2:
@@ -350,12 +367,17 @@ def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
 def _check_evaluate(config: Config) -> None:
   evaluate, defaults, train = config.evaluate, EvaluateConfig(), config.train
   if not evaluate.measures:
-    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, ode")
+    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, classes, ode")
   for name in ("bound_timesteps", "ode_steps"):
     if getattr(evaluate, name) > config.diffusion.num_timesteps and getattr(evaluate, name) != getattr(defaults, name):
       raise UserError(
         f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
       )
+  if config.data.conditioning == "none":
+    if "classes" in evaluate.measures:
+      raise UserError("measures: classes needs a model of --conditioning=class; leave it out")
+    if evaluate.evaluate_labels != defaults.evaluate_labels:
+      raise UserError(f"evaluate_labels: {evaluate.evaluate_labels} has no effect with conditioning=none; leave it out")
   if evaluate.evaluate_samples == 1:
     raise UserError("evaluate_samples: 1 must be at least 2; use 0 for as many as fit")
   if evaluate.features == "inception" and not evaluate.inception_weights:

@@ -296,10 +296,13 @@ class EvaluateConfig:
                                       "bound"),
                                      "What to measure. Of samples: 'frechet' (with --features=inception the FID), "
                                      "'kid', 'score' (the Inception Score), 'precision_recall', 'density_coverage', "
-                                     "'neighbours'. Of the model: 'bound', the variational bound, and 'ode', the "
-                                     "likelihood of the probability-flow ODE, in bits/dim.",
+                                     "'neighbours'; 'classes', the distance of each class, and which share of the "
+                                     "samples the classifier of --features sees as the class that was asked for: of "
+                                     "models of --conditioning=class, with the default measures too. Of the model: "
+                                     "'bound', the variational bound, and 'ode', the likelihood of the "
+                                     "probability-flow ODE, in bits/dim.",
                                      choices=("frechet", "kid", "score", "precision_recall", "density_coverage",
-                                              "neighbours", "bound", "ode"), may_change=True)
+                                              "neighbours", "classes", "bound", "ode"), may_change=True)
   features: str = option("auto", "What images are compared by: 'inception', with --inception_weights; 'classifier', a "
                          "small one that is trained on the data set's own labels first; 'network', one that is "
                          "trained without labels; 'auto': classifier where there are labels, else network.",
@@ -313,6 +316,9 @@ class EvaluateConfig:
                                  "many, from 1,000 to 50,000, as are drawn in about seven minutes, in less while "
                                  "training, on a CPU by dpmpp with 20 network evaluations unless a sampler is named). "
                                  "A number is drawn by --sampler in --sampling_steps.", minimum=0, may_change=True)
+  evaluate_labels: str = option("proportional", "Classes of the samples that are measured, unless --classes names "
+                                "them: 'proportional', as often as in the training set; 'uniform', all in turn.",
+                                choices=("proportional", "uniform"), may_change=True)
   reference_split: str = option("", "Split that samples are compared with (empty: that of the training).",
                                 may_change=True)
   reference_stats: str = option("", "An npz file of statistics that samples are compared with in place of images: of "

@@ -22,6 +22,7 @@ WITHOUT_THE_OPTION = {
   "guidance_scale": (1.0,),
   "guidance_interval": (),
   "guide_with": "",
+  "evaluate_labels": "proportional",
   "classifier": "",
   "classifier_scale": 1.0,
   "stage": "denoiser",

@@ -28,6 +28,8 @@ def crop(image: np.ndarray, shape: tuple[int, int, int], place: float | None = N
     shape: (H, W, C).
     place: in [0, 1), from the top and from the left; each position has the same share of it. None: the centre.
   """
+  if image.shape == shape:
+    return image
   place = 0.5 if place is None else place
   top, left = (int(place * (have - want + 1)) for have, want in zip(image.shape[:2], shape[:2], strict=True))
   return image[top : top + shape[0], left : left + shape[1]]

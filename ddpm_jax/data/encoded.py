@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -127,7 +126,7 @@ class EncodedImages:
   resize: bool
   identity: str
   listing: str
-  fetch: Callable[[list[int]], Sequence[bytes | pathlib.Path | BadRecord]]
+  fetch: Callable[[list[int]], Sequence[images.File | BadRecord]]
   label: Callable[[int], str]
   classes: Callable[[], Labels] | None = None
   class_names: tuple[str, ...] | None = None
@@ -318,11 +317,13 @@ def _decode(encoded: EncodedImages, positions: list[int]) -> Iterator[np.ndarray
     yield found
 
 
-def _decode_one(encoded: EncodedImages, position: int, file: bytes | pathlib.Path | BadRecord) -> np.ndarray:
+def _decode_one(encoded: EncodedImages, position: int, file: images.File | BadRecord) -> np.ndarray:
   """One image uint8 [H, W, C], or what is to be cropped to that. Raises BadRecord."""
   if isinstance(file, BadRecord):
     raise file
   height, width, channels = encoded.shape
+  if not isinstance(file, bytes):
+    file = images.small_or_path(file)
   name = encoded.label(position)
   image = images.decode(file, channels, name, (height, width) if encoded.resize else None, encoded.how)
   if image.shape != encoded.shape and not encoded.random_crop:

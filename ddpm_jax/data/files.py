@@ -30,7 +30,7 @@ from ddpm_jax.runtime.paths import expanded
 _MANY_FILES = 256  # of which a process keeps all open; it may open 1,024 where nothing else is said
 _CHUNK = 256  # headers a task
 
-File = bytes | pathlib.Path | images.BadRecord
+File = images.File | images.BadRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,20 @@ def path_of(data: DataConfig) -> str:
   return expanded("dataset", path)
 
 
+def not_there(data: DataConfig, what: str) -> UserError:
+  """The error that there is no such collection; `what`: why, and what to do."""
+  if "://" in data.dataset:
+    what = "is an address, and images are read from disk; copy them to one, or mount the bucket"
+  path = path_of(data)
+  try:
+    os.listdir(path if os.path.isdir(path) else os.path.dirname(path) or os.curdir)
+  except PermissionError as error:
+    what = f"is not found: {error.filename} cannot be listed ({error.strerror}); make it readable"
+  except OSError:
+    pass  # it is not there either
+  return UserError(f"dataset: {data.dataset!r} {what}")
+
+
 def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   """The images of a split of a collection. They are grey if all in the collection are, whatever the split.
 
@@ -97,7 +111,9 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   fetch, place, names, sizes, classes = found.fetch, found.place, found.names, found.sizes, found.classes
 
   def listing(rows: np.ndarray) -> str:
-    return fingerprint.digest(part for i in map(int, rows) for part in (names[i], str(sizes[i])))
+    of_rows: list[int] = rows.tolist()
+    with_sizes = zip(of_rows, sizes[rows].tolist(), strict=True)
+    return fingerprint.digest(part for row, size in with_sizes for part in (names[row], str(size)))
 
   def labels() -> Labels:
     of_all = classes()
@@ -156,6 +172,8 @@ def read_headers(
       try:
         if isinstance(file, images.BadRecord):
           raise file
+        if not isinstance(file, bytes):
+          file = images.small_or_path(file)
         headers[row] = images.read_header(file, numbered(place, row), grey_palettes=data.formats != "basic")
       except images.BadRecord:
         if not skip:
@@ -234,11 +252,11 @@ class Reader:
     for descriptor in self._open.values():
       close(descriptor)
 
-  def read(self, file: int, start: int, size: int, name: str) -> bytes | images.BadRecord:
+  def read(self, file: int, start: int, size: int, name: Callable[[], str]) -> bytes | images.BadRecord:
     """`size` bytes from position `start` of the file of that number.
 
     Returns:
-      The bytes, or a BadRecord for the image `name` where they are not there.
+      The bytes, or a BadRecord for the image `name()` where they are not there.
 
     Raises:
       RunError: this process has no file handle or memory left.
@@ -251,15 +269,16 @@ class Reader:
         finally:
           os.close(descriptor)
       else:
-        found = os.pread(self._descriptor(file), size, start)
+        descriptor = self._open.get(file)
+        found = os.pread(self._descriptor(file) if descriptor is None else descriptor, size, start)
     except OSError as error:
       if error.errno in images.OF_THE_PROCESS:
         raise RunError(
-          f"dataset: {name} cannot be opened ({error.strerror}); raise that limit of the process"
+          f"dataset: {name()} cannot be opened ({error.strerror}); raise that limit of the process"
         ) from error
-      return images.BadRecord(f"{name} cannot be read ({error.strerror})", "repair or remove it")
+      return images.BadRecord(f"{name()} cannot be read ({error.strerror})", "repair or remove it")
     if len(found) < size:  # the system gives no more than 2 GiB at once, and no image is as large
-      return images.BadRecord(f"{name} is cut off ({len(found)} of {size} bytes)", "repair or remove it")
+      return images.BadRecord(f"{name()} is cut off ({len(found)} of {size} bytes)", "repair or remove it")
     return found
 
   def _descriptor(self, file: int) -> int:
@@ -279,6 +298,7 @@ PLURALS = {
   "link": "links",
   "link to a file outside": "links to files outside",
   "link to a folder": "links to folders",
+  "image with a second dot in its name": "images with a second dot in their names",
   "example without an image": "examples without an image",
 }
 LeftOut = Mapping[str, Mapping[str, int]]  # kind -> suffix (or nothing) -> how many

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
-import functools
+import errno
 import os
 import pathlib
+import stat
 from collections.abc import Collection, Mapping
 from typing import NamedTuple, NoReturn
 
@@ -14,7 +15,10 @@ import numpy as np
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import files, images, labels
 from ddpm_jax.data.files import ImageFiles
+from ddpm_jax.data.names import Names
 from ddpm_jax.errors import UserError
+
+_NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 def exists(data: DataConfig) -> bool:
@@ -35,30 +39,25 @@ def find(data: DataConfig) -> ImageFiles:
   """
   root = pathlib.Path(files.path_of(data))
   if not exists(data):
-    raise UserError(
-      f"dataset: {data.dataset!r} is not a folder; use folder:PATH with the path of a folder of images, its new path "
-      "if it was moved"
+    raise files.not_there(
+      data, "is not a folder; use folder:PATH with the path of a folder of images, its new path if it was moved"
     )
   found = find_images(root, follow_links=data.follow_links, suffixes=files.suffixes_of(data))
-  if not found.files:
+  if not len(found.names):
     raise files.nothing_found(data, found.left_out, ", or use --follow_links" * found.has_links)
-  paths = np.array([os.fsencode(file) for file in found.files])  # of a million, a worker process gets its copy at once
-
-  def path(row: int) -> pathlib.Path:
-    return pathlib.Path(os.fsdecode(paths[row]))
-
-  def fetch(rows: np.ndarray) -> list[pathlib.Path]:
-    return [path(row) for row in rows.tolist()]
+  names, start = found.names, _inside(root)
 
   def place(row: int) -> str:
-    return str(path(row))
+    return start + names[row]
 
-  headers = files.read_headers(data, fetch, place, len(paths), skip=data.on_bad_record == "skip")
-  names = [_relative(file, root) for file in found.files]
-  left_out = files.remark(data.dataset, len(paths), found.left_out)
+  def fetch(rows: np.ndarray) -> list[str]:
+    return [start + names[row] for row in rows.tolist()]
+
+  headers = files.read_headers(data, fetch, place, len(names), skip=data.on_bad_record == "skip")
+  left_out = files.remark(data.dataset, len(names), found.left_out)
   return ImageFiles(
     names=names,
-    sizes=np.array([_size(file) for file in found.files]),
+    sizes=found.sizes,
     headers=headers,
     fetch=fetch,
     place=place,
@@ -78,24 +77,25 @@ def _dataset_json(root: pathlib.Path) -> bytes | None:
     raise UserError(f"dataset: {path} cannot be read ({error.strerror}); make it readable") from error
 
 
-def _size(file: pathlib.Path) -> int:
-  """In bytes; -1 if it is gone."""
-  try:
-    return file.stat().st_size
-  except OSError:
-    return -1
-
-
 class Found(NamedTuple):
   """The images of a folder.
 
   Attributes:
-    files: sorted by path below the folder.
+    root: the folder.
+    names: their paths below it, sorted.
+    sizes: of each, int64 [N], in bytes.
     left_out: what is there and is no image of it, see `files.LeftOut`.
   """
 
-  files: list[pathlib.Path]
+  root: pathlib.Path
+  names: Names
+  sizes: np.ndarray
   left_out: Mapping[str, Mapping[str, int]]
+
+  @property
+  def files(self) -> list[pathlib.Path]:
+    """The paths of all."""
+    return [self.root / name for name in self.names]
 
   @property
   def has_links(self) -> bool:
@@ -117,31 +117,31 @@ def find_images(
   Raises:
     UserError: a folder cannot be listed. Without its files the order would be another.
   """
-  inside = root.resolve()
-  taken, links, seen = [], [root], set()
+  inside, start = root.resolve(), _inside(root)
+  taken, links, seen = [], [str(root)], set()
   left_out: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
 
-  def identity(folder: pathlib.Path) -> tuple[int, int]:
+  def identity(folder: str) -> tuple[int, int]:
     try:
-      status = folder.stat()
+      status = os.stat(folder)
     except OSError as error:
       _refuse(error)
     return status.st_dev, status.st_ino
 
   while links:
-    start = links.pop(0)
-    if start != root and identity(start) in seen:
+    first = links.pop(0)
+    if first != str(root) and identity(first) in seen:
       continue  # its images are there already, under another path
     linked = []
-    for folder, subfolders, names in os.walk(start, onerror=_refuse):
-      here = pathlib.Path(folder)
+    for folder, subfolders, names in os.walk(first, onerror=_refuse):
+      here = start if folder == str(root) else os.path.join(folder, "").removeprefix(f".{os.sep}")
       if follow_links:
-        seen.add(identity(here))
+        seen.add(identity(folder))
       for name in list(subfolders):
-        path = here / name
+        path = here + name
         if name.startswith("."):
           left_out["hidden folder"][""] += 1
-        elif path.is_symlink():
+        elif os.path.islink(path):
           linked.append(path)
           if not follow_links:
             left_out["link to a folder"][""] += 1
@@ -149,26 +149,44 @@ def find_images(
           continue
         subfolders.remove(name)
       for name in names:
-        file = here / name
+        path = here + name
         if name.startswith("."):
           left_out["hidden file"][""] += 1
-        elif not file.is_file():
-          left_out["broken link" if file.is_symlink() else "special file"][""] += 1
-        elif here == root and name == labels.DATASET_JSON:
+          continue
+        link, status = _status(path)
+        if status is None or not stat.S_ISREG(status.st_mode):
+          left_out["broken link" if link else "special file"][""] += 1
+        elif here == start and name == labels.DATASET_JSON:
           continue  # it may hold the labels
-        elif file.suffix.lower() not in suffixes:
-          left_out["file of another format"][file.suffix.lower() or "no suffix"] += 1
-        elif file.is_symlink() and not follow_links and not file.resolve().is_relative_to(inside):
+        elif os.path.splitext(name)[1].lower() not in suffixes:
+          left_out["file of another format"][pathlib.PurePath(name).suffix.lower() or "no suffix"] += 1
+        elif link and not follow_links and not pathlib.Path(path).resolve().is_relative_to(inside):
           left_out["link to a file outside"][""] += 1
         else:
-          taken.append(file)
+          taken.append((path[len(start) :], status.st_size))
     if follow_links:
-      links += sorted(linked)
-  return Found(sorted(taken, key=functools.partial(_relative, root=root)), left_out)
+      links += sorted(linked, key=pathlib.PurePath)
+  taken.sort()
+  sizes = np.array([size for _, size in taken], np.int64)
+  return Found(root, Names.of(name for name, _ in taken), sizes, left_out)
 
 
-def _relative(file: pathlib.Path, root: pathlib.Path) -> str:
-  return file.relative_to(root).as_posix()
+def _inside(root: pathlib.Path) -> str:
+  """What a path below `root` begins with, before its path within it."""
+  return "" if root == pathlib.Path() else os.path.join(root, "")
+
+
+def _status(path: str) -> tuple[bool, os.stat_result | None]:
+  """True for a link, and what is known of the file there or where it leads; None if there is none."""
+  link = False
+  try:
+    status = os.lstat(path)
+    link = stat.S_ISLNK(status.st_mode)
+    return link, os.stat(path) if link else status
+  except OSError as error:
+    if error.errno not in _NO_FILE:
+      raise UserError(f"dataset: {path} cannot be read ({error.strerror}); make it readable") from error
+    return link, None
 
 
 def _refuse(error: OSError) -> NoReturn:

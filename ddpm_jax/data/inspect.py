@@ -33,7 +33,7 @@ from ddpm_jax.data.images import BadRecord
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.runtime import console
-from ddpm_jax.runtime.paths import absolute
+from ddpm_jax.runtime.paths import absolute, check_name
 from ddpm_jax.runtime.paths import command as command_text
 from ddpm_jax.workdir import grids
 
@@ -54,8 +54,8 @@ class _Image(NamedTuple):
   pixels: bytes
 
 
-def inspect(config: Config, output: pathlib.Path) -> None:
-  """Says what the data set holds, and writes the picture of a batch.
+def inspect(config: Config, output: pathlib.Path, chosen: str = "") -> None:
+  """Says what the data set holds, and writes the picture of a batch. `chosen`: a line about the settings, said first.
 
   Raises:
     UserError: no such data set, split or class, labels that contradict each other, or no image that can be decoded.
@@ -63,6 +63,8 @@ def inspect(config: Config, output: pathlib.Path) -> None:
   """
   data = dataclasses.replace(config.data, on_bad_record="skip")
   encoded, sized, refused = _open(data)
+  if chosen:
+    console.note(chosen)
   found = _read_all(encoded)
   good = [image for image in found if isinstance(image, _Image)]
   bad = [image.what for image in found if isinstance(image, BadRecord)]
@@ -83,6 +85,11 @@ def inspect(config: Config, output: pathlib.Path) -> None:
   _say("duplicates", _duplicates(encoded, found))
   if bad and config.data.on_bad_record == "fail":
     refused = refused or "on_bad_record: fail, the default; repair or remove the bad images, or use skip"
+  if not refused:
+    try:
+      config_lib.check_size(config.model, *encoded.shape[:2])
+    except UserError as error:
+      refused = str(error)
   if refused:
     _say("training", [f"would be refused: {refused}"])
   seen, rows = first_batch(encoded, config)
@@ -129,7 +136,7 @@ def _read_all(encoded: EncodedImages) -> list[_Image | BadRecord]:
   return found
 
 
-def _look(encoded: EncodedImages, row: int, file: bytes | pathlib.Path | BadRecord) -> _Image | BadRecord:
+def _look(encoded: EncodedImages, row: int, file: images.File | BadRecord) -> _Image | BadRecord:
   """One image at its own size, or why it is bad."""
   name = encoded.label(row)
   try:
@@ -149,7 +156,7 @@ def _digest(content: bytes) -> bytes:
 
 def _say(what: str, lines: list[str]) -> None:
   for first, line in zip([what, *[""] * len(lines)], lines, strict=False):
-    console.say(f"  {first:<12}{line}")
+    console.say(f"  {first:<12}{console.one_line(line)}")
 
 
 def _sizes(good: list[_Image]) -> list[str]:
@@ -245,13 +252,15 @@ def main() -> int:
   try:
     arguments, given, preset = parser.parse(sys.argv[1:])
     output = absolute("output", arguments.output, "name a file on disk")
+    check_name("output", output)
+    if output.is_dir() or not output.parent.is_dir():  # what would be found only after all images are read
+      raise UserError(f"output: {arguments.output!r} is no file in a folder that exists; name another with --output")
+    chosen = ""
     if preset is None and config_lib.own_images(given["dataset"]):  # as a new run does
       preset = presets.for_own_images(jax.default_backend())
       given = flags.of_preset(preset) | given
-      console.note(
-        f"own images, with the settings that a new run takes here: --preset={preset}; --preset=none: without"
-      )
-    inspect(config_lib.override(Config(), given), output)
+      chosen = f"own images, with the settings that a new run takes here: --preset={preset}; --preset=none: without"
+    inspect(config_lib.override(Config(), given), output, chosen)
   except (UserError, RunError) as error:
     console.error(str(error))
     return 2 if isinstance(error, UserError) else 1

@@ -56,7 +56,7 @@ def _of_dataset_json(
   """The classes int32 [N] and their names, as `dataset.json` has them; None if it has none."""
   try:
     tree = json.loads(text)
-  except ValueError as error:  # of JSON, or of the encoding
+  except (ValueError, RecursionError) as error:  # of JSON, or of the encoding
     raise _bad(dataset, f"is not JSON ({' '.join(str(error).split())})") from None
   pairs = tree.get("labels") if isinstance(tree, dict) else None
   if pairs is None:
@@ -176,6 +176,9 @@ def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
   Raises:
     UserError: it means none; offers the nearest names.
   """
+  if names.count(word) > 1:
+    same = " and ".join(str(number) for number, name in enumerate(names) if name == word)
+    raise UserError(f"{option}: {word!r} names several classes of {owner}, {same}; use the number")
   if word in names:
     return list(names).index(word)
   if re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
@@ -191,5 +194,5 @@ def _is_class(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-  text = json.dumps(value)
+  text = json.dumps(value, default=str)
   return text if len(text) <= 60 else text[:60] + "..."

@@ -16,7 +16,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from ddpm_jax.data.sources import open_encoded
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.flags import ToolParser
 from ddpm_jax.runtime import console
-from ddpm_jax.runtime.paths import absolute
+from ddpm_jax.runtime.paths import absolute, check_name
 from ddpm_jax.runtime.paths import command as command_text
 
 _CHUNK = 32  # images a task
@@ -58,7 +57,12 @@ def pack(data: DataConfig, target: str, shard_size: int) -> targets.Written:
   kind, path = own_images(target) or ("", "")
   if kind not in ("zip", "webdataset") or not path:
     raise UserError(f"TARGET: {target!r} is neither zip:PATH nor webdataset:PATH; name one of them")
-  path = str(absolute("TARGET", path, "name a file on disk")) + "/" * path.endswith("/")
+  folder = path.endswith("/")
+  path = absolute("TARGET", path, "name a file on disk")
+  check_name("TARGET", path)
+  if kind == "zip" and (folder or path.is_dir()):
+    raise UserError(f"TARGET: {target!r} is a folder; name the zip, such as zip:{path / 'images.zip'}")
+  path = f"{path}{'/' * folder}"
   if kind == "webdataset":
     targets.shards_of(path)
   if data.crop == "random":
@@ -209,7 +213,7 @@ def _converted(encoded: EncodedImages, rows: range, copy: bool) -> list[bytes | 
   return made
 
 
-def _convert(encoded: EncodedImages, row: int, file: bytes | pathlib.Path | BadRecord, copy: bool) -> bytes:
+def _convert(encoded: EncodedImages, row: int, file: images.File | BadRecord, copy: bool) -> bytes:
   """Raises BadRecord, RunError."""
   if isinstance(file, BadRecord):
     raise file

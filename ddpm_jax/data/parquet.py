@@ -100,9 +100,7 @@ def _paths(data: DataConfig) -> list[str]:
 def _paths_or_error(data: DataConfig) -> list[str]:
   paths = _paths(data)
   if not paths:
-    raise UserError(
-      f"dataset: {data.dataset!r} holds no .parquet file; use parquet:PATH with a file, a folder of files, or a pattern"
-    )
+    raise files.not_there(data, "holds no .parquet file; use parquet:PATH with a file, a folder of files, or a pattern")
   return paths
 
 
@@ -137,24 +135,28 @@ class _Columns(NamedTuple):
   Attributes:
     image: name of the column.
     label: name of the column; None if there is none.
+    not_classes: type of the column of classes, if its values can be none.
     names: of the classes; None: the column does not say.
     size: of all encoded images, in bytes.
   """
 
   image: str
   label: str | None
+  not_classes: str
   names: list[str] | None
   size: int
 
 
 @contextlib.contextmanager
 def _reading(path: str) -> Iterator[None]:
-  """Raises UserError where a file is not what pyarrow can read."""
+  """Raises UserError where a file is not what pyarrow can read. Only what reads it may be inside."""
   import pyarrow
 
   try:
     yield
-  except (pyarrow.ArrowException, OSError) as error:
+  except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: of texts that are none
+    if code := getattr(error, "errno", None):  # of the system, and not of pyarrow
+      raise UserError(f"dataset: {path} cannot be read ({os.strerror(code)}); make it readable") from None
     raise UserError(
       f"dataset: {path} is no whole parquet file ({' '.join(str(error).split())}); copy it again"
     ) from None
@@ -171,7 +173,7 @@ def _columns(data: DataConfig, paths: list[str]) -> _Columns:
       metadata = file.metadata
       for group in range(metadata.num_row_groups):
         columns = (metadata.row_group(group).column(number) for number in range(metadata.num_columns))
-        size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == here.image)
+        size += sum(c.total_uncompressed_size for c in columns if f"{c.path_in_schema}.".startswith(f"{here.image}."))
     if found is not None and here != found:
       raise UserError(f"dataset: {path} has other columns or classes than {paths[0]}; name files of one data set")
     found = here
@@ -181,27 +183,26 @@ def _columns(data: DataConfig, paths: list[str]) -> _Columns:
 
 def _columns_of(data: DataConfig, path: str, schema: Any) -> _Columns:
   """The same of one file. schema: pyarrow's."""
-  import pyarrow
+  from pyarrow import types
 
-  text = (schema.metadata or {}).get(b"huggingface", b"{}")
-  try:
-    features = json.loads(text).get("info", {}).get("features") or {}
-  except (ValueError, AttributeError):
-    features = {}  # somebody else's
+  features = _features(schema)
+  binaries = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
 
   def kind(name: str) -> str:
     return str(features[name].get("_type")) if isinstance(features.get(name), dict) else ""
 
-  def holds_bytes(kind: pyarrow.DataType) -> bool:
-    if pyarrow.types.is_struct(kind):
+  def holds_bytes(kind: Any) -> bool:
+    if types.is_struct(kind):
       place = kind.get_field_index("bytes")
-      return place >= 0 and holds_bytes(kind.field(place).type)
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+      return place >= 0 and _is(kind.field(place).type, *binaries)
+    return _is(kind, *binaries)
 
-  able = [name for name in schema.names if holds_bytes(schema.field(name).type)]
+  columns = ", ".join(f"{field.name} ({kind(field.name) or field.type})" for field in schema)
+  if len(set(schema.names)) < len(schema.names):
+    raise UserError(f"dataset: {path} has two columns of one name; it has {columns}; write it again with other names")
+  able = [field.name for field in schema if holds_bytes(field.type)]
   images = [name for name in able if kind(name) == "Image"]
-  images = images or [name for name in able if pyarrow.types.is_struct(schema.field(name).type)] or able
-  columns = ", ".join(f"{name} ({kind(name) or schema.field(name).type})" for name in schema.names)
+  images = images or [field.name for field in schema if field.name in able and types.is_struct(field.type)] or able
   if data.image_field and data.image_field not in able:
     raise UserError(f"image_field: {data.image_field!r} is no column of images of {path}; it has {columns}")
   if not images:
@@ -215,7 +216,41 @@ def _columns_of(data: DataConfig, path: str, schema: Any) -> _Columns:
   label = data.label_field or (classes or [name for name in schema.names if name == "label"] or [None])[0]
   if label is not None and label not in schema.names:
     raise UserError(f"label_field: {label!r} is no column of {path}; it has {columns}")
-  return _Columns(data.image_field or images[0], label, features[label].get("names") if label in classes else None, 0)
+  type_of = schema.field(label).type if label is not None else None
+  names = features[label].get("names") if label is not None and label in classes else None
+  return _Columns(
+    data.image_field or images[0],
+    label,
+    "" if type_of is None or _is(type_of, types.is_integer, types.is_null, *_texts()) else str(type_of),
+    names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None,
+    0,
+  )
+
+
+def _features(schema: Any) -> dict[str, Any]:
+  """What the package `datasets` has written of the columns; empty if it has not."""
+  tree: Any = (schema.metadata or {}).get(b"huggingface", b"{}")
+  try:
+    tree = json.loads(tree)
+  except (ValueError, RecursionError):
+    return {}  # somebody else's
+  for name in ("info", "features"):
+    tree = tree.get(name) if isinstance(tree, dict) else None
+  return tree if isinstance(tree, dict) else {}
+
+
+def _is(kind: Any, *tests: Callable[[Any], bool]) -> bool:
+  """True if a type of pyarrow, or that of the values of a dictionary, passes one of the tests."""
+  from pyarrow import types
+
+  return _is(kind.value_type, *tests) if types.is_dictionary(kind) else any(test(kind) for test in tests)
+
+
+def _texts() -> list[Callable[[Any], bool]]:
+  """Tests of types whose values are texts."""
+  from pyarrow import types
+
+  return [types.is_string, types.is_large_string, types.is_string_view]
 
 
 def _scan(
@@ -236,29 +271,20 @@ def _scan(
     append: keeps an encoded image behind those before it.
     fetch_of: (where they start there [N], their sizes [N], `ImageFiles.place`) -> what reads them from there.
   """
-  import pyarrow.parquet
-
   names, sizes, values, ends = [], [], [], []
   of_split: collections.Counter[str] = collections.Counter()
   spans: dict[str, list[list[int]]] = collections.defaultdict(list)
-  wanted = [columns.image, *([columns.label] if columns.label else [])]
   for path, split in zip(paths, splits, strict=True):
-    with _reading(path), pyarrow.parquet.ParquetFile(path) as file:
-      for batch in file.iter_batches(batch_size=_ROWS, columns=wanted):
-        column = batch.column(columns.image)
-        parts = {"bytes": column}
-        if pyarrow.types.is_struct(column.type):
-          parts = dict(zip([field.name for field in column.type], column.flatten(), strict=True))
-        found = [content or b"" for content in parts["bytes"].to_pylist()]
-        own = parts["path"].to_pylist() if "path" in parts else [None] * len(found)
-        for content, name in zip(found, own, strict=True):
-          names.append(name or f"{of_split[split]:09d}")
-          sizes.append(len(content))
-          of_split[split] += 1
-          append(content)
-        values += batch.column(columns.label).to_pylist() if columns.label else []
+    for content, name, value in _rows(path, columns):
+      names.append(name or f"{of_split[split]:09d}")
+      sizes.append(len(content))
+      values.append(value)
+      of_split[split] += 1
+      append(content)
     spans[split].append([ends[-1] if ends else 0, len(names)])
     ends.append(len(names))
+  if not sizes:
+    raise UserError(f"dataset: {data.dataset!r} has no rows; name files with images")
   if not any(sizes):
     raise UserError(
       f"dataset: {data.dataset!r} holds no images, only paths to them; use files with the images, as "
@@ -272,6 +298,11 @@ def _scan(
   def found_labels() -> Labels:
     if not columns.label:
       raise NoLabels(data.dataset)
+    if columns.not_classes:
+      raise UserError(
+        f"dataset: column {columns.label!r} of {data.dataset} is {columns.not_classes}; name one of whole numbers or "
+        "texts with --label_field"
+      )
     return labels.of_values(data.dataset, values, columns.names)
 
   return Scanned(
@@ -283,6 +314,22 @@ def _scan(
     {"start": starts},
     {"splits": spans, "ends": ends},
   )
+
+
+def _rows(path: str, columns: _Columns) -> Iterator[tuple[bytes, str | None, Any]]:
+  """Yields encoded image, path and class of each row of a file, None where there is none. Raises UserError."""
+  import pyarrow.parquet
+
+  labels_of = [columns.label] if columns.label and not columns.not_classes else []
+  with _reading(path), pyarrow.parquet.ParquetFile(path) as file:
+    for batch in file.iter_batches(batch_size=_ROWS, columns=[columns.image, *labels_of]):
+      column, none = batch.column(columns.image), [None] * len(batch)
+      parts = {"bytes": column}
+      if pyarrow.types.is_struct(column.type):
+        parts = dict(zip([field.name for field in column.type], column.flatten(), strict=True))
+      found = [content or b"" for content in parts["bytes"].to_pylist()]
+      own = parts["path"].to_pylist() if "path" in parts and _is(parts["path"].type, *_texts()) else none
+      yield from zip(found, own, *[batch.column(name).to_pylist() for name in labels_of] or [none], strict=True)
 
 
 def _packed(data: DataConfig, paths: list[str], splits: list[str], columns: _Columns) -> tuple[Scanned, str, Fetch]:
@@ -331,4 +378,5 @@ def _packed(data: DataConfig, paths: list[str], splits: list[str], columns: _Col
 def _from_file(
   reader: Reader, starts: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
 ) -> list[File]:
-  return [reader.read(0, int(starts[row]), int(sizes[row]), files.numbered(place, row)) for row in rows.tolist()]
+  of_rows = zip(rows.tolist(), starts[rows].tolist(), sizes[rows].tolist(), strict=True)
+  return [reader.read(0, start, size, functools.partial(files.numbered, place, row)) for row, start, size in of_rows]

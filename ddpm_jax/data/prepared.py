@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from google.protobuf import json_format, message
 
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import OWN_IMAGES, DataConfig
 from ddpm_jax.data import fingerprint, originals
 from ddpm_jax.data.encoded import EncodedImages, Labels, NoLabels, decoded_size, stand_ins
 from ddpm_jax.data.images import OF_THE_PROCESS, BadRecord
@@ -30,6 +30,7 @@ from ddpm_jax.runtime.paths import command, expanded, home
 # Of a damaged record: the reader of ArrayRecord raises RuntimeError for whatever it finds, the rest is TFDS's parser.
 _DAMAGED = (RuntimeError, ValueError, KeyError, AttributeError, message.DecodeError)
 _CHUNK = 256  # labels to read at once
+_OWN = f"{', '.join(f'{kind}:PATH' for kind in OWN_IMAGES[:-1])} or {OWN_IMAGES[-1]}:PATH"
 _NOWHERE = pathlib.Path(os.devnull)  # for a user without a home: nothing is in it, and nothing can be created
 
 
@@ -77,6 +78,13 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
   """
   _, (height, width, channels) = _image_feature(data, make_builder(data))
   return (*decoded_size(data.dataset, (height, width), data.image_size), _decoded_channels(channels))
+
+
+def class_names(data: DataConfig) -> tuple[str, ...]:
+  """Of the classes, as the builder describes them, none if it has none: the data set need not be prepared."""
+  builder = make_builder(data)
+  feature = _class_feature(data, builder)
+  return tuple(_features(builder)[feature].names) if feature else ()
 
 
 def _decoded_channels(stored: int | None) -> int:
@@ -189,10 +197,12 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
       f"dataset: this run is of images that Python gave it, {name.removeprefix('own:')!r}; give them to ddpm_jax.train "
       "again, as source"
     )
+  if (near := difflib.get_close_matches(base.lower(), OWN_IMAGES, n=1, cutoff=0.75)) and ":" in name:
+    raise UserError(f"dataset: {base!r} of {name!r} is no kind of own images; did you mean {near[0]}:PATH?")
   if re.match(r"\w+:\D", name):  # NAME:1.2.3 is a version, SPACE:NAME needs TensorFlow and a network to be looked up
     raise UserError(
-      f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its "
-      f"images as files and use folder:PATH"
+      f"dataset: {name!r} is a community data set, which TFDS cannot read without TensorFlow; save its images as "
+      f"files and use {_OWN}"
     )
   try:
     if not re.match(r"\w+($|[/:])", name):
@@ -204,9 +214,7 @@ def make_builder(data: DataConfig) -> tfds.core.DatasetBuilder:
     if kind := _kind_of_path(expanded("dataset", name)):
       near = [f"{kind}:{name}"]
     hint = f"did you mean {' or '.join(near)}? Use" if near else "use"
-    raise UserError(
-      f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or folder:PATH"
-    ) from None
+    raise UserError(f"dataset: {name!r} is unknown; {hint} digits, a name from the TFDS catalog, or {_OWN}") from None
   except json_format.ParseError as error:
     raise UserError(
       f"data_dir: the files that describe {name!r} in {data.data_dir or 'the folder of TFDS'} are damaged "

@@ -56,13 +56,14 @@ def find(data: DataConfig) -> ImageFiles:
   except OSError as error:
     raise UserError(f"dataset: {error.filename} cannot be read ({error.strerror}); make it readable") from None
   scanned, listing = files.from_index(data.dataset, found)
-  if scanned.facts["cut"] and not skip:
-    raise UserError(f"dataset: {scanned.facts['cut']}; copy that shard again, or use --on_bad_record=skip")
-  if not len(scanned.names):
+  cut, number = scanned.facts["cut"], len(scanned.names)
+  if cut and not (skip and number):
+    raise UserError(f"dataset: {cut}; copy that shard again{', or use --on_bad_record=skip' * bool(number)}")
+  if not number:
     raise files.nothing_found(data, scanned.left_out)
   of_files = scanned.more
   place = functools.partial(_place, paths, of_files["shard"], scanned.names)
-  remarks = [scanned.facts["cut"], files.remark(data.dataset, len(scanned.names), scanned.left_out)]
+  remarks = [cut, files.remark(data.dataset, len(scanned.names), scanned.left_out)]
   return ImageFiles(
     names=scanned.names,
     sizes=scanned.sizes,
@@ -83,9 +84,9 @@ def _fetch(
   reader: Reader, shard: np.ndarray, start: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all images [N]."""
-  return [
-    reader.read(int(shard[row]), int(start[row]), int(sizes[row]), files.numbered(place, row)) for row in rows.tolist()
-  ]
+  of_rows = zip(rows.tolist(), shard[rows].tolist(), start[rows].tolist(), sizes[rows].tolist(), strict=True)
+  name = functools.partial(files.numbered, place)
+  return [reader.read(file, first, size, functools.partial(name, row)) for row, file, first, size in of_rows]
 
 
 def _shards(data: DataConfig) -> list[str]:
@@ -100,9 +101,9 @@ def _shards(data: DataConfig) -> list[str]:
     elif glob.has_magic(path):
       found.update(path for path in glob.glob(path) if os.path.isfile(path))
     else:
-      raise UserError(f"dataset: {data.dataset!r} has no shard {path}; use webdataset:GLOB, such as 'DIR/*.tar'")
+      raise files.not_there(data, f"has no shard {path!r}; use webdataset:GLOB, such as 'DIR/*.tar'")
   if not found:
-    raise UserError(f"dataset: {data.dataset!r} is no file; use webdataset:GLOB with the shards, such as 'DIR/*.tar'")
+    raise files.not_there(data, "is no file; use webdataset:GLOB with the shards, such as 'DIR/*.tar'")
   return sorted(found)
 
 
@@ -150,14 +151,16 @@ def _scan(data: DataConfig, paths: list[str]) -> Scanned:
       last = f"the last whole example is {examples[-1].key}" if examples else "it has no whole example"
       cut.append(f"{path} {problem}; {last}")
     for example in examples:
-      pictures = [member for extension, member in example.files.items() if f".{extension}" in files.suffixes_of(data)]
+      known = files.suffixes_of(data)
+      pictures = [member for extension, member in example.files.items() if f".{extension}" in known]
       if len(pictures) > 1:
         raise UserError(
           f"dataset: example {example.key} of {path} has two images, {pictures[0].name} and {pictures[1].name}; pack "
           "it again with one"
         )
       if not pictures:
-        left_out.append(("example without an image", ""))
+        dotted = any(f".{extension.rpartition('.')[2]}" in known for extension in example.files)
+        left_out.append(("image with a second dot in its name" if dotted else "example without an image", ""))
         continue
       names.append(pictures[0].name)
       rows.append((number, pictures[0].start, pictures[0].size))
@@ -194,18 +197,20 @@ def _examples(data: DataConfig, path: str, examples: list[_Example], left_out: l
       archive: Any = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115  nothing of it is open but `file`
       while (entry := archive.next()) is not None:
         archive.members = []  # else it keeps all of them
+        if entry.size < 0:
+          problem = "is damaged"
+          break
         if entry.offset_data + entry.size > length:
           problem = "is cut off"
           break
-        current = _add(data, entry, examples, current, left_out)
+        current = _add(data, path, entry, examples, current, left_out)
       if not problem:
         file.seek(archive.offset)
         end = file.read(tarfile.BLOCKSIZE)
         problem = "is cut off" if len(end) < tarfile.BLOCKSIZE else "is damaged" if end.strip(b"\0") else ""
-    except tarfile.TarError as error:
-      if not examples and current is None:
-        raise UserError(f"dataset: {path} is no tar ({' '.join(str(error).split())}); copy it again") from None
-      problem = "is cut off or damaged"
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:  # the latter for sizes that no tar has
+      none = not examples and current is None
+      problem = f"is no tar ({' '.join(str(error).split())})" if none else "is cut off or damaged"
   if current is not None and not (problem and examples and current.files.keys() != examples[-1].files.keys()):
     examples.append(current)  # at a cut only if it has all that the one before it has
   return problem
@@ -213,12 +218,17 @@ def _examples(data: DataConfig, path: str, examples: list[_Example], left_out: l
 
 def _add(
   data: DataConfig,
+  path: str,
   entry: tarfile.TarInfo,
   examples: list[_Example],
   current: _Example | None,
   left_out: list[tuple[str, str]],
 ) -> _Example | None:
-  """Adds an entry of a shard to the example that it belongs to. Returns the one that is not finished."""
+  """Adds an entry of a shard to the example that it belongs to. Returns the one that is not finished.
+
+  Raises:
+    UserError: the example has such a file already.
+  """
   if entry.isdir():
     return current
   found = _NAME.fullmatch(entry.name.removeprefix("./"))
@@ -239,7 +249,9 @@ def _add(
       examples.append(current)
     current = _Example(key, {})
   name = entry.name.removeprefix("./")
-  current.files.setdefault(extension.lower(), _Member(name, entry.offset_data, entry.size))
+  if extension.lower() in current.files:
+    raise UserError(f"dataset: example {key} of {path} has two files {name}; pack it again with one")
+  current.files[extension.lower()] = _Member(name, entry.offset_data, entry.size)
   return current
 
 
@@ -250,11 +262,11 @@ def _value(data: DataConfig, reader: Reader, shard: int, path: str, example: _Ex
     member = example.files.get(extension)
     if member is None:
       continue
-    content = reader.read(shard, member.start, member.size, f"{path}/{member.name}")
+    content = reader.read(shard, member.start, member.size, functools.partial("{}/{}".format, path, member.name))
     try:
       text = content.decode() if isinstance(content, bytes) else ""
       tree = json.loads(text) if extension == "json" else {}
-    except ValueError as error:  # of JSON, or of the encoding
+    except (ValueError, RecursionError) as error:  # of JSON, or of the encoding
       return problem(member, f"cannot be read ({' '.join(str(error).split())})")
     if extension == "cls":
       found += [text.strip()] if text.strip() else []
@@ -270,12 +282,16 @@ def _labels(data: DataConfig, paths: list[str], values: list[Any]) -> Labels:
   error = next((value for value in values if isinstance(value, UserError)), None)
   if error is not None:
     raise error
+  if data.label_field and all(value is None for value in values):
+    raise UserError(
+      f"label_field: no .json of {data.dataset} has a field {data.label_field!r}; use the one with the class"
+    )
   names = None
   for path in _names_files(paths):
     try:
       with open(path, "rb") as file:
         names = json.load(file)
-    except (OSError, ValueError) as failure:
+    except (OSError, ValueError, RecursionError) as failure:
       raise UserError(f"dataset: {path} cannot be read ({' '.join(str(failure).split())}); correct it") from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
       raise UserError(f"dataset: {path} is no list of names of classes; correct it, or take it away")

@@ -25,6 +25,7 @@ from ddpm_jax.data.encoded import (
   remote_reader,
 )
 from ddpm_jax.data.files import ImageFiles
+from ddpm_jax.data.labels import numbers_of
 from ddpm_jax.data.selection import select
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
@@ -139,7 +140,7 @@ def from_array(images: np.ndarray, name: str = "array", labels: np.ndarray | Non
     labels: of each image, int [N] in 0..K-1; None: there are none.
 
   Raises:
-    UserError: another type or shape.
+    UserError: another type or shape, or a label below 0.
   """
   shape, kind = np.shape(images), getattr(images, "dtype", type(images).__name__)
   if kind != np.uint8 or len(shape) != 4 or not shape[0] or shape[3] not in (1, 3):
@@ -147,6 +148,8 @@ def from_array(images: np.ndarray, name: str = "array", labels: np.ndarray | Non
   classes = None if labels is None else np.asarray(labels, np.int32)
   if classes is not None and classes.shape != shape[:1]:
     raise UserError(f"source: labels {list(classes.shape)} are not one for each of {shape[0]} images; make them so")
+  if classes is not None and classes.min() < 0:
+    raise UserError(f"source: the label {classes.min()} is no class; number them from 0")
   rows = DecodedRows(np.ascontiguousarray(images), np.zeros(len(images), bool))
   return Source(
     name=name,
@@ -262,6 +265,29 @@ def image_shape(data: DataConfig) -> tuple[int, int, int]:
   if _KINDS[own[0]].exists(data) or not data.image_size:
     return _open(data).shape
   return (*height_and_width(data.image_size), 3)
+
+
+def class_count(data: DataConfig) -> int:
+  """`num_classes` of the source that `open_source` would give. Downloads and prepares nothing, and decodes no image.
+
+  Raises:
+    UserError: no such data set, or its images have no classes, or are not here.
+  """
+  own = own_images(data.dataset)
+  if own is None and not digits.is_digits(data):
+    names = prepared.class_names(data)
+    count = len(numbers_of(data.only, data.dataset, names)) if data.only and names else len(names)
+  elif own is None or _KINDS[own[0]].exists(data):
+    encoded = open_encoded(data)
+    try:
+      count = len(encoded.classes().names) if encoded.classes else 0
+    except NoLabels:
+      count = 0
+  else:
+    count = 0
+  if not count:
+    raise UserError(f"num_classes: of {data.dataset} no classes are known here; say how many, --num_classes=10")
+  return count
 
 
 def has_split(data: DataConfig, split: str) -> bool:

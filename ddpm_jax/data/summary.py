@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from ddpm_jax.config import DataConfig, height_and_width
 from ddpm_jax.data.sources import Source
+from ddpm_jax.runtime import console
 
 _MOST_CLASSES = 20
 
 
 def classes_text(names: Sequence[str], counts: Sequence[int], most: int = _MOST_CLASSES) -> str:
   """Classes with the images that each has, `most` of them, in their order; counts may be empty: not known."""
-  shown = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)] if len(counts) else list(names)
+  names = [console.one_line(name) for name in names]
+  shown = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)] if len(counts) else names
   return f"{len(names)}: {', '.join(shown[:most])}{', ...' * (len(shown) > most)}"
 
 

@@ -25,6 +25,8 @@ _EMOJI = "emoji64.zip"  # of the presets emoji32 and emoji64
 _OTHER_METHODS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd"}
 _LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, ..., length of the name, length of the extra field
 _ENCRYPTED = 0x1  # of the flags of an entry
+# What `zipfile` raises for a damaged file: ValueError for names that are no text, NotImplementedError for a version.
+_NO_ZIP = (zipfile.BadZipFile, EOFError, ValueError, OverflowError, NotImplementedError, struct.error, zlib.error)
 
 
 def exists(data: DataConfig) -> bool:
@@ -43,7 +45,7 @@ def find(data: DataConfig) -> ImageFiles:
   path = files.path_of(data)
   if not exists(data):
     made = f"{_EMOJI} is made by experiments/make_emoji.py" if os.path.basename(path) == _EMOJI else ""
-    raise UserError(f"dataset: {data.dataset!r} is no file; {made or 'use zip:PATH with the path of a zip of images'}")
+    raise files.not_there(data, f"is no file; {made or 'use zip:PATH with the path of a zip of images'}")
   kept = index.path_of("zip", os.path.abspath(path), files.key_of(data))
   found = index.kept_or(kept, [path], lambda: files.to_index(_scan(data, path)))
   scanned, listing = files.from_index(data.dataset, found)
@@ -72,18 +74,20 @@ def _scan(data: DataConfig, path: str) -> Scanned:
   """Reads the directory of the zip, and the header of each image. Raises UserError."""
   try:
     with zipfile.ZipFile(path) as archive:
+      for entry in archive.infolist():
+        entry.filename = entry.filename.replace("\\", "/")  # of Windows
       entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-      _check(data, entries)
+      _check(data, entries, os.path.getsize(path))
       found = sorted((entry for entry in entries if _kind(data, entry) == ""), key=lambda entry: entry.filename)
       if not found:
         raise _without_images(data, entries)
       labels_file = archive.read(labels.DATASET_JSON) if labels.DATASET_JSON in archive.NameToInfo else None
-  except (zipfile.BadZipFile, EOFError, struct.error, zlib.error) as error:
+  except OSError as error:
+    raise UserError(f"dataset: {path} cannot be read ({error.strerror}); make it readable") from None
+  except _NO_ZIP as error:
     raise UserError(
       f"dataset: {data.dataset!r} is no whole zip ({' '.join(str(error).split())}); copy it again"
     ) from None
-  except OSError as error:
-    raise UserError(f"dataset: {path} cannot be read ({error.strerror}); make it readable") from None
   names = Names.of(entry.filename for entry in found)
   sizes = np.array([entry.file_size for entry in found], np.int64)
   crc = np.array([entry.CRC for entry in found], np.uint32)
@@ -113,12 +117,12 @@ def _kind(data: DataConfig, entry: zipfile.ZipInfo) -> str:
   return "link" if stat.S_ISLNK(entry.external_attr >> 16) else files.kind_of(entry.filename, files.suffixes_of(data))
 
 
-def _check(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> None:
-  """Raises UserError for entries that no zip of images has."""
+def _check(data: DataConfig, entries: Sequence[zipfile.ZipInfo], length: int) -> None:
+  """Raises UserError for entries that no zip of images, of that length in bytes, has."""
   seen = set()
   for entry in entries:
     name = entry.filename
-    parts = name.replace("\\", "/").split("/")
+    parts = name.split("/")
     if ".." in parts or not parts[0] or parts[0].endswith(":"):
       raise UserError(f"dataset: {data.dataset!r} has an entry that leads outside, {name!r}; pack it again without")
     if name in seen:
@@ -126,11 +130,16 @@ def _check(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> None:
     seen.add(name)
     if entry.flag_bits & _ENCRYPTED:
       raise UserError(f"dataset: {data.dataset!r} is encrypted ({name!r}); pack it again without a password")
-    if _kind(data, entry) == "" and entry.compress_type not in _METHODS:
+    if _kind(data, entry) and name != labels.DATASET_JSON:
+      continue
+    if entry.compress_type not in _METHODS:
       method = _OTHER_METHODS.get(entry.compress_type, f"method {entry.compress_type}")
       raise UserError(
         f"dataset: {data.dataset!r} has {name!r} compressed by {method}; pack it again, stored or with deflate"
       )
+    size = entry.file_size if entry.compress_type == zipfile.ZIP_STORED else entry.compress_size
+    if entry.header_offset + max(size, entry.compress_size) > length or entry.file_size >= 2**63:
+      raise _not_there(data, name)
 
 
 def _without_images(data: DataConfig, entries: Sequence[zipfile.ZipInfo]) -> UserError:
@@ -147,13 +156,17 @@ def _starts(data: DataConfig, reader: Reader, headers: np.ndarray, place: Callab
   """Where the bytes of each entry begin, int64 [N]: behind its local header, whose length stands only there."""
   starts = np.empty_like(headers)
   for row, offset in enumerate(headers.tolist()):
-    found = reader.read(0, offset, _LOCAL_HEADER.size, place(row))
+    found = reader.read(0, offset, _LOCAL_HEADER.size, functools.partial(place, row))
     if isinstance(found, bytes):
       magic, name, extra = _LOCAL_HEADER.unpack(found)
     if isinstance(found, BadRecord) or magic != b"PK\3\4":
-      raise UserError(f"dataset: {data.dataset!r} is no whole zip ({place(row)} is not there); copy it again")
+      raise _not_there(data, place(row))
     starts[row] = offset + _LOCAL_HEADER.size + name + extra
   return starts
+
+
+def _not_there(data: DataConfig, name: str) -> UserError:
+  return UserError(f"dataset: {data.dataset!r} is no whole zip ({name} is not there); copy it again")
 
 
 def _fetch(
@@ -166,16 +179,14 @@ def _fetch(
   rows: np.ndarray,
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all entries [N]; stored: bytes if compressed, else 0."""
-  return [
-    _read(reader, int(start[row]), int(stored[row]), int(sizes[row]), int(crc[row]), place, row)
-    for row in rows.tolist()
-  ]
+  of_rows = [rows.tolist(), *(array[rows].tolist() for array in (start, stored, sizes, crc))]
+  return [_read(reader, place, *entry) for entry in zip(*of_rows, strict=True)]
 
 
 def _read(
-  reader: Reader, start: int, stored: int, size: int, crc: int, place: Callable[[int], str], row: int
+  reader: Reader, place: Callable[[int], str], row: int, start: int, stored: int, size: int, crc: int
 ) -> bytes | BadRecord:
-  name, remedy = files.numbered(place, row), "pack or copy it again"
+  name, remedy = functools.partial(files.numbered, place, row), "pack or copy it again"
   found = reader.read(0, start, stored or size, name)
   if isinstance(found, BadRecord):
     return found
@@ -183,7 +194,7 @@ def _read(
     try:
       found = zlib.decompressobj(-zlib.MAX_WBITS).decompress(found, size + 1)  # no more than it says, whatever it holds
     except zlib.error as error:
-      return BadRecord(f"{name} cannot be decompressed ({error})", remedy)
+      return BadRecord(f"{name()} cannot be decompressed ({error})", remedy)
   if len(found) != size or zlib.crc32(found) != crc:
-    return BadRecord(f"{name} is damaged (its checksum differs)", remedy)
+    return BadRecord(f"{name()} is damaged (its checksum differs)", remedy)
   return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import os
+import re
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -126,6 +127,12 @@ class DeviceMesh(abc.ABC):
   def compiles_beside_steps(self) -> bool:
     """Whether XLA may compile while the devices compute. For a GPU it tries algorithms out there, and takes memory."""
     return self.platform != "gpu"
+
+  @property
+  def attention(self) -> str:
+    """What computes attention: 'cudnn' on NVIDIA's GPUs from compute capability 8.0 on, else 'xla'."""
+    found = re.fullmatch(r"(\d+)\.\d+", str(getattr(self.jax_mesh.devices.flat[0], "compute_capability", "")))
+    return "cudnn" if self.platform == "gpu" and found and int(found[1]) >= 8 else "xla"
 
   def check_batch(self, batch_size: int, grad_accum_steps: int = 1, *, fixed: bool = False) -> None:
     """Raises UserError if the devices do not divide the global batch, or a part of it.

@@ -74,7 +74,7 @@ def classifier_features(
   if source.labels is None:
     raise NoLabels(source.name)
   labels = source.labels()
-  training, held_out = trained.divide(np.argsort(labels, kind="stable"))  # so that no class is left out
+  training, held_out = divide(labels)
   num_steps = num_steps or min(max(math.ceil(_EPOCHS * len(training) / trained.BATCH), _LEAST), _MOST)
   model = Classifier(num_classes=int(labels.max()) + 1)
   init = init_of(model, source.image_shape)
@@ -102,6 +102,14 @@ def classifier_features(
     "updates": num_steps,
   }
   return Features("classifier", arrays_sha256(found.weights, _NETWORK), about, extract(found.weights))
+
+
+def divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """The images that the classifier is trained on and those that are held out, int [..] each, in rising order.
+
+  labels: int [N]. No class with enough images is left out of either.
+  """
+  return trained.divide(np.argsort(labels, kind="stable"))
 
 
 def init_of(model: Classifier, image_shape: tuple[int, int, int]) -> trained.Init:

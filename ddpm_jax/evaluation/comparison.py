@@ -10,7 +10,7 @@ import numpy as np
 from ddpm_jax.data.sources import Source
 from ddpm_jax.evaluation import measures, neighbours
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.moments import Moments, add, covariance, no_moments
+from ddpm_jax.evaluation.moments import Moments, add, covariance, moments_by_class, no_moments
 from ddpm_jax.evaluation.reference import Reference, batches_of, evenly_spaced
 
 MOST = 10_000  # features of either side, as Naeem et al. 2020 take; Kynkäänniemi et al. 2019 take 50,000
@@ -18,9 +18,14 @@ _LOOKED_UP = 1_000  # samples whose nearest training images are looked for
 _SHOWN, _NEAREST = 8, 7  # rows and neighbours of the picture
 # By extractor: what a number is called. Only Inception's are an FID and an Inception Score.
 NAMES = {
-  "inception": {"frechet": "fid", "kid": "kid", "score": "inception_score"},
-  "classifier": {"frechet": "classifier_distance", "kid": "classifier_kid", "score": "classifier_score"},
-  "network": {"frechet": "network_distance", "kid": "network_kid"},
+  "inception": {"frechet": "fid", "kid": "kid", "score": "inception_score", "classes": "intra_fid"},
+  "classifier": {
+    "frechet": "classifier_distance",
+    "kid": "classifier_kid",
+    "score": "classifier_score",
+    "classes": "classifier_intra_distance",
+  },
+  "network": {"frechet": "network_distance", "kid": "network_kid", "classes": "network_intra_distance"},
 }
 # Images of the data that a measure is defined for: the k-th neighbour is another point.
 LEAST_IMAGES = {"frechet": 2, "kid": 2, "precision_recall": 4, "density_coverage": 6, "neighbours": 2}
@@ -34,17 +39,33 @@ class Seen(NamedTuple):
     probabilities: float32 [N, K], of the extractor's classes, of all.
     index: int64 [S], samples whose features are kept: all, or 10,000 evenly spaced.
     features: float32 [S, D], theirs.
+    by_class: of all features of a class, see `moments_by_class`; {} where that is not asked for.
   """
 
   moments: Moments
   probabilities: np.ndarray
   index: np.ndarray
   features: np.ndarray
+  by_class: Mapping[int, Moments] = {}
 
 
-def see(features: Features, images: np.ndarray, batch_size: int, done: Callable[[int], None]) -> Seen:
-  """Extracts the features of images uint8 [N, H, W, C]; `done` is called with the number done, after each batch."""
-  index, moments, kept, probabilities = evenly_spaced(len(images), MOST), None, [], []
+def see(
+  features: Features,
+  images: np.ndarray,
+  batch_size: int,
+  done: Callable[[int], None],
+  labels: np.ndarray | None = None,
+) -> Seen:
+  """Extracts the features of images.
+
+  Args:
+    features: the extractor.
+    images: uint8 [N, H, W, C].
+    batch_size: images at once.
+    done: called with the number done, after each batch.
+    labels: int [N], for the moments by class; None: these are not asked for.
+  """
+  index, moments, kept, probabilities, every = evenly_spaced(len(images), MOST), None, [], [], []
   for first in range(0, len(images), batch_size):
     extracted = features.extract(np.asarray(images[first : first + batch_size]))
     if moments is None:
@@ -52,10 +73,12 @@ def see(features: Features, images: np.ndarray, batch_size: int, done: Callable[
     moments = add(moments, extracted.features)
     probabilities.append(extracted.probabilities)
     kept.append(extracted.features[index[(index >= first) & (index < first + batch_size)] - first])
+    every += [] if labels is None else [extracted.features]
     done(min(first + batch_size, len(images)))
   if moments is None:
     raise ValueError("no images")
-  return Seen(moments, np.concatenate(probabilities), index, np.concatenate(kept))
+  of_classes = {} if labels is None else moments_by_class(np.concatenate(every), labels)
+  return Seen(moments, np.concatenate(probabilities), index, np.concatenate(kept), of_classes)
 
 
 def compare(names: Sequence[str], extractor: str, reference: Reference, seen: Seen) -> dict[str, float | int]:

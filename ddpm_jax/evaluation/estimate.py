@@ -19,7 +19,7 @@ from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.summary import duration, finite, part
+from ddpm_jax.evaluation.summary import LIKELIHOODS, duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
 from ddpm_jax.models.build import UNetNetwork, build_model
 from ddpm_jax.sampling.draw import fit_batch, table_of
@@ -118,11 +118,7 @@ def as_before(config: Config, left: Open, earlier: Iterable[Mapping[str, Any]]) 
     fits = left.sampler or sampler == {name: getattr(config.sample, name) for name in _OF_A_SAMPLER}
     if left.evaluate_samples and "evaluate_samples" not in changes and fits and number and number >= LEAST:
       changes |= {"evaluate_samples": int(number)} | (sampler if left.sampler else {})
-    counts = [
-      finite(part(result, kind, split).get("examples"))
-      for kind in ("bits_per_dim", "ode_bits_per_dim")
-      for split in part(result, kind)
-    ]
+    counts = [finite(part(result, kind, split).get("examples")) for kind in LIKELIHOODS for split in part(result, kind)]
     if left.likelihood_examples and "likelihood_examples" not in changes and any(counts):
       changes["likelihood_examples"] = int(max(count or 0 for count in counts))
   changes = _of_first_process(changes)
@@ -163,7 +159,9 @@ def measure_speed(config: Config, weights: Weights, features: Features | None, t
 def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_precision: str) -> float:
   """Seconds an image takes of one network evaluation in a batch of moderate size."""
   run = weights.run
-  network = UNetNetwork(build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape))
+  network = UNetNetwork(
+    build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape), run.mesh.attention
+  )
   rows = BatchedFn(
     lambda params, xt, t, label=None: network(params, xt, t, label), run.mesh, matmul_precision=matmul_precision
   )
@@ -187,7 +185,7 @@ def choose(config: Config, weights: Weights, left: Open, speed: Speed, work: Wor
   """The settings with what is left open: as many samples and images as fit into about `budget_s` seconds."""
   changes: dict[str, Any] = {}
   if left.evaluate_samples:
-    one = _evaluations(config, weights) * speed.drawing + speed.features
+    one = _passes(config, weights) * speed.drawing + len(config.sample.guidance_scale) * speed.features
     changes["evaluate_samples"] = largest(_NUMBERS, _SHARE * budget_s / one)
   if left.likelihood_examples:
     one = sum(_of_likelihood(config, weights, name) * speed.likelihood for name, _ in work.likelihoods)
@@ -217,8 +215,8 @@ def estimate(config: Config, weights: Weights, speed: Speed, work: Work) -> Esti
   """How long it will take; without compilation, and without what is computed from the features."""
   number = config.evaluate.evaluate_samples if speed.features else 0
   return Estimate(
-    number * _evaluations(config, weights) * speed.drawing,
-    (number + work.reference + len(DRAWN) * min(number, MOST)) * speed.features,
+    number * _passes(config, weights) * speed.drawing,
+    (number * len(config.sample.guidance_scale) + work.reference + len(DRAWN) * min(number, MOST)) * speed.features,
     sum(_examples(config, size) * _of_likelihood(config, weights, name) for name, size in work.likelihoods)
     * speed.likelihood,
   )
@@ -227,6 +225,21 @@ def estimate(config: Config, weights: Weights, speed: Speed, work: Work) -> Esti
 def _evaluations(config: Config, weights: Weights) -> int:
   """Of the network, for one sample."""
   return len(table_of(config.sample, weights.run.schedule, config.diffusion.variance).t)
+
+
+def _guided(config: Config, weights: Weights) -> int:
+  """How many of these are two passes where there is guidance: those at a noise level in `--guidance_interval`."""
+  level = table_of(config.sample, weights.run.schedule, config.diffusion.variance).level
+  low, high = config.sample.guidance_interval or (0.0, np.inf)
+  noise = np.asarray(level.sigma) / np.asarray(level.alpha)
+  return int(((noise > low) & (noise <= high)).sum())
+
+
+def _passes(config: Config, weights: Weights) -> int:
+  """Through a network, for one sample of each guidance scale; a guide of its own counts like the model."""
+  scales = config.sample.guidance_scale
+  is_guided = sum(scale != 1.0 for scale in scales)
+  return len(scales) * _evaluations(config, weights) + is_guided * _guided(config, weights)
 
 
 def _of_likelihood(config: Config, weights: Weights, name: str) -> float:
@@ -251,8 +264,11 @@ def lines(config: Config, weights: Weights, speed: Speed, work: Work) -> list[st
   evaluations, timesteps = _evaluations(config, weights), weights.run.schedule.num_timesteps
   parts = []
   if speed.features:
+    scales = config.sample.guidance_scale
+    at = f" at each of {len(scales)} guidance scales" if len(scales) > 1 else ""
+    more = f", {_guided(config, weights):,} of them twice for guidance," if config_lib.guided(config.sample) else ""
     parts.append(
-      f"drawing {options.evaluate_samples:,} images with {evaluations:,} network evaluations each "
+      f"drawing {options.evaluate_samples:,} images{at} with {evaluations:,} network evaluations each{more} "
       f"{duration(found.drawing)}, features {duration(found.features)}"
     )
   if work.likelihoods:

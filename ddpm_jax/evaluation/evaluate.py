@@ -9,7 +9,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,15 @@ from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.sources import Source, has_split, open_source
 from ddpm_jax.devices import make_mesh
+from ddpm_jax.devices.batched import BatchedLoop
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import estimate, inception, likelihood, statistics
+from ddpm_jax.evaluation import by_class, estimate, inception, likelihood, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, compare, look_up, see
 from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.moments import Moments
 from ddpm_jax.evaluation.network import network_features
 from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
 from ddpm_jax.evaluation.results import earlier_results
@@ -37,13 +39,13 @@ from ddpm_jax.models.build import Params, build_denoiser
 from ddpm_jax.models.classifier import FEATURES
 from ddpm_jax.runtime import console, numerics
 from ddpm_jax.runtime.progress import Done, counted
-from ddpm_jax.sampling.classes import wanted
+from ddpm_jax.sampling.classes import Classes
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.training.setup import noise_warning
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import grids
 
-_OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours")
+_OF_SAMPLES = ("frechet", "kid", "score", "precision_recall", "density_coverage", "neighbours", "classes")
 # What the measures are defined for: the k-th neighbour of precision, recall, density and coverage is another point.
 _LEAST_SAMPLES = {"precision_recall": 4}
 _LIKELIHOODS = {"bound": "bits_per_dim", "ode": "ode_bits_per_dim"}  # measure -> its key of the result
@@ -103,11 +105,12 @@ class Abandoned(Exception):
 def measurable(config: Config, train: Source) -> tuple[Config, str]:
   """The features that are meant, and what can be measured, where nothing particular is asked for.
 
-  As `_measurable_with_features`, and `statistics.measurable`.
+  As `_measurable_with_features`, `statistics.measurable` and `by_class.measurable`.
   """
   kept, line = _measurable_with_features(config, train)
   kept, more = statistics.measurable(kept, asked=config)
-  return kept, "; ".join(filter(None, (line, more)))
+  kept, last = by_class.measurable(kept, asked=config)
+  return kept, "; ".join(filter(None, (line, more, last)))
 
 
 def _measurable_with_features(config: Config, train: Source) -> tuple[Config, str]:
@@ -161,7 +164,9 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
   options = config.evaluate
   if _needs_samples(config):
     number = options.evaluate_samples or estimate.LEAST
-    check_room("evaluate_samples", workdir, train.image_shape, number, copies=1)
+    check_room(
+      "evaluate_samples", workdir, train.image_shape, number, copies=len(config.sample.guidance_scale)
+    )  # those of all scales are kept until the end
     match options.features:
       case "inception":
         inception.read_weights(options.inception_weights)
@@ -176,9 +181,23 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
       in_file = len(stats.features)
     _check_numbers(config, train, reference, number, in_file)
   if any(name in options.measures for name in _LIKELIHOODS):
-    for _ in _splits(config, train):
-      pass
+    for _, source in _splits(config, train):
+      _check_given(config, source)
   return config
+
+
+def _check_given(config: Config, source: Source) -> None:
+  """Raises UserError if the likelihood of images given their classes is asked for, and the model cannot know these."""
+  known = config.model.num_classes
+  labels = by_class.labels_of(source) if known else None
+  what = "the likelihood of a conditional model is that of images given their classes"
+  if known and labels is None:
+    raise UserError(f"measures: {what}, and {source.name} has none; leave bound and ode out")
+  if labels is not None and labels.max() >= known:
+    raise UserError(
+      f"measures: {what}, and {source.name} has {labels.max() + 1}, of which the model knows {known}; use images of "
+      "its classes"
+    )
 
 
 def _check_labels(source: Source) -> None:
@@ -240,9 +259,10 @@ def evaluate(
     "warnings": [warning] if (warning := noise_warning(weights.run)) else [],
   }
   pictures: dict[str, np.ndarray] = {}
-  drawn = features = None
+  features = classes = None
   source, needed = train, []
   if _needs_samples(config):
+    classes = by_class.asked_for(config, weights, train)
     features = _features(config, weights.run.mesh, train, around)
     source = _split(config, train, config.evaluate.reference_split)
     needed = [] if _reads_statistics(config.evaluate) else [source]
@@ -252,16 +272,17 @@ def evaluate(
   likelihoods = [(name, len(source)) for name in names for source in splits.values()]
   config, how = _settle(config, weights, train, needed, features, likelihoods, around)
   result |= how
-  if features is not None:
-    classes = wanted(config.sample, weights)
-    with contextlib.closing(Drawn(weights, config, around.workdir / "samples", classes)) as drawn:
-      found, pictures = _samples(config, weights, train, source, features, around, drawn)
-    result |= found
-  for name in names:
-    likelihood_of = functools.partial(_likelihood, name, config, weights, around=around)
-    result[_LIKELIHOODS[name]] = {split: likelihood_of(source) for split, source in splits.items()}
-  if drawn is not None:  # not before: all that follows the draw may be stopped too, and then needs the images again
-    drawn.forget()
+  with contextlib.ExitStack() as open_files:
+    draws = []
+    if features is not None:
+      draws = _open_draws(config, weights, classes, around.workdir / "samples", open_files)
+      found, pictures = _samples(config, weights, train, source, features, classes, around, draws)
+      result |= found
+    for name in names:
+      likelihood_of = functools.partial(_likelihood, name, config, weights, around=around)
+      result[_LIKELIHOODS[name]] = {split: likelihood_of(source) for split, source in splits.items()}
+    for drawn in draws:  # not before: all that follows a draw may be stopped too, and then needs the images again
+      drawn.forget()
   return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
 
 
@@ -305,48 +326,127 @@ def _settle(
   return config, how
 
 
+def _open_draws(
+  config: Config, weights: Weights, classes: Classes | None, folder: pathlib.Path, open_files: contextlib.ExitStack
+) -> list[Drawn]:
+  """A draw for each guidance scale, of the same seeds and classes; all but that of scale 1 share one program."""
+  draws: list[Drawn] = []
+  programs: dict[bool, BatchedLoop] = {}
+  for scale in config.sample.guidance_scale:
+    off = {"guidance_interval": (), "guide_with": ""} if scale == 1.0 else {}
+    one = config_lib.override(config, {"guidance_scale": (scale,)} | off)
+    drawn = Drawn(weights if scale != 1.0 else weights._replace(guide=None), one, folder, classes, programs)
+    draws.append(open_files.enter_context(contextlib.closing(drawn)))
+  return draws
+
+
 def _samples(
   config: Config,
   weights: Weights,
   train: Source,
   source: Source,
   features: Features,
+  classes: Classes | None,
   around: Surroundings,
-  drawn: Drawn,
+  draws: Sequence[Drawn],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """Draws, and compares what was drawn with the images of `source`, or with `--reference_stats`."""
-  options, size, number = config.evaluate, config.evaluate.evaluate_batch_size, config.evaluate.evaluate_samples
+  """Draws, and compares what was drawn with the images of `source`, or with `--reference_stats`.
+
+  Of several draws the first gives the result, and all of them its list "guidance".
+  """
+  options, size = config.evaluate, config.evaluate.evaluate_batch_size
   reference, description = _compared_with(config, source, features, train, around)
-  around.say(f"drawing {number} images: {config.sample.sampler}, {len(drawn.table.t)} network evaluations each")
-  with around.counted("drawing", "image", number) as done:
-    drawn.draw(number, done=lambda at: done(at.images, str(at)), say=around.say)
-  multihost_utils.sync_global_devices("the images are on disk")
-  images = drawn.images(number)
-  with around.counted("features of the samples", "image", number) as done:
-    seen = see(features, images, size, done)
-  pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
-  result: dict[str, Any] = {
-    "samples": drawn.settings | {"number": number, "evaluations": len(drawn.table.t)},
-    "reference": description,
-    "features": features.about
-    | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
-    "measures": compare(options.measures, features.name, reference, seen),
-  }
-  around.beat("the measures")
-  data, own = Data(source, reference, description.get("sha256", source.fingerprint)), None
+  labels = by_class.labels_of(source) if "classes" in options.measures and "file" not in description else None
+  data, own = Data(source, reference, description.get("sha256", source.fingerprint), labels), None
   if "neighbours" in options.measures:
     # What could be remembered is what was trained on.
     same = source is train and "file" not in description
     own = data if same else Data(train, _reference(train, features, size, around), train.fingerprint)
-    around.say(f"looking for the samples' nearest images among {len(train)}")
-    with around.counted("nearest images", "training image", len(train)) as done:
-      result["neighbours"], pictures["neighbours"] = look_up(
-        images, seen, train, own.reference, features, size, flips=config.data.random_flip, done=done
-      )
-  result["yardsticks"] = measure_yardsticks(
-    config, weights, features, data, own, cache=around.cache, say=around.say, beat=around.beat
-  )
+  scales, of_classes = config.sample.guidance_scale, data.by_class
+  found, pictures = [], {}
+  for scale, drawn in zip(scales, draws, strict=True):
+    of_scale = f" with guidance {scale:g}" if len(draws) > 1 else ""
+    one, shown = _of_draw(config, features, data, own, classes, of_classes, around, drawn, of_scale)
+    found.append({"guidance_scale": scale} | one)
+    pictures |= {name if drawn is draws[0] else f"{name}_{scale:g}": picture for name, picture in shown.items()}
+  result = {name: part for name, part in found[0].items() if name != "guidance_scale"} | {
+    "reference": description,
+    "features": features.about
+    | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
+    "yardsticks": measure_yardsticks(
+      config,
+      weights,
+      features,
+      data,
+      own,
+      labelled=(train, weights.class_names) if "classes" in options.measures else None,
+      cache=around.cache,
+      say=around.say,
+      beat=around.beat,
+    ),
+  }
+  if len(draws) > 1:
+    result["guidance"] = [{name: part for name, part in one.items() if name != "samples"} for one in found]
   multihost_utils.sync_global_devices("the images have been read")
+  return result, pictures
+
+
+def _of_draw(
+  config: Config,
+  features: Features,
+  data: Data,
+  own: Data | None,
+  classes: Classes | None,
+  of_classes: Mapping[int, Moments],
+  around: Surroundings,
+  drawn: Drawn,
+  of_scale: str,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """What is measured of one draw, and pictures.
+
+  Args:
+    config: the settings.
+    features: the extractor.
+    data: what samples are compared with.
+    own: what they may be copies of; None if that is not asked for.
+    classes: of the samples.
+    of_classes: the moments of the classes of the data.
+    around: where.
+    drawn: the draw.
+    of_scale: says for people which of several draws it is.
+  """
+  options, size, number = config.evaluate, config.evaluate.evaluate_batch_size, config.evaluate.evaluate_samples
+  evaluations = len(drawn.table.t)
+  around.say(f"drawing {number} images{of_scale}: {config.sample.sampler}, {evaluations} network evaluations each")
+  with around.counted(f"drawing{of_scale}", "image", number) as done:
+    drawn.draw(number, done=lambda at: done(at.images, str(at)), say=around.say)
+  multihost_utils.sync_global_devices("the images are on disk")
+  images = drawn.images(number)
+  labels = classes.of(np.arange(number)) if classes is not None and "classes" in options.measures else None
+  with around.counted(f"features of the samples{of_scale}", "image", number) as done:
+    seen = see(features, images, size, done, labels)
+  pictures = {"samples": grids.image_grid(np.asarray(images[:_SHOWN]))}
+  how: dict[str, Any] = {"number": number, "evaluations": evaluations}
+  if classes is not None:
+    how["labels"] = "proportional" if classes.proportional else "uniform"
+  result: dict[str, Any] = {
+    "samples": drawn.settings | how,
+    "measures": compare(options.measures, features.name, data.reference, seen),
+  }
+  if classes is not None and labels is not None:
+    right = by_class.seen_as(features.name, seen.probabilities, labels)
+    parts = by_class.measure(features.name, classes.names, labels, seen.by_class, of_classes, right)
+    result["measures"] |= parts.values
+    result["classes"] = parts.each
+    if line := by_class.left_out(features.name, parts, data.reference.features.shape[1]):
+      around.say(line)
+  around.beat("the measures")
+  if own is not None:
+    around.say(f"looking for the samples' nearest images among {len(own.source)}")
+    with around.counted(f"nearest images{of_scale}", "training image", len(own.source)) as done:
+      result["neighbours"], pictures["neighbours"] = look_up(
+        images, seen, own.source, own.reference, features, size, flips=config.data.random_flip, done=done
+      )
   return result, pictures
 
 
@@ -450,7 +550,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
   def measure(denoiser: Denoiser, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
     shared: dict[str, Any] = dict(
       source=source,
-      labels=source.labels() if run.conditional and source.labels else None,
+      labels=by_class.labels_of(source) if run.conditional else None,
       examples=examples,
       batch_size=options.evaluate_batch_size,
       mesh=run.mesh,
@@ -474,14 +574,19 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
     )
 
   number = min(options.likelihood_examples or len(source), len(source))
-  around.say(f"{name}: bits/dim of {number} images of {source.name}")
+  given = " given their classes" if run.conditional else ""
+  around.say(f"{name}: bits/dim of {number} images of {source.name}{given}")
   with around.counted(f"bits/dim ({name})", "image", number) as done:
     denoiser = build_denoiser(exact, config.diffusion.prediction, run.image_shape)
     found = measure(denoiser, weights.params, number, done)
   beat = lambda done: around.beat(f"image {done} of an untrained network")  # noqa: E731
   untrained = measure(untrained_denoiser(run.denoiser), {}, min(number, _UNTRAINED_EXAMPLES), beat)
-  return found | {
-    "dtype": exact.dtype,
-    "matmul_precision": likelihood.PRECISION,
-    "yardsticks": {"noise": _UNIFORM, "untrained": untrained["total"]},
-  }
+  return (
+    found
+    | ({"given": "class"} if run.conditional else {})
+    | {
+      "dtype": exact.dtype,
+      "matmul_precision": likelihood.PRECISION,
+      "yardsticks": {"noise": _UNIFORM, "untrained": untrained["total"]},
+    }
+  )

@@ -61,6 +61,19 @@ def add(moments: Moments, features: np.ndarray) -> Moments:
   return merge(moments, Moments(len(features), mean, deviations.T @ deviations))
 
 
+def moments_by_class(features: np.ndarray, labels: np.ndarray) -> dict[int, Moments]:
+  """The moments of each class of which there are more vectors than features: of fewer, the covariance is singular.
+
+  Args:
+    features: [N, D].
+    labels: int [N].
+  """
+  classes, counts = np.unique(labels, return_counts=True)
+  width = features.shape[1]
+  enough = classes[counts > width].tolist()
+  return {label: add(no_moments(width), features[labels == label]) for label in enough}
+
+
 def covariance(moments: Moments) -> np.ndarray:
   """The unbiased covariance, float64 [D, D]: divided by N - 1, as `np.cov` and the usual code for FID do.
 

@@ -15,12 +15,12 @@ import numpy as np
 
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
-from ddpm_jax.evaluation.summary import Result, columns, yardsticks
+from ddpm_jax.evaluation.summary import LIKELIHOODS, Result, columns, yardsticks
 from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.storage import remedy, write_whole
 
 # What belongs together: measured on the same samples.
-_OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours", "yardsticks")
+_OF_SAMPLES = ("samples", "reference", "features", "measures", "neighbours", "classes", "guidance", "yardsticks")
 
 
 def write_result(workdir: pathlib.Path, result: Result, pictures: Mapping[str, np.ndarray]) -> pathlib.Path:
@@ -61,7 +61,7 @@ def _with_earlier(path: pathlib.Path, result: Result) -> Result:
   if "samples" in result:  # all pictures are of samples
     earlier = {name: value for name, value in earlier.items() if name not in (*_OF_SAMPLES, "pictures")}
   both = {**earlier, **result, "pictures": {**earlier.get("pictures", {}), **result["pictures"]}}
-  for name in ("bits_per_dim", "ode_bits_per_dim"):
+  for name in LIKELIHOODS:
     if name in earlier and name in result:
       both[name] = {**earlier[name], **result[name]}
   return both
@@ -98,7 +98,7 @@ def scalars(result: Result) -> dict[str, float]:
   found = {f"evaluation/{name}": value for name, value in result.get("measures", {}).items()}
   for name, value in near_duplicates_of(result.get("neighbours", {})).items():
     found[f"evaluation/{name}"] = value
-  for name in ("bits_per_dim", "ode_bits_per_dim"):
+  for name in LIKELIHOODS:
     for split, facts in result.get(name, {}).items():
       found[f"evaluation/{name}_{split}"] = facts["total"]
   return found

@@ -19,12 +19,13 @@ YARDSTICKS = {
   "noise": ("pure noise", "pure noise"),
   "untrained": ("an untrained network", "untrained network"),
 }
+LIKELIHOODS = ("bits_per_dim", "ode_bits_per_dim")  # keys of the result
 ARITHMETIC = ("dtype", "matmul_precision")
 _SPREADS = ("_std", "_standard_error")
 # Measures by their names in the file, or the ends of these; the names of features may stand before them.
-_TITLES = {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
+_TITLES = {"fid": "FID", "intra_fid": "Intra-FID", "kid": "KID", "inception_score": "Inception Score"}
 _LOWER = ("fid", "distance", "kid")
-_HIGHER = ("score", "precision", "recall", "density", "coverage")
+_HIGHER = ("score", "precision", "recall", "density", "coverage", "accuracy")
 _ORDER = (*_LOWER, *_HIGHER)
 # Two values are comparable if these are equal.
 _OF_SAMPLES = {
@@ -36,6 +37,8 @@ _OF_SAMPLES = {
   "features": ("name", "identity", "resize"),
   "measures": ("set_size",),
 }
+# Likewise, of conditional and guided draws; those of others say nothing, or this.
+_OF_GUIDANCE = {"labels": None, "classes": [], "guidance_scale": [1.0], "guidance_interval": [], "guide_with": ""}
 _OF_LIKELIHOOD = {
   "bits_per_dim": ("bound", ("examples", "timesteps_per_example", *ARITHMETIC)),
   "ode_bits_per_dim": ("ODE", ("examples", "steps", "probes", *ARITHMETIC)),
@@ -113,6 +116,42 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
   ):
     sentence += " Noise does better than that: here this measure says nothing."
   return sentence
+
+
+def guidance_of(result: Result) -> dict[str, str]:
+  """How classes and guidance were chosen, as text by name; {} for an unconditional model without guidance."""
+  drawn = part(result, "samples")
+  set_to = {name: drawn[name] for name, usual in _OF_GUIDANCE.items() if drawn.get(name, usual) != usual}
+  return {name: ", ".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in set_to.items()}
+
+
+def sweep(result: Result) -> dict[float, Result]:
+  """The results of the guidance scales that were compared, by scale, in their order; {} if there was but one.
+
+  Each is like a result of its own, but does not say its scale, so that all have the same columns.
+  """
+  found: dict[float, Result] = {}
+  entries = result.get("guidance")
+  shared = {name: result[name] for name in ("weights", "reference", "features", "yardsticks") if name in result}
+  unguided = {name: value for name, value in part(result, "samples").items() if name not in _OF_GUIDANCE}
+  for entry in entries if isinstance(entries, list) else ():
+    if (scale := finite(part(entry).get("guidance_scale"))) is not None:
+      found[scale] = shared | {"samples": unguided} | entry
+  return found
+
+
+def by_class(result: Result) -> dict[str, dict[str, float]]:
+  """What was measured of the samples of each class: class -> measure -> value, that of the data beside it."""
+  found: dict[str, dict[str, float]] = {}
+  for name in part(result, "classes"):
+    own, data = part(result, "classes", name), part(result, "yardsticks", "data", "classes", name)
+    row: dict[str, float] = {}
+    for key in own:
+      for title, values in ((key, own), (f"{key}_of_the_data", data if key != "number" else {})):
+        if (value := finite(values.get(key))) is not None:
+          row[title] = value
+    found[name] = row
+  return found
 
 
 def yardsticks(result: Result) -> dict[str, dict[str, float]]:
@@ -202,6 +241,7 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
     features = str(part(result, "features").get("name", "unknown"))
     measures = part(result, "measures")
     conditions = {name: {key: part(result, name).get(key) for key in keys} for name, keys in _OF_SAMPLES.items()}
+    conditions["samples"] |= guidance_of(result)
     for name in sorted(measures, key=lambda name: _rank(name, *_ORDER)):
       if name != "set_size" and not any(name.endswith(e) and name.removesuffix(e) in measures for e in _SPREADS):
         remark = f"features: {features}"
@@ -215,7 +255,8 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
         conditions = {kind: {name: part(terms).get(name) for name in keys}}
         conditions |= {"data": result["data"]} if "data" in result else {}
         total, error = (part(terms).get(name) for name in ("total", "standard_error"))
-        add(key, total, error, conditions, f"{kind}_{split}", "Bits/dim", f"{remark}, {split}")
+        given = ", given the class" if "given" in part(terms) else ""
+        add(key, total, error, conditions, f"{kind}_{split}", "Bits/dim", f"{remark}, {split}{given}")
   for same in found.values():
     flat = {key_text: _flat(json.loads(key_text)) for key_text in same}
     for key_text, mine in flat.items():

@@ -24,9 +24,10 @@ from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Params
+from ddpm_jax.evaluation import by_class
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, Seen, compare, look_up, near_duplicates_of, see
 from ddpm_jax.evaluation.features import Features
-from ddpm_jax.evaluation.moments import add, no_moments
+from ddpm_jax.evaluation.moments import Moments, add, moments_by_class, no_moments
 from ddpm_jax.evaluation.reference import Reference
 from ddpm_jax.keys import seeded
 from ddpm_jax.sampling.draw import bind_for_sampling, make_draw, table_of
@@ -39,7 +40,10 @@ MOST = 1_000  # images of noise, of an untrained network, and whose nearest imag
 _DRAWN_AT_ONCE = 200
 _VERSION = 2  # to be counted up when something else is computed
 
-Yardsticks = dict[str, dict[str, Any]]  # kind -> {"number": of images, "values": {name of a measure: value}}
+# kind -> {"number": of images, "values": {name of a measure: value}}; of the data also "classes", as `by_class.Parts`
+Yardsticks = dict[str, dict[str, Any]]
+# Settings of a draw that an untrained network's images, and so the yardsticks, do not depend on.
+_NO_MATTER = ("checkpoint", "classes", "guidance_scale", "guidance_interval", "guide_with", "guide_sha256")
 
 
 class Data(NamedTuple):
@@ -49,11 +53,20 @@ class Data(NamedTuple):
     source: the images.
     reference: the statistics of their features; or those of `--reference_stats`, whose images are not at hand.
     identity: of what the statistics are of, a JSON value.
+    labels: of the images, int32 [N]; None where they are not known, or the statistics are of a file.
   """
 
   source: Source
   reference: Reference
   identity: Any
+  labels: np.ndarray | None = None
+
+  @property
+  def by_class(self) -> dict[int, Moments]:
+    """The moments of each class, see `moments_by_class`, as far as features are kept."""
+    if self.labels is None:
+      return {}
+    return moments_by_class(self.reference.features, self.labels[self.reference.index])
 
 
 def untrained_denoiser(denoiser: Denoiser) -> Denoiser:
@@ -75,6 +88,7 @@ def measure_yardsticks(
   data: Data,
   train: Data | None,
   *,
+  labelled: tuple[Source, Sequence[str]] | None = None,
   cache: pathlib.Path,
   say: Callable[[str], None],
   beat: Callable[[str], None],
@@ -89,18 +103,17 @@ def measure_yardsticks(
     features: the extractor.
     data: what samples are compared with.
     train: what they may be copies of; None if that is not asked for.
+    labelled: images of the training and the names of their classes; None if the measure `classes` is not asked for.
     cache: folder of the cache, made if need be.
     say: takes a line.
     beat: called now and then. What it raises ends the work.
   """
   names, number = config.evaluate.measures, config.evaluate.evaluate_samples
-  drawn = {name: value for name, value in settings(config, weights).items() if name != "checkpoint"}
+  drawn = {name: value for name, value in settings(config, weights).items() if name not in _NO_MATTER}
   schedule = dataclasses.asdict(config.diffusion)
   known = [(part.identity, part.source.fingerprint, len(part.source)) for part in (data, train or data)]
-  task = json.dumps(
-    [_VERSION, known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST],
-    sort_keys=True,
-  )
+  of_all = [_VERSION, known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST]
+  task = json.dumps(of_all + ([labelled[1]] if labelled else []), sort_keys=True)
   path = cache / f"yardsticks-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
   found = _from_cache(path, task, say)
   if not any_host(found is None) and found is not None:
@@ -121,6 +134,10 @@ def measure_yardsticks(
   }
   if train is not None and len(train.reference.index) >= 2 * LEAST_IMAGES["neighbours"]:
     found["data"]["values"] |= _copies_in_the_data(features, train, size, flips=config.data.random_flip, beat=beat)
+  if labelled is not None:
+    parts = _classes_of_the_data(features, data, *labelled, number, size)
+    found["data"]["values"] |= parts.values
+    found["data"]["classes"] = parts.each
   if jax.process_index() == 0:
     try:
       save_arrays(path, {}, {"of": task, "found": found})
@@ -168,6 +185,27 @@ def _data_against_itself(
     probabilities = see(features, images, batch_size, lambda done: None).probabilities
   seen = Seen(ours.moments, probabilities, np.arange(len(ours.index)), ours.features)
   return {"number": len(ours.index), "values": compare(names, features.name, others, seen)}
+
+
+def _classes_of_the_data(
+  features: Features, data: Data, train: Source, names: Sequence[str], number: int, batch_size: int
+) -> by_class.Parts:
+  """The distance of each class between the parts of `_data_against_itself`, and how the classifier sees other images.
+
+  The number of images of a class is that of the distance, and where there is none, of the classifier.
+  """
+  parts = by_class.Parts({}, {})
+  if features.name == "classifier":
+    labels, right = by_class.held_out_seen_as(features, train, batch_size)
+    parts = by_class.measure(features.name, names, labels, {}, {}, right)
+  if data.labels is None:
+    return parts
+  kept = data.labels[data.reference.index]
+  halves = _halves(len(kept), number)
+  ours, others = (moments_by_class(data.reference.features[rows], kept[rows]) for rows in halves)
+  distances = by_class.measure(features.name, names, kept[halves[0]], ours, others, None)
+  each = {name: parts.each.get(name, {}) | distances.each.get(name, {}) for name in (*parts.each, *distances.each)}
+  return by_class.Parts(parts.values | distances.values, each)
 
 
 def _copies_in_the_data(

@@ -19,6 +19,7 @@ from ddpm_jax.devices.hosts import gather
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import Seeded
+from ddpm_jax.models.build import portable
 from ddpm_jax.runtime import numerics
 from ddpm_jax.sampling.classes import check_guidance, one_scale
 from ddpm_jax.sampling.draw import bind_for_sampling, draw_of, table_of
@@ -147,9 +148,9 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
   Raises:
     ValueError: of jax.export, if a custom call is left in the program for which JAX promises no compatibility.
   """
-  run = weights.run
+  run = weights.run._replace(denoiser=portable(weights.run.denoiser))
   draw = draw_of(
-    bind_for_sampling(run, config.sample, weights.guide and weights.guide.run),
+    bind_for_sampling(run, config.sample),
     table_of(config.sample, run.schedule, config.diffusion.variance),
     first_stage=run.first_stage,
     stream="sample",

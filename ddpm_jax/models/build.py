@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, image_size
+from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, check_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.layers import Conv3x3, num_norm_groups
+from ddpm_jax.models.layers import Conv3x3, SelfAttention, num_norm_groups
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import cpu
 
@@ -44,24 +45,12 @@ def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfi
   return dataclasses.replace(config, attention_resolutions=(height,) if 1 <= height * width <= 16 * 16 else ())
 
 
-def check_size(config: ModelConfig, height: int, width: int) -> None:
-  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can."""
-  levels = len(config.channel_multipliers)
-  factor = 2 ** (levels - 1)
-  if height % factor or width % factor:
-    heights, widths = ([n * factor for n in (size // factor, -(-size // factor))] for size in (height, width))
-    nearest = [image_size(*sides) for sides in zip(heights, widths, strict=True) if all(sides)]
-    raise UserError(
-      f"image_size: {image_size(height, width)} is not divisible by {factor}, as the {levels} levels of "
-      f"channel_multipliers need; use --image_size={' or '.join(map(str, nearest))}, or fewer levels"
-    )
-
-
 def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
   """The U-Net for images of that shape [H, W, C], or its half that is a classifier.
 
   Raises:
-    UserError: see `check_size`, or an attention resolution is never reached, or channels cannot be divided into heads.
+    UserError: see `config.check_size`, or an attention resolution is never reached, or channels cannot be divided into
+      heads.
   """
   height, width, channels = image_shape
   check_size(config, height, width)
@@ -114,6 +103,19 @@ def fast_convolutions(plain: Callable, args: tuple, kwargs: dict, context: Inter
   return plain(*args, **kwargs)
 
 
+def fused_attention(plain: Callable, args: tuple, kwargs: dict, context: InterceptorContext) -> Any:
+  """An interceptor as `fast_convolutions`: attention by one kernel of cuDNN, where that has one.
+
+  It takes half precision, and heads of up to 128 channels in eights. One head alone stays as it is: its programs, and
+  so its bits, are those of earlier releases.
+  """
+  if isinstance(context.module, SelfAttention) and context.method_name == "attend":
+    (_, _, num_heads, size), half = args[0].shape, args[0].dtype in (jnp.bfloat16, jnp.float16)
+    if half and num_heads > 1 and size % 8 == 0 and size <= 128:
+      return jax.nn.dot_product_attention(*args, implementation="cudnn")
+  return plain(*args, **kwargs)
+
+
 class TrainableNetwork(Network, Protocol):
   """A network that can be trained: one that makes its own first parameters."""
 
@@ -124,16 +126,23 @@ class TrainableNetwork(Network, Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class UNetNetwork:
-  """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters. Its condition is a label."""
+  """The U-Net as a `diffusion.denoiser.Network`, a pure function of its parameters. Its condition is a label.
+
+  Attributes:
+    model: the module.
+    attention: 'cudnn' where its programs are for GPUs with cuDNN alone, see `fused_attention`; else 'xla'.
+  """
 
   model: UNet
+  attention: str = "xla"
 
   def __call__(
     self, params: Params, x: jax.Array, time: jax.Array, cond: Cond = None, *, dropout_keys: jax.Array | None = None
   ) -> jax.Array:
     """x float32 [B, H, W, C], time [B], cond int32 [B] or, if it is unconditional, None -> float32 as the U-Net's."""
     assert (cond is not None) == (self.model.num_labels > 0), "a label goes to a conditional network, and to no other"
-    with nn.intercept_methods(fast_convolutions):
+    fused = nn.intercept_methods(fused_attention) if self.attention == "cudnn" else contextlib.nullcontext()
+    with nn.intercept_methods(fast_convolutions), fused:
       output = self.model.apply({"params": params}, x, time, dropout_keys, cond)
     assert isinstance(output, jax.Array)  # and not a pair with mutated collections: the U-Net has none
     return output
@@ -144,13 +153,27 @@ class UNetNetwork:
 
 
 def build_denoiser(
-  config: ModelConfig, prediction: str, image_shape: tuple[int, int, int], network: TrainableNetwork | None = None
+  config: ModelConfig,
+  prediction: str,
+  image_shape: tuple[int, int, int],
+  network: TrainableNetwork | None = None,
+  *,
+  attention: str = "xla",
 ) -> Denoiser:
   """The denoiser of that prediction: the one place that knows predictions by name. Raises UserError.
 
   network: in the place of the U-Net of `config`.
+  attention: see `UNetNetwork`.
   """
-  return Denoiser(network or UNetNetwork(build_model(config, image_shape)), PARAMETERIZATIONS[prediction])
+  network = network or UNetNetwork(build_model(config, image_shape), attention)
+  return Denoiser(network, PARAMETERIZATIONS[prediction])
+
+
+def portable(denoiser: Denoiser) -> Denoiser:
+  """The same function of the same parameters, for programs that run on any kind of device."""
+  if not isinstance(denoiser.network, UNetNetwork):
+    return denoiser
+  return dataclasses.replace(denoiser, network=dataclasses.replace(denoiser.network, attention="xla"))
 
 
 def init_params(model: UNet, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:

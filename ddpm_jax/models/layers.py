@@ -307,8 +307,12 @@ class SelfAttention(nn.Module):
     qkv = pixelwise(Dense(3 * channels, init, self.dtype, name="qkv"), h)
     heads = (batch, height * width, self.num_heads, channels // self.num_heads)
     q, k, v = (part.reshape(heads) for part in jnp.split(qkv.reshape(*heads[:2], 1, 3 * channels), 3, axis=-1))
-    h = jax.nn.dot_product_attention(q, k, v).reshape(batch, height, width, channels)
+    h = self.attend(q, k, v).reshape(batch, height, width, channels)
     return x + pixelwise(Dense(channels, zeros_init, self.dtype, name="proj"), h)
+
+  def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """softmax(q k / sqrt(size)) v of each head, all [B, positions, heads, size]; see `build.fused_attention`."""
+    return jax.nn.dot_product_attention(q, k, v)
 
 
 class AttentionPool(nn.Module):

@@ -30,17 +30,27 @@ _STYLE: Any = {
 }
 # Variables of the page's style, which depend on light or dark, and the colours that stand for them while drawing.
 _OF_PAGE = {"soft": "#00fe01", "line": "#00fe02", "card": "#00fe03"} | {f"c{i}": f"#00ff0{i}" for i in range(1, 9)}
-_OF_PNG = {"soft": "#444444", "line": "#dddddd", "card": "#ffffff", "c1": "#1f77b4"}
+_OF_PNG = {"soft": "#444444", "line": "#dddddd", "card": "#ffffff", "c1": "#1f77b4", "c2": "#c05a14"}
 
 
 class Series(NamedTuple):
-  """One curve. `faint`: thin and pale; `marks`: a circle at each point, which shows its value on hovering."""
+  """One curve.
+
+  Attributes:
+    name: of the curve.
+    points: of it, finite.
+    colour: its number.
+    faint: thin and pale.
+    marks: a circle at each point, which shows its value on hovering.
+    labels: a text beside each point, or none.
+  """
 
   name: str
   points: Points
   colour: int = 1
   faint: bool = False
   marks: bool = False
+  labels: Sequence[str] = ()
 
 
 class Chart(NamedTuple):
@@ -140,11 +150,17 @@ def loss_png(points: Points) -> bytes:
 
   A logged loss is noisy, above all because some timesteps are much harder than others.
   """
-  series, file = smoothed("logged", [(x, y) for x, y in points if y > 0]), io.BytesIO()
+  series = smoothed("logged", [(x, y) for x, y in points if y > 0])
+  return chart_png("loss", series, "training steps", log_y=True)
+
+
+def chart_png(title: str, series: Sequence[Series], x_label: str, *, log_y: bool) -> bytes:
+  """A chart as a PNG file, with the title in its legend. `series`: of colours 1 and 2."""
+  file = io.BytesIO()
   with matplotlib.rc_context(_STYLE):
-    figure = _figure(series, "training steps", False, True, (560, 280), _OF_PNG)
+    figure = _figure(series, x_label, False, log_y, (560, 280), _OF_PNG)
     if series[0].points:
-      figure.axes[0].legend(title="loss")
+      figure.axes[0].legend(title=title)
     FigureCanvasAgg(figure)  # draws without a screen, whatever backend the environment names
     figure.savefig(file, format="png", dpi=108)
   return file.getvalue()
@@ -170,6 +186,9 @@ def _figure(
       markerfacecolor=colours["card"],
       clip_on=False,
     )
+    for label, point in zip(part.labels, part.points, strict=False):
+      style: Any = {"xytext": (6, 4), "textcoords": "offset points", "size": 10, "color": colours[f"c{part.colour}"]}
+      axes.annotate(label, point, annotation_clip=False, **style)
   axes.set(xscale="log" if log_x else "linear", yscale="log" if log_y else "linear")
   low, high = axes.dataLim.intervaly
   if not log_y and 0 <= low < 0.5 * high:

@@ -14,13 +14,17 @@ from ddpm_jax.config import Config
 from ddpm_jax.evaluation.summary import (
   YARDSTICKS,
   Column,
+  Result,
+  by_class,
   columns,
   decimals,
   duration,
   finite,
+  guidance_of,
   in_words,
   number,
   part,
+  sweep,
   title_of,
   yardsticks,
 )
@@ -41,6 +45,7 @@ _DRAWN = {
   "reconstruct": "Reconstruction: images encoded to noise and decoded",
 }
 _MEASURED = {"samples": "Samples that were measured", "neighbours": "Samples and their nearest training images"}
+_DISTANCES = ("fid", "classifier_distance", "network_distance")
 _TERMS = ("total", "prior", "chain", "decoder", "rate", "distortion")
 
 
@@ -72,6 +77,56 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   return path
 
 
+def write_guidance_chart(workdir: pathlib.Path, result: Result) -> list[pathlib.Path]:
+  """Writes or replaces `eval/N.guidance.png` for a result that compares guidance scales.
+
+  Returns:
+    Its path; [] if there is nothing to draw.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  title, series = _guidance(result)
+  if not series:
+    return []
+  path = workdir / "eval" / f"{result['step']}.guidance.png"
+  write_whole(path, charts.chart_png(f"{title} over", series, "precision, recall", log_y=False))
+  return [path]
+
+
+def _guidance(result: Result) -> tuple[str, list[Series]]:
+  """The distance over precision and over recall, a point for each guidance scale; ('', []) where these are missing."""
+  scales = sweep(result)
+  names = [name for one in scales.values() for name in part(one, "measures") if name in _DISTANCES]
+  series = []
+  for i, across in enumerate(("precision", "recall")):
+    points = {}
+    for scale, one in scales.items():
+      x, y = (finite(part(one, "measures").get(name)) for name in (across, names[0] if names else ""))
+      if x is not None and y is not None:
+        points[number(scale)] = (x, y)
+    if points:
+      series.append(Series(across, list(points.values()), i + 1, marks=True, labels=list(points)))
+  return (title_of(names[0]), series) if series else ("", [])
+
+
+def _guided(step: int, result: Result) -> dict[str, Any]:
+  """The table and the chart of guidance scales; {} if the result has but one."""
+  scales = sweep(result)
+  if not scales:
+    return {}
+  found = columns(scales)
+  beside = [yardsticks(result).get(column.name, {}) for column in found]
+  table = measures_table(found, {scale: [Cell(number(scale))] for scale in scales}, beside)
+  title, series = _guidance(result)
+  remark = "each point is a guidance scale; a good model is low and on the right"
+  return {
+    "step": step,
+    "table": table._replace(head=[Cell("Guidance scale"), *table.head]),
+    "charts": [line_chart(title, series, x_label="precision, recall", remark=remark, log_y=False)],
+  }
+
+
 def _tiles(run: RunFiles, found: list[Column]) -> list[tuple[str, str, str]]:
   """The numbers at the top: label, value, remark."""
   shown = []
@@ -87,7 +142,7 @@ def _tiles(run: RunFiles, found: list[Column]) -> list[tuple[str, str, str]]:
     loss, count = run.loss
     shown.append(("Loss", number(loss, 3), f"mean of the last {count} logged" if count > 1 else "last logged"))
   for column in _newest(found):
-    if column.title in ("FID", "Bits/dim") or column.title.lower().endswith(("distance", "score")):
+    if column.title in ("FID", "Bits/dim") or column.title.lower().endswith(("distance", "score", "accuracy")):
       step = max(column.values) if column.best is None else column.best
       texts = [column.remark, f"{'' if column.best is None else 'best, '}step {step:,}"]
       texts += [f"{YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in _yardsticks(run, column).items()]
@@ -170,6 +225,9 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
     "without_yardsticks": not all(beside),
     "table": table._replace(head=[Cell("Step"), *table.head]) if found else None,
     "charts": _over_steps(found),
+    "how": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in guidance_of(newest).items()),
+    "guidance": _guided(step, newest),
+    "classes": _terms(by_class(newest)),
     "by_timestep": _by_timestep(part(newest, "bits_per_dim")),
     "bound": _terms(part(newest, "bits_per_dim")),
     "ode": _terms(part(newest, "ode_bits_per_dim")),

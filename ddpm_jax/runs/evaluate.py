@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
 
@@ -15,12 +15,23 @@ from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import scalars, write_result
-from ddpm_jax.evaluation.summary import Result, in_words, title_of, yardsticks
+from ddpm_jax.evaluation.summary import (
+  LIKELIHOODS,
+  Result,
+  by_class,
+  direction,
+  in_words,
+  sweep,
+  title_of,
+  yardsticks,
+)
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import keep_place
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.storage import remedy
+
+_CLASSES = 20  # in lines, at most
 
 
 def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str] = ()) -> None:
@@ -59,10 +70,10 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
     for warning in result["warnings"]:
       console.warn(warning)
     path = write_result(workdir, result, pictures)
-    _write_report(workdir)
+    files = [path, *_write_report(workdir, result)]
     for line in result_lines(result):
       console.say(line)
-    console.say(f"done: {path} and {workdir / 'report.html'}")
+    console.say(f"done: {', '.join(map(str, files[:-1]))} and {files[-1]}")
 
 
 def _warn_of_changed_images(train: Source, workdir: pathlib.Path) -> None:
@@ -75,23 +86,50 @@ def _warn_of_changed_images(train: Source, workdir: pathlib.Path) -> None:
       console.warn(f"{str(error).partition(';')[0]}; they are compared with as they are now")
 
 
-def _write_report(workdir: pathlib.Path) -> None:
-  from ddpm_jax.report.report import write_report  # Matplotlib takes long to import
+def _write_report(workdir: pathlib.Path, result: Result) -> list[pathlib.Path]:
+  """Writes the page, and the chart of guidance scales where several were measured. Returns their paths."""
+  from ddpm_jax.report.report import write_guidance_chart, write_report  # Matplotlib takes long to import
 
   try:
-    write_report(workdir)
+    return [*write_guidance_chart(workdir, result), write_report(workdir)]
   except OSError as error:
-    raise RunError(f"workdir: cannot write {workdir / 'report.html'} ({error.strerror}); {remedy(error)}") from error
+    name = error.filename or workdir / "report.html"
+    raise RunError(f"workdir: cannot write {name} ({error.strerror}); {remedy(error)}") from error
 
 
 def result_lines(result: Result) -> Iterator[str]:
   """The numbers of a result, a line each, beside those of the data itself, of noise and of an untrained network."""
-  beside, numbers = yardsticks(result), {name.removeprefix("evaluation/"): x for name, x in scalars(result).items()}
+  beside, numbers, scales = yardsticks(result), _numbers(result), sweep(result)
+  if scales:
+    columns = {scale: _numbers(one) for scale, one in scales.items()}
+    yield f"  {'guidance_scale':28}" + "".join(f" {f'{scale:g}':<10}" for scale in columns)
+    for name in columns[next(iter(columns))]:
+      values = {scale: column[name] for scale, column in columns.items()}
+      better = {"lower": min, "higher": max}.get(direction(name))
+      best = [f"best at {better(values, key=values.__getitem__):g}"] if better else []
+      yield f"  {name:28}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      numbers.pop(name, None)
   for name, value in numbers.items():
-    others = ", ".join(f"{kind} {other:.3g}" for kind, other in beside.get(name, {}).items())
-    yield f"  {name:28} {value:<10.5g}{others and f' ({others})'}".rstrip()
+    yield f"  {name:28} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
+  classes = {} if scales else by_class(result)
+  for name, found in list(classes.items())[:_CLASSES]:
+    yield f"  {f'class {name}':28} " + ", ".join(f"{title} {value:.5g}" for title, value in found.items())
+  if len(classes) > _CLASSES:
+    yield f"  and {len(classes) - _CLASSES} more classes, in the file"
+  if any("given" in terms for kind in LIKELIHOODS for terms in result.get(kind, {}).values()):
+    yield "Bits/dim are of the images given their classes."
   sentences = [in_words(title_of(name), name, value, beside[name]) for name, value in numbers.items() if name in beside]
   yield from (sentence for i, sentence in enumerate(sentences) if not i or "nothing" in sentence)
+
+
+def _numbers(result: Result) -> dict[str, float]:
+  return {name.removeprefix("evaluation/"): value for name, value in scalars(result).items()}
+
+
+def _remark(first: list[str], others: Mapping[str, float]) -> str:
+  """For the end of a line: what it stands beside."""
+  remarks = first + [f"{kind} {other:.3g}" for kind, other in others.items()]
+  return f" ({', '.join(remarks)})" if remarks else ""
 
 
 def _write_reference(config: Config, workdir: pathlib.Path | None) -> None:

@@ -9,7 +9,7 @@ import jax
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.data.sources import image_shape, num_classes, open_source
+from ddpm_jax.data.sources import class_count, image_shape
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.plan import report, topology
 from ddpm_jax.plan.batches import Largest, largest
@@ -33,9 +33,7 @@ def plan(config: Config) -> None:
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   shape = image_shape(config.data)
   if config_lib.reads_classes(config) and not config.model.num_classes:
-    config = config_lib.override(
-      config, {"num_classes": num_classes(open_source(config.data), stage=config.model.stage)}
-    )
+    config = config_lib.override(config, {"num_classes": class_count(config.data)})
   run = build_run(config, shape, mesh)
   best = peaks(target)
   console.say(report.headline(run, target, best))

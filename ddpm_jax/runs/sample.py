@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runtime import console
@@ -75,7 +76,7 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
     arrays, picture = {"images": images}, grids.image_grid(np.asarray(images[:_GRID_IMAGES]))
     if classes is not None:
       arrays["labels"] = classes.of(np.arange(options.num_samples))
-      picture = _rows_of_classes(images, arrays["labels"], classes)
+      picture = _grid_of_classes(images, arrays["labels"], classes)
     _write(
       folder,
       "samples",
@@ -91,13 +92,19 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   drawn.forget()
 
 
-def _rows_of_classes(images: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
-  """A picture uint8 [height, width, 3] with a row for each class, in the order in which they are drawn."""
+def _grid_of_classes(images: np.ndarray, labels: np.ndarray, classes: Classes) -> np.ndarray:
+  """A picture uint8 [height, width, 3]: a row for each class, in the order in which they are drawn.
+
+  Where the rows would be short, a grid with the name of its class below each image.
+  """
   shown = list(dict.fromkeys(classes.turn.tolist()))
-  most = max(1, _GRID_IMAGES // len(shown))
+  number = min(len(images), _GRID_IMAGES)
+  if number < 2 * len(shown):
+    return grids.image_grid(np.asarray(images[:number]), captions=classes.names_of(labels[:number]))
+  most = _GRID_IMAGES // len(shown)
   rows = [np.asarray(images[np.flatnonzero(labels == label)[:most]]) for label in shown]
   names = classes.names_of(np.array(shown))
-  return grids.named_rows({name: row for name, row in zip(names, rows, strict=True) if len(row)})
+  return grids.named_rows(dict(zip(names, rows, strict=True)))
 
 
 def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
@@ -115,7 +122,7 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   if not quiet:
     rows = number * tasks.rows_for_each(name)
     console.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
-  parts = tasks.make_parts(weights, config, classes, quiet=quiet)
+  parts = tasks.Parts(weights, config, quiet, classes)
   match name:
     case "progressive":
       outcome = tasks.progressive(parts)
@@ -131,9 +138,10 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
       raise ValueError(f"unknown task {name!r}")
   if jax.process_index() == 0:
     all_settings = settings(config, weights) | dict(outcome.facts)
+    labels = {} if classes is None else {"labels": classes.of(np.arange(number))}
     facts = facts_of_picture(all_settings, weights)
     files: Written = {
-      ".npz": lambda path: _save_npz(path, outcome.arrays, all_settings),
+      ".npz": lambda path: _save_npz(path, outcome.arrays | labels, all_settings),
       ".png": lambda path: grids.save_png(path, outcome.picture, facts),
     }
     if outcome.frames:
@@ -147,6 +155,7 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
 def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:
   height, width, channels = weights.run.image_shape
   each = f", {evaluations} network evaluations each" if evaluations else ""
+  each += f", guided by {one_scale(config.sample):g}" if config_lib.guided(config.sample) else ""
   quick = ""
   if evaluations >= _MANY and jax.default_backend() == "cpu":
     quick = f"; --sampler=dpmpp --sampling_steps={QUICK} is about {evaluations // QUICK} times faster"

@@ -22,14 +22,14 @@ from ddpm_jax.checkpoint import resume
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.resume import Start
 from ddpm_jax.checkpoint.saver import Saver
-from ddpm_jax.config import Config, TrainConfig
+from ddpm_jax.config import Config, TrainConfig, check_size
 from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
-from ddpm_jax.models.build import TrainableNetwork, check_size, fitted
+from ddpm_jax.models.build import TrainableNetwork, fitted
 from ddpm_jax.runs import earlier, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview
@@ -41,6 +41,7 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
+from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
@@ -106,9 +107,9 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   job, total = invocation.job, config.train.num_steps
   run, source = prepare(config, workdir, invocation.own)
   config = run.config
-  params = None
+  params, classes = None, class_names(source, config.model.num_classes) if run.conditional else ()
   if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
-    params, _ = initial.read_params(config, run.image_shape)
+    params, _ = initial.read_params(config, run.image_shape, classes)
 
   with contextlib.ExitStack() as cleanup:
     # None in all processes but the first, which is the one that prints.
@@ -131,7 +132,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     if not start.state and params is None and config.exchange.init_from:
       if not start.other_past:
         raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-      params, _ = initial.read_params(config, run.image_shape)
+      params, _ = initial.read_params(config, run.image_shape, classes)
     restarts = resume.restarts(config, start.manifest)
     run = run._replace(lr_restart=restarts[-1] if restarts else 0)
 
@@ -182,6 +183,7 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
+    one_scale(config.sample)
     check_evaluation(config, workdir, source)
   return run, source
 

@@ -18,6 +18,7 @@ import datetime
 import io
 import os
 import pathlib
+import re
 import select
 import sys
 import threading
@@ -34,6 +35,7 @@ _LAST_PATIENCE_S = 1.0  # at the end of the process
 _RETRY_S = 1.0  # between two attempts, where writing fails
 _MOST_BYTES = 2**20  # that wait to be written
 _MOST_PICTURE = 2**19  # bytes of a PNG that is shown; a third more when it is written as text
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _KITTY_CHUNK = 4096  # the most that one escape sequence of its protocol may carry
 
 _above_bars: Callable[[TextIO], contextlib.AbstractContextManager] = contextlib.nullcontext  # until there is a bar
@@ -51,16 +53,21 @@ def warn(text: str) -> None:
 
 
 def note(text: str, end: str = "\n") -> None:
-  """Prints a line, or the beginning of one, to standard error. From any thread."""
-  _print(sys.stderr, f"{text}{end}")
+  """Prints a line, or the beginning of one, to standard error, see `one_line`. From any thread."""
+  _print(sys.stderr, f"{one_line(text)}{end}")
 
 
 def error(text: str, more: str = "") -> None:
   """Prints why the process ends to standard error: `error: TEXT`. From any thread.
 
-  Other programs read it: it is one line, without a time. `more`: further lines, such as stacks.
+  Other programs read it: it is one line, see `one_line`, without a time. `more`: further lines, such as stacks.
   """
-  _print(sys.stderr, f"error: {text}\n{more}", times=False)
+  _print(sys.stderr, f"error: {one_line(text)}\n{more}", times=False)
+
+
+def one_line(text: str) -> str:
+  """The text with escapes for what would end the line or command a terminal: names of files may hold anything."""
+  return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def add_times() -> None:

@@ -91,7 +91,7 @@ def command(*flags: str, module: str = "ddpm_jax.main") -> str:
 
 def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:
   """Raises UserError if a path cannot be written into files or printed, or has one of the characters `also`."""
-  text = str(path)
+  text, option = str(path), flag if flag.isupper() else f"--{flag}"
   try:
     text.encode()
   except UnicodeEncodeError:
@@ -99,12 +99,12 @@ def check_name(flag: str, path: pathlib.Path, also: str = "") -> None:
       raise UserError(
         f"{flag}: this locale cannot spell the name {text!a}; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
       ) from None
-    raise UserError(f"{flag}: the name {text!a} is not UTF-8; use another --{flag}") from None
+    raise UserError(f"{flag}: the name {text!a} is not UTF-8; use another {option}") from None
   for letter in text:
     if letter in also or ord(letter) < 32 or ord(letter) == 127:
       raise UserError(
         f"{flag}: the name {text!a} has the character {letter!a}, with which files cannot be written safely; use "
-        f"another --{flag}"
+        f"another {option}"
       )
 
 

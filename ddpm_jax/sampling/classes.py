@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ from ddpm_jax.data.labels import number_of
 from ddpm_jax.errors import UserError
 from ddpm_jax.weights.load import Weights
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio, rounded to an odd number
+
 
 class Classes(NamedTuple):
   """The classes of the images of a draw.
@@ -18,14 +21,27 @@ class Classes(NamedTuple):
   Attributes:
     turn: int32 [n], taken in turn: image i is of class turn[i % n].
     names: of all classes of the model.
+    proportional: `turn` are the labels of a data set in rising order, n below 2^32, and image i is of class
+      turn[floor(n u_i)] with u_i = frac((i + 1) / golden ratio). So any first N images have the proportions of the data
+      set: a class with the share p has N p of them, but for less than 2 where N is a Fibonacci number (the inequality
+      of Denjoy and Koksma) and hardly more elsewhere.
   """
 
   turn: np.ndarray
   names: tuple[str, ...]
+  proportional: bool = False
 
   def of(self, index: np.ndarray) -> np.ndarray:
     """The labels int32 [B] of images int [B]."""
-    return self.turn[index % len(self.turn)]
+    if not self.proportional:
+      return self.turn[index % len(self.turn)]
+    digits = (np.asarray(index, np.uint64) + np.uint64(1)) * _GOLDEN >> np.uint64(32)  # of u_i, the first 32 bits
+    return self.turn[(digits * np.uint64(len(self.turn)) >> np.uint64(32)).astype(np.int64)]
+
+  @property
+  def identity(self) -> str:
+    """SHA-256 of what the labels depend on."""
+    return hashlib.sha256(self.turn.tobytes() + b"proportional" * self.proportional).hexdigest()
 
   def names_of(self, labels: np.ndarray) -> list[str]:
     """For people; a label beyond them is the null label."""

@@ -42,7 +42,14 @@ class Drawn:
   The file is named by a digest of everything that the images depend on. Process 0 writes it.
   """
 
-  def __init__(self, weights: Weights, config: Config, folder: pathlib.Path, classes: Classes | None = None):
+  def __init__(
+    self,
+    weights: Weights,
+    config: Config,
+    folder: pathlib.Path,
+    classes: Classes | None = None,
+    programs: dict[bool, BatchedLoop] | None = None,
+  ):
     """Opens or creates the file in `folder`.
 
     Args:
@@ -50,19 +57,21 @@ class Drawn:
       config: how to draw.
       folder: where.
       classes: of the images; None for an unconditional model.
+      programs: the compiled draw with guidance and without; shared by draws that differ in seed, classes and guidance
+        scale alone, and filled by them. None: its own.
 
     Raises:
       RunError: if it cannot be opened.
       UserError: if another process draws there.
     """
     self._weights, self._config, self._classes = weights, config, classes
+    self._programs = {} if programs is None else programs
     self.settings = settings(config, weights)
     run = weights.run
     own = {name: value for name, value in self.settings.items() if name not in _NOT_IN_IMAGES}
     about = [weights.identity, run.image_shape, own]
     if classes is not None:
-      about.append(hashlib.sha256(classes.turn.tobytes()).hexdigest())
-    about += [other.identity for other in (weights.guide, weights.classifier) if other is not None]
+      about.append(classes.identity)
     text = json.dumps(about, sort_keys=True)
     self.path = folder / f".drawn-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     self.table = table_of(config.sample, run.schedule, config.diffusion.variance)
@@ -102,14 +111,16 @@ class Drawn:
     if before == number:
       done(Drawing(number, 0, number, self.evaluations, self.evaluations))
       return
-    run = self._weights.run
-    draw = make_long_draw(
-      bind_weights(self._weights, options),
-      self.table,
-      first_stage=run.first_stage,
-      mesh=run.mesh,
-      stream="sample",
-    )
+    run, is_guided = self._weights.run, constants.guidance_scale is not None
+    if is_guided not in self._programs:
+      self._programs[is_guided] = make_long_draw(
+        bind_weights(self._weights, options),
+        self.table,
+        first_stage=run.first_stage,
+        mesh=run.mesh,
+        stream="sample",
+      )
+    draw = self._programs[is_guided]
     size = self._batch_size(draw, constants, number - before)
     say(f"{size} images at once")
     done(Drawing(number, before, min(size, number - before), 0, self.evaluations))
@@ -159,7 +170,8 @@ class Drawn:
 
 def settings(config: Config, weights: Weights) -> dict[str, Any]:
   """The settings of a draw, JSON values: the options of the section `sample` and what else the images depend on."""
-  own = {field.name: value for section, field, value in config_lib.options(config) if section == "sample"}
+  sample = ((field.name, value) for section, field, value in config_lib.options(config) if section == "sample")
+  own = {name: list(value) if isinstance(value, tuple) else value for name, value in sample}
   own["time_grid"] = grid_name(config.sample.sampler, config.sample.time_grid)  # 'auto' may once mean another one
   return own | {
     "checkpoint": weights.step,
@@ -168,6 +180,7 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "matmul_precision": config.model.matmul_precision,
     "device": jax.devices()[0].device_kind,
     **({"guide_sha256": weights.guide.identity} if weights.guide else {}),
+    **({"classifier_sha256": weights.classifier.identity} if weights.classifier else {}),
   }
 
 

@@ -61,14 +61,24 @@ class Outcome(NamedTuple):
 
 
 class Parts(NamedTuple):
-  """The run, the weights and the options that a task draws with."""
+  """What a task draws with.
 
-  run: Run
+  Attributes:
+    weights: of the model.
+    config: the options.
+    quiet: say nothing of how far it is.
+    classes: of what is drawn; None for an unconditional model.
+  """
+
+  weights: Weights
   config: Config
-  bind: Bind
   quiet: bool
-  constants: Seeded
   classes: Classes | None = None
+
+  @property
+  def run(self) -> Run:
+    """The parts of the model."""
+    return self.weights.run
 
   @property
   def options(self) -> SampleConfig:
@@ -79,6 +89,15 @@ class Parts(NamedTuple):
   def shape(self) -> tuple[int, int, int]:
     """Of an x_0."""
     return self.run.first_stage.latent_shape
+
+  @property
+  def bind(self) -> Bind:
+    """What makes the denoise function that the options name."""
+    return self.binding(self.options)
+
+  def binding(self, options: SampleConfig) -> Bind:
+    """`bind` with other options."""
+    return bind_weights(self.weights, options)
 
   def x0(self, images: jax.Array) -> jax.Array:
     """The x_0 of given images, uint8 [B, H, W, C]."""
@@ -112,6 +131,7 @@ class Parts(NamedTuple):
     if self.classes is not None:
       columns = (*columns, self.classes.of(columns[0] if image is None else image))
     shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
+    constants = constants_of(self.weights, self.options)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
 
@@ -119,30 +139,17 @@ class Parts(NamedTuple):
         at = Drawing(number, first, count, made, evaluations)
         done(at.images, str(at))
 
-      size = min(asked, number) if asked else fit_batch(shared, self.constants, *columns, number=number)
+      size = min(asked, number) if asked else fit_batch(shared, constants, *columns, number=number)
       report(0, size, 0)
       for first in range(0, number, size):
         batch = [column[first : first + size] for column in columns]
-        batches.append(shared(self.constants, *batch, size=size, done=functools.partial(report, first, len(batch[0]))))
+        batches.append(shared(constants, *batch, size=size, done=functools.partial(report, first, len(batch[0]))))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
 def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
   """The keys of a draw's images."""
   return indexed_keys(stream_key(constants.seed, "sample"), index)
-
-
-def make_parts(weights: Weights, config: Config, classes: Classes | None = None, *, quiet: bool) -> Parts:
-  """Binds the weights.
-
-  Args:
-    weights: of the model.
-    config: the options.
-    classes: of what is drawn; None for an unconditional model.
-    quiet: say nothing of how far it is.
-  """
-  bind, constants = bind_weights(weights, config.sample), constants_of(weights, config.sample)
-  return Parts(weights.run, config, bind, quiet, constants, classes)
 
 
 def progressive(parts: Parts) -> Outcome:
@@ -254,7 +261,7 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   grid = "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
-  bind = dataclasses.replace(parts.bind, options=dataclasses.replace(options, threshold="none"))
+  bind = parts.binding(dataclasses.replace(options, threshold="none"))
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:

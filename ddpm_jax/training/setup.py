@@ -87,7 +87,8 @@ def build_run(
   """
   d = config.diffusion
   first_stage = Pixels(image_shape)
-  denoiser = build_denoiser(config.model, d.prediction, first_stage.latent_shape, network)
+  latent_shape = first_stage.latent_shape
+  denoiser = build_denoiser(config.model, d.prediction, latent_shape, network, attention=mesh.attention)
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
   shapes = jax.eval_shape(
     functools.partial(_initial_state, denoiser, config, image_shape), np.uint32(config.train.seed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ddpm_jax.config import Config, ModelConfig
@@ -25,6 +25,7 @@ _PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PICKLE = "diffusion_pytorch_model.bin"
 _VERSION = "0.35.0"  # of diffusers: the first that these folders were tried with
+_CLASSES = "_classes"  # ours, in the config.json of the network; diffusers passes it over
 
 
 class Description(NamedTuple):
@@ -32,6 +33,7 @@ class Description(NamedTuple):
 
   settings: dict[str, Any]  # of the sections model and diffusion, and the threshold of drawing
   image_shape: tuple[int, int, int]  # H, W, C
+  classes: tuple[str, ...]  # names of the classes of a conditional model, as far as it says them
 
 
 def is_folder_of_diffusers(folder: pathlib.Path) -> bool:
@@ -52,11 +54,12 @@ def describe(folder: pathlib.Path) -> Description:
   options = _read_json(folder, unet / "config.json")
   try:
     settings, image_shape = model_settings(options)
+    classes = _class_names(options)
   except UserError as error:
     raise UserError(f"{unet / 'config.json'}: {error}") from None
   options = _read_json(folder, scheduler)
   try:
-    return Description(settings | diffusion_settings(options), image_shape)
+    return Description(settings | diffusion_settings(options), image_shape, classes)
   except UserError as error:
     raise UserError(f"{scheduler}: {error}") from None
 
@@ -88,7 +91,13 @@ def read_params(folder: pathlib.Path, model: ModelConfig, image_shape: tuple[int
     raise UserError(f"{path}: {error}") from None
 
 
-def write_folder(folder: pathlib.Path, config: Config, image_shape: tuple[int, int, int], params: Params) -> None:
+def write_folder(
+  folder: pathlib.Path,
+  config: Config,
+  image_shape: tuple[int, int, int],
+  params: Params,
+  classes: Sequence[str] = (),
+) -> None:
   """Writes all that `DDPMPipeline.from_pretrained(folder)` needs into an empty folder.
 
   Args:
@@ -96,20 +105,27 @@ def write_folder(folder: pathlib.Path, config: Config, image_shape: tuple[int, i
     config: of the run.
     image_shape: H, W, C.
     params: a tree of NumPy arrays.
+    classes: names of the classes of a conditional model.
 
   Raises:
     UserError: if diffusers has no such network.
     OSError: if they cannot be written.
   """
-  if config.model.channels == 2:
-    raise UserError("channels: with 2, the timestep's embedding of diffusers is not a number; use --export_format=jax")
+  options = unet_options(config.model, image_shape) | ({_CLASSES: list(classes)} if classes else {})
   (folder / "unet").mkdir()
   (folder / "scheduler").mkdir()
   parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
   _write_json(folder / "model_index.json", "DDPMPipeline", parts)
-  _write_json(folder / "unet" / "config.json", "UNet2DModel", unet_options(config.model, image_shape))
+  _write_json(folder / "unet" / "config.json", "UNet2DModel", options)
   _write_json(folder / "scheduler" / "scheduler_config.json", "DDPMScheduler", scheduler_options(config))
   write_tensors(folder / "unet" / _WEIGHTS, to_diffusers(params, table(config.model, image_shape)), {})
+
+
+def _class_names(options: Mapping[str, Any]) -> tuple[str, ...]:
+  names = options.get(_CLASSES, [])
+  if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    raise UserError(f"{_CLASSES}: {names!r} is no list of names")
+  return tuple(names)
 
 
 def _parts(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:

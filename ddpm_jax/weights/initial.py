@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from ddpm_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import Params, TrainableNetwork, num_labels
+from ddpm_jax.models.build import Params, TrainableNetwork, null_label
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers, file
@@ -93,11 +94,10 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config, image_shape, classes = file.describe(place)
     return WeightSource(place, "file", _settings_of(config), image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
-    settings, image_shape = diffusers.describe(place)
+    settings, image_shape, classes = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
-    return WeightSource(
-      place, "diffusers", settings | ({"preview_steps": settings["num_timesteps"]} if few else {}), image_shape
-    )
+    few_steps = {"preview_steps": settings["num_timesteps"]} if few else {}
+    return WeightSource(place, "diffusers", settings | few_steps, image_shape, classes)
   if (place / "config.json").exists():
     config = layout.load_config(place)
     if config.model.stage == "classifier":
@@ -108,12 +108,15 @@ def _inspect(place: pathlib.Path) -> WeightSource:
   raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
 
 
-def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[Params, ImageShape]:
+def read_params(
+  config: Config, image_shape: ImageShape | None = None, classes: Sequence[str] = ()
+) -> tuple[Params, ImageShape]:
   """The weights of `config.exchange.init_from`. All processes must call it.
 
   Args:
     config: of the run.
     image_shape: of the images that the run draws; None: of those that the weights were trained on.
+    classes: names of all that a conditional run will be trained with; empty: those of the weights.
 
   Returns:
     A tree of float32 NumPy arrays that fits the network of `config`, and the shape of the images.
@@ -122,7 +125,7 @@ def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[
     UserError: if they cannot be read, do not fit (all that do not are named), or differ among the processes.
   """
   try:
-    params, shape = _read(config, inspect_source(config.exchange.init_from), image_shape)
+    params, shape = _read(config, inspect_source(config.exchange.init_from), image_shape, classes)
   except UserError as error:
     raise UserError(f"init_from: {error}") from error
   digest = np.frombuffer(bytes.fromhex(arrays_sha256(to_flat(params), "")), np.uint8)
@@ -133,13 +136,15 @@ def read_params(config: Config, image_shape: ImageShape | None = None) -> tuple[
   return params, shape
 
 
-def _read(config: Config, source: WeightSource, image_shape: ImageShape | None) -> tuple[Params, ImageShape]:
+def _read(
+  config: Config, source: WeightSource, image_shape: ImageShape | None, classes: Sequence[str]
+) -> tuple[Params, ImageShape]:
   if source.kind != "workdir":
     for name in config_lib.NAMES_WEIGHTS:
       value = getattr(config.sample, name)
       if value != getattr(SampleConfig(), name):
         raise UserError(f"{source.path} is no workdir, so --{name}={value} has no effect; leave it out")
-  shape, model = image_shape or source.image_shape, _model_of(config.model, source)
+  shape, model = image_shape or source.image_shape, _model_of(config.model, source, trains=bool(classes))
   if source.kind == "workdir":
     theirs = _weights_of_workdir(config, source.path)
     shape = shape or theirs.run.image_shape
@@ -152,39 +157,62 @@ def _read(config: Config, source: WeightSource, image_shape: ImageShape | None) 
     assert shape is not None  # the others say it
     reader = diffusers if source.kind == "diffusers" else file
     params = reader.read_params(source.path, model, shape)
-  return _with_fresh_labels(params, model, config.model), shape
+  return _with_labels(params, model, config.model, source.classes, classes or source.classes), shape
 
 
-def _model_of(model: ModelConfig, source: WeightSource) -> ModelConfig:
-  """The network of the weights, which may lack labels that `model` has. Raises UserError for other classes."""
-  theirs, dropout = (source.settings.get(name, 0) for name in ("num_classes", "label_dropout"))
-  if theirs not in (0, model.num_classes):
-    raise UserError(
-      f"{source.path} knows {theirs} classes, not {model.num_classes}; use images of its classes, or other weights"
-    )
-  known = dataclasses.replace(model, num_classes=theirs)
-  return (
-    known if theirs and not (model.label_dropout and not dropout) else dataclasses.replace(known, label_dropout=0.0)
-  )
+def _model_of(model: ModelConfig, source: WeightSource, *, trains: bool) -> ModelConfig:
+  """The network of the weights: `model` with the labels that they have.
 
-
-def _with_fresh_labels(params: Params, model: ModelConfig, wanted: ModelConfig) -> Params:
-  """The weights of `model` with the labels that only `wanted` has, and a line about them.
-
-  They begin so that nothing changes: labels at zero, that for no label at the mean of the others.
+  Raises:
+    UserError: `model` has other labels, and no training (`trains`) would teach it them.
   """
-  missing = num_labels(wanted) - num_labels(model)
-  if not missing:
+  theirs = {name: source.settings.get(name, 0) for name in ("num_classes", "label_dropout")}
+  number = theirs["num_classes"]
+  if number and not model.num_classes:
+    raise UserError(f"{source.path} is a model of {number} classes; use --conditioning=class")
+  if not trains and number != model.num_classes:
+    raise UserError(
+      f"{source.path} is a model of {number} classes, not {model.num_classes}; leave --num_classes out"
+      if number
+      else f"{source.path} is unconditional, and draws by class once it is trained to; leave --conditioning out"
+    )
+  return dataclasses.replace(model, **theirs)
+
+
+def _with_labels(
+  params: Params, model: ModelConfig, wanted: ModelConfig, theirs: Sequence[str], ours: Sequence[str]
+) -> Params:
+  """The weights of `model` with the labels of `wanted`, and a line about those that begin anew.
+
+  The embedding of a class goes with its name. One that the weights do not have begins at the mean of theirs, or at
+  zero, where they are unconditional: as if the network were not told.
+
+  Args:
+    params: the weights.
+    model: their network.
+    wanted: the network that they are for.
+    theirs, ours: names of the classes of both; what is missing at their ends are numbers.
+  """
+  theirs, ours = (
+    (*names, *map(str, range(len(names), network.num_classes))) for names, network in ((theirs, model), (ours, wanted))
+  )
+  has_null, wants_null = null_label(model) is not None, null_label(wanted) is not None
+  if (theirs, has_null) == (ours, wants_null):
     return params
-  if num_labels(model):
-    rows = params["label_embedding"]["embedding"]
-    fresh, what = rows.mean(0, keepdims=True), "that for no class, at the mean of the others"
-    rows = np.concatenate([rows, fresh])
-  else:
-    rows, what = np.zeros((missing, 4 * wanted.channels), np.float32), f"all {missing}, at zero"
+  rows = params["label_embedding"]["embedding"] if theirs else np.zeros((1, 4 * wanted.channels), np.float32)
+  mean = rows[: len(theirs) or 1].mean(0)
+  embedding = [rows[theirs.index(name)] if name in theirs else mean for name in ours]
+  embedding += [rows[-1] if has_null else mean] * wants_null
+  anew = [name for name in ours if name not in theirs] + ["(no class)"] * (wants_null and not has_null)
+  gone = [name for name in theirs if name not in ours] + ["(no class)"] * (has_null and not wants_null)
   if jax.process_index() == 0:
-    console.note(f"labels that the weights of --init_from do not know begin anew: {what}")
-  return {**params, "label_embedding": {"embedding": rows}}
+    for names, what in (
+      (anew, f"begin anew, at {'the mean of the others' if theirs else 'zero'}"),
+      (gone, "are left out"),
+    ):
+      if names:
+        console.note(f"the labels of --init_from: {_listed(names)} {what}")
+  return {**params, "label_embedding": {"embedding": np.stack(embedding)}}
 
 
 def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
@@ -206,9 +234,11 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
     UserError: if there are none, or they do not fit the network of `config`.
   """
   weights = _find_weights(config, workdir, network)
-  guide, classifier = config.sample.guide_with, config.sample.classifier
-  weights = weights._replace(guide=find_guide(guide, config, workdir, weights)) if guide else weights
-  return weights._replace(classifier=find_classifier(classifier, weights)) if classifier else weights
+  if config.sample.guide_with:
+    weights = weights._replace(guide=_find_guide(config, workdir, weights))
+  if config.sample.classifier:
+    weights = weights._replace(classifier=find_classifier(config.sample.classifier, weights))
+  return weights
 
 
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
@@ -221,18 +251,9 @@ def _find_weights(config: Config, workdir: pathlib.Path | None, network: Trainab
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)), classes=classes)
 
 
-def find_guide(text: str, config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
-  """The weights of a guide, of a model of the same process, images and classes.
-
-  Args:
-    text: `--guide_with`: a number of training steps, 'raw', or a path.
-    config: of the run.
-    workdir: its folder, if it has one.
-    weights: what is guided.
-
-  Raises:
-    UserError: there are none, or they are of another kind.
-  """
+def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) -> Weights:
+  """The weights that --guide_with names, of a model that can guide. Raises UserError."""
+  text = config.sample.guide_with
   own = {"raw": {"sample_weights": "raw"}} | ({text: {"checkpoint": text}} if text.isdecimal() else {})
   try:
     if text in own:
@@ -240,16 +261,13 @@ def find_guide(text: str, config: Config, workdir: pathlib.Path | None, weights:
         raise UserError("there is no run whose weights that could be; name the path of a model")
       guide = load_weights(config_lib.override(config, own[text]), workdir)
     else:
-      place = absolute(text)
-      base = config_lib.override(Config(), {"parallel": config.train.parallel})
-      if inspect_source(place).kind == "workdir":
-        newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
-        guide = load_weights(config_lib.override(layout.load_config(pathlib.Path(place)), newest), pathlib.Path(place))
-      else:
-        guide = _find_weights(config_lib.override(base_config(place, base=base), {"init_from": place}), None)
-    _check_guide(weights, guide)
+      given = {"parallel": config.train.parallel, "init_from": text}
+      theirs = config_lib.override(base_config(text), given)
+      is_run = inspect_source(text).kind == "workdir"
+      guide = _weights_of_workdir(theirs, pathlib.Path(text)) if is_run else _find_weights(theirs, None)
+    check_guide(weights, guide)
   except UserError as error:
-    raise UserError(f"guide_with: {text}: {error}") from None
+    raise UserError(f"guide_with: {text}: {str(error).removeprefix('init_from: ')}") from None
   return guide
 
 
@@ -271,37 +289,34 @@ def find_classifier(text: str, weights: Weights) -> Weights:
     newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
     parallel = {"parallel": weights.run.config.train.parallel}
     classifier = load_weights(config_lib.override(config, newest | parallel), place)
-    _check_alike(weights, classifier)
-    if weights.run.conditional:
-      _check_classes(weights, classifier)
+    _check_alike(weights, classifier, classes=weights.run.conditional)
   except UserError as error:
     raise UserError(f"classifier: {text}: {error}") from None
   return classifier
 
 
-def _check_guide(weights: Weights, guide: Weights) -> None:
-  _check_alike(weights, guide)
-  if guide.run.conditional:
-    _check_classes(weights, guide)
+def check_guide(weights: Weights, guide: Weights) -> None:
+  """Raises UserError unless one model can guide another: images, noise and classes must be the same."""
+  _check_alike(weights, guide, classes=guide.run.conditional)
   if weights.identity == guide.identity:
     raise UserError("it is the model itself, which cannot guide itself; name a worse one")
 
 
-def _check_alike(weights: Weights, other: Weights) -> None:
-  """Raises UserError unless both know the same images and noise."""
+def _check_alike(weights: Weights, other: Weights, *, classes: bool) -> None:
+  """Raises UserError unless both are of the same images and noise and, where that counts, of the same classes."""
   ours, theirs = weights.run, other.run
   if theirs.image_shape != ours.image_shape:
-    raise UserError(f"it knows images of {theirs.image_shape}, the model of {ours.image_shape}; name another")
+    shapes = ("x".join(map(str, shape)) for shape in (theirs.image_shape, ours.image_shape))
+    raise UserError("it is of images of {}, the model of {}; name another".format(*shapes))
   if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
     raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
+  if classes and other.class_names != weights.class_names:
+    raise UserError(
+      f"its classes are {_listed(other.class_names)}, those of the model {_listed(weights.class_names)}; name another"
+    )
 
 
-def _check_classes(weights: Weights, other: Weights) -> None:
-  if other.class_names != weights.class_names:
-    raise UserError(f"its classes are {_listed(other.class_names)}, those of the model {_listed(weights.class_names)}")
-
-
-def _listed(names: tuple[str, ...]) -> str:
+def _listed(names: Sequence[str]) -> str:
   return ", ".join(names[:10]) + ", ..." * (len(names) > 10) or "none"
 
 

@@ -35,6 +35,7 @@ _BLOCKS = (
 _LAYERS = {
   "temb_dense1": (("time_embedding.linear_1",), "dense"),
   "temb_dense2": (("time_embedding.linear_2",), "dense"),
+  "label_embedding": (("class_embedding",), "vector"),
   "conv_in": (("conv_in",), "conv"),
   "norm_out": (("conv_norm_out",), "vector"),
   "conv_out": (("conv_out",), "conv"),
@@ -56,7 +57,7 @@ _LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarr
   "pixelwise": (lambda ours: ours.T[:, :, None, None], lambda theirs: theirs[:, :, 0, 0].T),
   "vector": (lambda ours: ours, lambda theirs: theirs),
 }
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # What attention was called until diffusers 0.12, as in the published DDPM models.
 _OLDER = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 

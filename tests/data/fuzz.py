@@ -83,11 +83,11 @@ def damaged(sound: dict[str, list[bytes]], index: int) -> tuple[str, str, bytes]
         if draw.random() < 0.3:
           del content[draw.randrange(len(content) or 1) :]
   if kind == "PNG" and draw.random() < 0.5:
-    content = _with_checksums(content)
+    content = with_checksums(content)
   return kind, draw.choice(SUFFIXES), bytes(content)
 
 
-def _with_checksums(png: bytes) -> bytes:
+def with_checksums(png: bytes) -> bytes:
   """The same with the CRC of each chunk made right, so that the damage is not all found by it."""
   mended, at = bytearray(png), 8
   while at + 12 <= len(png):

@@ -2,12 +2,13 @@
 
 import io
 import itertools
+import random
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from ddpm_jax.config import DataConfig
 from ddpm_jax.data import images, sources
@@ -128,13 +129,16 @@ RAISED += [SyntaxError, TypeError, ValueError, ZeroDivisionError, struct.error, 
 @pytest.mark.parametrize("where", ["_open", "load"])
 def test_whatever_a_decoder_raises_names_the_file_and_can_be_skipped(tmp_path, monkeypatch, capsys, where):
   """The header and the pixels of file 1 cannot be read, with every error in turn."""
+  text = PngImagePlugin.PngInfo()
+  text.add_text("note", "words")  # so that Pillow opens it
   for number in range(3):
-    Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png", pnginfo=text)
+  broken = (tmp_path / "1.png").read_bytes()
   sound = getattr(PngImagePlugin.PngImageFile, where)
   error: Exception = Odd()
 
   def raises(self):
-    if str(self.filename).endswith("1.png"):
+    if self.fp and self.fp.getvalue() == broken:
       raise error
     return sound(self)
 
@@ -150,15 +154,68 @@ def test_whatever_a_decoder_raises_names_the_file_and_can_be_skipped(tmp_path, m
   assert all(line.startswith(f"skipped: {tmp_path}/1.png (image 1) is ") for line in told)
 
 
-def test_no_memory_is_not_the_fault_of_a_file(monkeypatch):
+@pytest.mark.parametrize(("kind", "where"), [("JPEG", (ImageFile.ImageFile, "load")), ("PNG", (Image, "frombytes"))])
+def test_no_memory_is_not_the_fault_of_a_file(monkeypatch, kind, where):
   """Else what is skipped depends on what else the machine does."""
 
-  def raises(_):
+  def raises(*_):
     raise MemoryError
 
-  monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", raises)
+  content = encoded(kind)
+  monkeypatch.setattr(*where, raises)
   with pytest.raises(images.RunError, match=r"^dataset: x cannot be opened \(Cannot allocate memory\)"):
-    images.decode(encoded("PNG"), 3, "x")
+    images.decode(content, 3, "x")
+
+
+def in_mode(mode):
+  """A PNG of that mode, with nothing but pixels, and its image."""
+  pixels = np.random.default_rng(0).integers(0, 256, (12, 20, 4), np.uint8)
+  image = Image.fromarray(pixels, "RGBA").convert(mode)
+  stream = io.BytesIO()
+  image.save(stream, "PNG")
+  return stream.getvalue(), image
+
+
+def shown(content, channels):
+  """What becomes of a file: its header and pixels, or the error of each."""
+  found = []
+  for call in (lambda: images.read_header(content, "x"), lambda: images.decode(content, channels, "x").tolist()):
+    try:
+      found.append(call())
+    except images.BadRecord as error:
+      found.append(str(error))
+  return found
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_small_png_with_nothing_but_pixels_is_not_opened_by_pillow(monkeypatch, mode):
+  """That takes as long as to decode one. The oracle is the image before it was written."""
+  content, image = in_mode(mode)
+  monkeypatch.delattr(Image, "open")
+  assert images.read_header(content, "x") == (12, 20, mode == "L")
+  white = Image.new("RGBA", image.size, "white")
+  for channels, wanted in ((1, "L"), (3, "RGB")):
+    flat = Image.alpha_composite(white, image).convert("RGB") if mode == "RGBA" else image
+    np.testing.assert_array_equal(images.decode(content, channels, "x").squeeze(), np.asarray(flat.convert(wanted)))
+
+
+def test_pillow_says_the_same_of_damaged_pngs(monkeypatch):
+  """Of files with nothing but pixels, each with a changed, missing or doubled part, and of all of their beginnings."""
+  draw, files = random.Random(0), []
+  for mode in ("L", "RGB", "RGBA", "LA", "P"):
+    content, _ = in_mode(mode)
+    files += [content[:length] for length in range(0, len(content), 5)]
+    for _ in range(150):
+      damaged = bytearray(content)
+      for _ in range(draw.choice((1, 1, 3))):
+        at = draw.choice((draw.randrange(50), draw.randrange(len(content)), len(content) - 1 - draw.randrange(20)))
+        damaged[at : at + draw.choice((0, 1, 4))] = draw.randbytes(draw.choice((0, 1, 4)))
+      files += [bytes(damaged), fuzz.with_checksums(bytes(damaged))]
+  plain = [bool(images._plain_png(content)) for content in files]
+  assert 100 < sum(plain) < len(files) - 100
+  quick = [shown(content, channels) for content in files for channels in (1, 3)]
+  monkeypatch.setattr(images, "_plain_png", lambda content: None)
+  assert quick == [shown(content, channels) for content in files for channels in (1, 3)]
 
 
 def test_a_text_that_is_a_bomb_is_named():

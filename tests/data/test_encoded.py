@@ -16,10 +16,14 @@ from ddpm_jax.data.images import BadRecord
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import RunError, UserError
 
+# With a text, a PNG is one that Pillow opens.
+TEXT = PngImagePlugin.PngInfo()
+TEXT.add_text("note", "words")
 
-def png(value, size=2):
+
+def png(value, size=2, **options):
   stream = io.BytesIO()
-  Image.new("L", (size, size), value).save(stream, "PNG")
+  Image.new("L", (size, size), value).save(stream, "PNG", **options)
   return stream.getvalue()
 
 
@@ -145,15 +149,17 @@ def test_a_decompression_bomb_is_skipped_and_not_decoded(monkeypatch, capsys, tm
   """Both as a record, which TFDS has, and as a file."""
   monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
   (tmp_path / "bomb.png").write_bytes(png(0, side))
-  files = [png(0), png(1, side), tmp_path / "bomb.png", png(3)]
-  encoded = EncodedImages(**{**vars(data_set(4, set())), "resize": True, "fetch": lambda at: [files[i] for i in at]})
+  (tmp_path / "text.png").write_bytes(png(4, pnginfo=TEXT))
+  files = [png(0), png(1, side), tmp_path / "bomb.png", tmp_path / "text.png", png(2, side, pnginfo=TEXT), png(6)]
+  encoded = EncodedImages(**{**vars(data_set(6, set())), "resize": True, "fetch": lambda at: [files[i] for i in at]})
   decoded = []
-  load = PngImagePlugin.PngImageFile.load
+  load, frombytes = PngImagePlugin.PngImageFile.load, Image.frombytes
   monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda image: decoded.append(image.size) or load(image))
+  monkeypatch.setattr(Image, "frombytes", lambda mode, size, *a: decoded.append(size) or frombytes(mode, size, *a))
   for read in readers(encoded):
-    rows = read(np.arange(4))
-    np.testing.assert_array_equal(rows.images[:, 0, 0, 0], [0, 3, 3, 3])
-    np.testing.assert_array_equal(rows.replaced, [False, True, True, False])
+    rows = read(np.arange(6))
+    np.testing.assert_array_equal(rows.images[:, 0, 0, 0], [0, 4, 4, 4, 6, 6])
+    np.testing.assert_array_equal(rows.replaced, [False, True, True, False, True, False])
   assert set(decoded) == {(2, 2)}
   assert "number 1 is too large" in capsys.readouterr().err
 
@@ -176,8 +182,9 @@ def test_only_bad_records_are_skipped(monkeypatch):
     raise OSError(errno.EMFILE, "Too many open files", "x.png")
 
   monkeypatch.setattr(Image, "open", no_handle)  # else another image would be trained on, here and this time only
+  encoded = EncodedImages(**{**vars(data_set(4, set())), "fetch": lambda _: [png(0, pnginfo=TEXT)]})
   with pytest.raises(RunError, match=r"number 0 cannot be opened \(Too many open files\)"):
-    on_demand(data_set(4, set()), skip=True)(np.array([0]))
+    on_demand(encoded, skip=True)(np.array([0]))
 
 
 def test_batches_with_bad_images_are_a_function_of_seed_and_step():

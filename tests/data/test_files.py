@@ -2,14 +2,18 @@
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
 import os
 import re
+import resource
 import shutil
+import struct
 import tarfile
 import zipfile
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -367,7 +371,8 @@ def bad_cases(root):
 
   def table(name, columns, metadata=None):
     (root / name).mkdir()
-    pq.write_table(pa.table(columns).replace_schema_metadata(metadata), root / name / "x.parquet")
+    columns = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    pq.write_table(columns.replace_schema_metadata(metadata), root / name / "x.parquet")
     return f"parquet:{root / name}"
 
   encrypted = write_zip(root / "encrypted.zip", files)
@@ -385,12 +390,41 @@ def bad_cases(root):
   content = bytearray(mid.read_bytes())
   content[2048:2100] = b"?" * 52
   mid.write_bytes(content)
+  whole = write_zip(root / "whole.zip", files, zipfile.ZIP_STORED).read_bytes()
+
+  def directory(name, **values):
+    """The zip with other bytes in its directory's second entry: `at_N` names their place."""
+    path, content = root / f"{name}.zip", bytearray(whole)
+    start = [match.start() for match in re.finditer(b"PK\1\2", whole)][1]
+    for at, value in values.items():
+      at = start + int(at.removeprefix("at_"))
+      content[at : at + len(value)] = value
+    path.write_bytes(content)
+    return f"zip:{path}"
+
+  def backwards(content):
+    """A tar whose first file has a size below 0."""
+    header = bytearray(content[:512])
+    header[124:136], header[148:156] = b"\xff" * 12, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content[512:]
+
+  deep = b"[" * 10**5
+  minus = write_tar(root / "minus.tar", [("b.png", files["ape/00.png"]), ("a.png", files["ape/00.png"])])
+  minus.write_bytes(backwards(minus.read_bytes()))
+  (root / "blank").mkdir()
+  (root / "blank" / "0.tar").write_bytes(b"")
+  named = shard("named", packing.examples(files, numbers))
+  (root / "named" / "classes.json").write_bytes(deep)
+  same = shard("same", packing.examples(files, numbers))
+  (root / "same" / "classes.json").write_text('["ape", "ape", "cow"]')
   (root / "x.tar.gz").write_bytes(b"\x1f\x8b1234")
   (root / "text.tar").write_bytes(b"no tar" * 300)
   (root / "text.parquet").write_bytes(b"no parquet" * 300)
   kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
   unread = pa.array([{"bytes": None, "path": "/x.png"}], kind)
   image = [{"bytes": content, "path": name} for name, content in files.items()]
+  no_text = pa.StringArray.from_buffers(1, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b"\xff"))
   return {
     "no zip": (f"zip:{root}/none.zip", {}, "is no file; use zip:PATH"),
     "no emoji": (f"zip:{root}/emoji64.zip", {}, "is no file; emoji64.zip is made by experiments/make_emoji.py"),
@@ -469,6 +503,59 @@ def bad_cases(root):
       {"only": "a"},
       "names 2 classes",
     ),
+    "bucket": ("zip:s3://bucket/x.zip", {}, "is an address, and images are read from disk; copy"),
+    "a list too deep": (zipped("deep", files | {"dataset.json": deep}), {"only": "0"}, "is not JSON"),
+    "zip of a later version": (directory("later", at_6=b"\x63\0"), {}, "is no whole zip .*version 9.9"),
+    "name that is no text": (directory("name", at_9=b"\x08", at_46=b"\xff"), {}, "is no whole zip .*utf-8"),
+    "behind the end": (
+      directory("behind", at_42=b"\xff\xff\xff\x7f"),
+      {},
+      r"is no whole zip \(ape/03.png is not there\)",
+    ),
+    "too large": (directory("large", at_20=b"\xfe\xff\xff\xff" * 2), {}, r"is no whole zip \(ape/03.png is not there"),
+    "bzip2 of labels": (
+      zipped("labels", with_json({}, {"labels": None}) | files, compression=zipfile.ZIP_BZIP2),
+      {},
+      "'dataset.json' compressed by bzip2; pack it again",
+    ),
+    "size below 0": (f"webdataset:{minus}", {}, "is damaged; it has no whole example; copy that shard again$"),
+    "empty shard": (f"webdataset:{root}/blank", {}, r"is no tar \(empty file\).*; copy that shard again$"),
+    "empty shard, skip": (f"webdataset:{root}/blank", {"on_bad_record": "skip"}, r"is no tar \(empty file\)"),
+    "dots": (
+      shard("dots", [("a.1.png", files["ape/00.png"]), ("b.txt", b"x")]),
+      {},
+      "only 1 image with a second dot in its name, 1 example without an image;",
+    ),
+    "twice in an example": (shard("again", [("a.png", b"x"), ("a.PNG", b"y")]), {}, "example a of .* two files a.PNG;"),
+    "json too deep": (
+      shard("deeper", [("a.png", files["ape/00.png"]), ("a.json", deep)]),
+      {"only": "0"},
+      "a.json cannot be read",
+    ),
+    "names too deep": (named, {"only": "0"}, "classes.json cannot be read"),
+    "one name for two": (same, {"only": "cow,ape"}, "'ape' names several classes of .*, 0 and 1; use the number"),
+    "no such field": (
+      shard("fields", [("a.png", files["ape/00.png"]), ("a.json", b'{"label": 1}')]),
+      {"label_field": "kind", "only": "1"},
+      "no .json of .* has a field 'kind'",
+    ),
+    "no rows": (table("rows", {"image": pa.array([], kind)}), {}, "has no rows"),
+    "nested": (table("nested", {"image": [{"bytes": {"bytes": b"x"}}]}), {}, "no column of images"),
+    "column twice": (
+      table("cc", pa.Table.from_arrays([pa.array(image)] * 2, ["a", "a"])),
+      {},
+      "two columns of one name",
+    ),
+    "dates": (
+      table("dates", {"image": image, "label": pa.array([1] * 6, pa.timestamp("ns"))}),
+      {"only": "0"},
+      r"'label' of .* is timestamp\[ns\]; name one of",
+    ),
+    "paths that are no text": (
+      table("pp", pa.Table.from_arrays([pa.StructArray.from_arrays([[b"x"], no_text], ["bytes", "path"])], ["image"])),
+      {},
+      "is no whole parquet file",
+    ),
     "field": (f"folder:{root}", {"label_field": "x"}, "label_field: x has no effect with dataset=folder"),
   }
 
@@ -490,6 +577,98 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, cache):
     if before != {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}:
       wrong[name] = "wrote"
   assert wrong == {}
+
+
+def test_sizes_that_no_file_has(tmp_path):
+  """A zip64 may say 2**64 - 1 bytes: neither memory nor numbers end with it."""
+  name, content = "a.png", encoded(np.zeros((4, 4), np.uint8))
+  local = struct.pack("<4s5H3L2H", b"PK\3\4", 45, 0, 0, 0, 33, zlib.crc32(content), *[len(content)] * 2, len(name), 0)
+  body, full = local + name.encode() + content, 2**32 - 1
+  for size, stored, start in (
+    (2**40, 2**40, 0),
+    (2**64 - 1, 2**64 - 1, 0),
+    (2**63, len(content), 0),
+    (len(content), 9, 2**63),
+  ):
+    extra = struct.pack("<2H3Q", 1, 24, size, stored, start)
+    sizes = struct.pack("<L2L5H2L", zlib.crc32(content), full, full, len(name), len(extra), 0, 0, 0, 0, full)
+    entry = struct.pack("<4s6H", b"PK\1\2", 45, 45, 0, 8 if stored != size else 0, 0, 33) + sizes
+    entry += name.encode() + extra
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entry), len(body), 0)
+    (tmp_path / "x.zip").write_bytes(body + entry + end)
+    with pytest.raises(UserError, match=r"is no whole zip \(a.png is not there\)"):
+      open_source(f"zip:{tmp_path}/x.zip")
+
+
+def test_a_zip_of_windows(tmp_path):
+  """Its names may have backslashes between folders."""
+  files = pictures(4)
+  write_zip(tmp_path / "x.zip", {"ape\\": b""} | {name.replace("/", "\\"): content for name, content in files.items()})
+  ours, theirs = open_source(f"zip:{tmp_path}/x.zip"), open_source(write("folder", tmp_path, files))
+  assert ours.fingerprint == theirs.fingerprint and ours.known_classes() == theirs.known_classes()
+
+
+def test_columns_of_other_types(tmp_path):
+  """Types that other writers choose for the same values; paths and names of classes that are none."""
+  files = pictures(6)
+  names, labels = classes(files)
+  contents = list(files.values())
+  right = open_source(f"parquet:{write_parquet(tmp_path / 'right.parquet', files, names, labels)}")
+  for number, (images, kinds, says) in enumerate(
+    (
+      (pa.array(contents, pa.binary_view()), labels, names),
+      (pa.array(contents).dictionary_encode(), pa.array([names[i] for i in labels]).dictionary_encode(), None),
+      ([{"bytes": content, "path": i} for i, content in enumerate(contents)], labels, [1, 2, 3]),
+    )
+  ):
+    table = pa.table({"a.b": images, "label": kinds})
+    table = table.replace_schema_metadata(features(says) if says else {"huggingface": '{"info": {"features": [1]}}'})
+    pq.write_table(table, tmp_path / f"{number}.parquet")
+    for options in ({}, {"cache_gib": 0.0}):
+      source = open_source(f"parquet:{tmp_path}/{number}.parquet", **options)
+      np.testing.assert_array_equal(source.read(np.arange(6)).images, right.read(np.arange(6)).images)
+      assert source.labels().tolist() == labels
+      assert source.known_classes().names == (("0", "1", "2") if says == [1, 2, 3] else tuple(names))
+
+
+def test_no_room_to_pack_into(tmp_path):
+  """It is the cache that is full, and nothing is wrong with the file that is read."""
+  image = [{"bytes": bytes(2**21), "path": "x.png"}] * 2
+  pq.write_table(pa.table({"image": image}), tmp_path / "x.parquet")
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+  try:
+    with pytest.raises(UserError, match=r"cannot be packed into .* \(File too large\); make room there"):
+      open_source(f"parquet:{tmp_path}/x.parquet", cache_gib=0.0)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_what_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
+  """The tests may run as root, who may read everything."""
+
+  def refuse(path, *_, **__):
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+  pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "x.parquet")
+  with monkeypatch.context() as patch:
+    patch.setattr(pq, "ParquetFile", refuse)
+    with pytest.raises(UserError, match=r"x.parquet cannot be read \(Permission denied\); make it readable"):
+      open_source(f"parquet:{tmp_path}/x.parquet")
+  monkeypatch.setattr(os, "listdir", refuse)
+  for dataset in ("zip:{}/a.zip", "webdataset:{}/*.tar", "webdataset:{}", "parquet:{}/none", "folder:{}/none"):
+    with pytest.raises(UserError, match=rf"is not found: {tmp_path} cannot be listed \(Permission denied\)"):
+      open_source(dataset.format(tmp_path))
+
+
+def test_an_empty_shard_among_others_is_skipped(tmp_path, capsys):
+  files = pictures(4)
+  write_tar(tmp_path / "0.tar", files.items())
+  (tmp_path / "1.tar").write_bytes(b"")
+  with pytest.raises(UserError, match=r"1.tar is no tar \(empty file\); .*, or use --on_bad_record=skip$"):
+    open_source(f"webdataset:{tmp_path}")
+  assert len(open_source(f"webdataset:{tmp_path}", on_bad_record="skip")) == 4
+  assert "1.tar is no tar (empty file); it has no whole example" in capsys.readouterr().err
 
 
 def test_a_cut_shard_gives_its_whole_examples(tmp_path, capsys):

@@ -362,13 +362,13 @@ def test_slices_of_a_folder(tmp_path):
 
   def slice_of(split, place=root):
     found = encoded_images(place, split=split)
-    return found, [str(path.relative_to(place)) for path in found.fetch(list(range(found.length)))]
+    return found, [os.path.relpath(path, place) for path in found.fetch(list(range(found.length)))]
 
   spans = {"train[:70%]": 140, "train[70%:90%]": 40, "train[180:]": 20}
   parts = {split: slice_of(split)[1] for split in spans}
   assert {split: len(paths) for split, paths in parts.items()} == spans
   assert sorted(path for paths in parts.values() for path in paths) == [
-    str(path.relative_to(root)) for path in everything
+    os.path.relpath(path, root) for path in everything
   ]
   for split, paths in parts.items():
     assert paths == sorted(paths), "in the order of the folder"
@@ -377,7 +377,7 @@ def test_slices_of_a_folder(tmp_path):
     assert all(abs(count - expected) < 3 * (expected**0.5) for count in counts), (split, counts)
   assert slice_of("train[-20:]")[1] == parts["train[180:]"]
   assert slice_of("train[180:]+train[:70%]")[1] == parts["train[180:]"] + parts["train[:70%]"]
-  assert slice_of("train[:100%]")[1] == [str(path.relative_to(root)) for path in everything]
+  assert slice_of("train[:100%]")[1] == [os.path.relpath(path, root) for path in everything]
 
   root.rename(moved)
   assert slice_of("train[:70%]", moved)[1] == parts["train[:70%]"], "wherever the folder lies"

@@ -32,10 +32,8 @@ def cache(tmp_path, monkeypatch):
 def run(monkeypatch, capsys, tmp_path):
   """Runs `ddpm inspect` with these words. Returns the exit code, and what it printed: (code, stdout, stderr)."""
 
-  def call(*words, preset=("--preset=none",)):
-    monkeypatch.setattr(
-      sys, "argv", ["ddpm", "inspect", *preset, *map(str, words), f"--output={tmp_path / 'look.png'}"]
-    )
+  def call(*words, preset=("--preset=none",), output=tmp_path / "look.png"):
+    monkeypatch.setattr(sys, "argv", ["ddpm", "inspect", *preset, *map(str, words), f"--output={output}"])
     return (command.main(), *capsys.readouterr())
 
   return call
@@ -113,6 +111,20 @@ def test_tfds(run, mixed_dir):
   assert "training" not in told and "6x4" in told["batch"]
 
 
+def test_a_size_that_the_network_cannot_take(tmp_path, run):
+  dataset = write("folder", tmp_path, pictures(4))
+  told = table(run(dataset, "--image_size=9x12", "--channel_multipliers=1,2,2")[1])
+  assert told["training"].startswith("would be refused: image_size: 9x12 is not divisible by 4, as the 3 levels of")
+  assert "training" not in table(run(dataset, "--image_size=8x12", "--channel_multipliers=1,2,2")[1])
+
+
+def test_names_of_classes_stay_on_their_line(tmp_path, run):
+  files = {f"{'ab'[i % 2]}\n/{i}\n.png": content for i, content in enumerate(pictures(4).values())}
+  code, out, _ = run(write("folder", tmp_path, files | {"a\n/none\n.png": b"no image"}))
+  told = table(out)
+  assert code == 0 and told["classes"] == "2: a\\n 3, b\\n 2" and "/a\\n/none\\n.png (image 2)" in told["bad"], out
+
+
 def test_many_sizes_are_ranges(tmp_path, run):
   files = {f"{side}.png": encoded(np.zeros((side, 40), np.uint8)) for side in range(7, 18)}
   told = table(run(write("folder", tmp_path, files))[1])
@@ -177,9 +189,15 @@ def test_what_is_refused_is_one_line(tmp_path, run):
     ([], "required: DATASET"),
     ([f"folder:{tmp_path}/none"], "is not a folder"),
     (["digits", "more"], "unexpected argument 'more'"),
+    (["digits", "--batch_size=0"], "batch_size: 0 must be at least 1"),
     (["digits", "--only=x"], "only: 'x' is none of the 10 classes"),
     ([write("folder", tmp_path, {"a.png": encoded(np.zeros((8, 8), np.uint8))[:45]})], "can be decoded"),
   ):
     code, out, err = run(*words)
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and part in err, err
   assert not (tmp_path / "look.png").exists()
+  code, _, err = run(f"folder:{tmp_path}/none", preset=())
+  assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, err
+  for output, part in (("none/x.png", "is no file in a folder that exists"), ("", "is no file in"), ("a\nb", "'\\n'")):
+    code, out, err = run("digits", output=f"{tmp_path}/{output}" if output else "")
+    assert (code, out) == (2, "") and err.startswith("error: output: ") and err.count("\n") == 1 and part in err, err

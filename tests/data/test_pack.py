@@ -261,6 +261,11 @@ def test_what_is_refused_is_one_line(tmp_path, run):
     ([source, f"zip:{tmp_path}/x.zip", "--image_size=4", "--crop=random"], "crop: random takes another part"),
     ([source, f"zip:{tmp_path}/x.zip", "--imagesize=4"], "did you mean --image_size"),
     ([f"folder:{tmp_path}/none", f"zip:{tmp_path}/x.zip"], "is not a folder"),
+    ([source, f"zip:{tmp_path}/named"], f"is a folder; name the zip, such as zip:{tmp_path}/named/images.zip"),
+    ([source, f"zip:{tmp_path}/new/"], "is a folder; name the zip"),
+    ([source, f"zip:{tmp_path}/a\nb.zip"], "has the character '\\n', with which files cannot be written"),
+    ([source, f"webdataset:{tmp_path}/a\0b"], "has the character '\\x00'"),
+    ([source, f"zip:{tmp_path}/\udcff.zip"], "is not UTF-8; use another TARGET"),
     ([source, f"zip:{tmp_path}/other.zip/x.zip"], "cannot be written"),
   ):
     code, out, err = run(*words)

@@ -309,7 +309,11 @@ def test_preparing_a_data_set_of_tfds_needs_tensorflow_and_says_how(tmp_path, mo
   [
     ("fashion_mnits", "did you mean fashion_mnist"),
     ("digit", "did you mean digits"),
-    ("qqqqqq", "'qqqqqq' is unknown; use digits, a name from the TFDS catalog, or folder:PATH"),
+    (
+      "qqqqqq",
+      "'qqqqqq' is unknown; use digits, a name from the TFDS catalog, or folder:PATH, zip:PATH, web.* or parq",
+    ),
+    ("Zip:x.zip", "'Zip' of 'Zip:x.zip' is no kind of own images; did you mean zip:PATH"),
     (str(ROOT), "did you mean folder:/"),
     ("lsun/bedrom", "bedroom"),
     ("cifar10:1.0.0", "3.0.2"),

@@ -1,6 +1,7 @@
 """One device, eight with pmap and eight with fsdp are one computation."""
 
 import collections
+import functools
 import os
 import pathlib
 import re
@@ -18,7 +19,7 @@ from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.setup import make_train_step
 from ddpm_jax.training.step import abstract_batch
-from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
@@ -31,7 +32,7 @@ def train(mode, **changes):
   state, rows = run.initial_state(), []
   step = run.mesh.compile(make_train_step(run), run.abstract_state)
   for i in range(STEPS):
-    batch = run.mesh.put_batches([random_batch(seed=i)])
+    batch = run.mesh.put_batches([random_batch(seed=i, classes=run.config.model.num_classes)])
     # As if one process, of this device, had asked to stop before the last training step.
     stop = [0, 0, 0, i == STEPS - 1, 0, 0, 0, 0]
     command = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.mesh.split)
@@ -42,13 +43,13 @@ def train(mode, **changes):
   return state, np.asarray(rows), run
 
 
-@pytest.fixture(scope="module")
-def one_device():
-  run = tiny_run(tiny_config())
+@functools.cache
+def one_device(num_classes):
+  run = tiny_run(tiny_config(**(CONDITIONAL if num_classes else {})))
   device = jax.devices()[0]
   state, step, rows = jax.device_put(host(run.initial_state()), device), jax.jit(make_train_step(run)), []
   for i in range(STEPS):
-    state, metrics = step(state, jax.device_put(random_batch(seed=i), device))
+    state, metrics = step(state, jax.device_put(random_batch(seed=i, classes=num_classes), device))
     rows.append([float(metrics[name]) for name in ("loss", "grad_norm")])
   assert state.step.devices() == {device}
   return host(state), np.asarray(rows)
@@ -56,14 +57,20 @@ def one_device():
 
 @pytest.mark.parametrize(
   ("mode", "changes"),
-  [("pmap", {}), ("fsdp", {}), ("pmap", {"grad_accum_steps": 2}), ("fsdp", {"grad_accum_steps": 2})],
+  [
+    ("pmap", {}),
+    ("fsdp", CONDITIONAL),
+    ("pmap", CONDITIONAL | {"grad_accum_steps": 2}),
+    ("fsdp", {"grad_accum_steps": 2}),
+  ],
 )
-def test_eight_devices_are_one(one_device, mode, changes):
+def test_eight_devices_are_one(mode, changes):
   state, rows, run = train(mode, **changes)
+  one_state, one_rows = one_device(run.config.model.num_classes)
   assert run.mesh.num_devices == 8
-  np.testing.assert_allclose(rows, one_device[1], rtol=2e-5)
+  np.testing.assert_allclose(rows, one_rows, rtol=2e-5)
   # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.
-  for mine, theirs in zip(jax.tree.leaves(host(state.params)), jax.tree.leaves(one_device[0].params), strict=True):
+  for mine, theirs in zip(jax.tree.leaves(host(state.params)), jax.tree.leaves(one_state.params), strict=True):
     assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02
     np.testing.assert_allclose(mine, theirs, atol=STEPS * 2e-3)
   assert int(state.step) == STEPS

@@ -149,6 +149,33 @@ def test_what_is_told():
   ]
 
 
+def test_guidance_is_a_second_pass():
+  """At every noise level of the sampler, or at those in the interval; none at a scale of 1."""
+
+  def drawing(*scales, **changes):
+    config = config_of(evaluate_samples=2_000, guidance_scale=scales, **(DPMPP | changes))
+    weights = weights_of(config)
+    text = estimate.lines(config, weights, Speed(0.01, 0.0, 0.001), Work(0, []))[0]
+    left = Open(True, False, False)
+    budget_s = 1.6 * 2_000 * 0.01 * len(scales) * 20
+    still = config_of(guidance_scale=scales, **(DPMPP | changes))
+    chosen = choose(still, weights, left, Speed(0.01, 0.0, 0.0), Work(0, []), budget_s)
+    found = estimate.estimate(config, weights, Speed(0.01, 0.0, 0.001), Work(0, []))
+    return round(found.drawing / 20), round(found.features), chosen.evaluate.evaluate_samples, text
+
+  assert drawing(1.0)[:3] == (20, 4, 2_000)
+  twice = drawing(2.0)
+  assert twice[:3] == (40, 4, 1_000)
+  assert "with 20 network evaluations each, 20 of them twice for guidance, 13 min" in twice[3]
+  level = estimate.table_of(config_of(**DPMPP).sample, weights_of(config_of()).run.schedule, "fixed_large").level
+  noise = np.sort(np.asarray(level.sigma) / np.asarray(level.alpha))
+  inside = (float(noise[4]), float(noise[11]))  # the lower end is not, the upper one is
+  some = drawing(2.0, guidance_interval=inside)
+  assert some[0] == 20 + 7 and "7 of them twice" in some[3]
+  swept = drawing(1.0, 2.0, 3.0)
+  assert swept[:2] == (20 + 40 + 40, 8) and "2,000 images at each of 3 guidance scales with 20" in swept[3]
+
+
 def test_a_batch_is_timed(monkeypatch):
   """By a clock that goes on by a second whenever it is looked at: an image of a batch of 128 on 8 devices."""
   ticks = iter(range(1_000))

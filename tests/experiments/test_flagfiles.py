@@ -20,6 +20,8 @@ NAMES = [path.stem for path in FILES]
 
 # Height of the images as the data set delivers them, where the flagfile does not resize them.
 NATIVE_SIZE = {"digits": 8, "fashion_mnist": 28, "cifar10": 32, "imagenet64": 64}
+NATIVE_SIZE |= {f"{name}_cond": NATIVE_SIZE[name] for name in ("fashion_mnist", "cifar10")}
+BY_CLASS = ("fashion_mnist_cond", "emoji32_cond", "cifar10_cond", "imagenet64")
 
 # What makes an experiment what it is: every flagfile states these, so that a changed default changes no experiment.
 STATED = {
@@ -100,7 +102,7 @@ def header(path: pathlib.Path) -> str:
 
 
 def test_all_experiments_are_here():
-  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images32", "images64", "emoji32", "emoji64", "imagenet64"}
+  assert set(NAMES) == {*PAPERS, "digits", "fashion_mnist", "images32", "images64", "emoji32", "emoji64", *BY_CLASS}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -148,6 +150,12 @@ def test_digits_is_the_default():
 def test_has_the_numbers_of_the_paper(name):
   values = config_lib.values(load(name))
   assert {option: values[option] for option in PAPERS[name]} == PAPERS[name]
+
+
+@pytest.mark.parametrize("name", BY_CLASS)
+def test_by_class_is_the_unconditional_one_with_labels(name):
+  changed = config_lib.changed(load(name.removesuffix("_cond")), load(name))
+  assert changed == [("conditioning", "none", "class"), ("label_dropout", 0.0, 0.1)]
 
 
 def test_only_cifar10_samples_with_the_large_variance():

@@ -16,12 +16,13 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.export.program import export_sampler, write_program
 from ddpm_jax.keys import seeded
 from ddpm_jax.runs import export as run
+from ddpm_jax.sampling.classes import Classes
 from ddpm_jax.sampling.draw import bind_for_sampling, make_draw, table_of
 from ddpm_jax.sampling.drawn import Drawn
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights.load import Weights
 from tests.sampling.conftest import make_workdir
-from tests.training.tiny import IMAGE_SHAPE, tiny_config
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, tiny_config
 
 # Of custom calls, this alone may be left: it checks shapes, and jax.export promises it.
 STABLE = {"shape_assertion"}
@@ -42,18 +43,18 @@ def having(config, **changes):
   return config_lib.override(config, changes)
 
 
-def drawn_by_the_run(config, weights, folder, number, seed):
+def drawn_by_the_run(config, weights, folder, number, seed, classes=None):
   """What `--mode=sample` draws, on eight devices."""
-  drawn = Drawn(weights, having(config, sample_seed=seed), folder)
+  drawn = Drawn(weights, having(config, sample_seed=seed), folder, classes)
   drawn.draw(number, done=lambda _: None, say=lambda _: None)
   drawn.close()
   return np.array(drawn.images(number))
 
 
-def load_and_call(folder, program, seed, index):
+def load_and_call(folder, program, seed, index, *condition):
   sampler = jax_export.deserialize(bytearray((folder / program).read_bytes()))
   weights = dict(np.load(folder / "weights.npz"))
-  return np.asarray(sampler.call(weights, np.uint32(seed), np.asarray(index, np.int32)))
+  return np.asarray(sampler.call(weights, np.uint32(seed), np.asarray(index, np.int32), *condition))
 
 
 def assert_close(mine, theirs):
@@ -110,6 +111,8 @@ def test_image_i_of_a_seed_is_that_of_the_run_sample(written, tmp_path, seed):
     {"sampler": "dpmpp", "eta": 1.0, "time_grid": "uniform", "prediction": "v"},
     {"sampler": "heun", "threshold": "none", "dtype": "bfloat16"},
     {"variance": "fixed_small", "prediction": "x0", "remat": "blocks"},
+    CONDITIONAL | {"guidance_scale": (2.0,), "guidance_interval": (0.2, 5.0), "sampler": "ddim"},
+    CONDITIONAL | {"label_dropout": 0.0},
   ],
   ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -118,7 +121,9 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
   config, weights = tiny(**changes)
   write_program(config, weights, tmp_path)
   index = np.arange(4, dtype=np.int32)
-  got = load_and_call(tmp_path, PROGRAM, 3, index)
+  label = [np.array([0, 2, 1, 1], np.int32)] * weights.run.conditional
+  (scale,), takes_scale = config.sample.guidance_scale, weights.run.null_label is not None
+  got = load_and_call(tmp_path, PROGRAM, 3, index, *label, *[np.float32(scale)] * takes_scale)
   parts, one = weights.run, make_mesh("pmap", jax.devices()[:1])
   draw = make_draw(
     bind_for_sampling(parts, config.sample),
@@ -127,7 +132,12 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
     mesh=one,
     stream="sample",
   )
-  np.testing.assert_array_equal(got, draw(seeded(jax.device_put(weights.params, one.replicated), 3), index))
+  params = jax.device_put(weights.params, one.replicated)
+  np.testing.assert_array_equal(got, draw(seeded(params, 3, scale), index, *label))
+  if takes_scale:
+    unguided = load_and_call(tmp_path, PROGRAM, 3, index, *label, np.float32(1))
+    assert_close(unguided, draw(seeded(params, 3), index, *label))
+    assert np.abs(unguided.astype(int) - got).max() > 5
   assert got.std() > 10
 
 
@@ -178,20 +188,27 @@ runpy.run_path({script!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("shape", "sizes"), [((8, 8, 1), ()), ((8, 4, 3), (2,))])
-def test_the_script_needs_four_packages(shape, sizes, tmp_path):
-  config, weights = tiny(shape, export_batch_sizes=sizes)
+@pytest.mark.parametrize(
+  ("shape", "sizes", "changes"), [((8, 8, 1), (), {}), ((8, 4, 3), (2,), {}), ((8, 8, 1), (), CONDITIONAL)]
+)
+def test_the_script_needs_four_packages(shape, sizes, changes, tmp_path):
+  config, weights = tiny(shape, export_batch_sizes=sizes, **changes)
   folder, elsewhere = tmp_path / "exported", tmp_path / "elsewhere"
   for path in (folder, elsewhere):
     path.mkdir()
   write_program(config, weights, folder)
-  assert len((folder / "run.py").read_text().splitlines()) <= 18
+  assert len((folder / "run.py").read_text().splitlines()) <= 18 + 3 * bool(changes)
   number = sizes[0] if sizes else 3
-  arguments = ["9"] if sizes else ["9", "3"]
+  arguments = ["9"] if sizes else ["9", "3", *["2,0", "1.5"] * bool(changes)]
   alone = _ALONE.format(script=str(folder / "run.py"))
   subprocess.run([sys.executable, "-c", alone, "run.py", *arguments], cwd=elsewhere, check=True)
-  drawn = np.load(elsewhere / "samples.npz")["images"]
-  assert_close(drawn, drawn_by_the_run(config, weights, tmp_path / "drawn", number, 9))
+  archive = np.load(elsewhere / "samples.npz")
+  drawn, classes = archive["images"], None
+  if changes:
+    assert archive["labels"].tolist() == [2, 0, 2]
+    config, classes = having(config, guidance_scale=(1.5,)), Classes(np.array([2, 0], np.int32), weights.class_names)
+    assert "| `label` | int32 [N], the class of each image: 0 0, 1 1, 2 2 |" in (folder / "README.md").read_text()
+  assert_close(drawn, drawn_by_the_run(config, weights, tmp_path / "drawn", number, 9, classes))
   with Image.open(elsewhere / "samples.png") as picture:
     strip = np.asarray(picture).reshape(shape[0], number, shape[1], shape[2])
   np.testing.assert_array_equal(strip.swapaxes(0, 1), drawn)

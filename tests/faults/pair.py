@@ -11,6 +11,7 @@ import time
 from tests import command
 
 HEARTBEAT, STEP_TIMEOUT = 5, 6
+CONDITIONAL = ("--conditioning=class", "--label_dropout=0.2")  # labels, and what drops them, are the pair's too
 PROMPT = (
   30  # seconds allowed beside them on a machine that does other things too; a fault here is an end that never comes
 )
@@ -19,7 +20,7 @@ PROMPT = (
 def start(folder: pathlib.Path, *flags: str, **options):
   """A pair that would take far longer than anything done to it, unless told otherwise."""
   return command.start_job(
-    folder, "pair", "--num_steps=5000", "--sample_every=0", "--checkpoint_every=30", *flags, **options
+    folder, "pair", "--num_steps=5000", "--sample_every=0", "--checkpoint_every=30", *CONDITIONAL, *flags, **options
   )
 
 

@@ -11,7 +11,7 @@ from tests.faults import pair
 
 pytestmark = pytest.mark.slow
 
-SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30", "--heartbeat_timeout=100"]
+SHORT = ["--num_steps=90", "--sample_every=0", "--checkpoint_every=30", "--heartbeat_timeout=100", *pair.CONDITIONAL]
 
 
 @pytest.fixture(scope="module")

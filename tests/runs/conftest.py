@@ -41,7 +41,7 @@ def shared_programs():
       return made
 
   class Grid(train_lib.Preview):
-    def __init__(self, run, compiler):
+    def __init__(self, run, compiler, class_names=()):
       options = run.config.train
       self._key = (
         "grid",
@@ -50,11 +50,12 @@ def shared_programs():
         options.seed,
         options.preview_steps,
         options.preview_images,
+        class_names,
       )
       if self._key in _programs:
         self.__dict__.update(vars(_programs[self._key]) | {"_ahead": False})
       else:
-        super().__init__(run, compiler)
+        super().__init__(run, compiler, class_names)
 
     def __call__(self, state):
       drawn = super().__call__(state)

@@ -75,6 +75,25 @@ def test_the_largest_batch_is_found_and_told(here, compiled, capsys):
   assert err.count("compiling the step") == 2
 
 
+@pytest.mark.parametrize(
+  ("changes", "rows"),
+  [
+    ({}, 10),
+    ({"label_dropout": 0.1, "only": "3,7,8"}, 4),
+    ({"dataset": "cifar10"}, 10),
+    ({"dataset": "cifar10", "only": "cat,dog"}, 2),
+    ({"dataset": "folder:nowhere", "image_size": 8, "num_classes": 1000}, 1000),
+  ],
+)
+def test_the_labels_of_a_conditional_run(here, compiled, monkeypatch, changes, rows):
+  """Of images that need not be here."""
+  planned = []
+  monkeypatch.setattr(plan_run.report, "headline", lambda run, *_: planned.append(run) or "")
+  plan_run.plan(tiny_config(data_dir=str(here / "data"), conditioning="class", **changes))
+  assert planned[0].abstract_state.params["label_embedding"]["embedding"].shape == (rows, 32)
+  assert list(here.iterdir()) == []
+
+
 def test_sizes_are_those_that_the_devices_and_the_parts_divide(here, compiled):
   plan_run.plan(tiny_config(batch_size=96, grad_accum_steps=3))
   assert all(size % 24 == 0 for size in compiled.sizes) and len(compiled.sizes) > 1
@@ -111,6 +130,11 @@ def test_without_a_known_memory_there_is_no_search(here, compiled, capsys, monke
     ({"dataset": "cifar11"}, "dataset: 'cifar11' is unknown"),
     ({"dataset": "folder:nowhere"}, "dataset: 'folder:nowhere' is not a folder"),
     ({"channel_multipliers": (1, 1, 1, 1, 1)}, "image_size: 8 is not divisible by 16"),
+    (
+      {"dataset": "folder:nowhere", "image_size": 8, "conditioning": "class"},
+      "num_classes: of folder:nowhere no classes are known here; say how many",
+    ),
+    ({"dataset": "lsun/bedroom", "image_size": 8, "conditioning": "class"}, "num_classes: of lsun/bedroom no classes"),
     ({"image_size": "7x8"}, "image_size: 7x8 is not divisible by 2.* use --image_size=6x8 or 8, or"),
   ],
 )

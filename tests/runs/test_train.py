@@ -1,6 +1,7 @@
 """The order of the loop: what is written when, exact resume, stopping on request, bad news."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import os
@@ -22,25 +23,28 @@ from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.data import shuffle
 from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import order
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.sources import KnownClasses, Source
 from ddpm_jax.errors import NonFiniteError, RunError, UserError
 from ddpm_jax.runs import reports
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import make_objective
+from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.metrics import TIMES
 from ddpm_jax.workdir.writers import MetricsWriter
-from tests.training.tiny import IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, newest_intact, tiny_config, tiny_run
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
-def noise(seed=0, replaced=()):
+def noise(seed=0, replaced=(), classes=3):
   """40 images: with batches of 16, an epoch ends in the middle of the third batch. Some of them stand for bad ones."""
   images = np.random.default_rng(seed).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
   rows = DecodedRows(images, np.isin(np.arange(40), replaced))
-  return Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": f"{seed:064d}"})
+  fingerprint = {"probe": f"{seed:064d}"}
+  labels = lambda: np.arange(40, dtype=np.int32) % classes  # noqa: E731
+  return Source("noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint=fingerprint, labels=labels)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +80,11 @@ def restore(workdir, step=None, **changes):
   state = newest_intact(checkpoints, run.abstract_state).state
   checkpoints.close()
   return host(state)
+
+
+def newest_manifest(workdir):
+  newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+  return json.loads((newest / "manifest" / "metadata").read_text())
 
 
 @contextlib.contextmanager
@@ -146,6 +155,77 @@ def test_stopped_again_and_again_is_never_stopped(uninterrupted, tmp_path):
     train(tmp_path / "run", num_steps=num_steps)
   chex.assert_trees_all_equal(restore(tmp_path / "run"), restore(uninterrupted))
   assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+def test_a_conditional_run_likewise(tmp_path):
+  """With grids by class; its classes are counted, and lie in config.json and in the checkpoints."""
+  options = LITTLE | {"conditioning": "class", "label_dropout": 0.3}
+  train(tmp_path / "whole", **options, sample_every=6, preview_images=5)
+  stored = {}
+  for num_steps in (3, 5, 8):
+    train(tmp_path / "run", **options, **stored, num_steps=num_steps)
+    stored = {"num_classes": 3}
+  config = layout.load_config(tmp_path / "run")
+  assert (config.data.conditioning, config.model.num_classes, config.model.label_dropout) == ("class", 3, 0.3)
+  assert newest_manifest(tmp_path / "run")["classes"] == ["0", "1", "2"]
+  ours, theirs = (restore(tmp_path / name, **LITTLE, **CONDITIONAL) for name in ("run", "whole"))
+  chex.assert_trees_all_equal(ours, theirs)
+  assert ours.params["label_embedding"]["embedding"].shape == (4, 16)
+  assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+  assert (tmp_path / "whole" / "samples" / "step_00000006.png").exists()
+
+
+def test_the_classes_of_a_conditional_run_must_stay(tmp_path, monkeypatch):
+  """Those of another run are nobody's business: it goes on, as before."""
+  for name, options in (("run", CONDITIONAL), ("other", {})):
+    train_little(tmp_path / name, num_steps=1, **options)
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise(classes=2))
+  train_little(tmp_path / "other", num_steps=2)
+  with pytest.raises(
+    UserError, match=r"dataset: the classes of noise have changed since checkpoint 1 .* those of some"
+  ):
+    train_little(tmp_path / "run", num_steps=2, **CONDITIONAL)
+  train_little(tmp_path / "run", num_steps=2, **CONDITIONAL, allow_data_change=True)
+  train_little(tmp_path / "run", num_steps=3, **CONDITIONAL)  # from now on these are the classes
+  (change,) = newest_manifest(tmp_path / "run")["data_changes"]
+  assert change["after_update"] == 1 and len(change["before"]["labels"]) == 64
+  named = noise(classes=2)
+  monkeypatch.setattr(
+    train_lib,
+    "open_source",
+    lambda *_: dataclasses.replace(named, known_classes=lambda: KnownClasses(("a", "b"))),
+  )
+  with pytest.raises(UserError, match=r"their names were 0, 1, 2, are a, b, 2; restore them, or go on"):
+    train_little(tmp_path / "run", num_steps=4, **CONDITIONAL)
+
+
+def test_what_has_no_classes_is_no_conditional_run(tmp_path, monkeypatch):
+  several = noise(classes=5)
+  for source, changes, message in (
+    (dataclasses.replace(several, labels=None), {}, "conditioning: class needs the class of each image, and noise has"),
+    (noise(classes=5), {}, "num_classes: 3 is less than the 5 classes of noise; use --num_classes=5"),
+  ):
+    monkeypatch.setattr(train_lib, "open_source", lambda *_, source=source: source)
+    with pytest.raises(UserError, match=message):
+      train_little(tmp_path / "run", **CONDITIONAL, **changes)
+  assert not (tmp_path / "run").exists()
+
+
+def test_some_checkpoints_are_kept_for_good(tmp_path, monkeypatch):
+  """At multiples of 3, beside the newest and that where the decay begins; a damaged newest falls back to one of them.
+
+  A call of several steps ends at them; a run that goes on with another number keeps what is a multiple of that.
+  """
+  options = DECAY | dict(keep_every=3, checkpoint_every=4, keep_checkpoints=1, steps_per_dispatch=5, log_every=99)
+  train_little(tmp_path / "run", num_steps=10, **options)
+  kept = lambda: sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())  # noqa: E731
+  assert kept() == [3, 6, 7, 9, 10]
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "10" / "manifest")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "9" / "manifest")
+  train_little(tmp_path / "run", num_steps=10, **options)
+  assert kept() == [3, 6, 7, 9, 10]
+  whole = restore(tmp_path / "run", 6, **LITTLE)
+  assert int(whole.step) == 6
 
 
 def test_a_line_says_images_and_time_over_all_resumes(tmp_path):
@@ -567,6 +647,7 @@ def test_another_configuration_is_refused_before_anything_is_written(uninterrupt
       {"steps_per_dispatch": 3, "num_steps": 6, "log_every": 6, "checkpoint_every": 6, "evaluate_every": 2},
       [2, 2, 2],
     ),
+    (0, {"steps_per_dispatch": 4, "num_steps": 6, "log_every": 6, "checkpoint_every": 4, "keep_every": 3}, [3, 1, 2]),
     (5, {"steps_per_dispatch": 4, "num_steps": 12, "log_every": 4}, [3, 4]),
     (8, {"steps_per_dispatch": 4, "num_steps": 8}, []),
     (0, {"steps_per_dispatch": 4, "num_steps": 10, "log_every": 99, "checkpoint_every": 99} | DECAY, [4, 3, 3]),

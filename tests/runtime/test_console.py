@@ -120,6 +120,14 @@ def pipe():
   os.close(writer)
 
 
+def test_a_name_neither_ends_the_line_nor_commands_the_terminal(capsys):
+  """Names of files and of classes hold whatever somebody else has put there."""
+  console.note("skipped: a\nb\x1b[31m\x85.png é")
+  console.error("dataset: c\r\u2028d", "stack\n")
+  told = "skipped: a\\nb\\x1b[31m\\x85.png é\nerror: dataset: c\\r\\u2028d\nstack\n"
+  assert capsys.readouterr() == ("", told)
+
+
 def test_two_streams_to_one_place_keep_their_order(pipe, outlet):
   both = [outlet(pipe[1]), outlet(pipe[1])]
   for i in range(100):

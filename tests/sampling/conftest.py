@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +72,20 @@ def original(tmp_path_factory) -> Trained:
   return make_workdir(tmp_path_factory.mktemp("sampling"))
 
 
-def make_workdir(folder: pathlib.Path) -> Trained:
-  """A workdir `run` in a folder, with checkpoints 3 and 5 of different weights."""
-  path, config = folder / "run", settings_of(folder)
+def make_workdir(folder: pathlib.Path, classes: Sequence[str] = (), **changes) -> Trained:
+  """A workdir `run` in a folder, with checkpoints 3 and 5 of different weights.
+
+  Args:
+    folder: of the workdir and its images.
+    classes: their names, where the settings are those of a conditional run.
+    **changes: of the settings.
+  """
+  path, config = folder / "run", config_lib.override(settings_of(folder), changes)
   layout.create(path, config)
   run = build_run(config, IMAGE_SHAPE, make_mesh("pmap"))
   checkpoints = Checkpoints(path / "checkpoints", keep=9)
   facts = {"image_shape": list(IMAGE_SHAPE), "config": json.loads(config_lib.to_json(config))}
+  facts |= {"classes": list(classes)} if run.conditional else {}
   first = run.initial_state()
   for step in (3, 5):
     # The network says nothing at first: give every weight something to say.

@@ -17,6 +17,7 @@ from ddpm_jax.models.build import num_params
 from ddpm_jax.training.setup import build_run, make_train_step
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
+CLASSES = {"fashion_mnist_cond": 10, "emoji32_cond": 9, "cifar10_cond": 10}  # of the images
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 PAPER_32, PAPER_256 = 35_746_307, 113_673_219
 PRESETS = {  # what the data set delivers, and the size of the network
@@ -26,6 +27,9 @@ PRESETS = {  # what the data set delivers, and the size of the network
   "images64": ((64, 64, 3), PAPER_32),
   "emoji32": ((32, 32, 3), 2_688_179),
   "emoji64": ((64, 64, 3), 4_256_563),
+  "fashion_mnist_cond": ((28, 28, 1), 1_112_801 + 11 * 128),  # a row for each class, and for none
+  "emoji32_cond": ((32, 32, 3), 2_688_179 + 10 * 64),
+  "cifar10_cond": ((32, 32, 3), PAPER_32 + 11 * 512),
   "cifar10": ((32, 32, 3), PAPER_32),
   "imagenet64": ((64, 64, 3), 295_904_454 - 3 * (9 * 192 + 1)),  # without the second half of the output
   "celebahq256": ((256, 256, 3), PAPER_256),
@@ -49,7 +53,8 @@ def test_all_presets_are_here():
 @pytest.mark.parametrize("name", PRESETS)
 def test_builds(name):
   image_shape, size = PRESETS[name]
-  run = build_run(read(name), image_shape, make_mesh("pmap"))
+  config = config_lib.override(read(name), {"num_classes": CLASSES.get(name, 0)})
+  run = build_run(config, image_shape, make_mesh("pmap"))
   assert num_params(run.abstract_state.params) == size
   run.mesh.check_batch(run.config.data.batch_size)  # eight devices share it
 

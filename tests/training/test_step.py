@@ -1,5 +1,6 @@
 """One training step: what is drawn, what is minimised, and that it learns."""
 
+import dataclasses
 from typing import NamedTuple
 
 import chex
@@ -16,12 +17,13 @@ from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.first_stage.pixels import Pixels
+from ddpm_jax.keys import EXAMPLE_DRAWS, example_key
 from ddpm_jax.training import objective as objective_lib
 from ddpm_jax.training import step as step_lib
 from ddpm_jax.training.objective import DenoiserObjective
 from ddpm_jax.training.setup import make_objective, make_train_step
 from ddpm_jax.training.state import create_state, from_stored, to_stored
-from tests.training.tiny import IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 LINEAR = make_schedule("linear", 1000)
 
@@ -154,7 +156,7 @@ def test_flips_reach_the_network():
 
 
 def test_no_two_draws_share_a_key(monkeypatch):
-  """Timestep, noise, flip and dropout of an example come from four keys, none of them the example's own."""
+  """Timestep, noise, flip and dropout come from four keys, none of them the example's own, and all else from others."""
   used = {}
 
   def spy(module, name):
@@ -172,9 +174,46 @@ def test_no_two_draws_share_a_key(monkeypatch):
   key = step_lib.example_keys(0, jnp.asarray(1), jnp.asarray([2]))[0]
   image = jnp.zeros(IMAGE_SHAPE, jnp.uint8)
   draw = objective_of(flip=True).sample_training_example(key, image)
-  keys = [*used.values(), draw.dropout_key, key]
+  keys = [*used.values(), draw.dropout_key, key, *(example_key(key, name) for name in EXAMPLE_DRAWS)]
   assert set(used) == {"randint", "normal", "random_flip"}
-  assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == 5
+  assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == 5 + len(EXAMPLE_DRAWS)
+
+
+def test_labels_are_dropped_by_seed_step_and_index_alone():
+  """At the rate that was asked for, to 4 deviations; whatever the class, the rest of the batch and the other draws."""
+  objective = dataclasses.replace(objective_of(), label_dropout=0.2, null_label=10)
+
+  def told(step, index, label, seed=0):
+    keys = step_lib.example_keys(seed, jnp.asarray(step), jnp.asarray(index))
+    return np.asarray(objective.condition(keys, {"label": jnp.asarray(label, jnp.int32)}))
+
+  index, label = np.arange(4000), np.arange(4000) % 10
+  whole = told(3, index, label)
+  dropped = whole == 10
+  np.testing.assert_array_equal(whole, np.where(dropped, 10, label))
+  assert abs(dropped.mean() - 0.2) < 4 * np.sqrt(0.2 * 0.8 / 4000)
+  _, t, _, _ = draws(3, index)
+  assert abs(np.corrcoef(dropped, t)[0, 1]) < 0.07
+  np.testing.assert_array_equal(told(3, index[7:99], label[7:99]), whole[7:99])
+  np.testing.assert_array_equal(told(3, index, (label + 1) % 10) == 10, dropped)
+  for other in (told(4, index, label), told(3, index + 4000, label), told(3, index, label, seed=1)):
+    assert 0.1 < np.mean((other == 10) != dropped) < 0.5
+
+
+def test_the_network_is_told_the_label_and_nothing_where_there_is_none():
+  seen = []
+
+  def network(_, xt, time, cond, *, dropout_keys):
+    seen.append(cond)
+    return jnp.zeros_like(xt)
+
+  batch = jax.tree.map(jnp.asarray, random_batch(classes=3))
+  keys = step_lib.example_keys(0, jnp.asarray(5), batch["index"])
+  loss_of(objective_of(network), batch, keys)  # no null label: none is dropped
+  np.testing.assert_array_equal(seen.pop(), batch["label"])
+  del batch["label"]
+  loss_of(dataclasses.replace(objective_of(network), label_dropout=0.2, null_label=3), batch, keys)
+  assert seen == [None]
 
 
 def test_the_weight_is_that_of_the_drawn_timestep():
@@ -237,15 +276,16 @@ def test_metrics_are_those_of_this_update(learning):
   assert float(metrics["learning_rate"]) == 0
 
 
-def test_accumulated_gradients_are_those_of_the_whole_batch():
-  run = tiny_run(tiny_config())
+@pytest.mark.parametrize("changes", [{}, CONDITIONAL], ids=["unconditional", "conditional"])
+def test_accumulated_gradients_are_those_of_the_whole_batch(changes):
+  run = tiny_run(tiny_config(**changes))
   params = jax.tree.map(lambda x: x + 0.05, run.initial_state().params)  # nothing zero-initialised hides dropout
 
   def loss_fn(params, batch, keys):
     loss = loss_of(make_objective(run), batch, keys, params)
     return loss, ({"half": loss / 2}, {"index": batch["index"]})
 
-  batch = jax.tree.map(jnp.asarray, random_batch())
+  batch = jax.tree.map(jnp.asarray, random_batch(classes=run.config.model.num_classes))
   keys = step_lib.example_keys(0, jnp.asarray(7), batch["index"])
   whole, parts = (
     jax.jit(lambda n: step_lib.mean_loss_and_gradients(loss_fn, params, batch, keys, n), static_argnums=0)(n)

@@ -11,6 +11,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.training.setup import Run, build_run
 
 IMAGE_SHAPE = (8, 8, 1)
+CONDITIONAL = dict(conditioning="class", num_classes=3, label_dropout=0.3)
 
 
 def tiny_config(**changes) -> Config:
@@ -39,9 +40,12 @@ def tiny_run(config: Config) -> Run:
   return build_run(config, IMAGE_SHAPE, make_mesh(config.train.parallel))
 
 
-def random_batch(size: int = 16, seed: int = 0) -> dict[str, np.ndarray]:
-  images = np.random.default_rng(seed).integers(0, 256, (size, *IMAGE_SHAPE), dtype=np.uint8)
-  return {"image": images, "index": np.arange(size, dtype=np.int32), "replaced": np.zeros(size, bool)}
+def random_batch(size: int = 16, seed: int = 0, classes: int = 0) -> dict[str, np.ndarray]:
+  """One batch; with the labels of that many classes, if there are any."""
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (size, *IMAGE_SHAPE), dtype=np.uint8)
+  labels = {"label": rng.integers(0, classes, size, dtype=np.int32)} if classes else {}
+  return {"image": images, "index": np.arange(size, dtype=np.int32), "replaced": np.zeros(size, bool)} | labels
 
 
 def host(tree):

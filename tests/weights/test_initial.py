@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.data.encoded import DecodedRows
@@ -19,7 +20,8 @@ from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.weights import initial
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
-from tests.training.tiny import IMAGE_SHAPE, host, tiny_config, tiny_run
+from tests.sampling.conftest import make_workdir
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, tiny_config, tiny_run
 from tests.weights.folders import change_json, contents, saved
 
 
@@ -143,7 +145,8 @@ def test_what_an_unsupported_folder_says(tmp_path):
 def noise_images(monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (40, *IMAGE_SHAPE), dtype=np.uint8)
   rows = DecodedRows(images, np.zeros(40, bool))
-  source = Source(name="noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint={"probe": "0" * 64})
+  fingerprint, labels = {"probe": "0" * 64}, lambda: np.arange(40, dtype=np.int32) % 3
+  source = Source("noise", image_shape=IMAGE_SHAPE, length=40, read=rows.take, fingerprint=fingerprint, labels=labels)
   monkeypatch.setattr(train_lib, "open_source", lambda *_: source)
 
 
@@ -241,6 +244,55 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(noise_images,
   shutil.rmtree(folder / "checkpoints")
   train(folder, original.path, **named)
   check(2)
+
+
+# Labels.
+
+
+def test_labels_go_with_their_names(tmp_path, original, capsys):
+  """From a workdir and a file; those that the weights lack begin at the mean of theirs, or at zero, said aloud."""
+  trained = make_workdir(tmp_path, ("cats", "dogs", "flags"), **CONDITIONAL)
+  layout.keep_classes(trained.path, ["cats", "dogs", "flags"])
+  exchange_run.export(trained.having(export_format="safetensors", export_dir=str(tmp_path / "out")), trained.path)
+  file = tmp_path / "out" / "model.safetensors"
+  weights = load_weights(trained.config, trained.path)
+  rows = np.asarray(weights.params["label_embedding"]["embedding"])
+  mean, zero = rows[:3].mean(0), np.zeros(32, np.float32)
+  capsys.readouterr()
+  note = "the labels of --init_from: "
+  cases = [  # PATH, classes, label_dropout, the rows, what is said
+    (trained.path, ("cats", "dogs", "flags"), 0.3, [*rows], []),
+    (file, ("cats", "dogs", "flags"), 0.3, [*rows], []),
+    (file, ("dogs", "flags"), 0.2, rows[[1, 2, 3]], ["cats are left out"]),
+    (file, ("birds", "cats", "dogs", "flags"), 0.0, [mean, *rows[:3]], ["birds begin anew, at the mean of the others",
+                                                                        "(no class) are left out"]),
+    (original.path, ("a", "b"), 0.1, [zero] * 3, ["a, b, (no class) begin anew, at zero"]),
+  ]  # fmt: skip
+  for path, names, dropout, expected, said in cases:
+    settings = {"conditioning": "class", "num_classes": len(names), "label_dropout": dropout}
+    params, shape = initial.read_params(begun_with(str(path), **settings), IMAGE_SHAPE, names)
+    np.testing.assert_allclose(params["label_embedding"]["embedding"], np.stack(list(expected)), rtol=1e-6)
+    assert shape == IMAGE_SHAPE and capsys.readouterr().err.splitlines() == [note + line for line in said]
+  found = initial.find_weights(begun_with(str(file)), None)
+  assert found.class_names == ("cats", "dogs", "flags") and found.identity == weights.identity
+  assert initial.find_weights(begun_with(str(trained.path)), None).class_names == found.class_names
+  for path, changes, part in (
+    (file, {"num_classes": 4}, "is a model of 3 classes, not 4; leave --num_classes out"),
+    (file, {"conditioning": "none", "num_classes": 0, "label_dropout": 0.0}, "is a model of 3 classes; use --cond"),
+    (original.path, {"conditioning": "class", "num_classes": 3}, "is unconditional, and draws by class once it is"),
+  ):
+    assert part in refusal(path, **changes)
+
+
+def test_a_fine_tuned_model_begins_as_what_it_was(original, noise_images, tmp_path, capsys):
+  """An unconditional model that learns classes says of each, at first, what it said of all."""
+  config = train(tmp_path / "run", original.path, conditioning="class", label_dropout=0.1, learning_rate=1e-9)
+  assert "labels of --init_from: 0, 1, 2, (no class) begin anew, at zero" in capsys.readouterr().err
+  mine, theirs = ddpm_jax.load(tmp_path / "run"), ddpm_jax.load(original.path)
+  x = np.random.default_rng(0).standard_normal((2, *IMAGE_SHAPE), np.float32)
+  for label in (None, 0, [1, 2]):
+    np.testing.assert_allclose(mine.eps(x, 50, label), theirs.eps(x, 50), atol=1e-4)
+  assert layout.load_config(tmp_path / "run").model.num_classes == 3 and config.model.num_classes == 0
 
 
 # A workdir for weights of elsewhere.

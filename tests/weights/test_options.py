@@ -1,4 +1,6 @@
-"""Every option of diffusers is understood, at the one value that our network has, or refused by name."""
+"""Every option of diffusers is understood, at the values that our networks have, or refused by name."""
+
+import dataclasses
 
 import numpy as np
 import pytest
@@ -82,7 +84,9 @@ def test_what_diffusers_writes_comes_back(name):
   ("changes", "message"),
   [
     ({"class_embed_type": "timestep"}, "class_embed_type: 'timestep' is not supported, only None"),
-    ({"num_class_embeds": 10}, "num_class_embeds: 10 is not supported"),
+    ({"num_class_embeds": 0}, "num_class_embeds: 0 is no number of at least 1"),
+    ({"num_class_embeds": 1, "_label_dropout": 0.1}, "_label_dropout: 0.1 is no rate"),
+    ({"num_class_embeds": 9, "_label_dropout": "x"}, "_label_dropout: 'x' is no rate"),
     ({"norm_eps": 1e-5}, "norm_eps: 1e-05 is not supported, only 1e-06"),
     ({"freq_shift": 0}, "freq_shift: 0 is not supported, only 1"),
     ({"flip_sin_to_cos": True}, "flip_sin_to_cos: True"),
@@ -93,7 +97,8 @@ def test_what_diffusers_writes_comes_back(name):
     ({"act_fn": "gelu"}, "act_fn: 'gelu' is not supported, only 'silu' or 'swish'"),
     ({"time_embedding_type": "fourier"}, "time_embedding_type: 'fourier'"),
     ({"time_embedding_dim": 256}, "time_embedding_dim: 256 is not supported, only None or 512"),
-    ({"attention_head_dim": 8}, "attention_head_dim: 8 is not supported, only None or 256"),
+    ({"attention_head_dim": 96}, "attention_head_dim: 96 does not divide 256 channels"),
+    ({"attention_head_dim": 0}, "attention_head_dim: 0 is no number of at least 1"),
     ({"attn_norm_num_groups": 8}, "attn_norm_num_groups: 8 is not supported, only None or 32"),
     ({"down_block_types": [*["DownBlock2D"] * 3, "KDownBlock2D"]}, "down_block_types: 'KDownBlock2D'"),
     ({"down_block_types": ["DownBlock2D"] * 4}, "up_block_types: attention is not at the levels"),
@@ -117,6 +122,79 @@ def test_options_of_the_network_that_are_refused(changes, message):
   with pytest.raises(UserError) as caught:
     model_settings(CIFAR10 | changes)
   assert str(caught.value).startswith(message)
+
+
+ADM = CIFAR10 | {
+  "attention_head_dim": 64,
+  "attn_norm_num_groups": 32,
+  "down_block_types": ["ResnetDownsampleBlock2D", *["AttnDownBlock2D"] * 3],
+  "downsample_padding": 1,
+  "downsample_type": "resnet",
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "norm_eps": 1e-5,
+  "resnet_time_scale_shift": "scale_shift",
+  "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+  "upsample_type": "resnet",
+}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    # Without it attention in the middle has no norm, and diffusers leaves its weights out with a warning.
+    ({"attn_norm_num_groups": None}, "attn_norm_num_groups: None is not supported, only 32"),
+    ({"upsample_type": "conv"}, "upsample_type: 'conv' is not supported, only 'resnet'"),
+    ({"norm_eps": 1e-6}, "norm_eps: 1e-06 is not supported, only 1e-05"),
+    ({"down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3]}, "down_block_types: 'DownBlock2D' is not supp"),
+  ],
+)
+def test_options_that_do_not_belong_together_are_refused(changes, message):
+  with pytest.raises(UserError) as caught:
+    model_settings(ADM | changes)
+  assert str(caught.value).startswith(message)
+
+
+def test_the_network_of_adm():
+  settings, _ = model_settings(ADM | {"num_class_embeds": 1000})
+  found = {"block": "adm", "num_heads": 1, "head_channels": 64, "attention_resolutions": (16, 8, 4)}
+  assert found.items() <= settings.items()
+  assert (settings["conditioning"], settings["num_classes"], settings["label_dropout"]) == ("class", 1000, 0.0)
+  assert model_settings(ADM | {"downsample_padding": 0})[0]["block"] == "adm"  # it has no such convolution
+
+
+OF_OURS = [
+  {"block": "ldm", "head_channels": 8},
+  {"block": "iddpm", "num_heads": 4, "attention_resolutions": (4,)},
+  {"block": "adm", "conditioning": "class", "num_classes": 3},
+  {"block": "adm", "conditioning": "class", "num_classes": 3, "label_dropout": 0.1, "head_channels": 16},
+  {"conditioning": "class", "num_classes": 10},
+]
+
+
+@pytest.mark.parametrize("changes", OF_OURS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_a_network_of_ours_comes_back(changes):
+  config = config_lib.override(Config(), {"channel_multipliers": (1, 2), "attention_resolutions": (8, 4)} | changes)
+  written = unet_options(config.model, (8, 8, 1))
+  settings, shape = model_settings(written | {"_class_name": "UNet2DModel"})
+  back = config_lib.override(Config(), settings)
+  assert shape == (8, 8, 1) and back.data.conditioning == config.data.conditioning
+  heads = {"num_heads": 1, "head_channels": 16} if config.model.num_heads > 1 else {}
+  assert back.model == dataclasses.replace(config.model, norm_groups=8, **heads)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"channels": 2}, "channels: with 2"),
+    ({"channel_multipliers": (2, 4)}, "channel_multipliers: the first is 2"),
+    ({"num_heads": 2, "attention_resolutions": (8,)}, "num_heads: 2 heads have 16 or 32 channels"),
+  ],
+)
+def test_networks_that_diffusers_does_not_have(changes, message):
+  config = config_lib.override(Config(), changes)
+  with pytest.raises(UserError, match=message):
+    unet_options(config.model, (8, 8, 1))
 
 
 @pytest.mark.parametrize("name", ["freq_shift", "flip_sin_to_cos", "norm_eps", "downsample_padding"])

@@ -1,0 +1,179 @@
+"""Samples of a conditional model by class: the distance of each, and the share that is seen as asked for.
+
+With Inception's features the mean distance over the classes is the intra-FID of Miyato and Koyama 2018, section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpm_jax import config as config_lib
+from ddpm_jax.config import Config, EvaluateConfig
+from ddpm_jax.data.encoded import NoLabels
+from ddpm_jax.data.sources import Source
+from ddpm_jax.errors import UserError
+from ddpm_jax.evaluation import measures
+from ddpm_jax.evaluation.classifier import divide
+from ddpm_jax.evaluation.comparison import NAMES
+from ddpm_jax.evaluation.features import Features
+from ddpm_jax.evaluation.moments import Moments, covariance
+from ddpm_jax.sampling.classes import Classes, wanted
+from ddpm_jax.weights.load import Weights
+
+ACCURACY = "class_accuracy"
+_NAMED = 10  # classes in a line, at most
+
+
+class Parts(NamedTuple):
+  """The measure `classes` of some images.
+
+  Attributes:
+    values: over all classes: the mean distance, where every class has one, and the accuracy; by the name of a measure.
+    each: name of a class -> the same of its images, and their number.
+  """
+
+  values: dict[str, float]
+  each: dict[str, dict[str, float | int]]
+
+
+def measurable(config: Config, asked: Config) -> tuple[Config, str]:
+  """The settings with the measure `classes`, where it is wanted and can be measured.
+
+  Args:
+    config: of the run, with what is about to be measured.
+    asked: with what the command names. With the default measures a conditional model has this one too.
+
+  Returns:
+    The settings, and a line that says why it was left out; empty if it was not.
+
+  Raises:
+    UserError: it is named and cannot be measured.
+  """
+  options, is_named = config.evaluate, "classes" in config.evaluate.measures
+  by_default = asked.evaluate.measures == EvaluateConfig().measures and "frechet" in options.measures
+  if config.data.conditioning == "none" or not (is_named or by_default):
+    return config, ""
+  if options.reference_stats and options.features != "classifier":
+    reason = f"{options.reference_stats} has no classes, and features={options.features} sees none"
+    if is_named:
+      raise UserError(f"measures: classes cannot be measured, as {reason}; leave it out, or --reference_stats")
+    return config, f"left out: classes ({reason})"
+  return (config if is_named else config_lib.override(config, {"measures": (*options.measures, "classes")})), ""
+
+
+def asked_for(config: Config, weights: Weights, train: Source) -> Classes | None:
+  """The classes of the samples: those of `--classes` in turn, else as `--evaluate_labels` says.
+
+  Returns:
+    None for an unconditional model.
+
+  Raises:
+    UserError: for a class that is not there, and where proportions are not known.
+  """
+  classes = wanted(config.sample, weights)
+  if classes is None or config.sample.classes or config.evaluate.evaluate_labels == "uniform":
+    return classes
+  labels = labels_of(train)
+  if labels is None:
+    raise UserError(
+      f"evaluate_labels: proportional needs the class of each image, and {train.name} has none; use "
+      "--evaluate_labels=uniform"
+    )
+  if labels.max() >= len(classes.names):
+    raise UserError(
+      f"evaluate_labels: {train.name} has {labels.max() + 1} classes, and the model knows {len(classes.names)}; use "
+      "images of its classes, or --evaluate_labels=uniform"
+    )
+  return classes._replace(turn=np.sort(labels), proportional=True)
+
+
+def labels_of(source: Source) -> np.ndarray | None:
+  """The class of each image, int32 [N]; None if they have none. Raises UserError if they cannot be read."""
+  try:
+    return source.labels() if source.labels else None
+  except NoLabels:
+    return None
+
+
+def measure(
+  extractor: str,
+  names: Sequence[str],
+  labels: np.ndarray,
+  ours: Mapping[int, Moments],
+  others: Mapping[int, Moments],
+  right: np.ndarray | None,
+) -> Parts:
+  """The measure `classes` of images with labels int [N].
+
+  Args:
+    extractor: the name of the features.
+    names: of all classes.
+    labels: which class was asked for.
+    ours: moments of the images of a class, see `moments_by_class`.
+    others: the same of what they are compared with.
+    right: of each image, see `seen_as`.
+  """
+  distance, each = NAMES[extractor]["frechet"], {}
+  for label in np.unique(labels).tolist():
+    rows = labels == label
+    found: dict[str, float | int] = {"number": int(rows.sum())}
+    each[names[label]] = found
+    if label in ours and label in others:
+      (a, b) = ours[label], others[label]
+      found[distance] = measures.frechet_distance(a.mean, covariance(a), b.mean, covariance(b))
+    if right is not None and not np.isnan(right[rows]).any():
+      found[ACCURACY] = float(right[rows].mean())
+  values: dict[str, float] = {}
+  if each and all(distance in found for found in each.values()):
+    values[NAMES[extractor]["classes"]] = float(np.mean([found[distance] for found in each.values()]))
+  if right is not None and not np.isnan(right).all():
+    values[ACCURACY] = float(np.nanmean(right))
+  return Parts(values, each)
+
+
+def left_out(extractor: str, parts: Parts, width: int) -> str:
+  """A line that says of which classes there is no distance; empty if there are none. width: features."""
+  missing = [name for name, found in parts.each.items() if NAMES[extractor]["frechet"] not in found]
+  if not missing:
+    return ""
+  shown = ", ".join(missing[:_NAMED]) + ", ..." * (len(missing) > _NAMED)
+  return (
+    f"left out: the distance of {len(missing)} of {len(parts.each)} classes ({shown}), as {width + 1} samples and as "
+    "many images of a class are needed"
+  )
+
+
+def seen_as(extractor: str, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+  """Of each image 1 if the classifier sees its class in it, 0 if not, NaN if it does not know the class: float64 [N].
+
+  Args:
+    extractor: the name of the features. Those without the classes of the data set give None.
+    probabilities: [N, K] of the classifier's classes.
+    labels: of the images, int [N].
+  """
+  if extractor != "classifier":
+    return None
+  return np.where(labels < probabilities.shape[1], probabilities.argmax(-1) == labels, np.nan)
+
+
+def held_out_seen_as(features: Features, train: Source, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of the images of the training that the classifier was not trained on, labels int32 [N], and `seen_as` of them.
+
+  Those that stand for a bad one are left out, as they are not of that class.
+  """
+  assert train.labels is not None  # as there is a classifier
+  labels = train.labels()
+  _, held_out = divide(labels)
+  of_all, probabilities = [], []
+  for first in range(0, len(held_out), batch_size):
+    index = held_out[first : first + batch_size]
+    rows = train.read(index)
+    of_all.append(labels[index[~rows.replaced]])
+    probabilities.append(features.extract(rows.images).probabilities[~rows.replaced])
+  of_held_out = np.concatenate(of_all)
+  right = seen_as(features.name, np.concatenate(probabilities), of_held_out)
+  assert right is not None
+  return of_held_out, right
