@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.devices import make_mesh
@@ -171,6 +172,16 @@ def test_a_classifier_is_found_and_guides(folder, weights):
   assert float(jnp.abs(both[0] - both[1]).max()) > 1e-3  # another class, another gradient
 
 
+def test_in_python(folder, original):
+  """A scale of 0 is no guidance, and 1,000 far from it; neither compiles anything anew."""
+  model, plain = ddpm_jax.load(original.path, classifier=folder), ddpm_jax.load(original.path)
+  how = {"steps": 4, "sampler": "ddpm", "batch_size": 8}
+  draw = lambda **of: model.sample(3, **how, **of).astype(int)  # noqa: E731
+  assert np.abs(draw(classes="dark", classifier_scale=0.0) - plain.sample(3, **how)).max() <= 1
+  dark, bright = (draw(classes=name, classifier_scale=1000.0) for name in ("dark", 0))
+  assert np.abs(dark - bright).max() > 1 and len(model._draws) == 1
+
+
 def refusal(function, *arguments):
   with pytest.raises(UserError) as caught:
     function(*arguments)
@@ -186,7 +197,7 @@ def test_classifiers_that_do_not_fit_are_refused(folder, weights, original, tmp_
     (str(tmp_path), weights, "no run"),
     (str(original.path), weights, "holds a model to draw with"),
     (str(folder), other(schedule=dataclasses.replace(run.schedule, betas=run.schedule.betas / 2)), "noise schedule"),
-    (str(folder), other(first_stage=dataclasses.replace(run.first_stage, image_shape=(8, 8, 3))), "(8, 8, 3)"),
+    (str(folder), other(first_stage=dataclasses.replace(run.first_stage, image_shape=(8, 8, 3))), "8x8x3"),
     (str(folder), other(config=conditional)._replace(classes=("bright", "blue")), "bright, blue"),
   ]
   told = [refusal(initial.find_classifier, text, of) for text, of, _ in cases]
