@@ -148,7 +148,7 @@ def test_unknown_flag_suggests_the_near_one(registry):
     ("lr", "--learning_rate"),
     ("schedule", "--beta_schedule or --lr_schedule"),
     ("steps", "mean --num_steps or"),
-    ("chanels", "mean --channels?"),
+    ("chanels", "mean --channels"),
     ("zzz", ""),
   ):
     with pytest.raises(absl_flags.UnrecognizedFlagError) as refused:

@@ -165,8 +165,7 @@ def read_header(file: File, name: str, *, grey_palettes: bool = True) -> tuple[i
   """
   plain = _plain_png(file) if isinstance(file, bytes) else None
   if plain is not None:
-    width, height = plain.size
-    return height, width, plain.mode == "L"
+    return plain.size[1], plain.size[0], plain.mode == "L"
   with _opened(file, name) as image:
     height, width = image.height, image.width
     if height != width and image.format != "TIFF" and _to_upright(image) in _ON_THE_SIDE:  # of a TIFF they are upright

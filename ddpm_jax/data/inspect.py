@@ -184,7 +184,8 @@ def _labels(encoded: EncodedImages) -> tuple[str, list[str]]:
   except NoLabels as error:
     return f"none: the data set {error.why}", []
   counts = np.bincount(classes, minlength=len(names)).tolist()
-  return summary.classes_text(names, counts), [names[number] for number in classes.tolist()]
+  shown = [console.one_line(name) for name in names]  # a line of the picture, too
+  return summary.classes_text(names, counts), [shown[number] for number in classes.tolist()]
 
 
 def _duplicates(encoded: EncodedImages, found: list[_Image | BadRecord]) -> list[str]:

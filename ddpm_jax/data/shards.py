@@ -84,9 +84,11 @@ def _fetch(
   reader: Reader, shard: np.ndarray, start: np.ndarray, sizes: np.ndarray, place: Callable[[int], str], rows: np.ndarray
 ) -> list[File]:
   """The bytes of images, or a BadRecord. Arguments: of all images [N]."""
-  of_rows = zip(rows.tolist(), shard[rows].tolist(), start[rows].tolist(), sizes[rows].tolist(), strict=True)
-  name = functools.partial(files.numbered, place)
-  return [reader.read(file, first, size, functools.partial(name, row)) for row, file, first, size in of_rows]
+  of_rows = (array.tolist() for array in (rows, shard[rows], start[rows], sizes[rows]))
+  return [
+    reader.read(number, at, size, functools.partial(files.numbered, place, row))
+    for row, number, at, size in zip(*of_rows, strict=True)
+  ]
 
 
 def _shards(data: DataConfig) -> list[str]:

@@ -134,14 +134,14 @@ def measure(
   return Parts(values, each)
 
 
-def left_out(extractor: str, parts: Parts, width: int) -> str:
-  """A line that says of which classes there is no distance; empty if there are none. width: features."""
-  missing = [name for name, found in parts.each.items() if NAMES[extractor]["frechet"] not in found]
+def left_out(extractor: str, each: Mapping[str, Mapping[str, float]], width: int) -> str:
+  """A line that says which classes of `Parts.each` have no distance; empty if all have one. width: features."""
+  missing = [name for name, found in each.items() if NAMES[extractor]["frechet"] not in found]
   if not missing:
     return ""
   shown = ", ".join(missing[:_NAMED]) + ", ..." * (len(missing) > _NAMED)
   return (
-    f"left out: the distance of {len(missing)} of {len(parts.each)} classes ({shown}), as {width + 1} samples and as "
+    f"left out: the distance of {len(missing)} of {len(each)} classes ({shown}), as {width + 1} samples and as "
     "many images of a class are needed"
   )
 

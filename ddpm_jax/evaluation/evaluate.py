@@ -51,6 +51,7 @@ _LEAST_SAMPLES = {"precision_recall": 4}
 _LIKELIHOODS = {"bound": "bits_per_dim", "ode": "ode_bits_per_dim"}  # measure -> its key of the result
 _UNTRAINED_EXAMPLES = 100  # for the likelihood of an untrained network, which hardly varies
 _UNIFORM = math.log2(256)  # bits/dim of a model that finds all values of a pixel equally likely
+_OF_GUIDANCE = ("guidance_interval", "guide_with", "guide_sha256")  # settings of a draw beside the scale
 _SHOWN = 64  # samples in the picture
 _WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
 
@@ -362,17 +363,20 @@ def _samples(
     # What could be remembered is what was trained on.
     same = source is train and "file" not in description
     own = data if same else Data(train, _reference(train, features, size, around), train.fingerprint)
-  scales, of_classes = config.sample.guidance_scale, data.by_class
-  found, pictures = [], {}
+  scales, of_classes, width = config.sample.guidance_scale, data.by_class, reference.features.shape[1]
+  found, compared, pictures = [], [], {}
   for scale, drawn in zip(scales, draws, strict=True):
     of_scale = f" with guidance {scale:g}" if len(draws) > 1 else ""
     one, shown = _of_draw(config, features, data, own, classes, of_classes, around, drawn, of_scale)
-    found.append({"guidance_scale": scale} | one)
+    found.append(one)
+    how = {name: drawn.settings[name] for name in _OF_GUIDANCE if name in drawn.settings}
+    compared.append({"guidance_scale": scale} | how | {name: part for name, part in one.items() if name != "samples"})
     pictures |= {name if drawn is draws[0] else f"{name}_{scale:g}": picture for name, picture in shown.items()}
-  result = {name: part for name, part in found[0].items() if name != "guidance_scale"} | {
+  if line := by_class.left_out(features.name, found[0].get("classes", {}), width):
+    around.say(line)
+  result = found[0] | {
     "reference": description,
-    "features": features.about
-    | {"name": features.name, "identity": features.identity, "width": reference.features.shape[1]},
+    "features": features.about | {"name": features.name, "identity": features.identity, "width": width},
     "yardsticks": measure_yardsticks(
       config,
       weights,
@@ -386,7 +390,7 @@ def _samples(
     ),
   }
   if len(draws) > 1:
-    result["guidance"] = [{name: part for name, part in one.items() if name != "samples"} for one in found]
+    result["guidance"] = compared
   multihost_utils.sync_global_devices("the images have been read")
   return result, pictures
 
@@ -438,8 +442,6 @@ def _of_draw(
     parts = by_class.measure(features.name, classes.names, labels, seen.by_class, of_classes, right)
     result["measures"] |= parts.values
     result["classes"] = parts.each
-    if line := by_class.left_out(features.name, parts, data.reference.features.shape[1]):
-      around.say(line)
   around.beat("the measures")
   if own is not None:
     around.say(f"looking for the samples' nearest images among {len(own.source)}")

@@ -216,7 +216,9 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
     if (others := _yardsticks(run, column))
   ]
   for name, path in list(part(newest, "pictures").items())[:_MOST_PICTURES]:
-    caption = f"{_MEASURED.get(name, name)}, step {step:,}{_older(run, step)}"
+    what, _, scale = name.partition("_")
+    title = f"{_MEASURED[what]}, guidance scale {scale}" if scale and what in _MEASURED else _MEASURED.get(name, name)
+    caption = f"{title}, step {step:,}{_older(run, step)}"
     pictures += [run.picture(path, caption, caption)] if isinstance(path, str) else []
   table = measures_table(found, {step: [Cell(f"{step:,}")] for step in run.results}, beside)
   return {

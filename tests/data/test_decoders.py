@@ -193,10 +193,13 @@ def test_a_small_png_with_nothing_but_pixels_is_not_opened_by_pillow(monkeypatch
   content, image = in_mode(mode)
   monkeypatch.delattr(Image, "open")
   assert images.read_header(content, "x") == (12, 20, mode == "L")
-  white = Image.new("RGBA", image.size, "white")
+  white, end = Image.new("RGBA", image.size, "white"), 37 + int.from_bytes(content[33:37]) + 4
+  halves = [content[41:90], content[90:end]]
+  halves = b"".join(struct.pack(">I", len(half)) + b"IDAT" + half + struct.pack(">I", 0) for half in halves)
   for channels, wanted in ((1, "L"), (3, "RGB")):
     flat = Image.alpha_composite(white, image).convert("RGB") if mode == "RGBA" else image
-    np.testing.assert_array_equal(images.decode(content, channels, "x").squeeze(), np.asarray(flat.convert(wanted)))
+    for file in (content, content[:33] + halves + content[end + 4 :]):
+      np.testing.assert_array_equal(images.decode(file, channels, "x").squeeze(), np.asarray(flat.convert(wanted)))
 
 
 def test_pillow_says_the_same_of_damaged_pngs(monkeypatch):

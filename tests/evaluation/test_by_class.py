@@ -150,11 +150,11 @@ def test_means_over_classes_and_classes_that_the_classifier_does_not_know():
   assert [found.each[name].get("class_accuracy") for name in NAMES] == [1.0, 0.4, None]
   distances = [found.each[name]["classifier_distance"] for name in NAMES]
   assert found.values["classifier_intra_distance"] == np.mean(distances)
-  assert by_class.left_out("classifier", found, 2) == ""
+  assert by_class.left_out("classifier", found.each, 2) == ""
   assert by_class.seen_as("inception", np.ones((30, 1008)), labels) is None
   few = by_class.measure("inception", NAMES, labels, ours, {0: others[0]}, None)
   assert few.values == {} and list(few.each["cat"]) == ["number", "fid"]
-  line = by_class.left_out("inception", few, 2)
+  line = by_class.left_out("inception", few.each, 2)
   assert line == (
     "left out: the distance of 2 of 3 classes (dog, eel), as 3 samples and as many images of a class are needed"
   )
@@ -250,9 +250,11 @@ def test_each_scale_is_as_measured_alone(whole, swept, tmp_path):
   unguided = whole[0]
   for name in ("measures", "classes", "yardsticks", "reference", "features"):
     assert result[name] == unguided[name], name
-  assert result["guidance"][0] == {"guidance_scale": 1.0} | {name: unguided[name] for name in ("measures", "classes")}
+  off = {"guidance_scale": 1.0, "guidance_interval": [], "guide_with": ""}
+  assert result["guidance"][0] == off | {name: unguided[name] for name in ("measures", "classes")}
   alone, _ = measured(tmp_path, guidance_scale=(3.0,), guidance_interval=(0.1, 5.0))
-  assert result["guidance"][2] == {"guidance_scale": 3.0} | {name: alone[name] for name in ("measures", "classes")}
+  on = {"guidance_scale": 3.0, "guidance_interval": [0.1, 5.0], "guide_with": ""}
+  assert result["guidance"][2] == on | {name: alone[name] for name in ("measures", "classes")}
   assert "guidance" not in alone and alone["measures"] != unguided["measures"]
 
 
@@ -273,7 +275,14 @@ def test_one_table_one_plot_and_one_file(swept):
   with Image.open(chart) as picture:
     assert picture.width > 500
   page = write_report(workdir).read_text()
-  for text in ("<h3>Guidance</h3>", "Guidance scale", "<h3>By class</h3>", "precision, recall", "given its class"):
+  for text in (
+    "<h3>Guidance</h3>",
+    "Guidance scale",
+    "<h3>By class</h3>",
+    "precision, recall",
+    "given its class",
+    "guidance scale 1.5, step 5",
+  ):
     assert text in page, text
   points = page[page.index("<h3>Guidance</h3>") :]
   assert points.count("</text>") and all(f">{scale:g}</text>" in points for scale in SCALES)

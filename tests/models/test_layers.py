@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ddpm_jax.models.build import fast_convolutions
-from ddpm_jax.models.layers import Conv3x3
+from ddpm_jax.models.layers import Conv3x3, LabelEmbedding
 
 RESAMPLE = ("none", "up", "down", "down_symmetric")
 
@@ -58,3 +58,15 @@ def test_the_fast_convolution_is_the_one_that_runs(resample, convolutions, reque
   text = str(jax.make_jaxpr(conv.apply)(conv.init(jax.random.key(0), x), x))
   fast = "fast" in request.node.callspec.id
   assert ("convolution_3x3" in text) == fast and ("conv_general_dilated" in text) != fast
+
+
+def test_a_label_is_a_row_of_its_embedding():
+  """To the last bit; the gradient of a row is the sum over the examples of its label."""
+  layer, label = LabelEmbedding(4, 6), jnp.asarray([2, 0, 2, 3])
+  params = layer.init(jax.random.key(0), label)
+  rows = np.asarray(params["params"]["embedding"])
+  assert rows.shape == (4, 6) and rows.dtype == np.float32
+  np.testing.assert_array_equal(layer.apply(params, label), rows[[2, 0, 2, 3]])
+  weights = np.arange(24, dtype=np.float32).reshape(4, 6)
+  gradient = jax.grad(lambda params: jnp.sum(layer.apply(params, label) * weights))(params)["params"]["embedding"]
+  np.testing.assert_array_equal(gradient, [weights[1], np.zeros(6), weights[0] + weights[2], weights[3]])

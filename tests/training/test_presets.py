@@ -17,7 +17,7 @@ from ddpm_jax.models.build import num_params
 from ddpm_jax.training.setup import build_run, make_train_step
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
-CLASSES = {"fashion_mnist_cond": 10, "emoji32_cond": 9, "cifar10_cond": 10}  # of the images
+CLASSES = {"fashion_mnist_cond": 10, "emoji32_cond": 9, "cifar10_cond": 10, "imagenet64": 1000}  # of the images
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 PAPER_32, PAPER_256 = 35_746_307, 113_673_219
 PRESETS = {  # what the data set delivers, and the size of the network
@@ -53,7 +53,7 @@ def test_all_presets_are_here():
 @pytest.mark.parametrize("name", PRESETS)
 def test_builds(name):
   image_shape, size = PRESETS[name]
-  config = config_lib.override(read(name), {"num_classes": CLASSES.get(name, 0)})
+  config = config_lib.override(read(name), {"num_classes": CLASSES[name]} if name in CLASSES else {})
   run = build_run(config, image_shape, make_mesh("pmap"))
   assert num_params(run.abstract_state.params) == size
   run.mesh.check_batch(run.config.data.batch_size)  # eight devices share it
