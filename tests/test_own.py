@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,8 +10,11 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import open_source
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.resolve import resolve_config
+from ddpm_jax.training.setup import build_run, make_train_step
+from ddpm_jax.training.step import abstract_batch
 from ddpm_jax.weights import initial
 from experiments import own_loop
 from experiments.own_loss import own_loss
@@ -60,6 +64,23 @@ def test_an_own_network_is_trained_resumed_and_drawn_from(tmp_path):
   assert "OwnNetwork(width=8), not OwnNetwork(width=4)" in refusal(ddpm_jax.load, whole, network=OwnNetwork(width=4))
   assert refusal(ddpm_jax.train, tiny(num_steps=4), whole).startswith(said)
   assert refusal(initial.base_config, str(whole)).startswith(f"init_from: {said}")
+
+
+def test_an_own_network_is_told_the_class():
+  seen = []
+
+  @dataclasses.dataclass(frozen=True)
+  class Told(OwnNetwork):
+    def __call__(self, params, x, time, cond=None, *, dropout_keys=None):
+      seen.append(cond)
+      return super().__call__(params, x, time, cond, dropout_keys=dropout_keys)
+
+  for labels in (False, True):
+    config = tiny(**({"conditioning": "class", "num_classes": 10, "label_dropout": 0.1} if labels else {}))
+    run = build_run(config, (8, 8, 1), make_mesh("pmap"), Told(width=4))
+    jax.eval_shape(make_train_step(run), run.abstract_state, abstract_batch((8, 8, 1), 16, labels=labels))
+    told = seen.pop()
+    assert (told.shape, told.dtype) == ((16,), np.int32) if labels else told is None
 
 
 def test_an_own_loss_is_minimised_and_only_training_needs_it(tmp_path):

@@ -111,12 +111,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   fetch, place, names, sizes, classes = found.fetch, found.place, found.names, found.sizes, found.classes
 
   def listing(rows: np.ndarray) -> str:
-<<<<<<< HEAD
-    of_rows: list[int] = rows.tolist()
-    return fingerprint.digest(part for row in of_rows for part in (names[row], str(sizes[row])))
-=======
     return fingerprint.digest(part for row in map(int, rows) for part in (names[row], str(sizes[row])))
->>>>>>> read20
 
   def labels() -> Labels:
     of_all = classes()
