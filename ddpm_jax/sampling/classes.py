@@ -57,14 +57,15 @@ def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
   check_guidance(options, weights)
   if options.classifier and weights.classifier is None:
     raise UserError("classifier: cannot guide what a training run draws; leave it out, and use --mode=evaluate")
-  names = (weights if weights.run.conditional else weights.classifier or weights).class_names
-  if not names:
+  known = weights if weights.run.conditional else weights.classifier
+  if known is None:
     if options.classes:
       raise UserError(
         f"classes: {','.join(options.classes)} has no effect, as the model is unconditional; leave it out, or train "
         "one with --conditioning=class"
       )
     return None
+  names = known.class_names
   numbers = [number_of(word, "classes", "the model", names) for word in options.classes] or range(len(names))
   return Classes(np.array(numbers, np.int32), names)
 

@@ -291,7 +291,7 @@ def find_classifier(text: str, weights: Weights) -> Weights:
     classifier = load_weights(config_lib.override(config, newest | parallel), place)
     _check_alike(weights, classifier, classes=weights.run.conditional)
   except UserError as error:
-    raise UserError(f"classifier: {text}: {error}") from None
+    raise UserError(f"classifier: {text}: {str(error).removeprefix('init_from: ')}") from None
   return classifier
 
 
