@@ -99,7 +99,7 @@ def test_one_network(tmp_path, unet, parameters):
   expected = output_of(theirs, x, t - 1)
   error = relative(ours, expected)
   print(f"relative error {error:.1e}")
-  assert expected.std() > 0.05 and error < (1e-4 if parameters else 1e-5)
+  assert expected.std() > 0.05 and error < 5e-6
 
   (tmp_path / "ours").mkdir()
   folders.write_folder(tmp_path / "ours", config, shape, params)

@@ -58,7 +58,7 @@ def test_outputs_are_those_of_diffusers(tmp_path, name):
   network = UNetNetwork(build_model(config.model, shape))
   ours = jax.jit(network)(params, network_input(name, shape), jnp.asarray(TIMESTEPS), labels_of(NETWORKS[name]))
   theirs = golden(f"{name}/output")
-  assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+  assert np.abs(ours - theirs).max() < 5e-6 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("name", TRAJECTORIES)
