@@ -44,6 +44,7 @@ OTHER_FLAGS = {
   *("rounds", "block_seconds", "own_data", "packed", "torch_python"),
   *("seeds",),  # experiments/launch/sweep.py
   *("font", "emoji_test"),  # experiments/make_emoji.py
+  "qkv_order",  # experiments/convert_openai.py
   *("port", "logdir"),  # xprof, TensorBoard
   *("nodes", "ntasks-per-node", "gres", "time", "gpus-per-task", "signal"),  # Slurm
   *("tag", "build-arg", "rm", "user", "volume", "gpus", "shm-size"),  # Docker

@@ -111,7 +111,7 @@ def open_files(data: DataConfig, found: ImageFiles) -> EncodedImages:
   fetch, place, names, sizes, classes = found.fetch, found.place, found.names, found.sizes, found.classes
 
   def listing(rows: np.ndarray) -> str:
-    return fingerprint.digest(part for row in rows.tolist() for part in (names[row], str(sizes[row])))
+    return fingerprint.digest(part for row in map(int, rows) for part in (names[row], str(sizes[row])))
 
   def labels() -> Labels:
     of_all = classes()

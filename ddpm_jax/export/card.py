@@ -45,6 +45,35 @@ Fewer steps take less time. Their number should divide {steps}: with others diff
 
 In ddpm_jax: `python -m ddpm_jax.main --mode=sample --init_from=PATH --workdir=DIR`.
 """
+# No pipeline of diffusers gives classes to the network.
+_USE_BY_CLASS = """## Use
+
+`DDPMPipeline` loads this folder, but gives no classes to the network, nor does any other pipeline of diffusers. This
+draws by class:
+
+```python
+import torch
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("PATH")  # this folder
+unet, scheduler = pipeline.unet, pipeline.scheduler
+labels = torch.arange({classes})  # an image of each class; their names are below
+x = torch.randn(len(labels), {channels}, {height}, {width})
+with torch.no_grad():
+  for t in scheduler.timesteps:
+    {output}
+    x = scheduler.step(output, t, x).prev_sample
+images = pipeline.numpy_to_pil((x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy())
+images[0].save("sample.png")
+```
+
+The classes are {names}.
+
+In ddpm_jax: `python -m ddpm_jax.main --mode=sample --init_from=PATH --workdir=DIR --classes=0`.
+"""
+_OUTPUT = "output = unet(x, t, labels).sample"
+_GUIDED_OUTPUT = """by_class, by_none = unet(x, t, labels).sample, unet(x, t, torch.full_like(labels, {null})).sample
+    output = by_none + 2.0 * (by_class - by_none)  # the guidance scale; 1 is off"""
 
 
 def find_samples(workdir: pathlib.Path, weights: Weights) -> tuple[pathlib.Path, str] | None:
@@ -80,9 +109,10 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
   shown = without_paths(config)
   height, width, channels = weights.run.image_shape
   title = f"DDPM of {_code(shown.data.dataset)}" if workdir is not None else "DDPM"
+  by_class = " by class" if weights.run.conditional else ""
   what = (
     f"A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) that draws images "
-    f"of {height}x{width}x{channels}: a U-Net of {num_params(weights.params):,} parameters, "
+    f"of {height}x{width}x{channels}{by_class}: a U-Net of {num_params(weights.params):,} parameters, "
     f"T = {config.diffusion.num_timesteps:,}."
   )
   parts = [f"{_FRONT}\n# {title}\n", f"{what}\n"]
@@ -93,11 +123,27 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
       "There is no picture here, as no samples of these weights were at hand. "
       f"`python -m ddpm_jax.main {how_to_draw(config, weights)} --workdir=DIR` draws some; then export again.\n"
     )
-  parts.append(_USE.format(steps=config.diffusion.num_timesteps))
+  parts.append(_use_by_class(weights) if weights.run.conditional else _use(config))
   if workdir is not None:
     parts += [_training(shown, config.exchange.init_from, weights), _measures(workdir, weights), _settings(shown)]
   parts.append(f"Written by ddpm_jax {ddpm_jax.__version__}.\n")
   return "\n".join(parts)
+
+
+def _use(config: Config) -> str:
+  return _USE.format(steps=config.diffusion.num_timesteps)
+
+
+def _use_by_class(weights: Weights) -> str:
+  (height, width, channels), null = weights.run.image_shape, weights.run.null_label
+  return _USE_BY_CLASS.format(
+    classes=len(weights.class_names),
+    height=height,
+    width=width,
+    channels=channels,
+    output=_OUTPUT if null is None else _GUIDED_OUTPUT.format(null=null),
+    names=", ".join(f"{i} {_code(name)}" for i, name in enumerate(weights.class_names)),
+  )
 
 
 def _training(config: Config, init_from: str, weights: Weights) -> str:

@@ -158,5 +158,5 @@ class UNet(nn.Module):
     assert not skips
 
     # End, in float32: where the samplers divide by sqrt(alpha_bar_t), a rounding to bfloat16 would be multiplied too.
-    h = nn.swish(GroupNorm(self.num_groups, jnp.float32, name="norm_out")(h))
+    h = nn.swish(GroupNorm(self.num_groups, jnp.float32, kind.epsilon, name="norm_out")(h))
     return Conv3x3(self.out_channels, zeros_init, jnp.float32, name="conv_out")(h)

@@ -52,6 +52,8 @@ def export(config: Config, workdir: pathlib.Path | None) -> None:
 def _write_diffusers(folder: pathlib.Path, config: Config, weights: Weights, workdir: pathlib.Path | None) -> None:
   classes = weights.class_names if weights.run.conditional else ()
   diffusers.write_folder(folder, config, weights.run.image_shape, jax.tree.map(gather, weights.params), classes)
+  if classes:
+    console.say("no pipeline of diffusers draws by class: the README.md has the lines that do")
   trained = workdir if weights.step else None
   found = find_samples(trained, weights) if trained else None
   if trained and not found:

@@ -45,7 +45,7 @@ def read_tensors(path: pathlib.Path) -> Tensors:
     contents = path.read_bytes()
   except OSError as error:
     raise UnusableError(f"cannot be read ({error.strerror})") from error
-  _refuse_pickles(contents[:4])
+  _refuse_pickles(contents[:9])
   try:
     found = safetensors.deserialize(contents)
   except safetensors.SafetensorError as error:
@@ -66,10 +66,10 @@ def read_facts(path: pathlib.Path) -> dict[str, Any]:
   """What a file says beside its tensors, without reading these. Raises UnusableError."""
   try:
     with path.open("rb") as file:
-      begin = file.read(8)
-      _refuse_pickles(begin[:4])
-      length = int.from_bytes(begin, "little")
-      header = file.read(length) if len(begin) == 8 and length <= _LONGEST_HEADER else b""
+      begin = file.read(9)
+      _refuse_pickles(begin)
+      length = int.from_bytes(begin[:8], "little")
+      header = begin[8:] + file.read(length - 1) if 0 < length <= _LONGEST_HEADER else b""
   except OSError as error:
     raise UnusableError(f"cannot be read ({error.strerror})") from error
   if not header or len(header) != length:
@@ -78,7 +78,8 @@ def read_facts(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _refuse_pickles(begin: bytes) -> None:
-  if begin.startswith(_PICKLES):
+  # The length of a header, with which safetensors files begin, may look the same; the header is a JSON object.
+  if begin.startswith(_PICKLES) and begin[8:] != b"{":
     raise UnusableError("is a pickle, which is not opened, as it may run anything; convert it to safetensors first")
 
 

@@ -7,6 +7,8 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
+from typing import Any, cast
 
 import chex
 import jax
@@ -17,7 +19,7 @@ import pytest
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import UserError
-from ddpm_jax.training.setup import make_train_step
+from ddpm_jax.training.setup import build_run, make_train_step
 from ddpm_jax.training.step import abstract_batch
 from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
@@ -53,6 +55,20 @@ def one_device(num_classes):
     rows.append([float(metrics[name]) for name in ("loss", "grad_norm")])
   assert state.step.devices() == {device}
   return host(state), np.asarray(rows)
+
+
+@pytest.mark.parametrize(
+  ("platform", "capability", "expected"),
+  [
+    *(("gpu", "8.0", "cudnn"), ("gpu", "10.3", "cudnn"), ("gpu", "7.5", "xla"), ("gpu", "gfx90a", "xla")),
+    *(("tpu", None, "xla"), ("cpu", None, "xla")),
+  ],
+)
+def test_what_computes_attention_follows_from_the_devices(platform, capability, expected):
+  mesh = make_mesh("pmap")
+  mesh.platform, device = platform, types.SimpleNamespace(compute_capability=capability)
+  mesh.jax_mesh = cast(Any, types.SimpleNamespace(devices=np.array([device])))
+  assert cast(Any, build_run(tiny_config(), IMAGE_SHAPE, mesh).denoiser.network).attention == expected
 
 
 @pytest.mark.parametrize(

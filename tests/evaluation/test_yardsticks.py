@@ -152,7 +152,7 @@ def test_of_a_few_images_only_what_halves_are_enough_for(config, tmp_path):
 
 def test_against_a_file_of_statistics(data, found, tmp_path):
   """The data itself has what halves of the features in the file have; without features nothing, but the rest stays."""
-  _, (source, reference, _) = data
+  _, (source, reference, *_) = data
   config = config_of(measures=("frechet", "score"), evaluate_samples=40, random_flip=False)
   whole = measure(config, Data(source, reference, "a"), tmp_path)
   for kind in ("data", "noise", "untrained"):

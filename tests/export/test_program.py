@@ -1,9 +1,11 @@
 """The exported sampler draws what the run `sample` draws, without the package that wrote it."""
 
+import dataclasses
 import functools
 import re
 import subprocess
 import sys
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -165,6 +167,25 @@ def test_a_platform_that_was_not_named_is_refused(written):
   elsewhere = export_sampler(having(config, export_platforms=("tpu",)), weights, 2)
   with pytest.raises(ValueError, match=r"platforms .*tpu.* used on .*cpu"):
     elsewhere.call(dict(np.load(folder / "weights.npz")), np.uint32(0), np.arange(2, dtype=np.int32))
+
+
+def test_no_kernel_of_one_kind_of_device_is_exported(monkeypatch):
+  """Also where the run itself has one."""
+  config, weights = tiny(dtype="bfloat16", num_heads=2)
+  denoiser = weights.run.denoiser
+  fused = dataclasses.replace(denoiser, network=dataclasses.replace(cast(Any, denoiser.network), attention="cudnn"))
+  asked, plain = [], jax.nn.dot_product_attention
+
+  def recorded(q, k, v, implementation="xla"):
+    asked.append(implementation)
+    return plain(q, k, v)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+  jax.eval_shape(fused.network, weights.params, np.zeros((1, *IMAGE_SHAPE), np.float32), np.zeros(1, np.int32))
+  assert set(asked) == {"cudnn"}
+  asked.clear()
+  export_sampler(config, weights._replace(run=weights.run._replace(denoiser=fused)), 2)
+  assert set(asked) == {"xla"}
 
 
 def test_named_batch_sizes(written, tmp_path):

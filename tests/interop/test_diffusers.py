@@ -4,6 +4,7 @@ pip install -e '.[test,interop]'
 python -m pytest tests/interop
 """
 
+import re
 import warnings
 
 import jax
@@ -13,20 +14,30 @@ import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.diffusion.denoiser import Denoiser, thresholded
+from ddpm_jax.diffusion.guidance import guided, pair_of
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.samplers import make_sampler, sample, steps_table
 from ddpm_jax.diffusion.schedules import make_schedule, reverse_variance
+from ddpm_jax.export.card import card
 from ddpm_jax.models.build import UNetNetwork, build_denoiser, build_model, num_params
+from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers as folders
+from ddpm_jax.weights.load import Weights
 from ddpm_jax.weights.options import diffusion_settings, scheduler_options, unet_options
 from tests.weights.make_diffusers_golden import (
+  ADM,
+  IDDPM,
+  LDM,
   PUBLISHED,
   ddim_trajectory,
   image_shape,
+  labels_of,
   nchw,
   network_input,
   nhwc,
+  of_openai,
   options,
   output_of,
   random_network,
@@ -48,7 +59,11 @@ SMALL = {
   "attention in the middle only": options(8, 1, [8, 8], "--", 3, 1),
   "wider, then narrower": options(8, 3, [8, 24, 16], "A-A", 1, 4),
   "not square": options(8, 3, [8, 16], "-A", 1, 2) | {"sample_size": [8, 16]},
+  "classes": options(8, 3, [8, 16], "-A", 1, 2) | {"num_class_embeds": 3},
 }
+for name, block in {"ldm": LDM, "iddpm": IDDPM, "adm": ADM}.items():
+  for classes in (None, 3):
+    SMALL[f"{name}, {classes or 'no'} classes"] = of_openai(block, options(8, 3, [8, 24, 16], "AA-", 2, 4), 4, classes)
 
 
 def make_folder(folder, unet, scheduler=None):
@@ -59,7 +74,7 @@ def make_folder(folder, unet, scheduler=None):
 
 
 def open_folder(folder):
-  options, shape = folders.describe(folder)
+  options, shape, _ = folders.describe(folder)
   config = config_lib.override(Config(), options | {"preview_steps": min(50, options["num_timesteps"])})
   return config, shape, folders.read_params(folder, config.model, shape)
 
@@ -80,11 +95,11 @@ def test_one_network(tmp_path, unet, parameters):
   assert parameters is None or num_params(params) == parameters
   batch = 1 if parameters else 2
   x, t = network_input("x", shape)[:batch], np.array([1, 990])[-batch:]
-  ours = jax.jit(UNetNetwork(build_model(config.model, shape)))(params, x, jnp.asarray(t - 1))
+  ours = jax.jit(UNetNetwork(build_model(config.model, shape)))(params, x, jnp.asarray(t - 1), labels_of(unet))
   expected = output_of(theirs, x, t - 1)
   error = relative(ours, expected)
   print(f"relative error {error:.1e}")
-  assert expected.std() > 0.05 and error < 1e-4
+  assert expected.std() > 0.05 and error < 5e-6
 
   (tmp_path / "ours").mkdir()
   folders.write_folder(tmp_path / "ours", config, shape, params)
@@ -259,6 +274,41 @@ def test_a_draw_of_50_steps_is_that_of_the_pipeline(exported, kind):
   ours = (x / 2 + 0.5).clip(0, 1)
   print(f"largest difference {np.abs(ours - drawn).max():.1e}, deviation {drawn.std():.2f}")
   assert drawn.std() > 0.05 and np.abs(ours - drawn).max() < 1e-3
+
+
+@pytest.mark.parametrize("label_dropout", [0.0, 0.1])
+def test_the_lines_of_the_card_draw_by_class(tmp_path, label_dropout):
+  """With guidance of scale 2 where there is a label for no class; the steps and the noise are those of our sampler."""
+  unet = of_openai(ADM, options(8, 3, [8, 16], "-A", 1, 2), 4, classes=3 + (label_dropout > 0))
+  make_folder(tmp_path / "theirs", unet, DDPMScheduler(num_train_timesteps=20, prediction_type="v_prediction"))
+  config, shape, params = open_folder(tmp_path / "theirs")
+  config = config_lib.override(config, {"num_classes": 3, "label_dropout": label_dropout})
+  (tmp_path / "ours").mkdir()
+  folders.write_folder(tmp_path / "ours", config, shape, params, ["a", "b", "c"])
+  read, _, classes = folders.describe(tmp_path / "ours")
+  assert (read["num_classes"], read["label_dropout"], classes) == (3, label_dropout, ("a", "b", "c"))
+
+  weights = Weights(build_run(config, shape, make_mesh("pmap")), params, 0, "ema", "", classes=classes)
+  text = card(config, weights, None, "")
+  assert "0 `a`, 1 `b`, 2 `c`" in text and ("2.0" in text) == (label_dropout > 0)
+  lines = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+  assert lines
+  torch.manual_seed(0)
+  drawn: dict = {}
+  exec(lines[1].replace("PATH", str(tmp_path / "ours")).replace("sample.png", str(tmp_path / "sample.png")), drawn)
+
+  torch.manual_seed(0)
+  x, d = nhwc(torch.randn(3, 3, 8, 8)), config.diffusion
+  schedule, times = make_schedule("linear", 20), np.arange(20, -1, -1)
+  bind = build_denoiser(config.model, d.prediction, shape).bind
+  main, none = bind(params, jnp.arange(3)), bind(params, jnp.full(3, 3))
+  denoise = jax.jit(thresholded(guided(main, pair_of(main, none), 2.0 if label_dropout else 1.0), "static"))
+  table = steps_table(schedule, "ddpm", times[:-1], times[1:], eta=0.0, variance=d.variance)
+  for t, c_xt, c_x0, sigma in zip(table.t, table.c_xt, table.c_x0, table.sigma, strict=True):
+    noise = nhwc(torch.randn(3, 3, 8, 8)) if t > 1 else 0.0
+    x = (c_xt * x + c_x0 * np.asarray(denoise(x, schedule.level(int(t))).x0) + sigma * noise).astype(np.float32)
+  assert x.std() > 0.05 and np.abs(nhwc(drawn["x"]) - x).max() < 1e-3
+  assert (tmp_path / "sample.png").exists() and len(drawn["images"]) == 3
 
 
 def test_the_pipeline_draws(tmp_path):

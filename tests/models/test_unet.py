@@ -125,7 +125,12 @@ def test_forward_pass_of_openais_networks_is_that_of_the_reference(block, heads,
   )
   model = build_model(config, (8, 8, 3))
   rng = np.random.default_rng(0)
-  params = jax.tree.map(lambda leaf: 0.25 * rng.standard_normal(leaf.shape), shapes_of(config, (8, 8, 3)))
+  shapes, quiet = shapes_of(config, (8, 8, 3)), ("conv_in", "conv1", "conv2", "shortcut", "proj", "conv")
+
+  def random(path, leaf):  # little variance in the groups, so that the epsilon of each norm shows
+    return rng.standard_normal(leaf.shape) * (0.005 if path[-2].key in quiet else 0.25)
+
+  params = jax.tree_util.tree_map_with_path(random, shapes)
   xt, t = rng.standard_normal((2, 8, 8, 3)), np.array([3, 977])
   label = np.array([2, 0]) if num_classes else None
   count = {"num_heads": lambda _: 2, "head_channels": lambda channels: channels // 4}[heads]
@@ -290,6 +295,38 @@ def test_attention_with_several_heads_by_hand(num_heads):
   assert np.abs(got - reference.attention(*exact, groups=2, heads=1, epsilon=1e-5)).max() > 1e-3
 
 
+def record_attention(monkeypatch):
+  """A list that receives what each attention is asked of."""
+  asked, plain = [], jax.nn.dot_product_attention
+
+  def recorded(q, k, v, implementation="xla"):
+    asked.append(implementation)
+    return plain(q, k, v)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", recorded)
+  return asked
+
+
+@pytest.mark.parametrize(
+  ("attention", "changes", "expected"),
+  [
+    ("cudnn", {}, "cudnn"),
+    ("xla", {}, "xla"),
+    ("cudnn", {"dtype": "float32"}, "xla"),
+    ("cudnn", {"head_channels": 0}, "xla"),
+    ("cudnn", {"head_channels": 4}, "xla"),
+    ("cudnn", {"channels": 136, "head_channels": 136}, "xla"),
+  ],
+)
+def test_cudnn_is_asked_for_attention_where_heads_allow_it(attention, changes, expected, monkeypatch):
+  sizes = {"channels": 8, "head_channels": 8, "dtype": "bfloat16"} | changes
+  config = dataclasses.replace(TINY, **sizes)
+  model = build_model(config, (8, 8, 1))
+  params, asked = shapes_of(config, (8, 8, 1)), record_attention(monkeypatch)
+  jax.eval_shape(UNetNetwork(model, attention), params, jnp.zeros((1, 8, 8, 1)), jnp.zeros(1))
+  assert asked == 4 * [expected]
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -326,9 +363,9 @@ def test_bfloat16_keeps_float32_parameters_and_output(tiny):
   assert (narrow != narrow.astype(jnp.bfloat16).astype(jnp.float32)).mean() > 0.9
 
 
-def with_remat(dtype, remat):
+def with_remat(dtype, remat, block="ddpm"):
   """A network of two levels, with its parameters (shapes) and inputs: images, timesteps, dropout keys."""
-  config = ModelConfig(**{**vars(TINY), "channels": 4, "dtype": dtype, "remat": remat})
+  config = ModelConfig(**{**vars(TINY), "channels": 4, "dtype": dtype, "remat": remat, "block": block})
   inputs = jnp.ones((2, 8, 8, 1)), jnp.asarray([5, 900]), jax.random.split(jax.random.key(3), 2)
   return UNetNetwork(build_model(config, (8, 8, 1))), shapes_of(config, (8, 8, 1)), inputs
 
@@ -341,10 +378,12 @@ def equations(jaxpr):
       yield from equations(inner)
 
 
-@pytest.mark.parametrize("remat", ["none", "norms", "blocks"])
-def test_no_sum_of_a_gradient_is_in_bfloat16(remat):
+@pytest.mark.parametrize(
+  ("block", "remat"), [("ddpm", "none"), ("ddpm", "norms"), ("ddpm", "blocks"), ("adm", "none"), ("adm", "blocks")]
+)
+def test_no_sum_of_a_gradient_is_in_bfloat16(block, remat):
   """But for products, which XLA sums in float32, and where a few gradients of one array meet."""
-  network, params, (*inputs, keys) = with_remat("bfloat16", remat)
+  network, params, (*inputs, keys) = with_remat("bfloat16", remat, block)
   gradient = jax.make_jaxpr(jax.grad(lambda params: jnp.sum(network(params, *inputs, dropout_keys=keys))))(params)
   found = [equation for equation in equations(gradient.jaxpr) if equation.primitive.name == "reduce_sum"]
   assert len(found) > 40
@@ -399,11 +438,17 @@ SECOND_ORDER = {  # of a loss(params, xt), at params along v
 
 
 @pytest.mark.parametrize(
-  ("dtype", "remat"), [("float32", "none"), ("float32", "norms"), ("float32", "blocks"), ("bfloat16", "none")]
+  ("dtype", "remat", "block"),
+  [
+    *(("float32", remat, "ddpm") for remat in ("none", "norms", "blocks")),
+    ("bfloat16", "none", "ddpm"),
+    ("float32", "none", "ldm"),
+    ("bfloat16", "norms", "adm"),
+  ],
 )
-def test_second_and_batched_derivatives_can_be_taken(dtype, remat):
+def test_second_and_batched_derivatives_can_be_taken(dtype, remat, block):
   """With dropout. Traced alone, as that is where a rule that is missing shows; the numbers are in the next test."""
-  network, params, (xt, time, keys) = with_remat(dtype, remat)
+  network, params, (xt, time, keys) = with_remat(dtype, remat, block)
   for derivative in SECOND_ORDER.values():
     loss = lambda params, xt: jnp.mean(jnp.square(network(params, xt, time, dropout_keys=keys)))  # noqa: E731
     found = jax.eval_shape(functools.partial(derivative, loss), params, params, xt)

@@ -30,6 +30,12 @@ PUBLISHED = {
 }
 
 
+# What makes networks of OpenAI of it, by --block. The first are the defaults of diffusers.
+LDM = {"downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5}
+IDDPM = LDM | {"resnet_time_scale_shift": "scale_shift"}
+ADM = IDDPM | {"downsample_type": "resnet", "upsample_type": "resnet"}
+
+
 def options(size: int, image_channels: int, widths: list[int], attention: str, layers: int, groups: int) -> dict:
   """Keyword arguments of UNet2DModel; `attention` has a letter for each level, A where there is attention."""
   return PUBLISHED | {
@@ -44,15 +50,31 @@ def options(size: int, image_channels: int, widths: list[int], attention: str, l
   }
 
 
+def of_openai(block: dict, unet: dict, heads: int, classes: int | None = None) -> dict:
+  """The network with those blocks, heads of so many channels, and labels."""
+  unet = unet | block | {"attention_head_dim": heads, "num_class_embeds": classes}
+  if block != LDM:
+    unet["attn_norm_num_groups"] = unet["norm_num_groups"]
+  if block == ADM:  # those of levels without attention; the smallest one keeps its resolution
+    resnet = {"DownBlock2D": "ResnetDownsampleBlock2D", "UpBlock2D": "ResnetUpsampleBlock2D"}
+    unet |= {name: [resnet.get(kind, kind) for kind in unet[name]] for name in ("down_block_types", "up_block_types")}
+  return unet
+
+
 NETWORKS = {
   "one_level": options(8, 1, [8], "-", 1, 2),
   "attention_at_two_levels": options(8, 3, [8, 16, 8], "-AA", 2, 4),
   "attention_at_full_resolution": options(4, 1, [6, 12], "A-", 1, 3),
+  "ldm": of_openai(LDM, options(8, 3, [8, 16], "AA", 1, 4), heads=4),
+  "iddpm": of_openai(IDDPM, options(8, 1, [8, 8], "-A", 1, 2), heads=4),
+  "adm_with_classes": of_openai(ADM, options(8, 3, [8, 16, 8], "-A-", 1, 2), heads=4, classes=3),
 }
 SCHEDULER = {"num_train_timesteps": 100, "beta_start": 1e-3, "beta_end": 0.1, "variance_type": "fixed_small"}
-STEPS = 10  # of DDIM
+TRAJECTORIES = ("one_level", "attention_at_two_levels", "attention_at_full_resolution")  # of DDIM, by these
+STEPS = 10
 BATCH = 2
 TIMESTEPS = (0, 63)  # as diffusers counts them, from 0
+LABELS = (2, 0)
 
 
 def random_tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -101,12 +123,19 @@ def random_network(unet: dict):
   return network
 
 
+def labels_of(unet) -> np.ndarray | None:
+  """Those of a batch, int32 [BATCH], where the network with these options takes some."""
+  return np.asarray(LABELS, np.int32) if unet.get("num_class_embeds") else None
+
+
 def output_of(network, x: np.ndarray, timesteps) -> np.ndarray:
-  """What it says of x [B, H, W, C] at the timesteps [B]."""
+  """What it says of x [B, H, W, C] at the timesteps [B], or at one for all, and of `LABELS` if it takes some."""
   import torch
 
+  labels = labels_of(network.config)
+  labels = None if labels is None else torch.tensor(labels[: len(x)])
   with torch.no_grad():
-    return nhwc(network(nchw(x), torch.tensor(timesteps)).sample)
+    return nhwc(network(nchw(x), torch.tensor(timesteps), labels).sample)
 
 
 def ddim_trajectory(network, start: np.ndarray, scheduler: dict, steps: int) -> np.ndarray:
@@ -115,17 +144,15 @@ def ddim_trajectory(network, start: np.ndarray, scheduler: dict, steps: int) -> 
   Where the estimate of the image is clipped, the noise follows from it, as here; without
   `use_clipped_model_output` diffusers keeps the network's.
   """
-  import torch
   from diffusers import DDIMScheduler
 
   shared = {name: value for name, value in scheduler.items() if name != "variance_type"}
   ddim = DDIMScheduler(**shared, timestep_spacing="trailing", set_alpha_to_one=True)
   ddim.set_timesteps(steps)
   x, states = nchw(start), []
-  with torch.no_grad():
-    for t in ddim.timesteps:
-      x = ddim.step(network(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
-      states.append(nhwc(x))
+  for t in ddim.timesteps:
+    x = ddim.step(nchw(output_of(network, nhwc(x), int(t))), t, x, use_clipped_model_output=True).prev_sample
+    states.append(nhwc(x))
   return np.stack(states)
 
 
@@ -139,7 +166,8 @@ def main() -> None:
     golden[f"{name}/config"] = np.asarray(network.to_json_string())
     golden[f"{name}/shapes"] = np.asarray(json.dumps(state))
     golden[f"{name}/output"] = output_of(network, network_input(name, shape), TIMESTEPS)
-    golden[f"{name}/ddim"] = ddim_trajectory(network, network_input("start", shape), SCHEDULER, STEPS)[[4, -1]]
+    if name in TRAJECTORIES:
+      golden[f"{name}/ddim"] = ddim_trajectory(network, network_input("start", shape), SCHEDULER, STEPS)[[4, -1]]
   np.savez_compressed(GOLDEN, **golden)
   for name, array in golden.items():
     print(name, array.shape, array.std() if array.dtype == np.float32 else array)

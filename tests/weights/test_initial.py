@@ -250,7 +250,7 @@ def test_what_named_the_first_weights_names_none_of_the_run_itself(noise_images,
 
 
 def test_labels_go_with_their_names(tmp_path, original, capsys):
-  """From a workdir and a file; those that the weights lack begin at the mean of theirs, or at zero, said aloud."""
+  """From a workdir, a file and a folder of diffusers; what they lack begins at the mean or at zero, said aloud."""
   trained = make_workdir(tmp_path, ("cats", "dogs", "flags"), **CONDITIONAL)
   layout.keep_classes(trained.path, ["cats", "dogs", "flags"])
   exchange_run.export(trained.having(export_format="safetensors", export_dir=str(tmp_path / "out")), trained.path)
@@ -258,11 +258,13 @@ def test_labels_go_with_their_names(tmp_path, original, capsys):
   weights = load_weights(trained.config, trained.path)
   rows = np.asarray(weights.params["label_embedding"]["embedding"])
   mean, zero = rows[:3].mean(0), np.zeros(32, np.float32)
-  capsys.readouterr()
+  exchange_run.export(trained.having(export_dir=str(tmp_path / "folder")), trained.path)
+  assert "no pipeline of diffusers draws by class: the README.md has the lines that do" in capsys.readouterr().out
   note = "the labels of --init_from: "
   cases = [  # PATH, classes, label_dropout, the rows, what is said
     (trained.path, ("cats", "dogs", "flags"), 0.3, [*rows], []),
     (file, ("cats", "dogs", "flags"), 0.3, [*rows], []),
+    (tmp_path / "folder", ("cats", "dogs", "flags"), 0.3, [*rows], []),
     (file, ("dogs", "flags"), 0.2, rows[[1, 2, 3]], ["cats are left out"]),
     (file, ("birds", "cats", "dogs", "flags"), 0.0, [mean, *rows[:3]], ["birds begin anew, at the mean of the others",
                                                                         "(no class) are left out"]),
@@ -273,8 +275,10 @@ def test_labels_go_with_their_names(tmp_path, original, capsys):
     params, shape = initial.read_params(begun_with(str(path), **settings), IMAGE_SHAPE, names)
     np.testing.assert_allclose(params["label_embedding"]["embedding"], np.stack(list(expected)), rtol=1e-6)
     assert shape == IMAGE_SHAPE and capsys.readouterr().err.splitlines() == [note + line for line in said]
-  found = initial.find_weights(begun_with(str(file)), None)
-  assert found.class_names == ("cats", "dogs", "flags") and found.identity == weights.identity
+  for path in (file, tmp_path / "folder"):
+    found = initial.find_weights(begun_with(str(path)), None)
+    assert found.class_names == ("cats", "dogs", "flags") and found.identity == weights.identity
+    assert found.run.null_label == 3
   assert initial.find_weights(begun_with(str(trained.path)), None).class_names == found.class_names
   for path, changes, part in (
     (file, {"num_classes": 4}, "is a model of 3 classes, not 4; leave --num_classes out"),

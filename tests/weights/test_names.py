@@ -68,7 +68,7 @@ def test_all_that_does_not_fit_is_named():
   rows, state = names.table(*network("one_level")), state_of("one_level")
   state["conv_in.weight"] = state["conv_in.weight"][:4]
   state["conv_out.bias"] = state["conv_out.bias"].reshape(1, 1)
-  state["class_embedding.weight"] = np.zeros((10, 32), np.float32)
+  state["class_embedding.weight"] = np.zeros((10, 32), np.float32)  # of an unconditional network
   del state["mid_block.attentions.0.to_k.bias"]
   with pytest.raises(UserError) as caught:
     names.from_diffusers(state, rows)

@@ -95,6 +95,17 @@ def test_pickles_are_not_opened(path, begin):
     read_facts(path)
 
 
+def test_a_file_that_begins_as_pickles_do(path):
+  """It begins with the length of its header, of which one in 32 has the lowest byte 0x80."""
+  for number in range(0, 256, 8):
+    facts = FACTS | {"more": "x" * number}
+    write_tensors(path, ARRAYS, facts)
+    if path.read_bytes().startswith(b"\x80"):
+      break
+  assert path.read_bytes().startswith(b"\x80")
+  assert read_tensors(path).facts == read_facts(path) == facts
+
+
 def test_what_cannot_be_read(tmp_path):
   assert refusal(tmp_path / "none") == "cannot be read (No such file or directory)"
   assert refusal(tmp_path) == "cannot be read (Is a directory)"

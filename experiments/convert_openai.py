@@ -1,0 +1,189 @@
+"""Converts U-Nets of OpenAI's code and of latent diffusion to the file that --init_from reads.
+
+  pip install torch
+  python experiments/convert_openai.py 64x64_diffusion.pt imagenet64.safetensors --qkv_order=new --image_size=64 \
+    --block=adm --channels=192 --channel_multipliers=1,2,3,4 --num_res_blocks=3 --attention_resolutions=32,16,8 \
+    --head_channels=64 --dropout=0.1 --conditioning=class --num_classes=1000 --beta_schedule=cosine
+  python -m ddpm_jax.main --mode=sample --init_from=imagenet64.safetensors --workdir=runs/imagenet64
+
+Reads files of guided-diffusion and improved-diffusion (.pt, or as safetensors) and of latent-diffusion (.ckpt, of which
+the moving average is taken where there is one). What the network and its diffusion are is for the flags of ddpm_jax to
+say, also of a --preset or --flagfile. Every tensor must fit.
+
+--qkv_order says how the rows of queries, keys and values lie: 'legacy', by head, in improved-diffusion,
+latent-diffusion, most of guided-diffusion; 'new' where its flags have --use_new_attention_order True, as for ImageNet
+64. With one head both are the same. The wrong one of several heads is not noticed, and the images are wrong.
+
+Of a network with learned variances the half of the last layer that predicts them is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from absl import flags as absl_flags
+
+from ddpm_jax import config as config_lib
+from ddpm_jax import flags
+from ddpm_jax.config import Config, ModelConfig
+from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import Params, fitted
+from ddpm_jax.weights import file
+from ddpm_jax.weights.names import from_flat, param_shapes
+from ddpm_jax.weights.tensors import read_tensors
+from ddpm_jax.workdir.arrays import UnusableError
+
+# Layers of blocks, and those outside of any: ours -> theirs.
+LAYERS = {
+  "temb_dense1": "time_embed.0",
+  "temb_dense2": "time_embed.2",
+  "label_embedding": "label_emb",
+  "norm1": "in_layers.0",
+  "conv1": "in_layers.2",
+  "temb_proj": "emb_layers.1",
+  "norm2": "out_layers.0",
+  "conv2": "out_layers.3",
+  "shortcut": "skip_connection",
+  "norm": "norm",
+  "qkv": "qkv",
+  "proj": "proj_out",
+  "norm_out": "out.0",
+  "conv_out": "out.2",
+}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+# Of latent-diffusion, and of its moving average, whose names have no more dots.
+PREFIX, AVERAGE = "model.diffusion_model.", "model_ema.diffusion_model"
+
+
+def block_names(model: ModelConfig, height: int) -> Iterator[tuple[str, str]]:
+  """(ours, theirs) of each block, in the order of the network for images of that height."""
+  yield "conv_in", "input_blocks.0.0"
+  number, levels = 0, len(model.channel_multipliers)
+  for level in range(levels):
+    for i in range(model.num_res_blocks):
+      number += 1
+      yield f"down{level}_block{i}", f"input_blocks.{number}.0"
+      yield f"down{level}_block{i}_attention", f"input_blocks.{number}.1"
+    number += 1
+    yield f"down{level}_downsample", f"input_blocks.{number}.0"
+  yield from (("mid_block0", "middle_block.0"), ("mid_attention", "middle_block.1"), ("mid_block1", "middle_block.2"))
+  number = -1
+  for level in reversed(range(levels)):
+    for i in range(model.num_res_blocks + 1):
+      number += 1
+      yield f"up{level}_block{i}", f"output_blocks.{number}.0"
+      yield f"up{level}_block{i}_attention", f"output_blocks.{number}.1"
+    attends = height >> level in model.attention_resolutions
+    yield f"up{level}_upsample", f"output_blocks.{number}.{1 + attends}"
+
+
+def their_name(path: tuple[str, ...], blocks: Mapping[str, str]) -> str:
+  """Of the parameter at that path of our tree."""
+  *folders, leaf = path
+  if folders == ["conv_in"]:
+    layer = blocks["conv_in"]
+  elif len(folders) == 1:
+    layer = LAYERS[folders[0]]
+  else:
+    block, inner = folders
+    strided = {"downsample": "op", "upsample": "conv"}.get(block.split("_")[-1], "")
+    layer = f"{blocks[block]}.{strided if inner == 'conv' else LAYERS[inner]}"
+  return f"{layer}.{LEAVES[leaf]}"
+
+
+def in_our_layout(path: tuple[str, ...], tensor: np.ndarray) -> np.ndarray:
+  """Theirs is [out, in, ...], where a convolution of one pixel, a matrix of ours, has axes of one element."""
+  if path[-1] != "kernel":
+    return tensor
+  is_matrix = tensor.shape[2:] in ((), (1,), (1, 1))
+  return tensor.reshape(tensor.shape[:2]).T if is_matrix else tensor.transpose(2, 3, 1, 0)
+
+
+def with_order(tensors: Mapping[str, np.ndarray], order: str, model: ModelConfig) -> dict[str, np.ndarray]:
+  """The tensors with rows [3, heads, size] of queries, keys and values; those of `legacy` are [heads, 3, size]."""
+
+  def ordered(name: str, rows: np.ndarray) -> np.ndarray:
+    if order == "new" or "qkv" not in name:
+      return rows
+    num_heads = len(rows) // (3 * model.head_channels) if model.head_channels else model.num_heads
+    return rows.reshape(num_heads, 3, -1, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+  return {name: ordered(name, rows) for name, rows in tensors.items()}
+
+
+def convert(tensors: Mapping[str, np.ndarray], config: Config, qkv_order: str) -> tuple[Params, tuple[int, int, int]]:
+  """Their tensors as our tree, and the shape of the images [H, W, C]. Raises UserError, which lists what does not fit.
+
+  config: with the size of the images.
+  """
+  found = with_order(select(tensors), qkv_order, config.model)
+  if "input_blocks.0.0.weight" not in found:
+    raise UserError("these are no weights of OpenAI's U-Net, as there is no input_blocks.0.0.weight; name another file")
+  channels = found["input_blocks.0.0.weight"].shape[1]
+  image_shape = (*config_lib.height_and_width(config.data.image_size), channels)
+  model = fitted(config.model, image_shape)
+  blocks, shapes = dict(block_names(model, image_shape[0])), param_shapes(model, image_shape)
+  names = {path: their_name(path, blocks) for path in shapes}
+  problems = [f"{name} is missing" for name in names.values() if name not in found]
+  problems += [f"{name} is too much" for name in found if name not in names.values()]
+  if problems:
+    raise UserError(f"the weights do not fit the network that the flags describe: {', '.join(problems)}")
+  flat = {}
+  for path, name in names.items():
+    tensor = found[name]
+    if path[0] == "conv_out" and len(tensor) == 2 * channels:
+      tensor = tensor[:channels]
+    flat[".".join(path)] = in_our_layout(path, tensor)
+  return from_flat(flat, model, image_shape), image_shape
+
+
+def select(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Of a file of latent-diffusion those of the U-Net, as guided-diffusion names them; of another all."""
+  inner = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+  averages = {name: tensors.get(AVERAGE + name.replace(".", "")) for name in inner}
+  return {name: inner[name] if mean is None else mean for name, mean in averages.items()} or dict(tensors)
+
+
+def read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  """The tensors of a file as float32. Raises UserError or OSError, and whatever PyTorch does."""
+  if path.suffix == ".safetensors":
+    try:
+      return read_tensors(path).arrays
+    except UnusableError as error:
+      raise UserError(f"{path} {error}") from error
+  import torch
+
+  state = torch.load(path, map_location="cpu", weights_only=True)
+  state = state.get("state_dict", state)
+  return {name: tensor.float().numpy() for name, tensor in state.items()}
+
+
+def main(arguments: list[str]) -> None:
+  """The command. Exits with a message where it cannot go on."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument("source", type=pathlib.Path)
+  parser.add_argument("target", type=pathlib.Path)
+  parser.add_argument("--qkv_order", choices=("legacy", "new"), required=True)
+  own, rest = parser.parse_known_args(arguments)
+  registry = absl_flags.FlagValues()
+  flags.define(registry)
+  try:
+    registry(["", *flags.expand_flagfiles(rest)])
+    config = config_lib.override(Config(), flags.given(registry))
+    if not config.data.image_size:
+      raise UserError("image_size: missing, as the file does not say it; name it, such as --image_size=64")
+    params, image_shape = convert(read(own.source), config, own.qkv_order)
+    file.write_file(own.target, {"config": file.settings_of_weights(config)}, image_shape, params)
+  except (UserError, OSError, absl_flags.Error) as error:
+    sys.exit(str(error))
+  print(f"Written: {own.target}. Use it with --init_from={own.target}")
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
