@@ -37,7 +37,7 @@ from ddpm_jax.models.build import Params, TrainableNetwork, num_params
 from ddpm_jax.runtime import numerics, paths, terminal
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.sampling.classes import one_scale, wanted
-from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_draw, table_of
+from ddpm_jax.sampling.draw import bind_for_sampling, bind_weights, constants_of, fit_batch, make_draw, table_of
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.setup import Run
 from ddpm_jax.weights import initial
@@ -111,6 +111,7 @@ class Model:
     guidance_scale: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     guide_with: Model | None = None,
+    classifier_scale: float | None = None,
   ) -> np.ndarray:
     """Draws images: those of `--mode=sample --sample_seed=SEED`, to float32 rounding, which depends on the batch.
 
@@ -136,6 +137,7 @@ class Model:
       guidance_interval: (lo, hi), where to guide: lo < sqrt((1 - alpha_bar) / alpha_bar) <= hi; empty: everywhere.
       guide_with: a worse model of the same images, noise and classes, away from which this one is guided (Karras et al.
         2024), such as an earlier checkpoint; None: that of `config`, or else this one without the class.
+      classifier_scale: s of s grad log p(class | x_t), by which the classifier that `load` was given guides.
         What else is None is as in `config`.
 
     Returns:
@@ -158,6 +160,7 @@ class Model:
       "classes": (classes,) if isinstance(classes, str | int) else classes,
       "guidance_scale": guidance_scale if guidance_scale is None else (guidance_scale,),
       "guidance_interval": guidance_interval,
+      "classifier_scale": classifier_scale,
     }
     if guidance_scale == 1.0 and guide_with is None:  # also where `config` says how to guide
       asked |= {"guidance_interval": guidance_interval or (), "guide_with": ""}
@@ -172,8 +175,7 @@ class Model:
         weights = _guided_by(weights, guide_with, scale)
       chosen = wanted(config.sample, weights)
     num, asked_size = config.sample.num_samples, config.sample.sample_batch_size
-    draw = self._draw(config, weights.guide)
-    constants = seeded(self.params, config.sample.sample_seed, scale, weights.guide and weights.guide.params)
+    draw, constants = self._draw(config, weights), constants_of(weights, config.sample)
     index = np.arange(num, dtype=np.int32)
     columns = (index,) if chosen is None else (index, chosen.of(index))
     size = min(asked_size, num) if asked_size else fit_batch(draw, constants, *columns, number=num)
@@ -201,17 +203,20 @@ class Model:
     """eps_hat: the noise that the network sees in x_t, whatever it was trained to predict. As `denoise`, no range."""
     return self._eps_hat(self.params, *self._checked(x, t, label))
 
-  def _draw(self, config: Config, guide: Weights | None) -> BatchedFn:
+  def _draw(self, config: Config, weights: Weights) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
     # Neither is how many, which seed, how many at once, of which class.
     options = dataclasses.replace(config.sample, num_samples=1, sample_seed=0, sample_batch_size=0, classes=())
-    if config_lib.guided(options):  # nor by how much they are guided
+    if options.classifier:  # nor by how much a classifier guides them
+      options = dataclasses.replace(options, classifier_scale=2.0)
+    if config_lib.guided(options):  # nor by how much another model does
       options = dataclasses.replace(options, guidance_scale=(2.0,))
-    variance, pair = config.diffusion.variance, guide and (guide.run.denoiser, guide.run.conditional)
+    guide, variance = weights.guide, config.diffusion.variance
+    pair = guide and (guide.run.denoiser, guide.run.conditional)
     if (options, variance, pair) not in self._draws:
       run = self.weights.run
       self._draws[options, variance, pair] = make_draw(
-        bind_for_sampling(run, options, guide and guide.run),
+        bind_weights(weights, options),
         table_of(options, run.schedule, variance),
         first_stage=run.first_stage,
         mesh=run.mesh,
@@ -322,6 +327,7 @@ def load(
   dtype: str | None = None,
   matmul_precision: str | None = None,
   network: TrainableNetwork | None = None,
+  classifier: str | os.PathLike[str] = "",
 ) -> Model:
   """Reads a trained model.
 
@@ -333,6 +339,7 @@ def load(
     matmul_precision: of float32 products, 'default', 'high' or 'highest'.
       What is None is as the model was trained.
     network: that of a workdir which was trained with one of your own.
+    classifier: the workdir of a classifier of noisy images that guides the draws towards their classes.
 
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
@@ -344,6 +351,7 @@ def load(
   place = initial.absolute(os.fspath(path))
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
+  asked |= {"classifier": os.fspath(classifier)} if classifier else {}
   if initial.inspect_source(place).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     own = {} if network is None else {"network": layout.describe_own(network)}
@@ -391,6 +399,8 @@ def train(
   from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
 
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
+  if config.model.stage == "classifier":
+    raise UserError("stage: a classifier is no model that draws, which this returns; train it by the command")
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"

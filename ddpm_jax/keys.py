@@ -34,12 +34,26 @@ class Seeded(NamedTuple):
   seed: Any  # uint32 scalar
   guidance_scale: Any = None  # float32 scalar; None: no guidance
   guide: Any = None  # the weights of a guide of its own
+  classifier_scale: Any = None  # float32 scalar; None: no classifier
+  classifier: Any = None  # its weights
 
 
-def seeded(params: Any, seed: int, guidance_scale: float = 1.0, guide: Any = None) -> Seeded:
-  """Binds a seed in 0..2^32 - 1 to weights, and unless it is 1 a guidance scale with the weights of the guide."""
+def seeded(
+  params: Any,
+  seed: int,
+  guidance_scale: float = 1.0,
+  guide: Any = None,
+  classifier_scale: float = 1.0,
+  classifier: Any = None,
+) -> Seeded:
+  """Binds a seed in 0..2^32 - 1 to weights.
+
+  So are, unless it is 1, a guidance scale with the weights of the guide, and the weights of a classifier, if there is
+  one, with its scale.
+  """
   scale = None if guidance_scale == 1.0 else np.float32(guidance_scale)
-  return Seeded(params, np.uint32(seed), scale, None if scale is None else guide)
+  its_scale = None if classifier is None else np.float32(classifier_scale)
+  return Seeded(params, np.uint32(seed), scale, None if scale is None else guide, its_scale, classifier)
 
 
 def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:

@@ -79,6 +79,11 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
   rules, run = MODES[mode], layout.read_run(folder) if folder is not None else None
   if run:
     layout.check_own(run.folder, {}, ("network", "objective") if mode == "train" else ("network",))
+  if run and run.config.model.stage == "classifier" and not rules.new_run:
+    raise UserError(
+      f"mode: {mode} is of models that draw, and {run.folder} holds a classifier; name the workdir of such a model, "
+      "and this one as --classifier"
+    )
   given = _settled(given, run)
   base = _base(rules, given, run)
   if mode != "evaluate" and given.get("write_reference"):

@@ -71,7 +71,7 @@ def _data(source: Source, config: Config) -> fingerprint.Fingerprint:
 
   Of an unconditional run, only where those are known without reading records.
   """
-  labels = _labels_sha256(source) if config.data.conditioning == "class" else source.known_classes().sha256
+  labels = _labels_sha256(source) if config_lib.reads_classes(config) else source.known_classes().sha256
   return source.fingerprint | {"order": shuffle.KIND} | ({"labels": labels} if labels else {})
 
 
@@ -135,7 +135,7 @@ def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pa
       "another order; go on with that version, or all the same with --allow_data_change"
     )
   check_images(manifest, source, workdir)
-  if config.data.conditioning == "class":
+  if config_lib.reads_classes(config):
     _check_labels(manifest, config, source, workdir)
 
 

@@ -263,6 +263,8 @@ def guided(sample: SampleConfig) -> bool:
 
 
 def _check_guidance(sample: SampleConfig) -> None:
+  if sample.classifier_scale != SampleConfig().classifier_scale and not sample.classifier:
+    raise UserError(f"classifier_scale: {sample.classifier_scale} has no effect without --classifier; set that too")
   if not sample.guidance_scale:
     raise UserError("guidance_scale: empty; use 1 for no guidance")
   if len(set(sample.guidance_scale)) < len(sample.guidance_scale):
@@ -280,8 +282,22 @@ def _check_guidance(sample: SampleConfig) -> None:
       raise UserError(f"guidance_interval: {text} holds no noise level; write the lower one first, such as 0.2,1.6")
 
 
+def reads_classes(config: Config) -> bool:
+  """Whether training reads the class of each image."""
+  return config.data.conditioning == "class" or config.model.stage == "classifier"
+
+
+# Options that a classifier has no use for.
+_OF_DENOISERS = ("conditioning", "label_dropout", "prediction", "loss", "loss_weighting", "evaluate_every", "init_from")
+
+
 def _check_conditioning(config: Config) -> None:
-  if config.data.conditioning == "none":
+  if config.model.stage == "classifier":
+    defaults, now = values(Config()), values(config)
+    for name in _OF_DENOISERS:
+      if now[name] != defaults[name]:
+        raise UserError(f"{name}: {now[name]} has no effect with stage=classifier; leave it out")
+  elif config.data.conditioning == "none":
     for name in ("num_classes", "label_dropout"):
       if value := getattr(config.model, name):
         raise UserError(f"{name}: {value} has no effect with conditioning=none; use --conditioning=class")

@@ -93,8 +93,12 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The U-Net."""
+  """The network."""
 
+  stage: str = option("denoiser", "What is trained: 'denoiser', the U-Net that images are drawn with; 'classifier', "
+                      "its encoder half with attention pooling, which tells the class of a noisy image and guides "
+                      "the draws of another run as --classifier (Dhariwal and Nichol 2021).",
+                      choices=("denoiser", "classifier"))
   channels: int = option(32, "Channels at the full resolution.", minimum=2)
   channel_multipliers: tuple[int, ...] = option((1, 2), "Channels of each level as multiples of --channels; each "
                                                 "level after the first halves the resolution.", minimum=1)
@@ -112,8 +116,8 @@ class ModelConfig:
   norm_groups: int = option(0, "Groups of GroupNorm (0: the paper's 32, fewer where a group would have less than four "
                             "channels).", minimum=0)
   dropout: float = option(0.0, "Dropout rate inside the residual blocks.", minimum=0, below=1)
-  num_classes: int = option(0, "Classes that a network of --conditioning=class knows (0: those of the data set).",
-                            minimum=0)
+  num_classes: int = option(0, "Classes that a network of --conditioning=class, or a classifier, knows (0: those of "
+                            "the data set).", minimum=0)
   label_dropout: float = option(0.0, "Rate at which --conditioning=class drops the class of an image in training, so "
                                 "that the network learns what images of any class are like, which --guidance_scale "
                                 "needs; 0.1 is usual.", minimum=0, below=1)
@@ -144,6 +148,8 @@ class OptimizerConfig:
   warmup_steps: int = option(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
                              "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
                              minimum=0)
+  weight_decay: float = option(0.0, "Decoupled weight decay, AdamW (Loshchilov and Hutter 2019): each training step "
+                               "also takes this times the learning rate of every parameter away.", minimum=0)
   grad_clip: float = option(1.0, "Largest global norm of the mean gradient (0: no clipping).", minimum=0)
   ema_decay: float = option(0.995, "Decay of the exponential moving average of the weights; reached gradually as "
                             "min(decay, (1 + n) / (10 + n)) after n training steps.", minimum=0, below=1)
@@ -259,6 +265,10 @@ class SampleConfig:
                            "(autoguidance, Karras et al. 2024), as the number of a checkpoint of this run, 'raw' for "
                            "its raw weights, or the path of another model (empty: the same model without the class).",
                            may_change=True)
+  classifier: str = option("", "The workdir of a classifier of noisy images (--stage=classifier) whose gradient guides "
+                           "the draw towards --classes, of an unconditional model too.", may_change=True)
+  classifier_scale: float = option(1.0, "s of s grad log p(class | x_t), by which --classifier guides.", minimum=0,
+                                   may_change=True)
   sample_batch_size: int = option(0, "Images drawn at once, over all devices; does not change the images (0: what "
                                   "fits, at most 64 on each device of a CPU).", minimum=0, may_change=True)
   sample_seed: int = option(0, "Seed of the draw; image i depends on it and on i alone.", minimum=0, below=2**32,

@@ -25,7 +25,6 @@ from ddpm_jax.data.encoded import (
   remote_reader,
 )
 from ddpm_jax.data.files import ImageFiles
-from ddpm_jax.data.labels import numbers_of
 from ddpm_jax.data.selection import select
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime import console
@@ -97,12 +96,13 @@ class Source:
     return self.length
 
 
-def num_classes(source: Source, known: int = 0) -> int:
-  """The number of classes that a network of these images is told apart.
+def num_classes(source: Source, known: int = 0, *, stage: str = "denoiser") -> int:
+  """The number of classes that a network of these images is told apart, or tells apart.
 
   Args:
     source: the images.
     known: `--num_classes`, which may be more than there are here; 0: as many as there are.
+    stage: what is trained, 'denoiser' or 'classifier'.
 
   Raises:
     UserError: the images have no classes, or more than are known.
@@ -113,9 +113,10 @@ def num_classes(source: Source, known: int = 0) -> int:
   except NoLabels as error:
     labels, why = None, error.why
   if labels is None:
+    field, remedy = ("stage: classifier", "") if stage == "classifier" else ("conditioning: class", "none")
     raise UserError(
-      f"conditioning: class needs the class of each image, and {source.name} {why}; put the images of each class into "
-      "a folder of their own, or use --conditioning=none"
+      f"{field} needs the class of each image, and {source.name} {why}; put the images of each class into a folder of "
+      f"their own{remedy and f', or use --conditioning={remedy}'}"
     )
   here = max(len(source.known_classes().names), int(labels.max()) + 1)
   if known and here > known:
@@ -274,7 +275,8 @@ def class_count(data: DataConfig) -> int:
   own = own_images(data.dataset)
   if own is None and not digits.is_digits(data):
     names = prepared.class_names(data)
-    count = len(numbers_of(data.only, data.dataset, names)) if data.only and names else len(names)
+    only = {part.strip() for part in data.only.split(",")} if data.only else names
+    count = len(only) if names else 0  # before it is prepared, a data set may have numbers alone for names
   elif own is None or _KINDS[own[0]].exists(data):
     encoded = open_encoded(data)
     try:

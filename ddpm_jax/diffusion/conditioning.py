@@ -9,6 +9,9 @@ import jax.numpy as jnp
 def drop_label(key: jax.Array, label: jax.Array, rate: float, null_label: int) -> jax.Array:
   """The label of one example or, at this rate, the null label (Ho and Salimans 2022, Algorithm 1).
 
+  >>> drop_label(jax.random.key(0), jnp.asarray(3), rate=0.0, null_label=10).tolist()
+  3
+
   Args:
     key: of this example, for nothing else.
     label: int32 scalar.

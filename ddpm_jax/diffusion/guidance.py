@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.diffusion.denoiser import DenoiseFn, PairFn, Prediction, for_each, from_x0
+from ddpm_jax.diffusion.samplers import Shift
 from ddpm_jax.diffusion.schedules import Level, cast
 
 LogProbabilitiesFn = Callable[[jax.Array, Level], jax.Array]  # (x_t [B, ...], its level) -> log p(y | x_t) [B, K]
@@ -106,9 +107,7 @@ def classifier_guided(denoise: DenoiseFn, gradient: GradientFn, scale: float | j
   return moved
 
 
-def mean_shift(
-  gradient: GradientFn, variances: np.ndarray, scale: float | jax.Array
-) -> Callable[[jax.Array, Level, jax.Array], jax.Array]:
+def mean_shift(gradient: GradientFn, variances: np.ndarray, scale: float | jax.Array) -> Shift:
   """The `shift` of `samplers.Trajectory` for classifier guidance of ancestral sampling: variance s grad log p(y | x_t).
 
   Dhariwal and Nichol 2021, Algorithm 1, with the gradient at x_t, not at the mean, as in the authors' code
@@ -116,7 +115,7 @@ def mean_shift(
 
   Args:
     gradient: (x_t, level) -> that of log p(y | x_t) by x_t.
-    variances: of each row of the table, float64 [N], see `schedules.reverse_variance`.
+    variances: of each row of the table, float64 [N], see `samplers.variances`.
     scale: s, a scalar.
   """
   column = cast(variances)

@@ -27,6 +27,8 @@ from ddpm_jax.diffusion.schedules import Level, NoiseSchedule, cast, posterior, 
 _CENTER_AND_WIDTH, _OF_HEUN = (0.0, 2.5), (-3.0, 3.0)
 _LEAST_LOG_SNR = -10.2  # where it begins
 
+Shift = Callable[[jax.Array, Level, jax.Array], jax.Array]  # (x_t, its level, number of the row) -> the shape of x_t
+
 
 class SamplerTable(typing.NamedTuple):
   """One row for each network evaluation, in order. `t` and `s` are int [N], the others float64 [N]."""
@@ -197,6 +199,12 @@ def steps_table(
       raise ValueError(f"unknown sampler {name!r}")
 
 
+def variances(schedule: NoiseSchedule, table: SamplerTable) -> np.ndarray:
+  """The variance of p(x_s | x_t) in each row of an ancestral table: sigma^2, but see `reverse_variance` for s = 0."""
+  last = reverse_variance(schedule, "fixed_small", table.s, table.t)
+  return np.where(np.equal(table.s, 0), last, table.sigma**2)
+
+
 def grid_name(sampler: str, grid: str) -> str:
   """The time grid that 'auto' stands for, else `grid` itself."""
   if grid != "auto":
@@ -284,7 +292,7 @@ class Trajectory:
   start: jax.Array | None = None
   keep: Sequence[int] = ()
   after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None
-  shift: Callable[[jax.Array, Level, jax.Array], jax.Array] | None = None
+  shift: Shift | None = None
 
   def begin(self) -> State:
     """The state before the first row."""
@@ -326,7 +334,7 @@ def sample(
   start: jax.Array | None = None,
   keep: Sequence[int] = (),
   after_row: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-  shift: Callable[[jax.Array, Level, jax.Array], jax.Array] | None = None,
+  shift: Shift | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one example for each key: `Trajectory`, whose arguments these are, from its begin to its end.
 

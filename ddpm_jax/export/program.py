@@ -115,6 +115,8 @@ def write_program(config: Config, weights: Weights, folder: pathlib.Path) -> Non
     raise UserError(f"sample_task: {config.sample.sample_task} cannot be exported; leave it out")
   if weights.guide:
     raise UserError("guide_with: a sampler with a guide of its own cannot be exported; leave it out")
+  if weights.classifier:
+    raise UserError("classifier: a sampler with a classifier cannot be exported; leave it out")
   check_guidance(config.sample, weights)
   sizes = config.exchange.export_batch_sizes
   names = {f"sampler_{size}.stablehlo": size for size in sizes} or {"sampler.stablehlo": None}

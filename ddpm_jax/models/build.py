@@ -25,7 +25,7 @@ Params = Any  # a nested dict of float32 arrays
 
 def num_labels(config: ModelConfig) -> int:
   """Rows of the label embedding: one for each class, and the last for no label where some are dropped."""
-  return config.num_classes + (null_label(config) is not None)
+  return 0 if config.stage == "classifier" else config.num_classes + (null_label(config) is not None)
 
 
 def null_label(config: ModelConfig) -> int | None:
@@ -46,7 +46,7 @@ def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfi
 
 
 def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
-  """The U-Net for images of that shape [H, W, C].
+  """The U-Net for images of that shape [H, W, C], or its half that is a classifier.
 
   Raises:
     UserError: see `config.check_size`, or an attention resolution is never reached, or channels cannot be divided into
@@ -63,8 +63,10 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
         "use some of those, or --attention_resolutions= for attention in the middle only"
       )
   _check_heads(config, resolutions)
+  classifier = config.stage == "classifier"
+  assert config.num_classes or not classifier, "a classifier is built for its classes"
   return UNet(
-    out_channels=channels,
+    out_channels=config.num_classes if classifier else channels,
     channels=config.channels,
     channel_multipliers=config.channel_multipliers,
     num_res_blocks=config.num_res_blocks,
@@ -77,6 +79,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
     dtype=jnp.dtype(config.dtype),
     remat=config.remat,
     num_labels=num_labels(config),
+    classifier=classifier,
   )
 
 
@@ -136,7 +139,7 @@ class UNetNetwork:
   def __call__(
     self, params: Params, x: jax.Array, time: jax.Array, cond: Cond = None, *, dropout_keys: jax.Array | None = None
   ) -> jax.Array:
-    """x float32 [B, H, W, C], time [B], cond int32 [B] or, if it is unconditional, None -> float32 [B, H, W, C]."""
+    """x float32 [B, H, W, C], time [B], cond int32 [B] or, if it is unconditional, None -> float32 as the U-Net's."""
     assert (cond is not None) == (self.model.num_labels > 0), "a label goes to a conditional network, and to no other"
     fused = nn.intercept_methods(fused_attention) if self.attention == "cudnn" else contextlib.nullcontext()
     with nn.intercept_methods(fast_convolutions), fused:

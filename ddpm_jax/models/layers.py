@@ -315,6 +315,30 @@ class SelfAttention(nn.Module):
     return jax.nn.dot_product_attention(q, k, v)
 
 
+class AttentionPool(nn.Module):
+  """Self-attention of all positions and their mean, of which the latter's is the result (Radford et al. 2021, CLIP).
+
+  Attributes:
+    features: F, of the result.
+    num_heads: heads, each of C / num_heads channels in a row.
+  """
+
+  features: int
+  num_heads: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """float32 [B, H, W, C] -> [B, features]."""
+    batch, channels = x.shape[0], x.shape[-1]
+    tokens = x.reshape(batch, -1, channels)
+    tokens = jnp.concatenate([jnp.mean(tokens, axis=1, keepdims=True), tokens], axis=1)
+    place = self.param("place", nn.initializers.normal(channels**-0.5), tokens.shape[1:], jnp.float32)
+    qkv = Dense(3 * channels, default_init, jnp.float32, name="qkv")((tokens + place[None]).reshape(-1, channels))
+    q, k, v = jnp.split(qkv.reshape(batch, -1, 3 * self.num_heads, channels // self.num_heads), 3, axis=2)
+    h = jax.nn.dot_product_attention(q[:, :1], k, v).reshape(batch, channels)
+    return Dense(self.features, default_init, jnp.float32, name="proj")(h)
+
+
 class Downsample(nn.Module):
   """Halves the resolution with a strided 3x3 convolution.
 

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from ddpm_jax.models.layers import (
   BLOCKS,
   CONVOLUTION,
+  AttentionPool,
   Conv3x3,
   Dense,
   Downsample,
@@ -25,10 +26,10 @@ from ddpm_jax.models.layers import (
 
 
 class UNet(nn.Module):
-  """Predicts eps, x0 or v from (x_t, time).
+  """Predicts eps, x0 or v from (x_t, time); its encoder half alone the class.
 
   Attributes:
-    out_channels: channels of the image.
+    out_channels: channels of the image, or classes.
     channels: channels at the full resolution; even.
     channel_multipliers: channels of each level as multiples of `channels`, also 0.5; each level halves the resolution.
     num_res_blocks: residual blocks of each level on the way down, one more on the way up.
@@ -43,6 +44,7 @@ class UNet(nn.Module):
       convolution, and recomputes norms, swish and dropout; 'blocks' keeps the input of a block with its attention
       alone, on the way up without the concatenation.
     num_labels: rows of the label embedding; 0: the network is unconditional.
+    classifier: leave out the way up: after the middle, attention pooling makes logits (Dhariwal and Nichol 2021).
   """
 
   out_channels: int
@@ -58,6 +60,7 @@ class UNet(nn.Module):
   dtype: DTypeLike = jnp.float32
   remat: str = "none"
   num_labels: int = 0
+  classifier: bool = False
 
   @nn.compact
   def __call__(
@@ -72,7 +75,7 @@ class UNet(nn.Module):
       label: int32 [B] in 0..num_labels-1; None for an unconditional network.
 
     Returns:
-      float32 [B, H, W, out_channels]; zero at initialisation.
+      float32 [B, H, W, out_channels], zero at initialisation; of a classifier logits [B, out_channels].
     """
     kind = BLOCKS[self.block]
     match self.remat:
@@ -84,6 +87,9 @@ class UNet(nn.Module):
       case _:
         raise ValueError(f"unknown remat {self.remat!r}")
     rematted = nn.remat if self.remat == "blocks" else lambda function: function
+
+    def heads_of(features: int) -> int:
+      return features // self.head_channels if self.head_channels else self.num_heads
 
     def block(
       h: jax.Array,
@@ -104,8 +110,7 @@ class UNet(nn.Module):
         )(h, temb, dropout_keys)
         if not attention:
           return h
-        num_heads = features // unet.head_channels if unet.head_channels else unet.num_heads
-        return SelfAttention(unet.num_groups, unet.dtype, num_heads, kind.epsilon, name=attention)(h)
+        return SelfAttention(unet.num_groups, unet.dtype, heads_of(features), kind.epsilon, name=attention)(h)
 
       return rematted(whole)(self, h, skip, temb, dropout_keys)
 
@@ -147,6 +152,10 @@ class UNet(nn.Module):
     features = h.shape[-1]
     h = block(h, features, "mid_block0", attention="mid_attention")
     h = block(h, features, "mid_block1")
+
+    if self.classifier:
+      h = nn.swish(GroupNorm(self.num_groups, jnp.float32, kind.epsilon, name="norm_out")(h))
+      return AttentionPool(self.out_channels, heads_of(h.shape[-1]), name="pool")(h)
 
     # Up.
     for level, features in reversed(list(enumerate(widths))):

@@ -32,7 +32,7 @@ def plan(config: Config) -> None:
   mesh = make_mesh(config.train.parallel, target.devices, matmul_precision=config.model.matmul_precision)
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps)
   shape = image_shape(config.data)
-  if config.data.conditioning == "class" and not config.model.num_classes:
+  if config_lib.reads_classes(config) and not config.model.num_classes:
     config = config_lib.override(config, {"num_classes": class_count(config.data)})
   run = build_run(config, shape, mesh)
   best = peaks(target)

@@ -171,8 +171,11 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
-  if config.data.conditioning == "class":
-    config = config_lib.override(config, {"num_classes": num_classes(source, config.model.num_classes)})
+  if config_lib.reads_classes(config):
+    found = num_classes(source, config.model.num_classes, stage=config.model.stage)
+    config = config_lib.override(config, {"num_classes": found})
+  if config.model.stage == "classifier":
+    config = config_lib.override(config, {"sample_every": 0})  # there is nothing to draw
   run = build_run(config, source.image_shape, mesh, own.network)
   run = run._replace(objective=own.objective(run) if own.objective else None)
   parts = {"network": own.network, "objective": run.objective}

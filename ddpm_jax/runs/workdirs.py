@@ -74,6 +74,8 @@ def set_aside_damaged(checkpoints: Checkpoints, start: Start, *, quiet: bool) ->
 
 def warn(run: Run, source: Source) -> None:
   """Warns of settings that are likely to disappoint."""
+  if run.config.model.stage == "classifier":
+    return  # of draws
   for warning in filter(None, (noise_warning(run), copies_warning(run.config, len(source)))):
     console.warn(warning)
 
@@ -93,7 +95,11 @@ def finish(run: Run, workdir: pathlib.Path, last: int) -> None:
     console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
   except UserError as error:
     console.warn(f"{error}")
-  console.say(_farewell(workdir, last, run.config.train.num_steps, run.schedule.num_timesteps))
+  console.say(
+    _farewell(
+      workdir, last, run.config.train.num_steps, run.schedule.num_timesteps, draws=run.config.model.stage == "denoiser"
+    )
+  )
 
 
 def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
@@ -131,7 +137,8 @@ def _headline(
 ) -> str:
   height, width, channels = run.image_shape
   total = run.config.train.num_steps
-  network = (run.own or {}).get("network", "U-Net")
+  usual = "classifier" if run.config.model.stage == "classifier" else "U-Net"
+  network = (run.own or {}).get("network", usual)
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {network} of "
     f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
@@ -152,7 +159,7 @@ def _headline(
   return what + f"a new run: {total} training steps{first} in {workdir}; compiling"
 
 
-def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) -> str:
+def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int, *, draws: bool = True) -> str:
   done, quick = step >= total, min(QUICK, num_timesteps)
   end = f"done: {step} training steps" if done else f"stopped on request after step {step} of {total}, saved"
   own = layout.own_parts(workdir)
@@ -164,8 +171,10 @@ def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int) 
   draw = paths.command("--mode=sample", "--sampler=dpmpp", f"--sampling_steps={quick}", f"--workdir={workdir}")
   if "network" in own:
     draw = f"ddpm_jax.load({str(workdir)!r}, network={own['network']}).sample(64, sampler='dpmpp', steps={quick})"
-  return f"""{end}
-  checkpoint    {workdir / "checkpoints" / str(step)}
-  samples       {workdir / "samples"}
+  checkpoint = f"{end}\n  checkpoint    {workdir / 'checkpoints' / str(step)}\n"
+  if not draws:
+    guide = paths.command("--mode=sample", f"--classifier={workdir}", "--workdir=MODEL")
+    return f"{checkpoint}  metrics       {metrics}\n{again}  guide draws   {guide}"
+  return f"""{checkpoint}  samples       {workdir / "samples"}
   metrics       {metrics}
 {again}  draw images   {draw}"""

@@ -49,20 +49,23 @@ class Classes(NamedTuple):
 
 
 def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
-  """The classes that `--classes` names, or all; None for an unconditional model.
+  """The classes that `--classes` names, or all; None for an unconditional model without a classifier.
 
   Raises:
     UserError: for a class that is not there, or any for an unconditional model; the nearest names are offered.
   """
   check_guidance(options, weights)
-  if not weights.run.conditional:
+  if options.classifier and weights.classifier is None:
+    raise UserError("classifier: cannot guide what a training run draws; leave it out, and use --mode=evaluate")
+  known = weights if weights.run.conditional else weights.classifier
+  if known is None:
     if options.classes:
       raise UserError(
         f"classes: {','.join(options.classes)} has no effect, as the model is unconditional; leave it out, or train "
         "one with --conditioning=class"
       )
     return None
-  names = weights.class_names
+  names = known.class_names
   numbers = [number_of(word, "classes", "the model", names) for word in options.classes] or range(len(names))
   return Classes(np.array(numbers, np.int32), names)
 
@@ -82,7 +85,7 @@ def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None)
   if classes is None or options.classes:
     return classes
   if labels is None:
-    if weights.run.null_label is None:
+    if weights.run.null_label is None or weights.classifier is not None:
       raise UserError("classes: the model draws by class, and the images have none; name it with --classes")
     labels = np.array([weights.run.null_label], np.int32)
   return classes._replace(turn=labels)

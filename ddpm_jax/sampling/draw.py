@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,23 @@ from ddpm_jax.config import SampleConfig
 from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.devices.mesh import DeviceMesh
-from ddpm_jax.diffusion.denoiser import Cond, DenoiseFn, thresholded
-from ddpm_jax.diffusion.guidance import guided, pair_of
-from ddpm_jax.diffusion.samplers import SamplerTable, Trajectory, make_sampler, sample
-from ddpm_jax.diffusion.schedules import NoiseSchedule
+from ddpm_jax.diffusion.denoiser import Cond, DenoiseFn, for_each, thresholded
+from ddpm_jax.diffusion.guidance import (
+  GradientFn,
+  classifier_gradient,
+  classifier_guided,
+  guided,
+  mean_shift,
+  pair_of,
+)
+from ddpm_jax.diffusion.samplers import SamplerTable, Shift, Trajectory, make_sampler, sample, variances
+from ddpm_jax.diffusion.schedules import Level, NoiseSchedule
 from ddpm_jax.first_stage.pixels import FirstStage
-from ddpm_jax.keys import Seeded, indexed_keys, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
 from ddpm_jax.models.build import Params
+from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.setup import Run
+from ddpm_jax.weights.load import Weights
 
 _MOST_ON_A_DEVICE = 1024  # images; more make nothing faster
 _MOST_ON_A_CPU = 64
@@ -28,33 +38,88 @@ _SHARE = 0.85  # of the free memory: XLA's plan leaves out what the runtime need
 
 
 QUICK = 20  # network evaluations of DPM-Solver++ that draw in seconds what is close to what all T draw
-Bind = Callable[[Seeded, Cond], DenoiseFn]
 
 
-def bind_for_sampling(run: Run, options: SampleConfig = SampleConfig(), guide: Run | None = None) -> Bind:  # noqa: B008
-  """(`Seeded`, labels int32 [B] or None) -> the denoise function: guided, and with x0 kept in range.
+@dataclasses.dataclass(frozen=True)
+class Bind:
+  """(`Seeded`, labels int32 [B] or None) -> the denoise function: guided, x0 kept in range, then a classifier's.
 
-  Args:
+  Attributes:
     run: of the model.
-    options: say in which interval, and in which range.
+    options: say in which interval, in which range, and by which sampler.
     guide: the run of the weights `Seeded.guide`; None: the model itself without a label guides.
+    classifier: the run of the weights `Seeded.classifier`.
   """
-  interval = options.guidance_interval
-  one_batch = run.mesh.platform != "cpu"  # where a larger batch makes better use of the device
 
-  def bind(constants: Seeded, label: Cond) -> DenoiseFn:
-    denoise = run.denoiser.bind(constants.params, label)
+  run: Run
+  options: SampleConfig
+  guide: Run | None = None
+  classifier: Run | None = None
+
+  def __call__(self, constants: Seeded, label: Cond) -> DenoiseFn:
+    run, options, interval = self.run, self.options, self.options.guidance_interval
+    own = label if run.conditional else None
+    denoise = run.denoiser.bind(constants.params, own)
     if constants.guidance_scale is not None:
-      if guide is not None:
-        pair = pair_of(denoise, guide.denoiser.bind(constants.guide, label if guide.conditional else None))
+      if self.guide is not None:
+        pair = pair_of(denoise, self.guide.denoiser.bind(constants.guide, label if self.guide.conditional else None))
       else:
         assert run.null_label is not None  # see `classes.check_guidance`
         null = jnp.full_like(label, run.null_label)
-        pair = run.denoiser.bind_pair(constants.params, label, null, one_batch=one_batch)
+        one_batch = run.mesh.platform != "cpu"  # where a larger batch makes better use of the device
+        pair = run.denoiser.bind_pair(constants.params, own, null, one_batch=one_batch)
       denoise = guided(denoise, pair, constants.guidance_scale, (interval[0], interval[1]) if interval else None)
-    return thresholded(denoise, options.threshold, options.threshold_quantile)
+    denoise = thresholded(denoise, options.threshold, options.threshold_quantile)
+    gradient = self._gradient(constants, label)
+    if gradient is None or options.sampler == "ddpm":  # there the mean moves
+      return denoise
+    return classifier_guided(denoise, gradient, constants.classifier_scale)
 
-  return bind
+  def shift(self, constants: Seeded, label: Cond, table: SamplerTable) -> Shift | None:
+    """The `Trajectory.shift` of ancestral sampling with a classifier; None for all else."""
+    gradient = self._gradient(constants, label)
+    if gradient is None or self.options.sampler != "ddpm":
+      return None
+    return mean_shift(gradient, variances(self.run.schedule, table), constants.classifier_scale)
+
+  def _gradient(self, constants: Seeded, label: Cond) -> GradientFn | None:
+    if self.classifier is None or constants.classifier is None:
+      return None
+    network = self.classifier.denoiser.network
+
+    def log_probabilities(xt: jax.Array, level: Level) -> jax.Array:
+      return jax.nn.log_softmax(network(constants.classifier, xt, for_each(level, xt).time, None))
+
+    return classifier_gradient(log_probabilities, label)
+
+
+def bind_for_sampling(
+  run: Run,
+  options: SampleConfig = SampleConfig(),  # noqa: B008  frozen
+  guide: Run | None = None,
+  classifier: Run | None = None,
+) -> Bind:
+  """See `Bind`, whose attributes these are."""
+  return Bind(run, options, guide, classifier)
+
+
+def bind_weights(weights: Weights, options: SampleConfig) -> Bind:
+  """What draws with weights of `constants_of`."""
+  guide, classifier = weights.guide, weights.classifier
+  return Bind(weights.run, options, guide and guide.run, classifier and classifier.run)
+
+
+def constants_of(weights: Weights, options: SampleConfig) -> Seeded:
+  """The weights, the seed and the scales of a draw. Raises UserError for several guidance scales."""
+  guide, classifier = weights.guide, weights.classifier
+  return seeded(
+    weights.params,
+    options.sample_seed,
+    one_scale(options),
+    guide and guide.params,
+    options.classifier_scale,
+    classifier and classifier.params,
+  )
 
 
 def table_of(options: SampleConfig, schedule: NoiseSchedule, variance: str, first: int = 0) -> SamplerTable:
@@ -78,7 +143,8 @@ def draw_of(bind: Bind, table: SamplerTable, *, first_stage: FirstStage, stream:
 
   def draw(constants: Seeded, index: jax.Array, label: jax.Array | None = None) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return first_stage.decode(None, sample(table, bind(constants, label), keys, first_stage.latent_shape)[0])
+    denoise, shift = bind(constants, label), bind.shift(constants, label, table)
+    return first_stage.decode(None, sample(table, denoise, keys, first_stage.latent_shape, shift=shift)[0])
 
   return draw
 
@@ -112,7 +178,8 @@ def make_long_draw(
 
   def trajectory(constants: Seeded, index: jax.Array, label: jax.Array | None = None) -> Trajectory:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
-    return Trajectory(table, bind(constants, label), keys, first_stage.latent_shape)
+    shift = bind.shift(constants, label, table)
+    return Trajectory(table, bind(constants, label), keys, first_stage.latent_shape, shift=shift)
 
   return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: first_stage.decode(None, x0))
 

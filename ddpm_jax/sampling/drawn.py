@@ -20,20 +20,20 @@ from ddpm_jax.devices.batched import BatchedLoop
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.diffusion.samplers import grid_name
 from ddpm_jax.errors import RunError, UserError
-from ddpm_jax.keys import Seeded, seeded
+from ddpm_jax.keys import Seeded
 from ddpm_jax.runtime.progress import Drawing
-from ddpm_jax.sampling.classes import Classes, one_scale
-from ddpm_jax.sampling.draw import bind_for_sampling, fit_batch, make_long_draw, table_of
+from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.sampling.draw import bind_weights, constants_of, fit_batch, make_long_draw, table_of
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir.storage import Records, remedy, size_text
 
 # Options of the section `sample` that do not change image i.
 _NOT_IN_IMAGES = (
   *("num_samples", "sample_batch_size", "sample_png_dir", "checkpoint", "sample_task", "sample_weights"),
-  *("classes", "guide_with"),  # what these come to is
+  *("classes", "guide_with", "classifier"),  # what these come to is
 )
 
-_PATHS = ("sample_png_dir", "input_images", "mask", "guide_with")
+_PATHS = ("sample_png_dir", "input_images", "mask", "guide_with", "classifier")
 
 
 class Drawn:
@@ -66,7 +66,6 @@ class Drawn:
     """
     self._weights, self._config, self._classes = weights, config, classes
     self._programs = {} if programs is None else programs
-    self._scale = one_scale(config.sample)
     self.settings = settings(config, weights)
     run = weights.run
     own = {name: value for name, value in self.settings.items() if name not in _NOT_IN_IMAGES}
@@ -105,18 +104,17 @@ class Drawn:
       RunError: if they cannot be written.
     """
     options = self._config.sample
-    guide = self._weights.guide
-    constants = seeded(self._weights.params, options.sample_seed, self._scale, guide and guide.params)
+    constants = constants_of(self._weights, options)
     before = min(self._done, number)
     if before:
       say(f"{before} of them were drawn before")
     if before == number:
       done(Drawing(number, 0, number, self.evaluations, self.evaluations))
       return
-    run, is_guided = self._weights.run, self._scale != 1.0
+    run, is_guided = self._weights.run, constants.guidance_scale is not None
     if is_guided not in self._programs:
       self._programs[is_guided] = make_long_draw(
-        bind_for_sampling(run, options, guide and guide.run),
+        bind_weights(self._weights, options),
         self.table,
         first_stage=run.first_stage,
         mesh=run.mesh,
@@ -182,6 +180,7 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "matmul_precision": config.model.matmul_precision,
     "device": jax.devices()[0].device_kind,
     **({"guide_sha256": weights.guide.identity} if weights.guide else {}),
+    **({"classifier_sha256": weights.classifier.identity} if weights.classifier else {}),
   }
 
 

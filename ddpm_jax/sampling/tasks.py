@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ddpm_jax.config import Config, SampleConfig
-from ddpm_jax.diffusion.denoiser import Cond, DenoiseFn
+from ddpm_jax.diffusion.denoiser import Cond
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
@@ -30,10 +30,10 @@ from ddpm_jax.diffusion.samplers import (
   steps_table,
   time_grid,
 )
-from ddpm_jax.keys import Seeded, indexed_keys, seeded, stream_key
+from ddpm_jax.keys import Seeded, indexed_keys, stream_key
 from ddpm_jax.runtime.progress import Drawing, counted
-from ddpm_jax.sampling.classes import Classes, one_scale
-from ddpm_jax.sampling.draw import Bind, bind_for_sampling, by_stretches, fit_batch, table_of
+from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.sampling.draw import Bind, bind_weights, by_stretches, constants_of, fit_batch, table_of
 from ddpm_jax.training.setup import Run
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import grids
@@ -90,13 +90,14 @@ class Parts(NamedTuple):
     """Of an x_0."""
     return self.run.first_stage.latent_shape
 
-  def bind(self, constants: Seeded, label: Cond) -> DenoiseFn:
-    """The denoise function that the options name."""
-    return self.binding(self.options)(constants, label)
+  @property
+  def bind(self) -> Bind:
+    """What makes the denoise function that the options name."""
+    return self.binding(self.options)
 
   def binding(self, options: SampleConfig) -> Bind:
     """`bind` with other options."""
-    return bind_for_sampling(self.run, options, self.weights.guide and self.weights.guide.run)
+    return bind_weights(self.weights, options)
 
   def x0(self, images: jax.Array) -> jax.Array:
     """The x_0 of given images, uint8 [B, H, W, C]."""
@@ -130,8 +131,7 @@ class Parts(NamedTuple):
     if self.classes is not None:
       columns = (*columns, self.classes.of(columns[0] if image is None else image))
     shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
-    guide, scale = self.weights.guide, one_scale(self.options)
-    constants = seeded(self.weights.params, self.options.sample_seed, scale, guide and guide.params)
+    constants = constants_of(self.weights, self.options)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
 
@@ -160,7 +160,8 @@ def progressive(parts: Parts) -> Outcome:
 
   def rows(constants: Seeded, index: jax.Array, label: Cond = None) -> Trajectory:
     keys, denoise = _keys(constants, index), parts.bind(constants, label)
-    return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()))
+    shift = parts.bind.shift(constants, label, table)
+    return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()), shift=shift)
 
   index = np.arange(parts.options.num_samples, dtype=np.int32)
   final, kept = parts.draw(table, rows, index, end=lambda x0, kept: (parts.images(x0), parts.images(kept)))
@@ -188,7 +189,8 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
     eps = numbered_noise(keys, parts.shape)(len(table.t) + 1)
     diffuse = jax.vmap(functools.partial(q_sample, level=schedule.level(first)))
     start = jax.vmap(lerp)(diffuse(parts.x0(a), eps), diffuse(parts.x0(b), eps), share)
-    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start)
+    shift = parts.bind.shift(constants, label, table)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start, shift=shift)
 
   pair, share = _pairs_and_shares(len(given) // 2)
   drawn = parts.draw(table, rows, pair, given[2 * pair], given[2 * pair + 1], share)
@@ -205,8 +207,8 @@ def slerp_noises(parts: Parts) -> Outcome:
   def rows(constants: Seeded, pair: jax.Array, share: jax.Array, label: Cond = None) -> Trajectory:
     ends = [numbered_noise(_keys(constants, 2 * pair + end), parts.shape)(0) for end in (0, 1)]
     start = jax.vmap(slerp)(ends[0], ends[1], share)
-    keys = _keys(constants, 2 * pair)
-    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start)
+    keys, shift = _keys(constants, 2 * pair), parts.bind.shift(constants, label, table)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start, shift=shift)
 
   drawn = parts.draw(table, rows, *_pairs_and_shares(parts.options.num_samples))
   drawn = drawn.reshape(-1, _SHARES, *run.image_shape)
@@ -237,7 +239,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
       jnp.asarray(drawn_here, jnp.float32)[None],
       numbered_noise(keys, parts.shape),
     )
-    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, after_row=after_row)
+    shift = parts.bind.shift(constants, label, table)
+    return Trajectory(table, parts.bind(constants, label), keys, parts.shape, after_row=after_row, shift=shift)
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
   image = index // _VERSIONS
@@ -258,8 +261,7 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   grid = "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
   times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
-  unclipped = dataclasses.replace(options, threshold="none")
-  bind = parts.binding(unclipped)
+  bind = parts.binding(dataclasses.replace(options, threshold="none"))
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:

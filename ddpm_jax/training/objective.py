@@ -8,11 +8,12 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from ddpm_jax.config import DiffusionConfig
 from ddpm_jax.data.images import random_flip
 from ddpm_jax.diffusion.conditioning import drop_label
-from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Params
+from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network, Params
 from ddpm_jax.diffusion.forward import q_sample
 from ddpm_jax.diffusion.losses import loss_weights, pointwise_loss
 from ddpm_jax.diffusion.schedules import NoiseSchedule, at
@@ -40,7 +41,7 @@ class Objective(Protocol):
       keys: a random key for each example, [B].
 
     Returns:
-      The terms of the loss, and numbers of each example for `update_extra`.
+      The terms of the loss, and numbers of each example, whose means are logged, for `update_extra`.
     """
     ...
 
@@ -56,6 +57,24 @@ class NoisedExample(NamedTuple):
   t: jax.Array
   eps: jax.Array
   dropout_key: jax.Array
+
+
+def sample_example(
+  key: jax.Array, image: jax.Array, num_timesteps: int, shape: tuple[int, ...], *, flip: bool
+) -> NoisedExample:
+  """Lines 2 to 4 of Algorithm 1 for one example: the image (flipped or not), t ~ U{1..T}, eps ~ N(0, I).
+
+  Args:
+    key: of this example at this step.
+    image: uint8 [H, W, C].
+    num_timesteps: T.
+    shape: of x_0.
+    flip: mirror the image with probability 1/2.
+  """
+  t_key, eps_key, flip_key, dropout_key = jax.random.split(key, 4)
+  image = random_flip(flip_key, image) if flip else image
+  t = jax.random.randint(t_key, (), 1, num_timesteps + 1)
+  return NoisedExample(image, t, jax.random.normal(eps_key, shape, jnp.float32), dropout_key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,17 +100,8 @@ class DenoiserObjective:
   null_label: int | None = None
 
   def sample_training_example(self, key: jax.Array, image: jax.Array) -> NoisedExample:
-    """Lines 2 to 4 of Algorithm 1 for one example: the image (flipped or not), t ~ U{1..T}, eps ~ N(0, I).
-
-    Args:
-      key: of this example at this step.
-      image: uint8 [H, W, C].
-    """
-    t_key, eps_key, flip_key, dropout_key = jax.random.split(key, 4)
-    image = random_flip(flip_key, image) if self.flip else image
-    t = jax.random.randint(t_key, (), 1, self.schedule.num_timesteps + 1)
-    eps = jax.random.normal(eps_key, self.first_stage.latent_shape, jnp.float32)
-    return NoisedExample(image, t, eps, dropout_key)
+    """Lines 2 to 4 of Algorithm 1 for one image, uint8 [H, W, C], with the key of this example at this step."""
+    return sample_example(key, image, self.schedule.num_timesteps, self.first_stage.latent_shape, flip=self.flip)
 
   def condition(self, keys: jax.Array, batch: Batch) -> Cond:
     """What the network is told of each example: its label or the null label, int32 [B]; None if unconditional."""
@@ -113,6 +123,39 @@ class DenoiserObjective:
     target = jax.vmap(parameterization.target)(x0, eps, level)
     losses = jax.vmap(functools.partial(pointwise_loss, self.config.loss))(output, target)
     return {"simple": jnp.mean(at(weights, t) * losses)}, {}
+
+  def update_extra(self, extra: Any, per_example: PerExample) -> Any:
+    """The same: it keeps nothing."""
+    return extra
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierObjective:
+  """The cross entropy of a classifier of noisy images (Dhariwal and Nichol 2021, section 4).
+
+  Attributes:
+    network: makes logits [B, K] of x_t.
+    schedule: the noise schedule, that of the model which it is to guide.
+    first_stage: turns images into x_0; its parameters are `frozen`.
+    flip: mirror each image with probability 1/2.
+  """
+
+  network: Network
+  schedule: NoiseSchedule
+  first_stage: FirstStage
+  flip: bool
+
+  def loss(self, params: Params, extra: Any, frozen: Any, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
+    """-log p(y | x_t) with t ~ U{1..T}, averaged over the batch; of each example whether its class is the likeliest."""
+    num_timesteps, shape = self.schedule.num_timesteps, self.first_stage.latent_shape
+    sample = functools.partial(sample_example, num_timesteps=num_timesteps, shape=shape, flip=self.flip)
+    images, t, eps, dropout_keys = jax.vmap(sample)(keys, batch["image"])
+    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images)), self.schedule.level(t)
+    xt = jax.vmap(q_sample)(x0, eps, level)
+    logits = self.network(params, xt, level.time, None, dropout_keys=dropout_keys)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+    right = jnp.argmax(logits, axis=-1) == batch["label"]
+    return {"cross_entropy": jnp.mean(losses)}, {"accuracy": right.astype(jnp.float32)}
 
   def update_extra(self, extra: Any, per_example: PerExample) -> Any:
     """The same: it keeps nothing."""

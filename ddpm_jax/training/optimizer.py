@@ -57,7 +57,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, restart: int
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) -> optax.GradientTransformationExtraArgs:
-  """Clip by the global norm of the mean gradient, then Adam; of update(..., finite=False) the state stays as it is.
+  """Clip by the global norm of the mean gradient, then Adam, or AdamW (Loshchilov and Hutter 2019, Algorithm 2).
+
+  Of update(..., finite=False) the state stays as it is.
 
   The authors' TPU code clips each replica's gradient to 1/8 of the norm before the replicas are summed
   (tpu_utils.py:164); clipping their mean is what the paper's single formula says and does not depend on the number of
@@ -65,7 +67,8 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) ->
   """
   clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
   rate = if_finite(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps, restart)))
-  return optax.chain(clip, optax.chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), rate))
+  decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
+  return optax.chain(clip, optax.chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), *decay, rate))
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -23,7 +23,7 @@ from ddpm_jax.diffusion.schedules import (
 from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null_label
-from ddpm_jax.training.objective import Batch, DenoiserObjective, Objective
+from ddpm_jax.training.objective import Batch, ClassifierObjective, DenoiserObjective, Objective
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
 from ddpm_jax.training.step import Metrics, train_step
@@ -51,7 +51,7 @@ class Run(NamedTuple):
 
   @property
   def conditional(self) -> bool:
-    """Whether the network is told the class of an image."""
+    """Whether the network is told the class of an image, or tells it."""
     return self.config.model.num_classes > 0
 
   @property
@@ -143,12 +143,12 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
 
   Args:
     run: the run.
-    objective: what to minimise; None: the denoiser's loss, as the settings name it.
+    objective: what to minimise; None: as the settings say.
   """
   config = run.config
   bound = functools.partial(
     train_step,
-    objective=objective or run.objective or make_objective(run),
+    objective=objective or run.objective or _objective(run),
     optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,
@@ -162,6 +162,13 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
     return bound(state, {}, batch, axis_name=axis_name, seed=seed)  # nothing is frozen
 
   return step
+
+
+def _objective(run: Run) -> Objective:
+  """That of the settings."""
+  if run.config.model.stage == "classifier":
+    return ClassifierObjective(run.denoiser.network, run.schedule, run.first_stage, run.config.data.random_flip)
+  return make_objective(run)
 
 
 def make_objective(run: Run) -> DenoiserObjective:

@@ -111,7 +111,8 @@ def train_step(
 
   Returns:
     The state after n + 1 steps, and its scalars: loss and grad_norm (before clipping) of this step, learning_rate,
-    ema_decay, the fields of `Counts`, and where the loss has several terms each of them as loss/NAME.
+    ema_decay, the fields of `Counts`, where the loss has several terms each of them as loss/NAME, and the means of the
+    numbers of each example as mean/NAME.
   """
   keys = example_keys(seed, state.step, batch["index"])
   loss_of = wrap_loss(objective.loss)
@@ -121,8 +122,9 @@ def train_step(
     return functools.reduce(jnp.add, terms.values()), (terms if len(terms) > 1 else {}, per_example)
 
   loss, gradients, terms, per_example = mean_loss_and_gradients(loss_fn, state.params, batch, keys, grad_accum_steps)
+  means = jax.tree.map(jnp.mean, per_example)
   if axis_name is not None:
-    loss, gradients, terms = jax.lax.pmean((loss, gradients, terms), axis_name)
+    loss, gradients, terms, means = jax.lax.pmean((loss, gradients, terms, means), axis_name)
   grad_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -147,6 +149,7 @@ def train_step(
     "ema_decay": decay,
     **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
     **{f"loss/{name}": term for name, term in terms.items()},
+    **{f"mean/{name}": mean for name, mean in means.items()},
   }
   new_state = TrainState(state.step + 1, params, ema, opt_state, counts, optax.tree.where(finite, extra, state.extra))
   return new_state, metrics

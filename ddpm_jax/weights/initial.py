@@ -100,6 +100,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     return WeightSource(place, "diffusers", settings | few_steps, image_shape, classes)
   if (place / "config.json").exists():
     config = layout.load_config(place)
+    if config.model.stage == "classifier":
+      raise UserError(f"{place} holds a classifier, which draws nothing; name it as --classifier of a draw")
     return WeightSource(place, "workdir", _settings_of(config), None, _classes_of(config, place))
   if (place / file.NAME).exists():
     raise UserError(f"{place} holds {file.NAME}; name that file")
@@ -232,7 +234,11 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
     UserError: if there are none, or they do not fit the network of `config`.
   """
   weights = _find_weights(config, workdir, network)
-  return weights._replace(guide=_find_guide(config, workdir, weights)) if config.sample.guide_with else weights
+  if config.sample.guide_with:
+    weights = weights._replace(guide=_find_guide(config, workdir, weights))
+  if config.sample.classifier:
+    weights = weights._replace(classifier=find_classifier(config.sample.classifier, weights))
+  return weights
 
 
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
@@ -265,20 +271,49 @@ def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) 
   return guide
 
 
+def find_classifier(text: str, weights: Weights) -> Weights:
+  """The newest average of a classifier of noisy images, of the same process and images, and of the same classes.
+
+  Args:
+    text: `--classifier`, its workdir.
+    weights: what is guided; an unconditional model has no classes of its own.
+
+  Raises:
+    UserError: there is none, or it is of another kind.
+  """
+  try:
+    place = pathlib.Path(absolute(text))
+    config = layout.load_config(place)
+    if config.model.stage != "classifier":
+      raise UserError("it holds a model to draw with; name the workdir of a classifier, see --stage")
+    newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
+    parallel = {"parallel": weights.run.config.train.parallel}
+    classifier = load_weights(config_lib.override(config, newest | parallel), place)
+    _check_alike(weights, classifier, classes=weights.run.conditional)
+  except UserError as error:
+    raise UserError(f"classifier: {text}: {str(error).removeprefix('init_from: ')}") from None
+  return classifier
+
+
 def check_guide(weights: Weights, guide: Weights) -> None:
   """Raises UserError unless one model can guide another: images, noise and classes must be the same."""
-  ours, theirs = weights.run, guide.run
-  if theirs.image_shape != ours.image_shape:
-    shapes = ("x".join(map(str, shape)) for shape in (theirs.image_shape, ours.image_shape))
-    raise UserError("it draws images of {}, the model of {}; name another".format(*shapes))
-  if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
-    raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
-  if theirs.conditional and guide.class_names != weights.class_names:
-    raise UserError(
-      f"its classes are {_listed(guide.class_names)}, those of the model {_listed(weights.class_names)}; name another"
-    )
+  _check_alike(weights, guide, classes=guide.run.conditional)
   if weights.identity == guide.identity:
     raise UserError("it is the model itself, which cannot guide itself; name a worse one")
+
+
+def _check_alike(weights: Weights, other: Weights, *, classes: bool) -> None:
+  """Raises UserError unless both are of the same images and noise and, where that counts, of the same classes."""
+  ours, theirs = weights.run, other.run
+  if theirs.image_shape != ours.image_shape:
+    shapes = ("x".join(map(str, shape)) for shape in (theirs.image_shape, ours.image_shape))
+    raise UserError("it is of images of {}, the model of {}; name another".format(*shapes))
+  if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
+    raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
+  if classes and other.class_names != weights.class_names:
+    raise UserError(
+      f"its classes are {_listed(other.class_names)}, those of the model {_listed(weights.class_names)}; name another"
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -37,6 +37,7 @@ class Weights(NamedTuple):
   manifest: Manifest | None = None  # of the checkpoint that they were read from, if they were
   classes: tuple[str, ...] = ()  # names of the classes, as far as they are known
   guide: Weights | None = None  # what --guide_with names
+  classifier: Weights | None = None  # what --classifier names
 
   @property
   def class_names(self) -> tuple[str, ...]:

@@ -30,7 +30,9 @@ ZERO_MEANS = {
   "head_channels": "as num_heads says",
   "dropout": "none",
   "warmup_steps": "none",
+  "weight_decay": "none",
   "grad_clip": "none",
+  "classifier_scale": "no guidance",
   "ema_decay": "no average",
   "seed": "a seed",
   "sample_seed": "a seed",
@@ -53,6 +55,7 @@ ZERO_MEANS = {
 
 # The defaults are tuned from time to time; the tests that need numbers bring their own.
 BASE = {
+  "classifier": "runs/classifier",
   "batch_size": 128,
   "cache_gib": 4.0,
   "data_threads": 2,
@@ -127,6 +130,7 @@ OTHER = {
   "lr_schedule": "constant_then_decay",
   "decay_fraction": 0.5,
   "warmup_steps": 5000,
+  "weight_decay": 0.05,
   "grad_clip": 0.125,
   "ema_decay": 0.9999,
   "seed": 2**32 - 1,
@@ -168,6 +172,8 @@ OTHER = {
   "guidance_scale": (1.0, 2.5, 1 / 3),
   "guidance_interval": (0.1 + 0.2, 1.5),
   "guide_with": "/data/worse one",
+  "classifier": "/data/a classifier",
+  "classifier_scale": 2.5,
   "input_images": "/data/a b,c",
   "mask": "/data/mask#1.png",
   "repaint_jump": 5,
@@ -207,6 +213,7 @@ OTHER_TASKS = [
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
   {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
+  {"stage": "classifier", "num_classes": 12, "loss": "l2"},
 ]
 
 
@@ -329,6 +336,14 @@ CONTRADICTIONS = [
   ({"evaluate_labels": "uniform"}, ("evaluate_labels", "uniform", "conditioning=none", "leave it out")),
   ({"guidance_interval": (0.2, 1.0)}, ("guidance_interval", "0.2,1.0", "guidance_scale=1")),
   ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
+  ({"classifier": "", "classifier_scale": 2.0}, ("classifier_scale", "2.0", "--classifier")),
+  *(
+    ({"stage": "classifier", "loss": "l2", name: value}, (name, str(value), "stage=classifier", "leave it out"))
+    for name, value in (
+      *(("conditioning", "class"), ("label_dropout", 0.1), ("prediction", "v"), ("loss", "huber")),
+      *(("loss_weighting", "min_snr"), ("evaluate_every", 5), ("init_from", "/data/w")),
+    )
+  ),
   ({"guidance_scale": (2.0,), "guidance_interval": (0.2,)}, ("guidance_interval", "0.2", "LO,HI")),
   ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 0.2)}, ("guidance_interval", "1.0,0.2", "lower one first")),
   ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 1.0)}, ("guidance_interval", "1.0,1.0", "lower one first")),
@@ -573,7 +588,7 @@ MAY_CHANGE = {
   ),
   *("step_timeout", "heartbeat_timeout", "preview_images", "preview_steps", "distributed"),
   *("steps_per_dispatch", "compilation_cache", "writers", "stop_exit_code", "profile_steps"),
-  *("keep_every", "classes", "guidance_scale", "guidance_interval", "guide_with"),
+  *("keep_every", "classes", "guidance_scale", "guidance_interval", "guide_with", "classifier", "classifier_scale"),
   *("num_samples", "sampler", "sampling_steps", "eta", "sample_batch_size", "sample_seed", "sample_weights"),
   *("sample_task", "checkpoint", "time_grid", "threshold", "threshold_quantile", "sample_png_dir", "input_images"),
   *("mask", "interpolation_timestep", "repaint_jump", "repaint_resamples", "evaluate_every", "best_measure"),

@@ -1,6 +1,7 @@
 """The exported sampler draws what the run `sample` draws, without the package that wrote it."""
 
 import dataclasses
+import functools
 import re
 import subprocess
 import sys
@@ -127,7 +128,8 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
   (scale,), takes_scale = config.sample.guidance_scale, weights.run.null_label is not None
   got = load_and_call(tmp_path, PROGRAM, 3, index, *label, *[np.float32(scale)] * takes_scale)
   parts, one = weights.run, make_mesh("pmap", jax.devices()[:1])
-  draw = make_draw(
+  draw = functools.partial(
+    make_draw,
     bind_for_sampling(parts, config.sample),
     table_of(config.sample, parts.schedule, config.diffusion.variance),
     first_stage=parts.first_stage,
@@ -135,10 +137,10 @@ def test_the_settings_are_honoured_and_nothing_is_lost_by_writing(changes, tmp_p
     stream="sample",
   )
   params = jax.device_put(weights.params, one.replicated)
-  np.testing.assert_array_equal(got, draw(seeded(params, 3, scale), index, *label))
+  np.testing.assert_array_equal(got, draw()(seeded(params, 3, scale), index, *label))
   if takes_scale:
     unguided = load_and_call(tmp_path, PROGRAM, 3, index, *label, np.float32(1))
-    assert_close(unguided, draw(seeded(params, 3), index, *label))
+    assert_close(unguided, draw()(seeded(params, 3), index, *label))
     assert np.abs(unguided.astype(int) - got).max() > 5
   assert got.std() > 10
 

@@ -89,7 +89,7 @@ def test_the_labels_of_a_conditional_run(here, compiled, monkeypatch, changes, r
   """Of images that need not be here."""
   planned = []
   monkeypatch.setattr(plan_run.report, "headline", lambda run, *_: planned.append(run) or "")
-  plan_run.plan(tiny_config(data_dir=str(here / "data"), conditioning="class", **changes))
+  plan_run.plan(tiny_config(data_dir=str(here / "data"), conditioning="class", attention_resolutions=(), **changes))
   assert planned[0].abstract_state.params["label_embedding"]["embedding"].shape == (rows, 32)
   assert list(here.iterdir()) == []
 

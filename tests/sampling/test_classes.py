@@ -282,8 +282,6 @@ def test_what_is_drawn_by_hand_with_a_guide(workdirs):
 
 def test_what_cannot_be_drawn(workdirs, tmp_path):
   """One line with the option, its value and what to do, before anything is drawn or written."""
-  oblong = make_workdir(tmp_path / "oblong", beta_end=0.04)
-  others = make_workdir(tmp_path / "others", ("a", "b", "c"), **CONDITIONAL)
   two = {"guidance_scale": (2.0,)}
   path = str(workdirs["conditional"].path)
   cases = [
@@ -305,8 +303,6 @@ def test_what_cannot_be_drawn(workdirs, tmp_path):
       two | {"guide_with": str(tmp_path / "none")},
       r"guide_with: .*none: there is no .*none; nothing is",
     ),
-    ("conditional", two | {"guide_with": str(oblong.path)}, r"guide_with: .*: its noise schedule is not that of the"),
-    ("conditional", two | {"guide_with": str(others.path)}, r"guide_with: .*: its classes are a, b, c, those of the"),
     (
       "plain",
       two | {"guide_with": path},
@@ -320,6 +316,17 @@ def test_what_cannot_be_drawn(workdirs, tmp_path):
       sampling.sample(trained.having(**changes), trained.path)
     told += [] if re.match(pattern, str(caught.value)) else [f"{changes}: {caught.value}"]
     assert "\n" not in str(caught.value)
+  model = initial.find_weights(workdirs["conditional"].config, workdirs["conditional"].path)
+  run, guide = model.run, model._replace(identity="0" * 64)
+  large = dataclasses.replace(run.first_stage, image_shape=(16, 8, 1))
+  for other, part in (
+    (guide._replace(run=run._replace(schedule=make_schedule("cosine", 200))), "its noise schedule is not that of"),
+    (guide._replace(run=run._replace(first_stage=large)), "it draws images of 16x8x1, the model of 8x8x1; name"),
+    (guide._replace(classes=("a", "b")), "its classes are a, b, 2, those of the model cats, dogs, flags; name another"),
+  ):
+    with pytest.raises(UserError, match=part):
+      initial.check_guide(model, other)
+  initial.check_guide(model, guide)
   assert not told
   assert not any(trained.files() for trained in workdirs.values())
 

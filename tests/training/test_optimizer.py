@@ -86,6 +86,21 @@ def test_adam_by_hand():
       np.testing.assert_allclose(params, expected, rtol=1e-4)
 
 
+def test_weight_decay_is_that_of_adamw():
+  """Decoupled: where there is no gradient, each training step multiplies a parameter by 1 - rate x decay."""
+  config = OptimizerConfig(learning_rate=0.1, lr_schedule="constant", warmup_steps=0, grad_clip=0.0, weight_decay=0.05)
+  optimizer, theirs = make_optimizer(config, 10), optax.adamw(0.1, weight_decay=0.05)
+  params = other = jnp.asarray([2.0, -3.0, 0.5])
+  state, their_state = optimizer.init(params), theirs.init(other)
+  for n in (1, 2):
+    gradient = jnp.asarray([0.0, 0.3 * n, -0.1])
+    updates, state = optimizer.update(gradient, state, params)
+    their_updates, their_state = theirs.update(gradient, their_state, other)
+    params, other = optax.apply_updates(params, updates), optax.apply_updates(other, their_updates)
+    np.testing.assert_allclose(params, other, rtol=1e-6)
+    np.testing.assert_allclose(params[0], 2.0 * (1 - 0.1 * 0.05) ** n, rtol=1e-6)
+
+
 def test_the_same_as_adam_of_optax():
   """Also its state, which checkpoints hold."""
   config = OptimizerConfig(learning_rate=0.1, lr_schedule="constant", warmup_steps=0, grad_clip=0.0)
