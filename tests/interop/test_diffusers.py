@@ -290,7 +290,7 @@ def test_the_lines_of_the_card_draw_by_class(tmp_path, label_dropout):
 
   weights = Weights(build_run(config, shape, make_mesh("pmap")), params, 0, "ema", "", classes=classes)
   text = card(config, weights, None, "")
-  assert "0 `a`, 1 `b`, 2 `c`" in text and ("2.0" in text) == (label_dropout > 0)
+  assert "0 `a`, 1 `b`, 2 `c`" in text and ("by_none" in text) == (label_dropout > 0)
   lines = re.search(r"```python\n(.*?)```", text, re.DOTALL)
   assert lines
   torch.manual_seed(0)

@@ -123,24 +123,25 @@ def test_forward_pass_of_openais_networks_is_that_of_the_reference(block, heads,
   config = ModelConfig(
     channel_multipliers=(1, 2, 3), block=block, num_classes=num_classes, **sizes, **{heads: HEADS[heads]}
   )
-  model = build_model(config, (8, 8, 3))
+  network, shapes = jax.jit(UNetNetwork(build_model(config, (8, 8, 3)))), shapes_of(config, (8, 8, 3))
   rng = np.random.default_rng(0)
-  shapes, quiet = shapes_of(config, (8, 8, 3)), ("conv_in", "conv1", "conv2", "shortcut", "proj", "conv")
-
-  def random(path, leaf):  # little variance in the groups, so that the epsilon of each norm shows
-    return rng.standard_normal(leaf.shape) * (0.005 if path[-2].key in quiet else 0.25)
-
-  params = jax.tree_util.tree_map_with_path(random, shapes)
   xt, t = rng.standard_normal((2, 8, 8, 3)), np.array([3, 977])
   label = np.array([2, 0]) if num_classes else None
   count = {"num_heads": lambda _: 2, "head_channels": lambda channels: channels // 4}[heads]
-  expected = reference.openai_unet(
-    params, xt, t, label, kind=block, multipliers=(1, 2, 3), heads=count, groups=2, **sizes
-  )
-  single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, xt))
-  got = jax.jit(UNetNetwork(model))(*single, jnp.asarray(t - 1), label)
-  assert np.abs(expected).max() > 0.5
-  np.testing.assert_allclose(got, expected, atol=5e-5)
+  inner = ("conv_in", "conv1", "conv2", "shortcut", "proj", "conv")
+  for scale in (0.25, 0.005):  # with the second one groups vary little, so that the epsilon of each norm shows
+
+    def random(path, leaf, scale=scale):
+      return rng.standard_normal(leaf.shape) * (scale if path[-2].key in inner else 0.25)
+
+    params = jax.tree_util.tree_map_with_path(random, shapes)
+    expected = reference.openai_unet(
+      params, xt, t, label, kind=block, multipliers=(1, 2, 3), heads=count, groups=2, **sizes
+    )
+    single = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, xt))
+    got = network(*single, jnp.asarray(t - 1), label)
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(got, expected, atol=5e-5)
 
 
 def test_dropout_is_before_the_last_convolution_of_a_block():

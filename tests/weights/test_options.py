@@ -144,7 +144,7 @@ ADM = CIFAR10 | {
   [
     # Without it attention in the middle has no norm, and diffusers leaves its weights out with a warning.
     ({"attn_norm_num_groups": None}, "attn_norm_num_groups: None is not supported, only 32"),
-    ({"upsample_type": "conv"}, "upsample_type: 'conv' is not supported, only 'resnet'"),
+    ({"upsample_type": "conv"}, "downsample_type: 'resnet' is not supported, only 'conv'"),
     ({"norm_eps": 1e-6}, "norm_eps: 1e-06 is not supported, only 1e-05"),
     ({"down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3]}, "down_block_types: 'DownBlock2D' is not supp"),
   ],
