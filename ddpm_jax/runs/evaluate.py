@@ -106,8 +106,10 @@ def result_lines(result: Result) -> Iterator[str]:
     for name in columns[next(iter(columns))]:
       values = {scale: column[name] for scale, column in columns.items()}
       better = {"lower": min, "higher": max}.get(direction(name))
-      best = [f"best at {better(values, key=values.__getitem__):g}"] if better else []
-      yield f"  {name:28}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      several = len(set(values.values())) > 1
+      best = [f"best at {better(values, key=values.__getitem__):g}"] if better and several else []
+      line = f"  {name:28}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      yield line.rstrip()
       numbers.pop(name, None)
   for name, value in numbers.items():
     yield f"  {name:28} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
