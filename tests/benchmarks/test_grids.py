@@ -30,7 +30,7 @@ def network(params, xt, time, cond):
 @pytest.fixture
 def model(monkeypatch):
   run = types.SimpleNamespace(
-    denoiser=Denoiser(network, PARAMETERIZATIONS["eps"]), schedule=SCHEDULE, image_shape=SHAPE
+    denoiser=Denoiser(network, PARAMETERIZATIONS["eps"]), schedule=SCHEDULE, image_shape=SHAPE, conditional=False
   )
   config = config_lib.override(Config(), {"num_timesteps": 30, "threshold": "none", "preview_steps": 5})
   data = (127.5 + 64 * np.random.default_rng(0).standard_normal((200, *SHAPE))).clip(0, 255).astype(np.uint8)
