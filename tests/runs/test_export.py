@@ -88,7 +88,8 @@ def test_exporting_what_was_imported(trained, tmp_path):
   exchange_run.export(again, None)
   facts = read_facts(tmp_path / "d" / "model.safetensors")
   assert set(facts) == {"ddpm_jax", "config", "image_shape"}
-  assert set(facts["config"]) == {"model", "diffusion", "train", "sample"}
+  assert set(facts["config"]) == {"data", "model", "diffusion", "train", "sample"}
+  assert set(facts["config"]["data"]) == {"conditioning"}
   assert set(facts["config"]["train"]) == {"preview_steps"}
   assert set(facts["config"]["sample"]) == {"threshold", "threshold_quantile"}
   assert (
