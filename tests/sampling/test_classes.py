@@ -321,7 +321,7 @@ def test_what_cannot_be_drawn(workdirs, tmp_path):
   large = dataclasses.replace(run.first_stage, image_shape=(16, 8, 1))
   for other, part in (
     (guide._replace(run=run._replace(schedule=make_schedule("cosine", 200))), "its noise schedule is not that of"),
-    (guide._replace(run=run._replace(first_stage=large)), "it draws images of 16x8x1, the model of 8x8x1; name"),
+    (guide._replace(run=run._replace(first_stage=large)), "it is of images of 16x8x1, the model of 8x8x1; name"),
     (guide._replace(classes=("a", "b")), "its classes are a, b, 2, those of the model cats, dogs, flags; name another"),
   ):
     with pytest.raises(UserError, match=part):
