@@ -402,7 +402,7 @@ def test_a_draw_leaves_images_their_settings_and_a_picture(quick, twenty, capsys
   assert set(settings) == also | set(vars(quick.config.sample))
   told = grids.facts_of(quick.samples / "samples.png")
   assert told.pop("weights_sha256") == "0" * 64
-  assert set(settings) - set(told) == {"sample_png_dir", "input_images", "mask", "guide_with"}, (
+  assert set(settings) - set(told) == {"sample_png_dir", "input_images", "mask", "guide_with", "classifier"}, (
     "no path of this machine"
   )
   assert told == {name: settings[name] for name in told}
