@@ -110,7 +110,7 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
 
 
 def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
-  """`given` without what the run has settled, and --init_from and --guide_with as absolute paths."""
+  """`given` without what the run has settled, and paths of models as absolute ones."""
   if run:
     left_open = config_lib.LEFT_TO_IMAGES.items()
     given = {name: value for name, value in given.items() if (name, value) not in left_open}
@@ -118,10 +118,10 @@ def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
     from ddpm_jax.weights import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
-  guide = given.get("guide_with", "")
-  if guide not in ("", "raw") and not guide.isdecimal():
-    path = paths.absolute("guide_with", guide, "get the model first and name its folder")
-    given = given | {"guide_with": str(path)}
+  for name in ("guide_with", "classifier"):
+    text = given.get(name, "")
+    if text not in ("", "raw") and not text.isdecimal():
+      given = given | {name: str(paths.absolute(name, text, "get the model first and name its folder"))}
   return given
 
 

@@ -428,6 +428,12 @@ def test_a_path_is_kept_as_an_absolute_one(model, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   for mode in ("train", "sample"):
     assert resolve.resolve_config(mode, {"init_from": "model"}, tmp_path / "run").exchange.init_from == model
+    guides = {"guidance_scale": (2.0,), "guide_with": "model", "classifier": "model", "init_from": model}
+    sample = resolve.resolve_config(mode, guides, tmp_path / "run").sample
+    assert (sample.guide_with, sample.classifier) == (model, model)
+    for text in ("raw", "300"):
+      kept = resolve.resolve_config(mode, guides | {"guide_with": text}, tmp_path / "run")
+      assert kept.sample.guide_with == text
 
 
 def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
