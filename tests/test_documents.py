@@ -41,7 +41,7 @@ OTHER_FLAGS = {
   *("xla_backend_optimization_level",),
   *("dist",),  # pytest-xdist
   *("b", "models", "samplers", "images", "kinds", "model"),  # benchmarks
-  *("rounds", "block_seconds", "own_data", "packed", "torch_python"),
+  *("rounds", "block_seconds", "own_data", "packed", "torch_python", "image_shape", "variants"),
   *("seeds",),  # experiments/launch/sweep.py
   *("font", "emoji_test"),  # experiments/make_emoji.py
   "qkv_order",  # experiments/convert_openai.py

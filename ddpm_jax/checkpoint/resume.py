@@ -16,6 +16,7 @@ from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.manifest import Manifest, OtherPastError
 from ddpm_jax.config import Config
 from ddpm_jax.data import fingerprint, shuffle
+from ddpm_jax.data.labels import listed
 from ddpm_jax.data.sources import Source, class_names
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
@@ -179,7 +180,7 @@ def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: p
   """Raises UserError if the classes of the images are others than those that a conditional run was trained with."""
   step, names = manifest["step"], list(class_names(source, config.model.num_classes))
   if names != manifest["classes"]:
-    what = f"names were {_names(manifest['classes'])}, are {_names(names)}"
+    what = f"names were {listed(manifest['classes'])}, are {listed(names)}"
   elif _labels_sha256(source) != manifest["data"]["labels"]:
     what = "names are the same, those of some images are not"
   else:
@@ -188,10 +189,6 @@ def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: p
     f"dataset: the classes of {source.name} have changed since checkpoint {step} in {workdir}: their {what}; restore "
     "them, or go on all the same with --allow_data_change"
   )
-
-
-def _names(classes: list[str]) -> str:
-  return ", ".join(classes[:10]) + ", ..." * (len(classes) > 10)
 
 
 def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:

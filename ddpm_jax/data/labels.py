@@ -164,6 +164,11 @@ def numbers_of(only: str, dataset: str, names: Sequence[str]) -> list[int]:
   return sorted({number_of(part.strip(), "only", dataset, names) for part in only.split(",")})
 
 
+def listed(names: Sequence[str], most: int = 10) -> str:
+  """Names of classes in a line, so many at most."""
+  return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
 def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
   """The class that a word means, its name or its number.
 
@@ -184,8 +189,7 @@ def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
   if re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
     return int(word)
   near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-  shown = ", ".join(names[:20]) + ", ..." * (len(names) > 20)
-  hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {shown}"
+  hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {listed(names, 20)}"
   raise UserError(f"{option}: {word!r} is none of the {len(names)} classes of {owner}; {hint}")
 
 

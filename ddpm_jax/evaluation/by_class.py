@@ -13,6 +13,7 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, EvaluateConfig
 from ddpm_jax.data.encoded import NoLabels
+from ddpm_jax.data.labels import listed
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import measures
@@ -24,7 +25,6 @@ from ddpm_jax.sampling.classes import Classes, wanted
 from ddpm_jax.weights.load import Weights
 
 ACCURACY = "class_accuracy"
-_NAMED = 10  # classes in a line, at most
 
 
 class Parts(NamedTuple):
@@ -139,10 +139,9 @@ def left_out(extractor: str, each: Mapping[str, Mapping[str, float]], width: int
   missing = [name for name, found in each.items() if NAMES[extractor]["frechet"] not in found]
   if not missing:
     return ""
-  shown = ", ".join(missing[:_NAMED]) + ", ..." * (len(missing) > _NAMED)
   return (
-    f"left out: the distance of {len(missing)} of {len(each)} classes ({shown}), as {width + 1} samples and as "
-    "many images of a class are needed"
+    f"left out: the distance of {len(missing)} of {len(each)} classes ({listed(missing)}), as {width + 1} samples and "
+    "as many images of a class are needed"
   )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import manifest
 from ddpm_jax.config import Config, ModelConfig, SampleConfig, TrainConfig
+from ddpm_jax.data.labels import listed
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
@@ -211,7 +212,7 @@ def _with_labels(
       (gone, "are left out"),
     ):
       if names:
-        console.note(f"the labels of --init_from: {_listed(names)} {what}")
+        console.note(f"the labels of --init_from: {listed(names)} {what}")
   return {**params, "label_embedding": {"embedding": np.stack(embedding)}}
 
 
@@ -311,13 +312,8 @@ def _check_alike(weights: Weights, other: Weights, *, classes: bool) -> None:
   if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
     raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
   if classes and other.class_names != weights.class_names:
-    raise UserError(
-      f"its classes are {_listed(other.class_names)}, those of the model {_listed(weights.class_names)}; name another"
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-  return ", ".join(names[:10]) + ", ..." * (len(names) > 10) or "none"
+    its, those = listed(other.class_names), listed(weights.class_names) or "none"
+    raise UserError(f"its classes are {its}, those of the model {those}; name another")
 
 
 def ensure_workdir(config: Config, workdir: pathlib.Path) -> None:
