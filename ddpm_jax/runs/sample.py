@@ -73,8 +73,10 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
     drawn.draw(options.num_samples, done=lambda at: done(at.images, str(at)), say=say)
   if jax.process_index() == 0:
     images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
-    arrays, picture = {"images": images}, grids.image_grid(np.asarray(images[:_GRID_IMAGES]))
-    if classes is not None:
+    arrays = {"images": images}
+    if classes is None:
+      picture = grids.image_grid(np.asarray(images[:_GRID_IMAGES]))
+    else:
       arrays["labels"] = classes.of(np.arange(options.num_samples))
       picture = _grid_of_classes(images, arrays["labels"], classes)
     _write(
