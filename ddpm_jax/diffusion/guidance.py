@@ -24,6 +24,10 @@ from ddpm_jax.diffusion.schedules import Level, cast
 LogProbabilitiesFn = Callable[[jax.Array, Level], jax.Array]  # (x_t [B, ...], its level) -> log p(y | x_t) [B, K]
 GradientFn = Callable[[jax.Array, Level], jax.Array]  # likewise -> the gradient by x_t of log p(y | x_t), [B, ...]
 
+# By which a noise level is taken lower, so that one in float32, which may lie above or below the float64 that an end of
+# an interval was computed as, is compared as equal to it. Two levels of a schedule are farther apart by far.
+_ROUNDING = 1e-6
+
 
 def pair_of(main: DenoiseFn, guide: DenoiseFn) -> PairFn:
   """The pair of two denoise functions, as of two networks (autoguidance, Karras et al. 2024)."""
@@ -42,10 +46,10 @@ def guided(
     main: the model that is guided.
     pair: the same model and its guide.
     scale: g, a scalar; 1 is `main` alone, 0 the guide. Where it is 1 the pair is not evaluated: if it is a number, not
-      even traced; if it is an array, left out when the program runs.
+      even traced; if it is an array, left out when the program runs, so that its derivative there is 0.
     interval: (lo, hi] in sigma / alpha, the noise level of Karras et al. 2022, in which to guide (Kynkaanniemi et al.
-      2024); outside of it `main` is evaluated alone, unless the level is given for each example: then the pair is
-      evaluated for all. None: everywhere.
+      2024); an end that is that of a level, but for a millionth, counts as that. Outside of it `main` is evaluated
+      alone, unless the level is given for each example: then the pair is evaluated for all. None: everywhere.
   """
   if not isinstance(scale, jax.Array) and scale == 1.0:
     return main
@@ -60,7 +64,7 @@ def guided(
       return both(xt, level)[1]
     guide = jnp.asarray(scale != 1.0)
     if interval is not None:
-      noise = level.sigma / level.alpha
+      noise = level.sigma / level.alpha * (1.0 - _ROUNDING)
       guide = guide & (noise > interval[0]) & (noise <= interval[1])
     if guide.ndim == 0:
       return jax.lax.cond(guide, lambda xt, level: both(xt, level)[1], main, xt, level)
