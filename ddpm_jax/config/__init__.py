@@ -28,6 +28,7 @@ from ddpm_jax.config.option import flag_text, height_and_width, image_size
 from ddpm_jax.config.sections import (
   BETA_SCHEDULES,
   WITHOUT_ENDS,
+  AutoencoderConfig,
   DataConfig,
   DiffusionConfig,
   EvaluateConfig,
@@ -47,6 +48,7 @@ __all__ = [
   "NAMES_WEIGHTS",
   "OWN_IMAGES",
   "WITHOUT_ENDS",
+  "AutoencoderConfig",
   "Config",
   "DataConfig",
   "DiffusionConfig",

@@ -13,6 +13,7 @@ from typing import Any
 from ddpm_jax.config.option import check_range, flag_text, image_size
 from ddpm_jax.config.sections import (
   WITHOUT_ENDS,
+  AutoencoderConfig,
   DataConfig,
   DiffusionConfig,
   EvaluateConfig,
@@ -33,6 +34,7 @@ class Config:
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
   diffusion: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  autoencoder: AutoencoderConfig = dataclasses.field(default_factory=AutoencoderConfig)
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
@@ -230,6 +232,7 @@ def _check_together(config: Config) -> None:
       f"use --channels={config.model.channels + 1}"
     )
   _check_conditioning(config)
+  _check_autoencoder(config)
   _check_guidance(config.sample)
   if config.model.head_channels and config.model.num_heads != ModelConfig().num_heads:
     raise UserError(
@@ -287,20 +290,63 @@ def reads_classes(config: Config) -> bool:
   return config.data.conditioning == "class" or config.model.stage == "classifier"
 
 
-# Options that a classifier has no use for.
-_OF_DENOISERS = ("conditioning", "label_dropout", "prediction", "loss", "loss_weighting", "evaluate_every", "init_from")
+# Options that a stage has no use for.
+_WITHOUT_USE = {
+  "denoiser": (),
+  "classifier": (
+    *("conditioning", "label_dropout", "prediction", "loss", "loss_weighting", "evaluate_every", "init_from"),
+  ),
+  "autoencoder": (
+    *("conditioning", "num_classes", "label_dropout", "prediction", "loss_weighting", "first_stage", "block"),
+    *("num_heads", "head_channels", "init_from"),
+  ),
+}
 
 
 def _check_conditioning(config: Config) -> None:
-  if config.model.stage == "classifier":
-    defaults, now = values(Config()), values(config)
-    for name in _OF_DENOISERS:
-      if now[name] != defaults[name]:
-        raise UserError(f"{name}: {now[name]} has no effect with stage=classifier; leave it out")
-  elif config.data.conditioning == "none":
+  stage = config.model.stage
+  for field, value in [(field, value) for _, field, value in options(config) if field.name in _WITHOUT_USE[stage]]:
+    if value != field.default:
+      raise UserError(f"{field.name}: {flag_text(value)} has no effect with stage={stage}; leave it out")
+  if stage == "denoiser" and config.data.conditioning == "none":
     for name in ("num_classes", "label_dropout"):
       if value := getattr(config.model, name):
         raise UserError(f"{name}: {value} has no effect with conditioning=none; use --conditioning=class")
+
+
+def _check_autoencoder(config: Config) -> None:
+  now, defaults, stage = config.autoencoder, AutoencoderConfig(), config.model.stage
+  named = [field.name for field in dataclasses.fields(now) if getattr(now, field.name) != getattr(defaults, field.name)]
+  if named and stage != "autoencoder":
+    value = flag_text(getattr(now, named[0]))
+    raise UserError(f"{named[0]}: {value} has no effect with stage={stage}; use --stage=autoencoder, or leave it out")
+  needs = {
+    "codebook_size": ("regularizer", "vq", now.regularizer == "vq"),
+    "kl_weight": ("regularizer", "kl", now.regularizer == "kl"),
+    "perceptual_weight": ("perceptual", "lpips", now.perceptual != "none"),
+    "lpips_weights": ("perceptual", "lpips", now.perceptual == "lpips"),
+    **dict.fromkeys(
+      ("discriminator_start", "discriminator_warmup", "discriminator_layers"),
+      ("discriminator_weight", "0.5", now.discriminator_weight > 0),
+    ),
+  }
+  for name in named:
+    option, value, has_effect = needs.get(name, ("", "", True))
+    if not has_effect:
+      raise UserError(
+        f"{name}: {flag_text(getattr(now, name))} has no effect with {option}={flag_text(getattr(now, option))}; use "
+        f"--{option}={value}, or leave it out"
+      )
+  if now.perceptual == "lpips" and not now.lpips_weights:
+    raise UserError(
+      "lpips_weights: missing; name the safetensors file that experiments/convert_lpips.py made, or use "
+      "--perceptual=features"
+    )
+  if now.discriminator_warmup > now.discriminator_start:
+    raise UserError(
+      f"discriminator_warmup: {now.discriminator_warmup} must not exceed discriminator_start="
+      f"{now.discriminator_start}, before which it lies; lower it"
+    )
 
 
 # Kinds of data sets whose records have no such fields.

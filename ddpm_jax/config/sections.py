@@ -86,6 +86,10 @@ class DiffusionConfig:
                                "'min_snr' (Hang et al. 2023, gamma 5) and 'truncated_snr' (Salimans and Ho 2022) "
                                "weigh the error of x0 by min(SNR, 5) and max(SNR, 1), whatever the prediction.",
                                choices=("constant", "min_snr", "truncated_snr"))
+  first_stage: str = option("", "The first stage of a latent model, which turns images into the latents that are "
+                            "diffused: the workdir of a run of --stage=autoencoder, a folder of diffusers with an "
+                            "AutoencoderKL or a VQModel, or a safetensors file of --mode=export (empty: the pixels "
+                            "themselves are diffused). The workdir keeps a copy.", may_change=True)
   variance: str = option("fixed_large", "Variance of the ancestral sampler's steps: beta_t (fixed_large, CIFAR-10 in "
                          "the released code) or the posterior variance (fixed_small, its 256x256 models).",
                          choices=("fixed_small", "fixed_large"), may_change=True)
@@ -97,8 +101,9 @@ class ModelConfig:
 
   stage: str = option("denoiser", "What is trained: 'denoiser', the U-Net that images are drawn with; 'classifier', "
                       "its encoder half with attention pooling, which tells the class of a noisy image and guides "
-                      "the draws of another run as --classifier (Dhariwal and Nichol 2021).",
-                      choices=("denoiser", "classifier"))
+                      "the draws of another run as --classifier (Dhariwal and Nichol 2021); 'autoencoder', the first "
+                      "stage of latent diffusion (Rombach et al. 2022), the --first_stage of another run.",
+                      choices=("denoiser", "classifier", "autoencoder"))
   channels: int = option(32, "Channels at the full resolution.", minimum=2)
   channel_multipliers: tuple[int, ...] = option((1, 2), "Channels of each level as multiples of --channels; each "
                                                 "level after the first halves the resolution.", minimum=1)
@@ -133,8 +138,36 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+  """The first stage that --stage=autoencoder trains, and its loss (Rombach et al. 2022)."""
+
+  regularizer: str = option("kl", "What keeps the latents in bounds: 'kl', a slight pull of their distribution towards "
+                            "the standard normal one; 'vq', the nearest of the vectors of a codebook.",
+                            choices=("kl", "vq"))
+  latent_channels: int = option(4, "Channels of the latents.", minimum=1)
+  codebook_size: int = option(1024, "Vectors in the codebook of --regularizer=vq.", minimum=2)
+  kl_weight: float = option(1e-6, "Weight of the KL divergence of --regularizer=kl, summed over the latents of an "
+                            "image, beside the reconstruction error, summed over its pixels and channels.", minimum=0)
+  perceptual: str = option("none", "What is compared beside the pixels: 'lpips', the distance of Zhang et al. 2018, "
+                           "with --lpips_weights; 'features', the same distance in the layers of the classifier, or "
+                           "network, that --mode=evaluate would train on this data set; 'none'.",
+                           choices=("none", "features", "lpips"))
+  perceptual_weight: float = option(1.0, "Weight of --perceptual.", above=0)
+  lpips_weights: str = option("", "The safetensors file of --perceptual=lpips, see experiments/convert_lpips.py.",
+                              may_change=True)
+  discriminator_weight: float = option(0.0, "Weight of the adversarial loss of a patch discriminator (Isola et al. "
+                                       "2017), relative to the gradient of the reconstruction in the last layer (Esser "
+                                       "et al. 2021); 0.5 is usual (0: no discriminator).", minimum=0)
+  discriminator_start: int = option(0, "Training steps before the discriminator takes part in the loss.", minimum=0)
+  discriminator_warmup: int = option(0, "Training steps before --discriminator_start in which the discriminator alone "
+                                     "learns already.", minimum=0)
+  discriminator_layers: int = option(3, "Strided convolutions of the discriminator: its patches are 70 pixels wide "
+                                     "with 3, 34 with 2, 16 with 1.", minimum=1, maximum=6)
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-  """Adam (beta1 0.9, beta2 0.999, epsilon 1e-8, as in the paper) and the moving average of the weights."""
+  """Adam (epsilon 1e-8, and beta1 0.9, beta2 0.999 by default, as in the paper) and the moving average."""
 
   learning_rate: float = option(2e-3, "Learning rate after the warm-up.", above=0)
   lr_schedule: str = option("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
@@ -148,6 +181,8 @@ class OptimizerConfig:
   warmup_steps: int = option(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
                              "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
                              minimum=0)
+  adam_b1: float = option(0.9, "beta1 of Adam: the decay of the mean gradient.", minimum=0, below=1)
+  adam_b2: float = option(0.999, "beta2 of Adam: the decay of the mean square of the gradient.", minimum=0, below=1)
   weight_decay: float = option(0.0, "Decoupled weight decay, AdamW (Loshchilov and Hutter 2019): each training step "
                                "also takes this times the learning rate of every parameter away.", minimum=0)
   grad_clip: float = option(1.0, "Largest global norm of the mean gradient (0: no clipping).", minimum=0)

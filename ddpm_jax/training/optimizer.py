@@ -68,7 +68,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) ->
   clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
   rate = if_finite(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps, restart)))
   decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
-  return optax.chain(clip, optax.chain(scale_by_adam(b1=0.9, b2=0.999, eps=1e-8), *decay, rate))
+  return optax.chain(clip, optax.chain(scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=1e-8), *decay, rate))
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
