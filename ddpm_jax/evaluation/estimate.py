@@ -16,6 +16,7 @@ from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.hosts import all_gather_host
+from ddpm_jax.diffusion.guidance import within
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
@@ -231,8 +232,7 @@ def _guided(config: Config, weights: Weights) -> int:
   """How many of these are two passes where there is guidance: those at a noise level in `--guidance_interval`."""
   level = table_of(config.sample, weights.run.schedule, config.diffusion.variance).level
   low, high = config.sample.guidance_interval or (0.0, np.inf)
-  noise = np.asarray(level.sigma) / np.asarray(level.alpha)
-  return int(((noise > low) & (noise <= high)).sum())
+  return int(within(level, (low, high)).sum())
 
 
 def _passes(config: Config, weights: Weights) -> int:
