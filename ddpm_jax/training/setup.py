@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,8 @@ class Run(NamedTuple):
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
   objective: Objective | None = None  # in the place of the denoiser's loss
   own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
+  # Parameters of networks that do not train, as `DeviceMesh.place` returns them, or their shapes with shardings.
+  frozen: Any = {}  # noqa: RUF012
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -71,11 +73,7 @@ class Run(NamedTuple):
 
   def place(self, params: Params) -> Params:
     """Weights, NumPy arrays that are the same on every process, placed as those of a state."""
-    return jax.tree.map(
-      lambda leaf, wanted: jax.make_array_from_callback(leaf.shape, wanted.sharding, lambda piece: leaf[piece]),
-      params,
-      self.abstract_state.params,
-    )
+    return self.mesh.place(params)
 
 
 def build_run(
@@ -139,7 +137,7 @@ def copies_warning(config: Config, images: int) -> str | None:
 
 
 def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
-  """`step.train_step` as (state, batch, axis_name=..., seed=...) -> (state, metrics), with all else bound.
+  """`step.train_step` as (state, batch, axis_name=..., seed=..., frozen=...) -> (state, metrics), all else bound.
 
   Args:
     run: the run.
@@ -157,9 +155,14 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
   )
 
   def step(
-    state: TrainState, batch: Batch, *, axis_name: str | None = None, seed: int | jax.Array = config.train.seed
+    state: TrainState,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+    seed: int | jax.Array = config.train.seed,
+    frozen: Any = None,
   ) -> tuple[TrainState, Metrics]:
-    return bound(state, {}, batch, axis_name=axis_name, seed=seed)  # nothing is frozen
+    return bound(state, {} if frozen is None else frozen, batch, axis_name=axis_name, seed=seed)
 
   return step
 
