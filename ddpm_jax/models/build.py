@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, check_size
+from ddpm_jax.config import AUTO_ATTENTION, AutoencoderConfig, ModelConfig, check_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.discriminator import Discriminator, sizes
 from ddpm_jax.models.layers import Conv3x3, SelfAttention, num_norm_groups
+from ddpm_jax.models.lpips import LPIPS
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import cpu
 
@@ -37,10 +40,12 @@ def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfi
   """The network with what it leaves to the size of the images [H, W, C]: where attention is.
 
   Attention costs the square of the number of pixels, so by default it is at the lowest level alone, and only there if
-  that has at most 16 x 16 of them, as in Ho et al. (2020).
+  that has at most 16 x 16 of them, as in Ho et al. (2020). An autoencoder has it in the middle alone.
   """
   if config.attention_resolutions != AUTO_ATTENTION:
     return config
+  if config.stage == "autoencoder":
+    return dataclasses.replace(config, attention_resolutions=())
   height, width = (size // 2 ** (len(config.channel_multipliers) - 1) for size in image_shape[:2])
   return dataclasses.replace(config, attention_resolutions=(height,) if 1 <= height * width <= 16 * 16 else ())
 
@@ -55,13 +60,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
   height, width, channels = image_shape
   check_size(config, height, width)
   config = fitted(config, image_shape)
-  resolutions = [height // 2**level for level in range(len(config.channel_multipliers))]
-  for resolution in config.attention_resolutions:
-    if resolution not in resolutions:
-      raise UserError(
-        f"attention_resolutions: {resolution} is none of this U-Net's resolutions, {', '.join(map(str, resolutions))}; "
-        "use some of those, or --attention_resolutions= for attention in the middle only"
-      )
+  resolutions = _resolutions(config, height)
   _check_heads(config, resolutions)
   classifier = config.stage == "classifier"
   assert config.num_classes or not classifier, "a classifier is built for its classes"
@@ -81,6 +80,20 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
     num_labels=num_labels(config),
     classifier=classifier,
   )
+
+
+def _resolutions(config: ModelConfig, height: int) -> list[int]:
+  """Rows of each level. Raises UserError if attention is to be elsewhere."""
+  resolutions = [height // 2**level for level in range(len(config.channel_multipliers))]
+  network = "autoencoder" if config.stage == "autoencoder" else "U-Net"
+  for resolution in config.attention_resolutions:
+    if resolution not in resolutions:
+      raise UserError(
+        f"attention_resolutions: {resolution} is none of this {network}'s resolutions, "
+        f"{', '.join(map(str, resolutions))}; use some of those, or --attention_resolutions= for attention in the "
+        "middle only"
+      )
+  return resolutions
 
 
 def _check_heads(config: ModelConfig, resolutions: list[int]) -> None:
@@ -167,6 +180,185 @@ def build_denoiser(
   """
   network = network or UNetNetwork(build_model(config, image_shape), attention)
   return Denoiser(network, PARAMETERIZATIONS[prediction])
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderNetwork:
+  """The autoencoder as pure functions of its parameters {'encoder', 'decoder', 'codebook' of 'vq'}.
+
+  Attributes:
+    model: the module.
+  """
+
+  model: Autoencoder
+
+  @property
+  def regularizer(self) -> str:
+    """'kl' or 'vq'."""
+    return self.model.regularizer
+
+  @property
+  def factor(self) -> int:
+    """How many pixels in a row become one."""
+    return 2 ** (len(self.model.channel_multipliers) - 1)
+
+  def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Of the latents (h, w, z) of images (H, W, C)."""
+    height, width, _ = image_shape
+    return height // self.factor, width // self.factor, self.model.latent_channels
+
+  def moments(self, params: Params, x: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
+    """See `Autoencoder.moments`."""
+    return self._apply(params, x, dropout_keys, method="moments")
+
+  def decode(self, params: Params, z: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
+    """See `Autoencoder.decode`."""
+    return self._apply(params, z, dropout_keys, method="decode")
+
+  def quantize(self, params: Params, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `Autoencoder.quantize`."""
+    return self._apply(params, z, method="quantize")
+
+  def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
+    """Fresh parameters, a tree of float32 arrays."""
+    return self.model.init(key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
+
+  def _apply(self, params: Params, *arguments: Any, method: str) -> Any:
+    with nn.intercept_methods(fast_convolutions):
+      return self.model.apply({"params": params}, *arguments, method=method)
+
+
+def build_autoencoder(
+  model: ModelConfig, autoencoder: AutoencoderConfig, image_shape: tuple[int, int, int]
+) -> AutoencoderNetwork:
+  """The autoencoder for images of that shape [H, W, C].
+
+  Raises:
+    UserError: see `config.check_size`, or an attention resolution is never reached.
+  """
+  height, width, channels = image_shape
+  check_size(model, height, width)
+  model = fitted(model, image_shape)
+  _resolutions(model, height)
+  return AutoencoderNetwork(
+    Autoencoder(
+      out_channels=channels,
+      channels=model.channels,
+      channel_multipliers=model.channel_multipliers,
+      num_res_blocks=model.num_res_blocks,
+      attention_resolutions=model.attention_resolutions,
+      latent_channels=autoencoder.latent_channels,
+      regularizer=autoencoder.regularizer,
+      codebook_size=autoencoder.codebook_size if autoencoder.regularizer == "vq" else 0,
+      num_groups=model.norm_groups or num_norm_groups(model.channels),
+      dropout=model.dropout,
+      dtype=jnp.dtype(model.dtype),
+      remat=model.remat,
+    )
+  )
+
+
+# Attributes of the module that a network is described by, with their types, as JSON has them.
+_SETTINGS = {
+  **dict.fromkeys(
+    ("out_channels", "channels", "num_res_blocks", "latent_channels", "codebook_size", "num_groups"), int
+  ),
+  **dict.fromkeys(("channel_multipliers", "attention_resolutions"), list),
+  "regularizer": str,
+  "middle_attention": bool,
+}
+
+
+def autoencoder_settings(network: AutoencoderNetwork) -> dict[str, Any]:
+  """What its parameters mean, as JSON values: the inverse of `autoencoder_of_settings`.
+
+  Dropout, the type of the activations and --remat belong to training, and are left out.
+  """
+  values = {name: getattr(network.model, name) for name in _SETTINGS}
+  return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def autoencoder_of_settings(settings: Any, image_shape: tuple[int, int, int]) -> AutoencoderNetwork:
+  """The network that these settings describe, in float32, for images of that shape [H, W, C].
+
+  Raises:
+    UserError: names the setting that is missing, unknown or none, or the size that the network cannot halve.
+  """
+  settings = settings if isinstance(settings, dict) else {}
+  for name in settings.keys() - _SETTINGS.keys():
+    raise UserError(f"{name}: {settings[name]!r} is no setting of an autoencoder")
+  for name, kind in _SETTINGS.items():
+    value = settings.get(name)
+    if type(value) is not kind or any(type(entry) is not int or entry < 1 for entry in value if kind is list):
+      raise UserError(f"{name}: {value!r} is none of an autoencoder")
+  if settings["regularizer"] not in ("kl", "vq") or not settings["channel_multipliers"]:
+    raise UserError("regularizer, channel_multipliers: they are none of an autoencoder")
+  tuples = {name: tuple(settings[name]) for name, kind in _SETTINGS.items() if kind is list}
+  network = AutoencoderNetwork(Autoencoder(**settings | tuples))
+  height, width, channels = image_shape
+  if height % network.factor or width % network.factor or channels != network.model.out_channels:
+    raise UserError(
+      f"images of {height}x{width} pixels and {channels} channels do not fit an autoencoder that makes one of "
+      f"{network.factor}x{network.factor} pixels, of {network.model.out_channels} channels"
+    )
+  return network
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorNetwork:
+  """The discriminator as a pure function of its parameters.
+
+  Attributes:
+    model: the module.
+    image_shape: H, W, C, of the images that it judges.
+  """
+
+  model: Discriminator
+  image_shape: tuple[int, int, int]
+
+  def __call__(self, params: Params, x: jax.Array) -> jax.Array:
+    """x float [B, H, W, C] in [-1, 1] -> logits float32 [B, h, w]."""
+    logits = self.model.apply({"params": params}, x)
+    assert isinstance(logits, jax.Array)
+    return logits
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters, a tree of float32 arrays."""
+    return self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32))["params"]
+
+
+def build_discriminator(layers: int, image_shape: tuple[int, int, int], dtype: str = "float32") -> DiscriminatorNetwork:
+  """The discriminator with so many strided convolutions for images of that shape [H, W, C].
+
+  dtype: of the activations, 'float32' or 'bfloat16'.
+
+  Raises:
+    UserError: if nothing is left of such images.
+  """
+  smaller = min(image_shape[:2])
+  if min(sizes(layers, smaller)) < 1:
+    fewer = [n for n in range(1, layers) if min(sizes(n, smaller)) >= 1]
+    remedy = f"use --discriminator_layers={fewer[-1]}" if fewer else "use --discriminator_weight=0"
+    raise UserError(
+      f"discriminator_layers: {layers} leave nothing of images of {image_shape[0]}x{image_shape[1]} pixels; {remedy}"
+    )
+  return DiscriminatorNetwork(Discriminator(layers, jnp.dtype(dtype)), image_shape)
+
+
+def lpips(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The perceptual distance of pairs of images, LPIPS of Zhang et al. 2018 with VGG16.
+
+  Args:
+    params: of `models.lpips.LPIPS`.
+    x, y: float [B, H, W, C] in [-1, 1], H and W at least 16; C is 3, or 1, which stands for three equal ones.
+
+  Returns:
+    float32 [B], 0 for equal images.
+  """
+  with nn.intercept_methods(fast_convolutions):
+    distances = LPIPS().apply({"params": params}, x, y)
+  assert isinstance(distances, jax.Array)
+  return distances
 
 
 def portable(denoiser: Denoiser) -> Denoiser:
