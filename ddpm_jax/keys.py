@@ -14,7 +14,7 @@ IMPLEMENTATION = "threefry2x32"
 
 
 # Draws of a training example beside the four of release 0.1, which split its key in four: each has a key of its own.
-EXAMPLE_DRAWS = ("label_dropout",)
+EXAMPLE_DRAWS = ("label_dropout", "posterior")
 
 
 def example_key(key: jax.Array, draw: str) -> jax.Array:
