@@ -291,7 +291,7 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
-    keys, start = _keys(constants, index), parts.x0(known)
+    keys, start = _keys(constants, index), parts.x0(constants, known)
     return Trajectory(up, bind(constants, label), keys, parts.shape, start=start)
 
   def decode(constants: Seeded, index: jax.Array, noise: jax.Array, label: Cond = None) -> Trajectory:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.config import threshold_of, BETA_SCHEDULES, WITHOUT_ENDS, Config, DiffusionConfig, ModelConfig
+from ddpm_jax.config import BETA_SCHEDULES, WITHOUT_ENDS, Config, DiffusionConfig, ModelConfig, threshold_of
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import num_labels
