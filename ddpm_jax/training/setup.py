@@ -21,6 +21,7 @@ from ddpm_jax.diffusion.schedules import (
   make_schedule,
   reaches_noise,
 )
+from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null_label
@@ -56,11 +57,17 @@ class Run(NamedTuple):
   frozen: Any = {}  # noqa: RUF012
   pair: Pair | None = None  # of stage=autoencoder: the network of the denoiser, which means nothing then
   distance: Distance | None = None  # of --perceptual; its parameters are `frozen["perceptual"]`
+  first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.first_stage.image_shape
+
+  @property
+  def stage_params(self) -> Params | None:
+    """The parameters of the first stage, as `keys.Seeded` has them; None: pixels."""
+    return self.frozen if self.first_stage_facts else None
 
   @property
   def conditional(self) -> bool:
@@ -83,7 +90,7 @@ class Run(NamedTuple):
     Args:
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
-    init = functools.partial(_initial_state, self.denoiser, self.config, self.image_shape)
+    init = functools.partial(_initial_state, self.denoiser, self.config, self.first_stage.latent_shape)
     compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
     return compiled(np.uint32(self.config.train.seed), params)
 
@@ -93,28 +100,51 @@ class Run(NamedTuple):
 
 
 def build_run(
-  config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh, network: TrainableNetwork | None = None
+  config: Config,
+  image_shape: tuple[int, int, int],
+  mesh: DeviceMesh,
+  network: TrainableNetwork | None = None,
+  stage: FixedStage | None = None,
 ) -> Run:
   """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together.
 
-  network: in the place of that of the settings.
+  Args:
+    config: the settings.
+    image_shape: H, W, C.
+    mesh: the devices.
+    network: in the place of that of the settings.
+    stage: the first stage of a latent model; None: pixels.
   """
   d = config.diffusion
-  first_stage = Pixels(image_shape)
+  first_stage = stage.latents if stage else Pixels(image_shape)
   latent_shape = first_stage.latent_shape
   pair = build_pair(config, image_shape) if config.model.stage == "autoencoder" else None
   network = cast(TrainableNetwork, pair) if pair else network  # which no sampler is ever given
   denoiser = build_denoiser(config.model, d.prediction, latent_shape, network, attention=mesh.attention)
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
   shapes = jax.eval_shape(
-    functools.partial(_initial_state, denoiser, config, image_shape), np.uint32(config.train.seed)
+    functools.partial(_initial_state, denoiser, config, latent_shape), np.uint32(config.train.seed)
   )
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
     mesh.state_shardings(shapes),
   )
-  return Run(config, schedule, first_stage, denoiser, mesh, abstract_state, pair=pair)
+  run = Run(config, schedule, first_stage, denoiser, mesh, abstract_state, pair=pair)
+  return with_first_stage(run, stage) if stage else run
+
+
+def with_first_stage(run: Run, stage: FixedStage) -> Run:
+  """The run with the parameters of its first stage, placed as those of a state; of shapes, shapes with shardings."""
+  if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(stage.params)):
+    frozen = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      stage.params,
+      run.mesh.state_shardings(stage.params),
+    )
+  else:
+    frozen = run.mesh.place(stage.params)
+  return run._replace(frozen=frozen, first_stage_facts=stage.facts)
 
 
 def noise_warning(run: Run) -> str | None:
@@ -209,11 +239,11 @@ def make_objective(run: Run) -> DenoiserObjective:
 
 
 def _initial_state(
-  denoiser: Denoiser, config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
+  denoiser: Denoiser, config: Config, latent_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
 ) -> TrainState:
   if params is None:
     network = cast(TrainableNetwork, denoiser.network)  # `build_run` makes no other
-    params = network.init(stream_key(seed, "init"), image_shape)
+    params = network.init(stream_key(seed, "init"), latent_shape)
   else:
     params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
   extra = autoencoder.initial_extra(config.autoencoder) if config.model.stage == "autoencoder" else None

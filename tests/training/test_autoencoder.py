@@ -119,7 +119,10 @@ def test_before_its_start_no_trace_of_the_discriminator_is_in_the_autoencoder():
   first = host(run.initial_state())
   for steps, same in ((2, True), (3, False)):
     (one, rows), (other, _) = (trained(run, scale=scale, steps=steps) for scale in (1.0, 3.0))
-    equal = [np.array_equal(*pair) for pair in zip(*(jax.tree.leaves(s.params["autoencoder"]) for s in (one, other)))]
+    equal = [
+      np.array_equal(*pair)
+      for pair in zip(*(jax.tree.leaves(s.params["autoencoder"]) for s in (one, other)), strict=True)
+    ]
     assert all(equal) if same else not any(equal)
   assert [row["loss/discriminator"] > 0 for row in rows] == [False, True, True]
   assert [row["loss/adversarial"] != 0 for row in rows] == [False, False, True]
