@@ -22,6 +22,7 @@ TINY = dict(
   attention_resolutions=(),
   latent_channels=2,
   warmup_steps=0,
+  steps_per_dispatch=1,
   sample_every=0,
 )
 ADVERSARIAL = TINY | dict(discriminator_weight=0.5, discriminator_layers=1, discriminator_start=1)
