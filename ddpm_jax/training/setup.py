@@ -27,7 +27,7 @@ from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null
 from ddpm_jax.training.objective import Batch, ClassifierObjective, DenoiserObjective, Objective
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
-from ddpm_jax.training.step import Metrics, train_step
+from ddpm_jax.training.step import Metrics, abstract_batch, train_step
 
 _MANY_IMAGES, _MANY_PASSES = 5000, 100  # see `copies_warning`
 
@@ -47,11 +47,16 @@ class Run(NamedTuple):
   # Parameters of networks that do not train, as `DeviceMesh.place` returns them, or their shapes with shardings.
   frozen: Any = {}  # noqa: RUF012
   first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
+  moments_shape: tuple[int, ...] | None = None  # O, h, w, ..; of batches that hold `moments` in the place of images
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.first_stage.image_shape
+
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch of that size, as the step gets it."""
+    return abstract_batch(self.image_shape, batch_size, labels=self.conditional, moments=self.moments_shape)
 
   @property
   def stage_params(self) -> Params | None:
