@@ -75,13 +75,10 @@ def latents_of(images: np.ndarray, flips: bool) -> tuple[np.ndarray, np.ndarray]
 def test_what_is_encoded_comes_back_whatever_the_statistics(regularizer):
   latents, rng = Latents(Blocks(regularizer), SHAPE), np.random.default_rng(1)
   params = params_of(rng.normal(size=Z), [0.7] * Z if regularizer == "vq" else rng.uniform(0.2, 5, Z))
-  x0 = latents.x0(params, latents.moments(params, jnp.asarray(IMAGES)))
-  assert (x0.shape[1:], latents.latent_shape, latents.identity, latents.bin_width) == (
-    (4, 6, Z),
-    (4, 6, Z),
-    False,
-    None,
-  )
+  images = IMAGES // 2 * 2 if regularizer == "vq" else IMAGES
+  x0 = latents.x0(params, latents.moments(params, jnp.asarray(images)))
+  assert (x0.shape[1:], latents.latent_shape) == ((4, 6, Z), (4, 6, Z))
+  assert (latents.identity, latents.bin_width) == (False, None)
   np.testing.assert_array_equal(latents.decode(params, x0), images)
   expected = (latents_of(images, False)[0] - params["mean"]) / params["std"]
   np.testing.assert_allclose(x0, expected, rtol=1e-5, atol=1e-5)
