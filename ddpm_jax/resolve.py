@@ -64,6 +64,15 @@ def needs_workdir(mode: str, given: dict[str, Any]) -> bool:
   return MODES[mode].needs_workdir and not (mode == "evaluate" and "write_reference" in given)
 
 
+# Modes of a workdir that holds no model that draws.
+_OF_STAGES = {("autoencoder", "evaluate"), ("autoencoder", "export")}
+
+
+def _a(stage: str) -> str:
+  """The stage with its article."""
+  return f"{'an' if stage == 'autoencoder' else 'a'} {stage}"
+
+
 def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None) -> Config:
   """The config of a command.
 
@@ -79,10 +88,15 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
   rules, run = MODES[mode], layout.read_run(folder) if folder is not None else None
   if run:
     layout.check_own(run.folder, {}, ("network", "objective") if mode == "train" else ("network",))
-  if run and run.config.model.stage == "classifier" and not rules.new_run:
+  stage = run.config.model.stage if run else "denoiser"
+  if run and given.get("stage", stage) != stage:
+    raise UserError(f"stage: {run.folder} holds {_a(stage)}, and no {given['stage']}; use another --workdir")
+  if run and stage != "denoiser" and not rules.new_run and (stage, mode) not in _OF_STAGES:
+    option = "first_stage" if stage == "autoencoder" else "classifier"
+    measured = "; --mode=evaluate measures it" if stage == "autoencoder" else ""
     raise UserError(
-      f"mode: {mode} is of models that draw, and {run.folder} holds a classifier; name the workdir of such a model, "
-      "and this one as --classifier"
+      f"mode: {mode} is of models that draw, and {run.folder} holds {_a(stage)}; name the workdir of such a "
+      f"model, and this one as --{option}{measured}"
     )
   given = _settled(given, run)
   base = _base(rules, given, run)
@@ -118,6 +132,10 @@ def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
     from ddpm_jax.weights import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
+  if given.get("first_stage"):
+    path = paths.absolute("first_stage", given["first_stage"], "get the autoencoder first and name its folder")
+    paths.check_name("first_stage", path)
+    given = given | {"first_stage": str(path)}
   for name in ("guide_with", "classifier"):
     text = given.get(name, "")
     if text not in ("", "raw") and not text.isdecimal():
