@@ -223,6 +223,8 @@ def _check_together(config: Config) -> None:
     if steps > diffusion.num_timesteps:
       raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
   _check_data(config.data)
+  if diffusion.first_stage and sample.threshold in ("static", "dynamic"):
+    raise UserError(f"threshold: {sample.threshold} is of pixels, and latents have no range; leave --threshold out")
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
   _check_exchange(config.exchange)

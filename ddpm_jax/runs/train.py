@@ -201,6 +201,8 @@ def prepare(
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)
   stage = first_stage.fixed_for(autoencoder, source.image_shape, source.name) if autoencoder else None
+  if stage:
+    accept(*source.image_shape[:2])  # own images were not opened here
   seen = stage.latents.latent_shape if stage else source.image_shape
   config = dataclasses.replace(config, model=fitted(config.model, seen))
   if own.network and config.model.stage == "autoencoder":
