@@ -52,7 +52,7 @@ def test_ssim_is_that_of_the_paper():
   for a, b in pairs:
     assert float(ssim(a, b)) == pytest.approx(ssim_of_the_paper(a, b), abs=5e-6)
   batch = jax.jit(jax.vmap(ssim))(*(np.stack(images) for images in zip(*pairs, strict=True)))
-  np.testing.assert_allclose(batch, [ssim(a, b) for a, b in pairs], atol=1e-6)
+  np.testing.assert_allclose(batch, [ssim(a, b) for a, b in pairs], atol=5e-6)
 
 
 def test_ssim_of_equal_and_of_constant_images():
