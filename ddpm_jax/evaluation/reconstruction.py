@@ -36,8 +36,7 @@ from ddpm_jax.evaluation.similarity import SSIM_WINDOW, psnr, ssim
 from ddpm_jax.evaluation.summary import duration, finite, part
 from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.first_stage.pixels import to_float, to_uint8
-from ddpm_jax.models.build import AutoencoderNetwork, build_autoencoder
-from ddpm_jax.models.lpips import lpips
+from ddpm_jax.models.build import AutoencoderNetwork, build_autoencoder, lpips
 from ddpm_jax.sampling.draw import fit_batch
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.weights.perceptual import load_lpips
@@ -47,6 +46,7 @@ from ddpm_jax.workdir.arrays import arrays_sha256, save_arrays
 PRECISION = "highest"  # of products, as that of features: the numbers do not depend on the machine
 _SHOWN, _WORST = 32, 16  # images in the pictures
 _COLUMNS = 8
+_LPIPS_SIDE = 16  # pixels, below which nothing is left for the last layers of VGG16
 _FEW_CODES = 0.05  # share of the codebook below which it has collapsed
 _VERSION = 1  # of the yardsticks; to be counted up when something else is computed
 
@@ -91,7 +91,7 @@ class Meter:
     self.latent_shape = self.network.latent_shape(run.image_shape)
     self._codebook_size = config.autoencoder.codebook_size
     self._lpips: Any = {}
-    if config.autoencoder.lpips_weights and "reconstruction" in config.evaluate.measures:
+    if _reads_lpips(config) and min(run.image_shape[:2]) >= _LPIPS_SIDE:
       self._lpips = jax.device_put(load_lpips(config.autoencoder.lpips_weights), run.mesh.replicated)
     compiled = functools.partial(BatchedFn, mesh=run.mesh, matmul_precision=PRECISION)
     self._reconstruct = compiled(functools.partial(reconstruct, self.network))
@@ -180,9 +180,13 @@ def shrink_and_enlarge(size: tuple[int, int], constants: Any, images: jax.Array)
   return to_uint8(jax.image.resize(small, (batch, height, width, channels), "cubic"))
 
 
+def _reads_lpips(config: Config) -> bool:
+  return bool(config.autoencoder.lpips_weights) and "reconstruction" in config.evaluate.measures
+
+
 def check(config: Config, splits: Mapping[str, Source]) -> None:
   """Raises UserError for what would otherwise be found out later: weights of LPIPS, images of a split."""
-  if config.autoencoder.lpips_weights and "reconstruction" in config.evaluate.measures:
+  if _reads_lpips(config):
     load_lpips(config.autoencoder.lpips_weights)
   least = LEAST_IMAGES["frechet"]
   for source in splits.values():
@@ -211,9 +215,13 @@ def measure(
   """
   names = config.evaluate.measures
   meter = Meter(config, weights, features, config.evaluate.evaluate_batch_size)
-  if "reconstruction" in names and min(weights.run.image_shape[:2]) < SSIM_WINDOW:
-    size = "x".join(map(str, weights.run.image_shape[:2]))
-    around.say(f"left out: ssim (its window is {SSIM_WINDOW} pixels wide, images of {size} are smaller)")
+  for name, side, is_wanted in (
+    ("ssim", SSIM_WINDOW, "reconstruction" in names),
+    ("lpips", _LPIPS_SIDE, _reads_lpips(config)),
+  ):
+    if is_wanted and min(weights.run.image_shape[:2]) < side:
+      size = "x".join(map(str, weights.run.image_shape[:2]))
+      around.say(f"left out: {name} (it needs images of at least {side}x{side} pixels, and these have {size})")
   number, result = _settle(config, meter, splits, around)
   result |= {"warnings": []}
   of_images, of_latents, pictures = {}, {}, {}
