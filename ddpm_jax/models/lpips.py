@@ -1,4 +1,4 @@
-"""The perceptual distance of two images: LPIPS of Zhang et al. 2018 with VGG16 (version 0.1), and what it is made of."""
+"""The perceptual distance of two images: LPIPS of Zhang et al. 2018 with VGG16, version 0.1, and its parts."""
 
 from __future__ import annotations
 
