@@ -18,7 +18,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.hosts import all_gather_host, any_host
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import estimate, measures, trained, yardsticks
+from ddpm_jax.evaluation import estimate, measures, yardsticks
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, NAMES
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.latents import (
@@ -41,7 +41,7 @@ from ddpm_jax.sampling.draw import fit_batch
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.weights.perceptual import load_lpips
 from ddpm_jax.workdir import grids
-from ddpm_jax.workdir.arrays import arrays_sha256, save_arrays
+from ddpm_jax.workdir.arrays import save_arrays
 
 PRECISION = "highest"  # of products, as that of features: the numbers do not depend on the machine
 _SHOWN, _WORST = 32, 16  # images in the pictures
@@ -74,6 +74,8 @@ class Meter:
 
   Attributes:
     network: the autoencoder, of float32 whatever it was trained in.
+    latent_shape: h, w, z.
+    lpips_identity: SHA-256 of the weights of LPIPS; empty without it.
     size: images at once, over all devices.
   """
 
@@ -91,21 +93,16 @@ class Meter:
     self.latent_shape = self.network.latent_shape(run.image_shape)
     self._codebook_size = config.autoencoder.codebook_size
     self._lpips: Any = {}
+    self.lpips_identity = ""
     if _reads_lpips(config) and min(run.image_shape[:2]) >= _LPIPS_SIDE:
-      self._lpips = jax.device_put(load_lpips(config.autoencoder.lpips_weights), run.mesh.replicated)
+      params, self.lpips_identity = load_lpips(config.autoencoder.lpips_weights)
+      self._lpips = jax.device_put(params, run.mesh.replicated)
     compiled = functools.partial(BatchedFn, mesh=run.mesh, matmul_precision=PRECISION)
     self._reconstruct = compiled(functools.partial(reconstruct, self.network))
     self._compare = compiled(similarity)
     self._resize = compiled(functools.partial(shrink_and_enlarge, self.latent_shape[:2]))
     one = np.zeros((1, *run.image_shape), np.uint8)
     self.size = fit_batch(self._reconstruct, self._params, one, number=size)
-
-  @property
-  def lpips_identity(self) -> str:
-    """SHA-256 of the weights of LPIPS; empty without it."""
-    if not self._lpips:
-      return ""
-    return arrays_sha256({name: np.asarray(leaf) for name, leaf in trained.flat(self._lpips).items()}, "")
 
   def reconstruct(self, images: np.ndarray) -> dict[str, np.ndarray]:
     """See `reconstruct`, of at most `size` images."""

@@ -21,7 +21,8 @@ YARDSTICKS = {
   "mean_image": ("the mean image has", "the mean image"),
   "resized": ("images shrunk to the size of the latents have", "images shrunk to the latents' size"),
 }
-LIKELIHOODS = ("bits_per_dim", "ode_bits_per_dim")  # keys of the result
+# Keys of the result. Those of latent models are of densities of latents, and not to be compared with those of pixels.
+LIKELIHOODS = ("bits_per_dim", "ode_bits_per_dim", "latent_bits_per_dim", "ode_latent_bits_per_dim")
 OF_AUTOENCODERS = ("reconstruction", "latents")  # likewise
 ARITHMETIC = ("dtype", "matmul_precision")
 _SPREADS = ("_std", "_standard_error")
@@ -59,6 +60,7 @@ _OF_LIKELIHOOD = {
   "bits_per_dim": ("bound", ("examples", "timesteps_per_example", *ARITHMETIC)),
   "ode_bits_per_dim": ("ODE", ("examples", "steps", "probes", *ARITHMETIC)),
 }
+_OF_LIKELIHOOD |= {kind.replace("bits", "latent_bits"): facts for kind, facts in _OF_LIKELIHOOD.items()}
 
 
 def part(result: Any, *names: str) -> dict[str, Any]:
@@ -292,7 +294,8 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
         conditions |= {"data": result["data"]} if "data" in result else {}
         total, error = (part(terms).get(name) for name in ("total", "standard_error"))
         given = ", given the class" if "given" in part(terms) else ""
-        add(key, total, error, conditions, f"{kind}_{split}", "Bits/dim", f"{remark}, {split}{given}")
+        title = "Latent bits/dim" if "latent" in kind else "Bits/dim"
+        add(key, total, error, conditions, f"{kind}_{split}", title, f"{remark}, {split}{given}")
   for key, result in results.items():
     features = str(part(result, "features").get("name", "unknown"))
     for kind, what in (("reconstruction", "reconstructions"), ("latents", "latents")):
