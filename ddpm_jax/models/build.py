@@ -294,7 +294,7 @@ def autoencoder_of_settings(settings: Any, image_shape: tuple[int, int, int]) ->
   if settings["regularizer"] not in ("kl", "vq") or not settings["channel_multipliers"]:
     raise UserError("regularizer, channel_multipliers: they are none of an autoencoder")
   tuples = {name: tuple(settings[name]) for name, kind in _SETTINGS.items() if kind is list}
-  network = AutoencoderNetwork(Autoencoder(**settings | tuples))
+  network = AutoencoderNetwork(Autoencoder(**settings | tuples, dtype=jnp.dtype("float32")))
   height, width, channels = image_shape
   if height % network.factor or width % network.factor or channels != network.model.out_channels:
     raise UserError(

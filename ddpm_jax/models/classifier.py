@@ -8,6 +8,7 @@ import jax
 from ddpm_jax.models.layers import default_init
 
 FEATURES = 64
+LAYERS = ("conv1_norm", "conv2_norm", "conv3_norm")  # before their swish
 _LARGEST_MAP = 16  # pixels of the first layer's output, of the shorter side: large images stay cheap
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,20 @@ USE_DECAY = 0.99  # of the average use of each code
 
 # (parameters, x_hat, x: float [B, H, W, C] in [-1, 1]) -> [B]
 Distance = Callable[[Params, jax.Array, jax.Array], jax.Array]
+
+
+class Perceptual(NamedTuple):
+  """A perceptual distance.
+
+  Attributes:
+    distance: the function.
+    params: its parameters, NumPy arrays, the same on every process.
+    sha256: of them, hexadecimal.
+  """
+
+  distance: Distance
+  params: Params
+  sha256: str
 
 
 @dataclasses.dataclass(frozen=True)

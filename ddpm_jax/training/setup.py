@@ -26,7 +26,7 @@ from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null_label
 from ddpm_jax.training import autoencoder
-from ddpm_jax.training.autoencoder import Distance, Pair, build_pair
+from ddpm_jax.training.autoencoder import Pair, Perceptual, build_pair
 from ddpm_jax.training.objective import (
   Batch,
   ClassifierObjective,
@@ -56,7 +56,7 @@ class Run(NamedTuple):
   # Parameters of networks that do not train, as `DeviceMesh.place` returns them, or their shapes with shardings.
   frozen: Any = {}  # noqa: RUF012
   pair: Pair | None = None  # of stage=autoencoder: the network of the denoiser, which means nothing then
-  distance: Distance | None = None  # of --perceptual; its parameters are `frozen["perceptual"]`
+  perceptual: Perceptual | None = None  # of --perceptual; its parameters, placed, are `frozen["perceptual"]`
   first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
 
   @property
@@ -73,6 +73,12 @@ class Run(NamedTuple):
   def conditional(self) -> bool:
     """Whether the network is told the class of an image, or tells it."""
     return self.config.model.num_classes > 0
+
+  def with_perceptual(self, perceptual: Perceptual | None) -> Run:
+    """The run of an autoencoder with its perceptual distance."""
+    if perceptual is None:
+      return self
+    return self._replace(perceptual=perceptual, frozen=self.frozen | {"perceptual": self.mesh.place(perceptual.params)})
 
   @property
   def packs(self) -> bool:
@@ -218,7 +224,7 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
 def _objective(run: Run) -> Objective:
   """That of the settings."""
   if run.pair:
-    return autoencoder.make_objective(run.pair, run.config, run.distance)
+    return autoencoder.make_objective(run.pair, run.config, run.perceptual and run.perceptual.distance)
   if run.config.model.stage == "classifier":
     return ClassifierObjective(run.denoiser.network, run.schedule, run.first_stage, run.config.data.random_flip)
   return make_objective(run)
