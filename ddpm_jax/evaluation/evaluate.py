@@ -139,7 +139,7 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
   if config.model.stage == "autoencoder":
     if "frechet" in options.measures:
       _check_features(config, train)
-    reconstruction.check(config, dict(_splits(config, train)))
+    reconstruction.check(config, workdir, dict(_splits(config, train)))
     return config
   if _needs_samples(config):
     number = options.evaluate_samples or estimate.LEAST

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.hosts import all_gather_host, any_host
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import estimate, measures, yardsticks
+from ddpm_jax.evaluation import estimate, measures, perceptual, yardsticks
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, NAMES
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.latents import (
@@ -36,17 +37,15 @@ from ddpm_jax.evaluation.similarity import SSIM_WINDOW, psnr, ssim
 from ddpm_jax.evaluation.summary import duration, finite, part
 from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.first_stage.pixels import to_float, to_uint8
-from ddpm_jax.models.build import AutoencoderNetwork, build_autoencoder, lpips
+from ddpm_jax.models.build import AutoencoderNetwork, Params, build_autoencoder, lpips
 from ddpm_jax.sampling.draw import fit_batch
 from ddpm_jax.weights.load import Weights
-from ddpm_jax.weights.perceptual import load_lpips
 from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.arrays import save_arrays
 
 PRECISION = "highest"  # of products, as that of features: the numbers do not depend on the machine
 _SHOWN, _WORST = 32, 16  # images in the pictures
 _COLUMNS = 8
-_LPIPS_SIDE = 16  # pixels, below which nothing is left for the last layers of VGG16
 _FEW_CODES = 0.05  # share of the codebook below which it has collapsed
 _VERSION = 1  # of the yardsticks; to be counted up when something else is computed
 
@@ -79,12 +78,14 @@ class Meter:
     size: images at once, over all devices.
   """
 
-  def __init__(self, config: Config, weights: Weights, features: Features | None, size: int):
+  def __init__(
+    self, config: Config, weights: Weights, features: Features | None, lpips_weights: tuple[Params, str] | None
+  ):
     """Args:
     config: the settings.
     weights: of the autoencoder.
     features: the extractor; None if no distance is asked for.
-    size: images at once, at most.
+    lpips_weights: see `perceptual.lpips_to_measure`.
     """
     run, self._features = weights.run, features
     exact = dataclasses.replace(config.model, dtype="float32")
@@ -94,15 +95,16 @@ class Meter:
     self._codebook_size = config.autoencoder.codebook_size
     self._lpips: Any = {}
     self.lpips_identity = ""
-    if _reads_lpips(config) and min(run.image_shape[:2]) >= _LPIPS_SIDE:
-      params, self.lpips_identity = load_lpips(config.autoencoder.lpips_weights)
+    if lpips_weights:
+      params, self.lpips_identity = lpips_weights
       self._lpips = jax.device_put(params, run.mesh.replicated)
     compiled = functools.partial(BatchedFn, mesh=run.mesh, matmul_precision=PRECISION)
     self._reconstruct = compiled(functools.partial(reconstruct, self.network))
     self._compare = compiled(similarity)
     self._resize = compiled(functools.partial(shrink_and_enlarge, self.latent_shape[:2]))
     one = np.zeros((1, *run.image_shape), np.uint8)
-    self.size = fit_batch(self._reconstruct, self._params, one, number=size)
+    self.size = fit_batch(self._reconstruct, self._params, one, number=config.evaluate.evaluate_batch_size)
+    self.size = fit_batch(self._compare, self._lpips, one, one, number=self.size)
 
   def reconstruct(self, images: np.ndarray) -> dict[str, np.ndarray]:
     """See `reconstruct`, of at most `size` images."""
@@ -177,18 +179,26 @@ def shrink_and_enlarge(size: tuple[int, int], constants: Any, images: jax.Array)
   return to_uint8(jax.image.resize(small, (batch, height, width, channels), "cubic"))
 
 
-def _reads_lpips(config: Config) -> bool:
-  return bool(config.autoencoder.lpips_weights) and "reconstruction" in config.evaluate.measures
-
-
-def check(config: Config, splits: Mapping[str, Source]) -> None:
+def check(config: Config, workdir: pathlib.Path, splits: Mapping[str, Source]) -> None:
   """Raises UserError for what would otherwise be found out later: weights of LPIPS, images of a split."""
-  if _reads_lpips(config):
-    load_lpips(config.autoencoder.lpips_weights)
+  if "reconstruction" in config.evaluate.measures:
+    perceptual.lpips_to_measure(config, workdir)
   least = LEAST_IMAGES["frechet"]
   for source in splits.values():
     if "frechet" in config.evaluate.measures and len(source) < least:
       raise UserError(f"measures: frechet needs {least} images, and {source.name} has {len(source)}; leave it out")
+
+
+def _defined(config: Config, image_shape: tuple[int, int, int], around: Surroundings) -> tuple[Params, str] | None:
+  """The weights of LPIPS, where it is asked for and defined; says which measures are not, of images so small."""
+  if "reconstruction" not in config.evaluate.measures:
+    return None
+  found = perceptual.lpips_to_measure(config, around.workdir)
+  for name, side in (("ssim", SSIM_WINDOW), *([("lpips", perceptual.SMALLEST)] if found else [])):
+    if min(image_shape[:2]) < side:
+      size = "x".join(map(str, image_shape[:2]))
+      around.say(f"left out: {name} (it needs images of at least {side}x{side} pixels, and these have {size})")
+  return found if min(image_shape[:2]) >= perceptual.SMALLEST else None
 
 
 def measure(
@@ -211,14 +221,7 @@ def measure(
     Abandoned: by `around.beat`.
   """
   names = config.evaluate.measures
-  meter = Meter(config, weights, features, config.evaluate.evaluate_batch_size)
-  for name, side, is_wanted in (
-    ("ssim", SSIM_WINDOW, "reconstruction" in names),
-    ("lpips", _LPIPS_SIDE, _reads_lpips(config)),
-  ):
-    if is_wanted and min(weights.run.image_shape[:2]) < side:
-      size = "x".join(map(str, weights.run.image_shape[:2]))
-      around.say(f"left out: {name} (it needs images of at least {side}x{side} pixels, and these have {size})")
+  meter = Meter(config, weights, features, _defined(config, weights.run.image_shape, around))
   number, result = _settle(config, meter, splits, around)
   result |= {"warnings": []}
   of_images, of_latents, pictures = {}, {}, {}
@@ -331,13 +334,11 @@ def _of_latents(meter: Meter, passed: Passed) -> dict[str, Any]:
 def _warnings(meter: Meter, passed: Passed, split: str) -> Iterator[str]:
   """Lines about latents that say little."""
   if passed.codes is None and not channels(passed.latents).active.any():
-    yield (
-      f"the posterior has collapsed: no latent tells images of {split} apart; train anew with a smaller --kl_weight"
-    )
+    yield f"the posterior has collapsed: no latent tells images of {split} apart; in a new run, use a lower --kl_weight"
   if passed.codes is not None and codebook_use(passed.codes) < _FEW_CODES:
     yield (
       f"the codebook has collapsed: of its {len(passed.codes):,} vectors {np.count_nonzero(passed.codes):,} occur in "
-      f"{split}; train anew with a smaller --codebook_size, or a lower --learning_rate"
+      f"{split}; in a new run, use a smaller --codebook_size, fewer --latent_channels or a lower --learning_rate"
     )
 
 
