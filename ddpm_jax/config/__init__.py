@@ -14,6 +14,7 @@ from ddpm_jax.config.config import (
   check_size,
   check_variance,
   guided,
+  measures,
   options,
   override,
   own_images,
@@ -27,6 +28,7 @@ from ddpm_jax.config.config import (
 )
 from ddpm_jax.config.option import flag_text, height_and_width, image_size
 from ddpm_jax.config.sections import (
+  AUTOENCODER_MEASURES,
   BETA_SCHEDULES,
   WITHOUT_ENDS,
   AutoencoderConfig,
@@ -43,6 +45,7 @@ from ddpm_jax.config.sections import (
 from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_tree
 
 __all__ = [
+  "AUTOENCODER_MEASURES",
   "AUTO_ATTENTION",
   "BETA_SCHEDULES",
   "LEFT_TO_IMAGES",
@@ -68,6 +71,7 @@ __all__ = [
   "guided",
   "height_and_width",
   "image_size",
+  "measures",
   "options",
   "override",
   "own_images",

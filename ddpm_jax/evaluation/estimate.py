@@ -28,7 +28,7 @@ from ddpm_jax.weights.load import Weights
 
 LEAST = 1_000  # samples of a number that is chosen here
 # Round numbers, so that a machine that is a little busier does not make results that cannot be compared.
-_NUMBERS = (LEAST, 2_000, 5_000, 10_000, 20_000, 50_000)
+NUMBERS = (LEAST, 2_000, 5_000, 10_000, 20_000, 50_000)
 _EXAMPLES = (100, 200, 500, 1_000, 2_000, 5_000, 10_000)
 _FEW = {"sampler": "dpmpp", "sampling_steps": 20}  # within a few per cent of all T, see docs/results/samplers.md
 _OF_A_SAMPLER = ("sampler", "sampling_steps", "eta")
@@ -152,7 +152,7 @@ def measure_speed(config: Config, weights: Weights, features: Features | None, t
   of_features = 0.0
   if features is not None:
     images = train.read(np.arange(config.evaluate.evaluate_batch_size) % len(train)).images
-    of_features = _seconds(lambda: features.extract(images)) / len(images)
+    of_features = seconds(lambda: features.extract(images)) / len(images)
   first = all_gather_host(np.asarray([drawing, of_likelihoods, of_features]))[0]
   return Speed(*map(float, first))
 
@@ -170,10 +170,10 @@ def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_pre
   one = (*one, np.zeros(1, np.int32)) if run.conditional else one
   most = _TIMED[jax.devices()[0].platform == "cpu"] * jax.device_count()
   size = fit_batch(rows, weights.params, *one, number=most)
-  return _seconds(lambda: rows(weights.params, *one, size=size)) / size
+  return seconds(lambda: rows(weights.params, *one, size=size)) / size
 
 
-def _seconds(work: Callable[[], Any]) -> float:
+def seconds(work: Callable[[], Any]) -> float:
   """How long it takes, but for the compilation: the mean of a few runs after the first."""
   work()
   began = time.perf_counter()
@@ -187,7 +187,7 @@ def choose(config: Config, weights: Weights, left: Open, speed: Speed, work: Wor
   changes: dict[str, Any] = {}
   if left.evaluate_samples:
     one = _passes(config, weights) * speed.drawing + len(config.sample.guidance_scale) * speed.features
-    changes["evaluate_samples"] = largest(_NUMBERS, _SHARE * budget_s / one)
+    changes["evaluate_samples"] = largest(NUMBERS, _SHARE * budget_s / one)
   if left.likelihood_examples:
     one = sum(_of_likelihood(config, weights, name) * speed.likelihood for name, _ in work.likelihoods)
     changes["likelihood_examples"] = largest(_EXAMPLES, (1 - _SHARE) * budget_s / one)

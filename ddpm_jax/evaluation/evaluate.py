@@ -26,7 +26,7 @@ from ddpm_jax.devices.batched import BatchedLoop
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import by_class, estimate, inception, likelihood, statistics
+from ddpm_jax.evaluation import by_class, estimate, inception, likelihood, reconstruction, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, compare, look_up, see
 from ddpm_jax.evaluation.features import Features
@@ -34,11 +34,11 @@ from ddpm_jax.evaluation.moments import Moments
 from ddpm_jax.evaluation.network import network_features
 from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
 from ddpm_jax.evaluation.results import earlier_results
+from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, untrained_denoiser
 from ddpm_jax.models.build import Params, build_denoiser
 from ddpm_jax.models.classifier import FEATURES
-from ddpm_jax.runtime import console, numerics
-from ddpm_jax.runtime.progress import Done, counted
+from ddpm_jax.runtime import numerics
 from ddpm_jax.sampling.classes import Classes
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.training.setup import noise_warning
@@ -57,58 +57,13 @@ _SHOWN = 64  # samples in the picture
 _WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
 
 
-@dataclasses.dataclass(frozen=True)
-class Surroundings:
-  """Where an evaluation happens, and who listens.
-
-  Attributes:
-    workdir: of the run; `eval/` in it is made.
-    beat: called after each batch with what was done. May raise `Abandoned`.
-    quiet: print nothing.
-    given: names of the flags of this command.
-    budget_s: seconds that drawing and likelihoods may take together, where their numbers are left open.
-    estimates: say first how long it will take.
-  """
-
-  workdir: pathlib.Path
-  beat: Callable[[str], None]
-  quiet: bool
-  given: frozenset[str] = frozenset()
-  budget_s: float = 600.0
-  estimates: bool = False
-
-  @property
-  def cache(self) -> pathlib.Path:
-    """What may be deleted, and is then computed again."""
-    return self.workdir / "eval" / "cache"
-
-  def say(self, line: str) -> None:
-    """Prints it."""
-    if not self.quiet:
-      console.say(line)
-
-  @contextlib.contextmanager
-  def counted(self, task: str, what: str, total: int) -> Iterator[Done]:
-    """A progress bar that also beats: a function of how many of `what` are done in which task."""
-    with counted(what, total=total, quiet=self.quiet) as (done, _):
-
-      def done_and_beat(number: float, text: str = "") -> None:
-        text = text or f"{task}: {what} {number}/{total}"
-        done(number, text)
-        self.beat(text)
-
-      yield done_and_beat
-
-
-class Abandoned(Exception):
-  """An evaluation that was asked to stop; what it drew so far is kept."""
-
-
 def measurable(config: Config, train: Source) -> tuple[Config, str]:
   """The features that are meant, and what can be measured, where nothing particular is asked for.
 
   As `_measurable_with_features`, `statistics.measurable` and `by_class.measurable`.
   """
+  if config.model.stage == "autoencoder":
+    return _measurable_of_autoencoder(config, train)
   kept, line = _measurable_with_features(config, train)
   kept, more = statistics.measurable(kept, asked=config)
   kept, last = by_class.measurable(kept, asked=config)
@@ -144,6 +99,23 @@ def _measurable_with_features(config: Config, train: Source) -> tuple[Config, st
   return config_lib.override(config, {"measures": measures}), f"left out: {left_out} ({reason})"
 
 
+def _measurable_of_autoencoder(config: Config, train: Source) -> tuple[Config, str]:
+  """As `_measurable_with_features`, with the measures of an autoencoder where nothing is named."""
+  names = config_lib.measures(config)
+  by_default = names != config.evaluate.measures
+  config = config_lib.override(config, {"measures": names})
+  if "frechet" not in names:
+    return config, ""
+  config, reason = _choose_features(config, train)
+  if not reason or not by_default:
+    return config, ""
+  if config.train.evaluate_every:
+    raise UserError(reason)
+  return config_lib.override(
+    config, {"measures": tuple(name for name in names if name != "frechet")}
+  ), f"left out: frechet ({reason})"
+
+
 def _choose_features(config: Config, train: Source) -> tuple[Config, str]:
   """The settings with a kind of features instead of 'auto', and why there are none, empty if there are."""
   auto = config.evaluate.features == "auto"
@@ -164,18 +136,17 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
   """
   config, _ = measurable(config, train)
   options = config.evaluate
+  if config.model.stage == "autoencoder":
+    if "frechet" in options.measures:
+      _check_features(config, train)
+    reconstruction.check(config, workdir, dict(_splits(config, train)))
+    return config
   if _needs_samples(config):
     number = options.evaluate_samples or estimate.LEAST
     check_room(
       "evaluate_samples", workdir, train.image_shape, number, copies=len(config.sample.guidance_scale)
     )  # those of all scales are kept until the end
-    match options.features:
-      case "inception":
-        inception.read_weights(options.inception_weights)
-      case "classifier":
-        _check_labels(train)
-      case _ if "score" in options.measures:
-        raise UserError("measures: score needs classes, which features=network has none of; leave it out")
+    _check_features(config, train)
     reference, in_file = _split(config, train, options.reference_split), None
     if _reads_statistics(options):
       stats = statistics.read_statistics(options.reference_stats)
@@ -186,6 +157,17 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
     for _, source in _splits(config, train):
       _check_given(config, source)
   return config
+
+
+def _check_features(config: Config, train: Source) -> None:
+  options = config.evaluate
+  match options.features:
+    case "inception":
+      inception.read_weights(options.inception_weights)
+    case "classifier":
+      _check_labels(train)
+    case _ if "score" in options.measures:
+      raise UserError("measures: score needs classes, which features=network has none of; leave it out")
 
 
 def _check_given(config: Config, source: Source) -> None:
@@ -258,8 +240,26 @@ def evaluate(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "version": ddpm_jax.__version__,
     **numerics.surroundings(),
-    "warnings": [warning] if (warning := noise_warning(weights.run)) else [],
   }
+  is_autoencoder = config.model.stage == "autoencoder"
+  found, pictures = (_of_autoencoder if is_autoencoder else _of_model)(config, weights, train, around)
+  return result | found | {"seconds": round(time.perf_counter() - began, 1)}, pictures
+
+
+def _of_autoencoder(
+  config: Config, weights: Weights, train: Source, around: Surroundings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """See `reconstruction.measure`."""
+  is_compared = "frechet" in config.evaluate.measures
+  features = _features(config, weights.run.mesh, train, around) if is_compared else None
+  return reconstruction.measure(config, weights, dict(_splits(config, train)), features, around)
+
+
+def _of_model(
+  config: Config, weights: Weights, train: Source, around: Surroundings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Parts of the result, and pictures, of a model that draws."""
+  result: dict[str, Any] = {"warnings": [warning] if (warning := noise_warning(weights.run)) else []}
   pictures: dict[str, np.ndarray] = {}
   features = classes = None
   source, needed = train, []
@@ -287,7 +287,7 @@ def evaluate(
       result[kind] = {split: likelihood_of(source) for split, source in splits.items()}
     for drawn in draws:  # not before: all that follows a draw may be stopped too, and then needs the images again
       drawn.forget()
-  return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
+  return result, pictures
 
 
 def _settle(

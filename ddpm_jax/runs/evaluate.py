@@ -25,6 +25,7 @@ from ddpm_jax.evaluation.summary import (
   title_of,
   yardsticks,
 )
+from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import keep_place
@@ -63,7 +64,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
   keep_place(config, workdir, weights, train)
   ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
-  around = evaluate_lib.Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
+  around = Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
   around.say(f"evaluating {weights.text}: {', '.join(measured)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:
@@ -145,6 +146,6 @@ def _write_reference(config: Config, workdir: pathlib.Path | None) -> None:
   with contextlib.ExitStack() as cleanup:
     # Without a run there is no cache to look into.
     place = workdir or pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ddpm_jax-")))
-    around = evaluate_lib.Surroundings(place, beat=lambda what: None, quiet=quiet)
+    around = Surroundings(place, beat=lambda what: None, quiet=quiet)
     evaluate_lib.write_reference(config, open_source(config.data), path, around)
     around.say(f"done: {path}")

@@ -16,6 +16,7 @@ from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result, yardsticks_of
 from ddpm_jax.evaluation.summary import Result
+from ddpm_jax.evaluation.surroundings import Abandoned, Surroundings
 from ddpm_jax.runs.reports import Reports
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.stop import StopRequest
@@ -86,9 +87,9 @@ class Evaluations:
       self._beat(what)
       asked = self._stop.requested is not None
       if asked if alone else any_host(asked):
-        raise evaluate_lib.Abandoned
+        raise Abandoned
 
-    around = evaluate_lib.Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S, given=self._given)
+    around = Surroundings(self._workdir, beat, quiet=not first, budget_s=_BUDGET_S, given=self._given)
     around.say(f"evaluating step {step}")
     try:
       if alone:
@@ -96,7 +97,7 @@ class Evaluations:
           result, pictures = evaluate_lib.evaluate(options, weights, self._source, around)
       else:
         result, pictures = evaluate_lib.evaluate(options, weights, self._source, around)
-    except evaluate_lib.Abandoned:
+    except Abandoned:
       return True
     if first:
       try:

@@ -90,6 +90,21 @@ def image_rows(images: np.ndarray, apart: tuple[int, ...] = ()) -> np.ndarray:
   return np.concatenate(blocks[:-1], axis=1)
 
 
+def image_pairs(images: np.ndarray, others: np.ndarray, columns: int) -> np.ndarray:
+  """Tiles images uint8 [N, H, W, C] in rows, below each row those that belong to it, with gaps between the pairs.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  blocks: list[np.ndarray] = []
+  for first in range(0, len(images), columns):
+    rows = [part[first : first + columns] for part in (images, others)]
+    blank = np.full((max(0, min(columns, len(images)) - len(rows[0])), *images.shape[1:]), 255, np.uint8)
+    block = image_grid(np.concatenate([part for row in rows for part in (row, blank)]), len(rows[0]) + len(blank))
+    blocks += [block, np.full((4 * _MARGIN, *block.shape[1:]), 255, np.uint8)]
+  return np.concatenate(blocks[:-1])
+
+
 def named_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
   """Rows of images uint8 [N, H, W, C], of any N, each with its name at the left.
 

@@ -12,9 +12,10 @@ from ddpm_jax.config import EvaluateConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import by_class, likelihood, measures, moments, trained, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.evaluate import Abandoned, check, evaluate, measurable
+from ddpm_jax.evaluation.evaluate import check, evaluate, measurable
 from ddpm_jax.evaluation.results import read_result, write_result
 from ddpm_jax.evaluation.summary import columns
+from ddpm_jax.evaluation.surroundings import Abandoned
 from ddpm_jax.report.report import write_guidance_chart, write_report
 from ddpm_jax.runs.evaluate import result_lines
 from ddpm_jax.sampling import drawn
@@ -121,7 +122,7 @@ def test_the_classifier_on_images_that_it_was_not_trained_on(whole):
   for label in np.unique(LABELS[held_out]):
     assert data["classes"][NAMES[label]]["class_accuracy"] == right[LABELS[held_out] == label].mean()
   real = labelled().read(np.arange(70)).images
-  ours, others = yardsticks._halves(70, 50)
+  ours, others = yardsticks.halves(70, 50)
   parts = (real[rows[LABELS[rows] == 0]] for rows in (ours, others))
   assert data["classes"]["cat"]["classifier_distance"] == pytest.approx(naive_distance(*parts), rel=1e-4)
 
