@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from ddpm_jax.config import AUTO_ATTENTION, ModelConfig, check_size
+from ddpm_jax.config import AUTO_ATTENTION, AutoencoderConfig, ModelConfig, check_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
+from ddpm_jax.models.autoencoder import Autoencoder
+from ddpm_jax.models.discriminator import Discriminator, sizes
 from ddpm_jax.models.layers import Conv3x3, SelfAttention, num_norm_groups
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import cpu
@@ -37,10 +39,12 @@ def fitted(config: ModelConfig, image_shape: tuple[int, int, int]) -> ModelConfi
   """The network with what it leaves to the size of the images [H, W, C]: where attention is.
 
   Attention costs the square of the number of pixels, so by default it is at the lowest level alone, and only there if
-  that has at most 16 x 16 of them, as in Ho et al. (2020).
+  that has at most 16 x 16 of them, as in Ho et al. (2020). An autoencoder has it in the middle alone.
   """
   if config.attention_resolutions != AUTO_ATTENTION:
     return config
+  if config.stage == "autoencoder":
+    return dataclasses.replace(config, attention_resolutions=())
   height, width = (size // 2 ** (len(config.channel_multipliers) - 1) for size in image_shape[:2])
   return dataclasses.replace(config, attention_resolutions=(height,) if 1 <= height * width <= 16 * 16 else ())
 
@@ -55,13 +59,7 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
   height, width, channels = image_shape
   check_size(config, height, width)
   config = fitted(config, image_shape)
-  resolutions = [height // 2**level for level in range(len(config.channel_multipliers))]
-  for resolution in config.attention_resolutions:
-    if resolution not in resolutions:
-      raise UserError(
-        f"attention_resolutions: {resolution} is none of this U-Net's resolutions, {', '.join(map(str, resolutions))}; "
-        "use some of those, or --attention_resolutions= for attention in the middle only"
-      )
+  resolutions = _resolutions(config, height)
   _check_heads(config, resolutions)
   classifier = config.stage == "classifier"
   assert config.num_classes or not classifier, "a classifier is built for its classes"
@@ -81,6 +79,20 @@ def build_model(config: ModelConfig, image_shape: tuple[int, int, int]) -> UNet:
     num_labels=num_labels(config),
     classifier=classifier,
   )
+
+
+def _resolutions(config: ModelConfig, height: int) -> list[int]:
+  """Rows of each level. Raises UserError if attention is to be elsewhere."""
+  resolutions = [height // 2**level for level in range(len(config.channel_multipliers))]
+  network = "autoencoder" if config.stage == "autoencoder" else "U-Net"
+  for resolution in config.attention_resolutions:
+    if resolution not in resolutions:
+      raise UserError(
+        f"attention_resolutions: {resolution} is none of this {network}'s resolutions, "
+        f"{', '.join(map(str, resolutions))}; use some of those, or --attention_resolutions= for attention in the "
+        "middle only"
+      )
+  return resolutions
 
 
 def _check_heads(config: ModelConfig, resolutions: list[int]) -> None:
@@ -167,6 +179,140 @@ def build_denoiser(
   """
   network = network or UNetNetwork(build_model(config, image_shape), attention)
   return Denoiser(network, PARAMETERIZATIONS[prediction])
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderNetwork:
+  """The autoencoder as pure functions of its parameters {'encoder', 'decoder', 'codebook' of 'vq'}.
+
+  Attributes:
+    model: the module.
+  """
+
+  model: Autoencoder
+
+  @property
+  def regularizer(self) -> str:
+    """'kl' or 'vq'."""
+    return self.model.regularizer
+
+  @property
+  def factor(self) -> int:
+    """How many pixels in a row become one."""
+    return 2 ** (len(self.model.channel_multipliers) - 1)
+
+  def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Of the latents (h, w, z) of images (H, W, C)."""
+    height, width, _ = image_shape
+    return height // self.factor, width // self.factor, self.model.latent_channels
+
+  def moments(self, params: Params, x: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
+    """See `Autoencoder.moments`."""
+    return self._apply(params, x, dropout_keys, method="moments")
+
+  def decode(self, params: Params, z: jax.Array, *, dropout_keys: jax.Array | None = None) -> jax.Array:
+    """See `Autoencoder.decode`."""
+    return self._apply(params, z, dropout_keys, method="decode")
+
+  def quantize(self, params: Params, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """See `Autoencoder.quantize`."""
+    return self._apply(params, z, method="quantize")
+
+  def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> Params:
+    """Fresh parameters, a tree of float32 arrays."""
+    return self.model.init(key, jnp.zeros((1, *image_shape), jnp.float32))["params"]
+
+  def _apply(self, params: Params, *arguments: Any, method: str) -> Any:
+    with nn.intercept_methods(fast_convolutions):
+      return self.model.apply({"params": params}, *arguments, method=method)
+
+
+def build_autoencoder(
+  model: ModelConfig, autoencoder: AutoencoderConfig, image_shape: tuple[int, int, int]
+) -> AutoencoderNetwork:
+  """The autoencoder for images of that shape [H, W, C].
+
+  Raises:
+    UserError: see `config.check_size`, or an attention resolution is never reached.
+  """
+  height, width, channels = image_shape
+  check_size(model, height, width)
+  model = fitted(model, image_shape)
+  _resolutions(model, height)
+  return AutoencoderNetwork(
+    Autoencoder(
+      out_channels=channels,
+      channels=model.channels,
+      channel_multipliers=model.channel_multipliers,
+      num_res_blocks=model.num_res_blocks,
+      attention_resolutions=model.attention_resolutions,
+      latent_channels=autoencoder.latent_channels,
+      regularizer=autoencoder.regularizer,
+      codebook_size=autoencoder.codebook_size if autoencoder.regularizer == "vq" else 0,
+      num_groups=model.norm_groups or num_norm_groups(model.channels),
+      dropout=model.dropout,
+      dtype=jnp.dtype(model.dtype),
+      remat=model.remat,
+    )
+  )
+
+
+def autoencoder_settings(network: AutoencoderNetwork) -> dict[str, Any]:
+  """The attributes of its module as JSON values; the inverse is `autoencoder_of_settings`."""
+  attributes = {
+    field.name: getattr(network.model, field.name)
+    for field in dataclasses.fields(network.model)
+    if field.name not in ("parent", "name")
+  }
+  tuples = {name: list(value) for name, value in attributes.items() if isinstance(value, tuple)}
+  return attributes | tuples | {"dtype": jnp.dtype(network.model.dtype).name}
+
+
+def autoencoder_of_settings(settings: dict[str, Any]) -> AutoencoderNetwork:
+  """The network that has these settings. Raises TypeError for names that are unknown."""
+  tuples = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+  return AutoencoderNetwork(Autoencoder(**settings | tuples | {"dtype": jnp.dtype(settings["dtype"])}))
+
+
+@dataclasses.dataclass(frozen=True)
+class DiscriminatorNetwork:
+  """The discriminator as a pure function of its parameters.
+
+  Attributes:
+    model: the module.
+    image_shape: H, W, C, of the images that it judges.
+  """
+
+  model: Discriminator
+  image_shape: tuple[int, int, int]
+
+  def __call__(self, params: Params, x: jax.Array) -> jax.Array:
+    """x float [B, H, W, C] in [-1, 1] -> logits float32 [B, h, w]."""
+    logits = self.model.apply({"params": params}, x)
+    assert isinstance(logits, jax.Array)
+    return logits
+
+  def init(self, key: jax.Array) -> Params:
+    """Fresh parameters, a tree of float32 arrays."""
+    return self.model.init(key, jnp.zeros((1, *self.image_shape), jnp.float32))["params"]
+
+
+def build_discriminator(layers: int, image_shape: tuple[int, int, int], dtype: str = "float32") -> DiscriminatorNetwork:
+  """The discriminator with so many strided convolutions for images of that shape [H, W, C].
+
+  dtype: of the activations, 'float32' or 'bfloat16'.
+
+  Raises:
+    UserError: if nothing is left of such images.
+  """
+  smaller = min(image_shape[:2])
+  if min(sizes(layers, smaller)) < 1:
+    fewer = [n for n in range(1, layers) if min(sizes(n, smaller)) >= 1]
+    remedy = f"use --discriminator_layers={fewer[-1]}" if fewer else "use --discriminator_weight=0"
+    raise UserError(
+      f"discriminator_layers: {layers} leave nothing of images of {image_shape[0]}x{image_shape[1]} pixels; {remedy}"
+    )
+  return DiscriminatorNetwork(Discriminator(layers, jnp.dtype(dtype)), image_shape)
 
 
 def portable(denoiser: Denoiser) -> Denoiser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,11 @@ from jax.typing import DTypeLike
 # Uniform Glorot, the initialisation of every layer in the authors' code that is not a last one.
 default_init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 zeros_init = nn.initializers.zeros_init()  # where the authors' code has a variance of 1e-10
+# One product of queries, keys and values. Its fan-out is three times theirs, so scale 2 makes its uniform range that of
+# three separate C -> C layers: 2 / ((C + 3C) / 2) = 1 / ((C + C) / 2).
+qkv_init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
+# Uniform within 1 / sqrt(fan-in), the default of PyTorch: of every layer in the autoencoders of Rombach et al. 2022.
+pytorch_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 CONVOLUTION = "convolution"  # the name of what a convolution has computed, for rules on what to keep
 
@@ -200,6 +206,7 @@ class GroupNorm(nn.Module):
   num_groups: int
   dtype: DTypeLike
   epsilon: float = BLOCKS["ddpm"].epsilon
+  scale_init: nn.initializers.Initializer = nn.initializers.ones_init()
 
   @nn.compact
   def __call__(self, x: jax.Array, scale_shift: jax.Array | None = None) -> jax.Array:
@@ -208,7 +215,7 @@ class GroupNorm(nn.Module):
     scale_shift: float32 [B, 2 C], s and then b, by which the result y becomes (1 + s) y + b.
     """
     batch, height, width, channels = x.shape
-    scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+    scale = self.param("scale", self.scale_init, (channels,), jnp.float32)
     bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
 
     def mean(values: jax.Array) -> jax.Array:  # over pixels and the channels of a group, for each channel: [B, C]
@@ -248,6 +255,8 @@ class ResBlock(nn.Module):
     dtype: of the activations.
     scale_shift, epsilon: see `Block`.
     resample: 'up' or 'down': doubles or halves the resolution, before the first convolution and of the shortcut.
+    kernel_init: of the layers but the last convolution.
+    last_init: of that one.
   """
 
   features: int
@@ -257,28 +266,50 @@ class ResBlock(nn.Module):
   scale_shift: bool = False
   epsilon: float = BLOCKS["ddpm"].epsilon
   resample: str = "none"
+  kernel_init: nn.initializers.Initializer = default_init
+  last_init: nn.initializers.Initializer = zeros_init
 
   @nn.compact
-  def __call__(self, x: jax.Array, temb: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
-    """x [B, H, W, C], temb [B, E] after swish, dropout_keys [B] or None -> [B, H', W', features]."""
+  def __call__(self, x: jax.Array, temb: jax.Array | None, dropout_keys: jax.Array | None) -> jax.Array:
+    """x [B, H, W, C], temb [B, E] after swish or none, dropout_keys [B] or None -> [B, H', W', features]."""
     h = nn.swish(GroupNorm(self.num_groups, self.dtype, self.epsilon, name="norm1")(x))
     if self.resample == "down":
       h, x = halve(h), halve(x)
     if self.resample == "up":
       x = double(x)  # and the convolution does the same with h
     resample = "up" if self.resample == "up" else "none"
-    h = checkpoint_name(Conv3x3(self.features, default_init, self.dtype, resample, name="conv1")(h), CONVOLUTION)
+    h = checkpoint_name(Conv3x3(self.features, self.kernel_init, self.dtype, resample, name="conv1")(h), CONVOLUTION)
     norm2 = GroupNorm(self.num_groups, self.dtype, self.epsilon, name="norm2")
-    if self.scale_shift:
-      h = norm2(h, Dense(2 * self.features, default_init, self.dtype, name="temb_proj")(temb))
+    if temb is None:
+      h = norm2(h)
+    elif self.scale_shift:
+      h = norm2(h, Dense(2 * self.features, self.kernel_init, self.dtype, name="temb_proj")(temb))
     else:
-      temb = Dense(self.features, default_init, self.dtype, name="temb_proj")(temb)
+      temb = Dense(self.features, self.kernel_init, self.dtype, name="temb_proj")(temb)
       h = norm2((h + temb[:, None, None, :]).astype(h.dtype))  # added as float32, as a bias is
     h = Dropout(self.dropout, name="dropout")(nn.swish(h), dropout_keys)
-    h = Conv3x3(self.features, zeros_init, self.dtype, name="conv2")(h)
+    h = Conv3x3(self.features, self.last_init, self.dtype, name="conv2")(h)
     if x.shape[-1] != self.features:
-      x = pixelwise(Dense(self.features, default_init, self.dtype, name="shortcut"), x)
+      x = pixelwise(Dense(self.features, self.kernel_init, self.dtype, name="shortcut"), x)
     return x + h
+
+
+def rematerialized(remat: str) -> tuple[type[ResBlock], Callable[[Callable], Callable]]:
+  """The residual block for a value of --remat, and what lifts a function of a module that calls one.
+
+  'none' keeps all that the backward pass needs; 'norms' keeps of a residual block its input and its first convolution,
+  and recomputes norms, swish and dropout; 'blocks' keeps what the lifted function is given alone.
+  """
+  match remat:
+    case "none":
+      return ResBlock, lambda function: function
+    case "norms":
+      keep = jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
+      return nn.remat(ResBlock, policy=keep), lambda function: function
+    case "blocks":
+      return ResBlock, nn.remat
+    case _:
+      raise ValueError(f"unknown remat {remat!r}")
 
 
 class SelfAttention(nn.Module):
@@ -289,26 +320,27 @@ class SelfAttention(nn.Module):
     dtype: of the activations.
     num_heads: heads, each of C / num_heads channels in a row.
     epsilon: see `Block`.
+    kernel_init: of the queries, keys and values, which are one layer.
+    last_init: of the last layer.
   """
 
   num_groups: int
   dtype: DTypeLike
   num_heads: int = 1
   epsilon: float = BLOCKS["ddpm"].epsilon
+  kernel_init: nn.initializers.Initializer = qkv_init
+  last_init: nn.initializers.Initializer = zeros_init
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """x [B, H, W, C] -> [B, H, W, C]."""
     batch, height, width, channels = x.shape
     h = GroupNorm(self.num_groups, self.dtype, self.epsilon, name="norm")(x)
-    # One product for queries, keys and values. Its fan-out is three times theirs, so scale 2 makes its uniform range
-    # that of three separate C -> C layers: 2 / ((C + 3C) / 2) = 1 / ((C + C) / 2).
-    init = nn.initializers.variance_scaling(2.0, "fan_avg", "uniform")
-    qkv = pixelwise(Dense(3 * channels, init, self.dtype, name="qkv"), h)
+    qkv = pixelwise(Dense(3 * channels, self.kernel_init, self.dtype, name="qkv"), h)
     heads = (batch, height * width, self.num_heads, channels // self.num_heads)
     q, k, v = (part.reshape(heads) for part in jnp.split(qkv.reshape(*heads[:2], 1, 3 * channels), 3, axis=-1))
     h = self.attend(q, k, v).reshape(batch, height, width, channels)
-    return x + pixelwise(Dense(channels, zeros_init, self.dtype, name="proj"), h)
+    return x + pixelwise(Dense(channels, self.last_init, self.dtype, name="proj"), h)
 
   def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """softmax(q k / sqrt(size)) v of each head, all [B, positions, heads, size]; see `build.fused_attention`."""
@@ -345,23 +377,26 @@ class Downsample(nn.Module):
   Attributes:
     dtype: of the activations.
     resample: 'down' or 'down_symmetric', see `Conv3x3`.
+    kernel_init: of the convolution.
   """
 
   dtype: DTypeLike
   resample: str = "down"
+  kernel_init: nn.initializers.Initializer = default_init
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H/2, W/2, C]."""
-    return Conv3x3(x.shape[-1], default_init, self.dtype, self.resample, name="conv")(x)
+    return Conv3x3(x.shape[-1], self.kernel_init, self.dtype, self.resample, name="conv")(x)
 
 
 class Upsample(nn.Module):
   """Doubles the resolution: nearest neighbour, then a 3x3 convolution."""
 
   dtype: DTypeLike
+  kernel_init: nn.initializers.Initializer = default_init
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, 2H, 2W, C]."""
-    return Conv3x3(x.shape[-1], default_init, self.dtype, "up", name="conv")(x)
+    return Conv3x3(x.shape[-1], self.kernel_init, self.dtype, "up", name="conv")(x)

@@ -9,17 +9,16 @@ from jax.typing import DTypeLike
 
 from ddpm_jax.models.layers import (
   BLOCKS,
-  CONVOLUTION,
   AttentionPool,
   Conv3x3,
   Dense,
   Downsample,
   GroupNorm,
   LabelEmbedding,
-  ResBlock,
   SelfAttention,
   Upsample,
   default_init,
+  rematerialized,
   timestep_embedding,
   zeros_init,
 )
@@ -40,9 +39,8 @@ class UNet(nn.Module):
     num_groups: groups of GroupNorm; divides `channels`.
     dropout: rate inside the residual blocks.
     dtype: of the activations; parameters, the last norm and convolution, and the output are float32.
-    remat: 'none' keeps all that the backward pass needs; 'norms' keeps of a residual block its input and its first
-      convolution, and recomputes norms, swish and dropout; 'blocks' keeps the input of a block with its attention
-      alone, on the way up without the concatenation.
+    remat: see `layers.rematerialized`; 'blocks' are those with their attention, on the way up without the
+      concatenation.
     num_labels: rows of the label embedding; 0: the network is unconditional.
     classifier: leave out the way up: after the middle, attention pooling makes logits (Dhariwal and Nichol 2021).
   """
@@ -78,15 +76,7 @@ class UNet(nn.Module):
       float32 [B, H, W, out_channels], zero at initialisation; of a classifier logits [B, out_channels].
     """
     kind = BLOCKS[self.block]
-    match self.remat:
-      case "none" | "blocks":
-        block_class = ResBlock
-      case "norms":
-        keep = jax.checkpoint_policies.save_only_these_names(CONVOLUTION)
-        block_class = nn.remat(ResBlock, policy=keep)
-      case _:
-        raise ValueError(f"unknown remat {self.remat!r}")
-    rematted = nn.remat if self.remat == "blocks" else lambda function: function
+    block_class, rematted = rematerialized(self.remat)
 
     def heads_of(features: int) -> int:
       return features // self.head_channels if self.head_channels else self.num_heads
