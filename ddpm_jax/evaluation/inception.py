@@ -12,39 +12,23 @@ Class probabilities are without the bias of the last layer, as in the code of th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.models.inception import NUM_CLASSES, NUM_FEATURES, SIZE, InceptionV3, tensor_shapes, variables_of
+from ddpm_jax.weights.converted import Weights, read_converted
 
 # pt_inception-2015-12-05-6726825d.pth, 95,628,359 bytes, of github.com/mseitzer/pytorch-fid/releases/tag/fid_weights.
 SOURCE_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _MAKE = "python experiments/convert_inception.py makes it from pt_inception-2015-12-05-6726825d.pth"
 _FETCH = f"{_MAKE} (https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights)"
 _PREPROCESSING = "1"  # another one where `preprocess` gives other numbers
-
-
-class Weights(NamedTuple):
-  """What a file of weights holds.
-
-  Attributes:
-    tensors: float32, with the names and shapes of `tensor_shapes`.
-    digest: their `tensors_sha256`.
-    source: SHA-256 of the file that they come from.
-  """
-
-  tensors: dict[str, np.ndarray]
-  digest: str
-  source: str
 
 
 def load_inception(path: str, resize: str, mesh: DeviceMesh, batch_size: int) -> Features:
@@ -154,16 +138,6 @@ def _bicubic(size: int) -> np.ndarray:
   return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def tensors_sha256(tensors: Mapping[str, np.ndarray]) -> str:
-  """SHA-256 over name, type, shape and little-endian bytes of each tensor, sorted by name; the converter's, too."""
-  digest = hashlib.sha256()
-  for name in sorted(tensors):
-    tensor = np.asarray(tensors[name])
-    digest.update(f"{name} {tensor.dtype.name} {list(tensor.shape)}\n".encode())
-    digest.update(np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).data)
-  return digest.hexdigest()
-
-
 def read_weights(path: str, source_sha256: str = SOURCE_SHA256) -> Weights:
   """Reads and verifies a file of weights.
 
@@ -176,39 +150,4 @@ def read_weights(path: str, source_sha256: str = SOURCE_SHA256) -> Weights:
   """
   if not path:
     raise UserError(f"inception_weights: none are given; use --inception_weights=FILE, and {_FETCH}")
-  try:
-    with safe_open(path, framework="numpy") as file:
-      metadata = file.metadata() or {}
-      slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict, not iterable
-      _check_shapes(path, {name: (piece.get_dtype(), piece.get_shape()) for name, piece in slices.items()})
-      tensors = {name: file.get_tensor(name) for name in slices}
-  except FileNotFoundError as error:
-    raise UserError(f"inception_weights: there is no file {path}; {_FETCH}") from error
-  except OSError as error:
-    raise UserError(f"inception_weights: {path} cannot be read ({error.strerror or error}); {_MAKE}") from error
-  except SafetensorError as error:
-    reason = str(error).splitlines()[0]
-    raise UserError(f"inception_weights: {path} is no whole safetensors file ({reason}); {_MAKE}") from error
-  digest, source = tensors_sha256(tensors), metadata.get("source_sha256")
-  if source is None or "tensors_sha256" not in metadata:
-    raise UserError(f"inception_weights: {path} does not say what it was made from; {_MAKE}")
-  if digest != metadata["tensors_sha256"]:
-    raise UserError(f"inception_weights: {path} is damaged, its tensors are not those that it was made with; {_MAKE}")
-  if source != source_sha256:
-    raise UserError(f"inception_weights: {path} holds other weights than those of the FID (source {source}); {_MAKE}")
-  return Weights(tensors, digest, source)
-
-
-def _check_shapes(path: str, found: Mapping[str, tuple[str, list[int]]]) -> None:
-  """Raises UserError if name, type and shape of the tensors are not those of the network."""
-  expected = tensor_shapes()
-  for problem, names in (("lacks", expected.keys() - found.keys()), ("has too much:", found.keys() - expected.keys())):
-    if names:
-      more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-      raise UserError(f"inception_weights: {path} {problem} {min(names)}{more}; {_MAKE}")
-  for name, shape in expected.items():
-    dtype, dimensions = found[name]
-    if (dtype, tuple(dimensions)) != ("F32", shape):
-      raise UserError(
-        f"inception_weights: {name} in {path} is {dtype} {list(dimensions)}, not F32 {list(shape)}; {_MAKE}"
-      )
+  return read_converted("inception_weights", path, tensor_shapes(), source_sha256, "of the FID", _MAKE, _FETCH)

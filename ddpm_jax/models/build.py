@@ -19,6 +19,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.models.autoencoder import Autoencoder
 from ddpm_jax.models.discriminator import Discriminator, sizes
 from ddpm_jax.models.layers import Conv3x3, SelfAttention, num_norm_groups
+from ddpm_jax.models.lpips import LPIPS
 from ddpm_jax.models.unet import UNet
 from ddpm_jax.runtime import cpu
 
@@ -257,21 +258,50 @@ def build_autoencoder(
   )
 
 
+# Attributes of the module that a network is described by, with their types, as JSON has them.
+_SETTINGS = {
+  **dict.fromkeys(
+    ("out_channels", "channels", "num_res_blocks", "latent_channels", "codebook_size", "num_groups"), int
+  ),
+  **dict.fromkeys(("channel_multipliers", "attention_resolutions"), list),
+  "regularizer": str,
+  "middle_attention": bool,
+}
+
+
 def autoencoder_settings(network: AutoencoderNetwork) -> dict[str, Any]:
-  """The attributes of its module as JSON values; the inverse is `autoencoder_of_settings`."""
-  attributes = {
-    field.name: getattr(network.model, field.name)
-    for field in dataclasses.fields(network.model)
-    if field.name not in ("parent", "name")
-  }
-  tuples = {name: list(value) for name, value in attributes.items() if isinstance(value, tuple)}
-  return attributes | tuples | {"dtype": jnp.dtype(network.model.dtype).name}
+  """What its parameters mean, as JSON values: the inverse of `autoencoder_of_settings`.
+
+  Dropout, the type of the activations and --remat belong to training, and are left out.
+  """
+  values = {name: getattr(network.model, name) for name in _SETTINGS}
+  return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def autoencoder_of_settings(settings: dict[str, Any]) -> AutoencoderNetwork:
-  """The network that has these settings. Raises TypeError for names that are unknown."""
-  tuples = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
-  return AutoencoderNetwork(Autoencoder(**settings | tuples | {"dtype": jnp.dtype(settings["dtype"])}))
+def autoencoder_of_settings(settings: Any, image_shape: tuple[int, int, int]) -> AutoencoderNetwork:
+  """The network that these settings describe, in float32, for images of that shape [H, W, C].
+
+  Raises:
+    UserError: names the setting that is missing, unknown or none, or the size that the network cannot halve.
+  """
+  settings = settings if isinstance(settings, dict) else {}
+  for name in settings.keys() - _SETTINGS.keys():
+    raise UserError(f"{name}: {settings[name]!r} is no setting of an autoencoder")
+  for name, kind in _SETTINGS.items():
+    value = settings.get(name)
+    if type(value) is not kind or any(type(entry) is not int or entry < 1 for entry in value if kind is list):
+      raise UserError(f"{name}: {value!r} is none of an autoencoder")
+  if settings["regularizer"] not in ("kl", "vq") or not settings["channel_multipliers"]:
+    raise UserError("regularizer, channel_multipliers: they are none of an autoencoder")
+  tuples = {name: tuple(settings[name]) for name, kind in _SETTINGS.items() if kind is list}
+  network = AutoencoderNetwork(Autoencoder(**settings | tuples))
+  height, width, channels = image_shape
+  if height % network.factor or width % network.factor or channels != network.model.out_channels:
+    raise UserError(
+      f"images of {height}x{width} pixels and {channels} channels do not fit an autoencoder that makes one of "
+      f"{network.factor}x{network.factor} pixels, of {network.model.out_channels} channels"
+    )
+  return network
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,6 +343,22 @@ def build_discriminator(layers: int, image_shape: tuple[int, int, int], dtype: s
       f"discriminator_layers: {layers} leave nothing of images of {image_shape[0]}x{image_shape[1]} pixels; {remedy}"
     )
   return DiscriminatorNetwork(Discriminator(layers, jnp.dtype(dtype)), image_shape)
+
+
+def lpips(params: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+  """The perceptual distance of pairs of images, LPIPS of Zhang et al. 2018 with VGG16.
+
+  Args:
+    params: of `models.lpips.LPIPS`.
+    x, y: float [B, H, W, C] in [-1, 1], H and W at least 16; C is 3, or 1, which stands for three equal ones.
+
+  Returns:
+    float32 [B], 0 for equal images.
+  """
+  with nn.intercept_methods(fast_convolutions):
+    distances = LPIPS().apply({"params": params}, x, y)
+  assert isinstance(distances, jax.Array)
+  return distances
 
 
 def portable(denoiser: Denoiser) -> Denoiser:

@@ -6,8 +6,6 @@ models, where all lies side by side.
 
 from __future__ import annotations
 
-import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,16 +13,12 @@ from typing import Any, NamedTuple
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params
+from ddpm_jax.weights.folders import WEIGHTS, read_json, read_weights, write_json
 from ddpm_jax.weights.names import from_diffusers, table, to_diffusers
 from ddpm_jax.weights.options import diffusion_settings, model_settings, scheduler_options, unet_options
-from ddpm_jax.weights.tensors import read_tensors, write_tensors
-from ddpm_jax.workdir.arrays import UnusableError
-from ddpm_jax.workdir.storage import write_whole
+from ddpm_jax.weights.tensors import write_tensors
 
 _PIPELINES = ("DDPMPipeline", "DDIMPipeline")
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PICKLE = "diffusion_pytorch_model.bin"
-_VERSION = "0.35.0"  # of diffusers: the first that these folders were tried with
 _CLASSES = "_classes"  # ours, in the config.json of the network; diffusers passes it over
 
 
@@ -41,7 +35,7 @@ def is_folder_of_diffusers(folder: pathlib.Path) -> bool:
   if (folder / "model_index.json").exists():
     return True
   config = folder / "config.json"
-  return config.exists() and "_class_name" in _read_json(folder, config)
+  return config.exists() and "_class_name" in read_json(folder, config)
 
 
 def describe(folder: pathlib.Path) -> Description:
@@ -51,13 +45,13 @@ def describe(folder: pathlib.Path) -> Description:
     UserError: if it is another kind of model, or has an option that is not supported; names file and option.
   """
   unet, scheduler = _parts(folder)
-  options = _read_json(folder, unet / "config.json")
+  options = read_json(folder, unet / "config.json")
   try:
     settings, image_shape = model_settings(options)
     classes = _class_names(options)
   except UserError as error:
     raise UserError(f"{unet / 'config.json'}: {error}") from None
-  options = _read_json(folder, scheduler)
+  options = read_json(folder, scheduler)
   try:
     return Description(settings | diffusion_settings(options), image_shape, classes)
   except UserError as error:
@@ -71,24 +65,11 @@ def read_params(folder: pathlib.Path, model: ModelConfig, image_shape: tuple[int
     UserError: if they cannot be read, or do not fit the network of `model`; names all tensors that do not.
   """
   unet, _ = _parts(folder)
-  path = unet / _WEIGHTS
-  if not path.exists():
-    if (unet / f"{_WEIGHTS}.index.json").exists():
-      raise UserError(f"{unet / _WEIGHTS}.index.json: weights in several files are not supported; save them in one")
-    if (unet / _PICKLE).exists():
-      raise UserError(
-        f"{unet / _PICKLE} is a pickle, which is not opened, as it may run anything; let diffusers convert it: "
-        f"DDPMPipeline.from_pretrained({str(folder)!r}).save_pretrained('converted'), and name that folder"
-      )
-    raise UserError(f"{unet} has no {_WEIGHTS}")
+  tensors = read_weights(folder, unet, f"DDPMPipeline.from_pretrained({str(folder)!r})")
   try:
-    tensors = read_tensors(_inside(folder, path))
-  except UnusableError as error:
-    raise UserError(f"{path} {error}") from error
-  try:
-    return from_diffusers(tensors.arrays, table(model, image_shape))
+    return from_diffusers(tensors, table(model, image_shape))
   except UserError as error:
-    raise UserError(f"{path}: {error}") from None
+    raise UserError(f"{unet / WEIGHTS}: {error}") from None
 
 
 def write_folder(
@@ -115,10 +96,10 @@ def write_folder(
   (folder / "unet").mkdir()
   (folder / "scheduler").mkdir()
   parts = {"scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
-  _write_json(folder / "model_index.json", "DDPMPipeline", parts)
-  _write_json(folder / "unet" / "config.json", "UNet2DModel", options)
-  _write_json(folder / "scheduler" / "scheduler_config.json", "DDPMScheduler", scheduler_options(config))
-  write_tensors(folder / "unet" / _WEIGHTS, to_diffusers(params, table(config.model, image_shape)), {})
+  write_json(folder / "model_index.json", "DDPMPipeline", parts)
+  write_json(folder / "unet" / "config.json", "UNet2DModel", options)
+  write_json(folder / "scheduler" / "scheduler_config.json", "DDPMScheduler", scheduler_options(config))
+  write_tensors(folder / "unet" / WEIGHTS, to_diffusers(params, table(config.model, image_shape)), {})
 
 
 def _class_names(options: Mapping[str, Any]) -> tuple[str, ...]:
@@ -132,41 +113,9 @@ def _parts(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   """The folder of the U-Net, and the file of the scheduler. Raises UserError for another pipeline."""
   index = folder / "model_index.json"
   if index.exists():
-    kind = _read_json(folder, index).get("_class_name")
+    kind = read_json(folder, index).get("_class_name")
     if kind not in _PIPELINES:
       raise UserError(f"{index}: a {kind} is another kind of model, only {' and '.join(_PIPELINES)} are supported")
   if (folder / "unet").is_dir():
     return folder / "unet", folder / "scheduler" / "scheduler_config.json"
   return folder, folder / "scheduler_config.json"
-
-
-def _inside(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-  """The same path. Raises UserError if it is a link that leads out of the folder.
-
-  The Hub's cache is an exception, whose folders snapshots/REVISION are made of links to files in blobs/ beside them.
-  """
-  root = pathlib.Path(os.path.realpath(folder))
-  target = pathlib.Path(os.path.realpath(path))
-  allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-  if not any(target.is_relative_to(place) for place in allowed):
-    raise UserError(f"{path} is a link that leads outside, to {target}; name a folder that holds its files")
-  return path
-
-
-def _read_json(folder: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
-  try:
-    tree = json.loads(_inside(folder, path).read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise UserError(f"there is no {path}; name the folder of a whole pipeline") from error
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror})") from error
-  except (ValueError, RecursionError) as error:
-    raise UserError(f"{path} is no JSON; get it again") from error
-  if not isinstance(tree, dict):
-    raise UserError(f"{path} is no JSON object; get it again")
-  return tree
-
-
-def _write_json(path: pathlib.Path, kind: str, options: Mapping[str, Any]) -> None:
-  tree = {"_class_name": kind, "_diffusers_version": _VERSION, **options}
-  write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())

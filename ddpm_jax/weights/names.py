@@ -1,4 +1,4 @@
-"""The parameters of the U-Net under the names of diffusers' UNet2DModel: one table, read in both directions.
+"""The parameters of our networks under the names of diffusers: one table for each, read in both directions.
 
 Three things differ beside the names. Kernels of convolutions are HWIO here and OIHW there; those of dense layers
 [in, out] and [out, in], where the shortcut of a residual block is a 1x1 convolution [out, in, 1, 1] there; and queries,
@@ -18,7 +18,7 @@ import numpy as np
 from ddpm_jax.config import ModelConfig
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import stream_key
-from ddpm_jax.models.build import Params, build_model, init_params
+from ddpm_jax.models.build import AutoencoderNetwork, Params, build_model, init_params
 
 # Blocks: ours -> theirs. `level` counts from the full resolution, `up` the same levels from the smallest.
 _BLOCKS = (
@@ -49,6 +49,9 @@ _LAYERS = {
   "qkv": (("to_q", "to_k", "to_v"), "dense"),
   "proj": (("to_out.0",), "dense"),
   "conv": (("conv",), "conv"),
+  "quant_conv": (("quant_conv",), "pixelwise"),
+  "post_quant_conv": (("post_quant_conv",), "pixelwise"),
+  "codebook": (("quantize.embedding",), "vector"),
 }
 # Layouts: an array of ours in PyTorch's, and one of PyTorch's in ours.
 _LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]] = {
@@ -82,7 +85,7 @@ def param_shapes(model: ModelConfig, image_shape: tuple[int, int, int]) -> dict[
   """Path -> shape of every parameter. Raises UserError if that network cannot draw such images [H, W, C]."""
   module = build_model(model, image_shape)
   params = jax.eval_shape(lambda: init_params(module, stream_key(0, "init"), image_shape))
-  return {path: leaf.shape for path, leaf in _leaves(params).items()}
+  return {path: leaf.shape for path, leaf in leaves_of(params).items()}
 
 
 @functools.cache
@@ -92,9 +95,17 @@ def table(model: ModelConfig, image_shape: tuple[int, int, int]) -> tuple[Row, .
   return tuple(_row(path, shape, levels) for path, shape in param_shapes(model, image_shape).items())
 
 
+@functools.cache
+def autoencoder_table(network: AutoencoderNetwork) -> tuple[Row, ...]:
+  """A row for every parameter of the autoencoder, as AutoencoderKL and VQModel name them."""
+  levels = len(network.model.channel_multipliers)
+  shapes = jax.eval_shape(lambda: network.init(stream_key(0, "init"), (network.factor, network.factor, 1)))
+  return tuple(_autoencoder_row(path, leaf.shape, levels) for path, leaf in leaves_of(shapes).items())
+
+
 def to_diffusers(params: Params, rows: Iterable[Row]) -> dict[str, np.ndarray]:
   """Our tree of NumPy arrays under their names, in their layout."""
-  leaves, tensors = _leaves(params), {}
+  leaves, tensors = leaves_of(params), {}
   for row in rows:
     outwards, _ = _LAYOUTS[row.layout]
     parts = np.split(leaves[row.path], len(row.names), axis=-1)
@@ -114,19 +125,19 @@ def from_diffusers(tensors: Mapping[str, np.ndarray], rows: Iterable[Row]) -> Pa
   for row in rows:
     _, inwards = _LAYOUTS[row.layout]
     leaves[row.path] = np.concatenate([inwards(tensors[name]) for name in row.names], axis=-1)
-  return _tree(leaves)
+  return tree_of(leaves)
 
 
 def to_flat(params: Params) -> dict[str, np.ndarray]:
   """Our tree under names of our own, such as 'down0_block0.conv1.kernel'."""
-  return {".".join(path): leaf for path, leaf in _leaves(params).items()}
+  return {".".join(path): leaf for path, leaf in leaves_of(params).items()}
 
 
 def from_flat(tensors: Mapping[str, np.ndarray], model: ModelConfig, image_shape: tuple[int, int, int]) -> Params:
   """The inverse of `to_flat`, for that network. Raises UserError as `from_diffusers`."""
   shapes = param_shapes(model, image_shape)
   check_shapes(tensors, {".".join(path): shape for path, shape in shapes.items()})
-  return _tree({path: tensors[".".join(path)] for path in shapes})
+  return tree_of({path: tensors[".".join(path)] for path in shapes})
 
 
 def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -140,17 +151,17 @@ def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]]
     raise UserError(f"the weights do not fit the network: {', '.join(problems)}")
 
 
-def _leaves(tree: Params) -> dict[tuple[str, ...], Any]:
+def leaves_of(tree: Params) -> dict[tuple[str, ...], Any]:
   """Path -> leaf of a nested dict."""
   found = {}
   for name, part in tree.items():
-    inner = _leaves(part) if isinstance(part, dict) else {(): part}
+    inner = leaves_of(part) if isinstance(part, dict) else {(): part}
     found |= {(name, *path): leaf for path, leaf in inner.items()}
   return found
 
 
-def _tree(leaves: Mapping[tuple[str, ...], np.ndarray]) -> Params:
-  """The inverse of `_leaves`."""
+def tree_of(leaves: Mapping[tuple[str, ...], np.ndarray]) -> Params:
+  """The inverse of `leaves_of`."""
   tree: dict[str, Any] = {}
   for (*folders, name), leaf in leaves.items():
     place = tree
@@ -167,6 +178,15 @@ def _row(path: tuple[str, ...], shape: tuple[int, ...], levels: int) -> Row:
   return Row(
     path, shape, tuple(f"{prefix}{name}.{_LEAVES[leaf]}" for name in names), layout if leaf == "kernel" else "vector"
   )
+
+
+def _autoencoder_row(path: tuple[str, ...], shape: tuple[int, ...], levels: int) -> Row:
+  half, *inner = path
+  if half == "codebook":
+    return _row(path, shape, levels)
+  row = _row(tuple(inner), shape, levels)
+  prefix = "" if inner[0] in ("quant_conv", "post_quant_conv") else f"{half}."
+  return row._replace(path=path, names=tuple(f"{prefix}{name}" for name in row.names))
 
 
 def _block_name(ours: str, levels: int) -> str:

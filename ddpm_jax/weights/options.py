@@ -5,7 +5,7 @@ Each is understood, at the values that our networks have, or refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,16 @@ from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import num_labels
 from ddpm_jax.models.layers import BLOCKS, num_norm_groups
-
-Options = Mapping[str, Any]  # of a config.json
+from ddpm_jax.weights.checks import (
+  Options,
+  check_class,
+  check_known,
+  check_value,
+  image_shape_of,
+  one_of,
+  whole_number,
+  whole_numbers,
+)
 
 # Options of UNet2DModel that our network has not: its default there, and the values that leave nothing of it.
 _ONLY = {
@@ -120,19 +128,19 @@ def model_settings(options: Options) -> tuple[dict[str, Any], tuple[int, int, in
   Raises:
     UserError: names the option that is unknown, missing, or of a value that our networks do not have.
   """
-  _check_class(options, ("UNet2DModel",))
-  _check_known(options, _UNDERSTOOD, _ONLY)
+  check_class(options, ("UNet2DModel",))
+  check_known(options, _UNDERSTOOD, _ONLY)
   block = _block(options)
-  widths = _whole_numbers(options, "block_out_channels", (224, 448, 672, 896))
+  widths = whole_numbers(options, "block_out_channels", (224, 448, 672, 896))
   channels = widths[0]
   if any(width % channels for width in widths):
     raise UserError(f"block_out_channels: {list(widths)} are not multiples of the first")
-  groups = _whole_number(options, "norm_num_groups", 32)
-  _check_value(options, "time_embedding_dim", None, (None, 4 * channels))
+  groups = whole_number(options, "norm_num_groups", 32)
+  check_value(options, "time_embedding_dim", None, (None, 4 * channels))
   # Without it, attention in the middle has no norm beside a scale and a shift.
-  _check_value(options, "attn_norm_num_groups", None, (groups,) if BLOCKS[block].scale_shift else (None, groups))
+  check_value(options, "attn_norm_num_groups", None, (groups,) if BLOCKS[block].scale_shift else (None, groups))
   attention = _attention(options, block, len(widths))
-  image_shape = _image_shape(options)
+  image_shape = image_shape_of(options)
   return {
     "channels": channels,
     "channel_multipliers": tuple(width // channels for width in widths),
@@ -170,7 +178,7 @@ def _block(options: Options) -> str:
 
   name = min(BLOCKS, key=lambda name: len(differs(name)))
   for option, value in differs(name).items():
-    _check_value(options, option, _OF_BLOCK[option], (value,))
+    check_value(options, option, _OF_BLOCK[option], (value,))
   return name
 
 
@@ -220,7 +228,7 @@ def _heads(options: Options, attended: Sequence[int]) -> dict[str, int]:
   """The inverse of `_head_channels`."""
   if options.get("attention_head_dim", 8) in (None, *(attended if len(set(attended)) == 1 else ())):
     return {"num_heads": 1, "head_channels": 0}
-  size = _whole_number(options, "attention_head_dim", 8)
+  size = whole_number(options, "attention_head_dim", 8)
   for width in attended:
     if width % size:
       raise UserError(f"attention_head_dim: {size} does not divide {width} channels that have attention")
@@ -231,22 +239,10 @@ def _classes(options: Options) -> dict[str, Any]:
   """Settings of a conditional network; none of another."""
   if options.get("num_class_embeds") is None:
     return {}
-  labels, dropout = _whole_number(options, "num_class_embeds", 0), options.get(_LABEL_DROPOUT, 0.0)
+  labels, dropout = whole_number(options, "num_class_embeds", 0), options.get(_LABEL_DROPOUT, 0.0)
   if type(dropout) is not float or not 0 <= dropout < 1 or (dropout and labels == 1):
     raise UserError(f"{_LABEL_DROPOUT}: {dropout!r} is no rate at which labels of {labels} rows were dropped")
   return {"conditioning": "class", "num_classes": labels - (dropout > 0), "label_dropout": dropout}
-
-
-def _image_shape(options: Options) -> tuple[int, int, int]:
-  channels = _whole_number(options, "in_channels", 3)
-  _check_value(options, "out_channels", 3, (channels,))
-  match options.get("sample_size"):
-    case [height, width] if all(type(side) is int and side > 0 for side in (height, width)):
-      return height, width, channels
-    case side if type(side) is int and side > 0:
-      return side, side, channels
-    case size:
-      raise UserError(f"sample_size: {size!r} is no size of images; write one number, or height and width")
 
 
 # The scheduler.
@@ -282,13 +278,13 @@ def scheduler_options(config: Config) -> dict[str, Any]:
 
 def diffusion_settings(options: Options) -> dict[str, Any]:
   """Settings of `DiffusionConfig`, and `threshold` of `SampleConfig`. Raises UserError as `model_settings`."""
-  _check_class(options, _SCHEDULERS)
-  _check_known(options, _SCHEDULER_UNDERSTOOD, _SCHEDULER_ONLY)
-  prediction = _one_of(options, "prediction_type", "epsilon", _PREDICTIONS)
+  check_class(options, _SCHEDULERS)
+  check_known(options, _SCHEDULER_UNDERSTOOD, _SCHEDULER_ONLY)
+  prediction = one_of(options, "prediction_type", "epsilon", _PREDICTIONS)
   settings = {"prediction": prediction, **_betas(options), **_threshold(options)}
   if options["_class_name"] == "DDPMScheduler":
     kinds = {**_VARIANCES, "fixed_small_log": "fixed_small_log"}  # the same variance, by way of its logarithm
-    settings["variance"] = _one_of(options, "variance_type", "fixed_small", kinds).removesuffix("_log")
+    settings["variance"] = one_of(options, "variance_type", "fixed_small", kinds).removesuffix("_log")
   return settings
 
 
@@ -296,8 +292,8 @@ def _betas(options: Options) -> dict[str, Any]:
   betas = options.get("trained_betas")
   if betas is not None:
     return _schedule_of(betas)
-  steps = _whole_number(options, "num_train_timesteps", 1000)
-  schedule = _one_of(options, "beta_schedule", "linear", _SCHEDULES)
+  steps = whole_number(options, "num_train_timesteps", 1000)
+  schedule = one_of(options, "beta_schedule", "linear", _SCHEDULES)
   settings = {"num_timesteps": steps, "beta_schedule": schedule}
   if schedule not in WITHOUT_ENDS:
     settings |= {"beta_start": options.get("beta_start", 1e-4), "beta_end": options.get("beta_end", 0.02)}
@@ -334,54 +330,9 @@ def _threshold(options: Options) -> dict[str, Any]:
     limit = options.get("sample_max_value", 1.0)
     if limit == 1.0:
       return {"threshold": "static"}  # then the quantile is never used
-    _check_value(options, "sample_max_value", 1.0, (_NO_LIMIT,))
+    check_value(options, "sample_max_value", 1.0, (_NO_LIMIT,))
     return {"threshold": "dynamic", "threshold_quantile": options.get("dynamic_thresholding_ratio", 0.995)}
   if not options.get("clip_sample", True):
     return {"threshold": "none"}
-  _check_value(options, "clip_sample_range", 1.0, (1.0,))
+  check_value(options, "clip_sample_range", 1.0, (1.0,))
   return {"threshold": "static"}
-
-
-# Both.
-
-
-def _check_class(options: Options, known: Sequence[str]) -> None:
-  if options.get("_class_name") not in known:
-    raise UserError(f"_class_name: {options.get('_class_name')!r} is not supported, only {' and '.join(known)}")
-
-
-def _check_known(options: Options, understood: set[str], only: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
-  for name in options:
-    if not name.startswith("_") and name not in understood and name not in only:
-      raise UserError(f"{name}: {options[name]!r} is an option that is not supported")
-  for name, (default, values) in only.items():
-    _check_value(options, name, default, values)
-
-
-def _check_value(options: Options, name: str, default: Any, values: Sequence[Any]) -> None:
-  value = options.get(name, default)
-  if value not in values:
-    missing = "" if name in options else " (it is missing, which means that)"
-    raise UserError(f"{name}: {value!r} is not supported, only {' or '.join(map(repr, values))}{missing}")
-
-
-def _one_of(options: Options, name: str, default: str, ours_to_theirs: Mapping[str, str]) -> str:
-  value = options.get(name, default)
-  for ours, theirs in ours_to_theirs.items():
-    if theirs == value:
-      return ours
-  raise UserError(f"{name}: {value!r} is not supported, only {', '.join(dict.fromkeys(ours_to_theirs.values()))}")
-
-
-def _whole_number(options: Options, name: str, default: int) -> int:
-  value = options.get(name, default)
-  if type(value) is not int or value < 1:
-    raise UserError(f"{name}: {value!r} is no number of at least 1")
-  return value
-
-
-def _whole_numbers(options: Options, name: str, default: Sequence[int]) -> tuple[int, ...]:
-  values = options.get(name, default)
-  if not isinstance(values, list | tuple) or not values or any(type(value) is not int or value < 1 for value in values):
-    raise UserError(f"{name}: {values!r} is no list of numbers of at least 1")
-  return tuple(values)

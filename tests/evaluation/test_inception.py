@@ -13,6 +13,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import inception
 from ddpm_jax.models.inception import tensor_shapes
+from ddpm_jax.weights import converted
 from tests.evaluation import make_inception_golden as golden
 
 SOURCE = "0" * 64
@@ -290,9 +291,9 @@ def test_the_digest_sees_names_shapes_and_values():
     {"a": base["a"], "b": base["b"].view(np.int32)},
     {"a": base["a"], "b": np.float32([1, 2])},
   )
-  digests = {inception.tensors_sha256(tensors) for tensors in (base, *others)}
+  digests = {converted.tensors_sha256(tensors) for tensors in (base, *others)}
   assert len(digests) == 5
-  assert inception.tensors_sha256(dict(reversed(base.items()))) == inception.tensors_sha256(base)
+  assert converted.tensors_sha256(dict(reversed(base.items()))) == converted.tensors_sha256(base)
 
 
 def test_the_converter_refuses_another_file(tmp_path):
