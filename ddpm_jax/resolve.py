@@ -118,6 +118,10 @@ def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
     from ddpm_jax.weights import initial  # with JAX
 
     given = given | {"init_from": initial.absolute(given["init_from"])}
+  if given.get("first_stage"):
+    path = paths.absolute("first_stage", given["first_stage"], "get the autoencoder first and name its folder")
+    paths.check_name("first_stage", path)
+    given = given | {"first_stage": str(path)}
   for name in ("guide_with", "classifier"):
     text = given.get(name, "")
     if text not in ("", "raw") and not text.isdecimal():

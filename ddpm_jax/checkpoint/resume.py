@@ -50,6 +50,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     "surroundings": numerics.surroundings(),
     **({"classes": list(class_names(source, run.config.model.num_classes))} if run.conditional else {}),
     **({"own": run.own} if run.own else {}),
+    **({"first_stage": run.first_stage_facts} if run.first_stage_facts else {}),
   }
 
 
@@ -109,6 +110,7 @@ def find_start(checkpoints: Checkpoints, run: Run, source: Source, workdir: path
     except OtherPastError as error:
       others[candidate.step] = error
       continue
+    check_first_stage(candidate.manifest, run, workdir)
     state = candidate.restore(run.abstract_state)
     if state is not None:
       return Start(candidate.step, state, candidate.manifest, candidates.damaged, sorted(others))
@@ -203,6 +205,21 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
       f"config.json says {config_lib.flag_text(now)!r}; restore config.json, use another --workdir, or "
       f"move {workdir / 'checkpoints' / str(manifest['step'])} away if it is of another run"
     )
+
+
+def check_first_stage(manifest: Manifest, run: Run, workdir: pathlib.Path) -> None:
+  """Raises UserError unless the first stage of a run is the one that a checkpoint was trained with."""
+  before, now = manifest.get("first_stage"), run.first_stage_facts
+  if before == now:
+    return
+  of, restore = f"checkpoint {manifest['step']} in {workdir} was trained with", f"restore {workdir / 'first_stage'}"
+  if before is None or now is None:
+    raise UserError(f"first_stage: {of} {'pixels' if before is None else 'latents'}; restore config.json")
+  if before["sha256"] != now["sha256"]:
+    raise UserError(
+      f"first_stage: {of} another first stage, {_short(before['sha256'])}, is {_short(now['sha256'])}; {restore}"
+    )
+  raise UserError(f"first_stage: {of} latents of another mean and deviation; {restore}")
 
 
 def _config(manifest: Manifest) -> Config:

@@ -91,15 +91,26 @@ def own_images(dataset: str) -> tuple[str, str] | None:
   return (kind, path) if colon and kind in OWN_IMAGES else None
 
 
-def check_size(model: ModelConfig, height: int, width: int) -> None:
-  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can."""
+def threshold_of(sample: SampleConfig, *, latent: bool) -> str:
+  """What keeps x0_hat in range, where 'auto' leaves it to what is diffused: 'static', 'dynamic' or 'none'."""
+  if sample.threshold != "auto":
+    return sample.threshold
+  return "none" if latent else "static"
+
+
+def check_size(model: ModelConfig, height: int, width: int, *, shrinks: int = 1) -> None:
+  """Raises UserError if the levels cannot halve images of that size, which names the nearest sizes that they can.
+
+  shrinks: how many pixels in a row a first stage makes one number of.
+  """
   levels = len(model.channel_multipliers)
-  factor = 2 ** (levels - 1)
+  factor = 2 ** (levels - 1) * shrinks
   if height % factor or width % factor:
     heights, widths = ([n * factor for n in (size // factor, -(-size // factor))] for size in (height, width))
     nearest = [image_size(*sides) for sides in zip(heights, widths, strict=True) if all(sides)]
+    first = f"the first stage, which makes them {shrinks} times smaller, and " if shrinks > 1 else ""
     raise UserError(
-      f"image_size: {image_size(height, width)} is not divisible by {factor}, as the {levels} levels of "
+      f"image_size: {image_size(height, width)} is not divisible by {factor}, as {first}the {levels} levels of "
       f"channel_multipliers need; use --image_size={' or '.join(map(str, nearest))}, or fewer levels"
     )
 
@@ -112,13 +123,14 @@ def changed(
   Args:
     before: the config of the workdir.
     after: the config of this command.
-    on_resume: leave out what a resumed run may change. Where own images lie may, and whether as a folder or packed:
-      whether they are the same is for their fingerprint to say.
+    on_resume: leave out what a resumed run may change. Where own images lie may, and whether as a folder or packed,
+      and where a first stage does: whether they are the same is for their fingerprint, or digest, to say.
     once_trained: leave out, with `on_resume`, also what may change where trained weights are only used.
   """
   differences, rule = [], "may_change_once_trained" if once_trained else "may_change"
   for (_, field, old), (_, _, new) in zip(options(before), options(after), strict=True):
     moved = field.name == "dataset" and own_images(old) is not None and own_images(new) is not None
+    moved |= field.name == "first_stage" and bool(old) and bool(new)
     if old != new and not (on_resume and (field.metadata[rule] or moved)):
       differences.append((field.name, old, new))
   return differences

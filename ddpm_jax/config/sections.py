@@ -89,7 +89,7 @@ class DiffusionConfig:
   first_stage: str = option("", "The first stage of a latent model, which turns images into the latents that are "
                             "diffused: the workdir of a run of --stage=autoencoder, a folder of diffusers with an "
                             "AutoencoderKL or a VQModel, or a safetensors file of --mode=export (empty: the pixels "
-                            "themselves are diffused). The workdir keeps a copy.", may_change=True)
+                            "themselves are diffused). The workdir keeps a copy.")
   variance: str = option("fixed_large", "Variance of the ancestral sampler's steps: beta_t (fixed_large, CIFAR-10 in "
                          "the released code) or the posterior variance (fixed_small, its 256x256 models).",
                          choices=("fixed_small", "fixed_large"), may_change=True)
@@ -280,9 +280,10 @@ class SampleConfig:
                           may_change=True)
   eta: float = option(0.0, "Noise of ddim and dpmpp: 0 deterministic; 1 the ancestral posterior for ddim, "
                       "SDE-DPM-Solver++ for dpmpp.", minimum=0, maximum=1, may_change=True)
-  threshold: str = option("static", "What keeps x0_hat in range: 'static' clips to [-1, 1]; 'dynamic' (Saharia et al. "
-                          "2022) clips at a quantile of its absolute values and rescales; 'none'.",
-                          choices=("static", "dynamic", "none"), may_change=True)
+  threshold: str = option("auto", "What keeps x0_hat in range: 'static' clips to [-1, 1]; 'dynamic' (Saharia et al. "
+                          "2022) clips at a quantile of its absolute values and rescales; 'none'; 'auto': static for "
+                          "pixels, none for latents, which have no range.",
+                          choices=("auto", "static", "dynamic", "none"), may_change=True)
   threshold_quantile: float = option(0.995, "The quantile of --threshold=dynamic.", above=0, maximum=1, may_change=True)
   classes: tuple[str, ...] = option((), "Classes of the images that a model of --conditioning=class draws, in turn: "
                                     "names or numbers (empty: all of them; where images are given, their own).",

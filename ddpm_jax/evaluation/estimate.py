@@ -160,12 +160,12 @@ def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_pre
   """Seconds an image takes of one network evaluation in a batch of moderate size."""
   run = weights.run
   network = UNetNetwork(
-    build_model(dataclasses.replace(config.model, dtype=dtype), run.image_shape), run.mesh.attention
+    build_model(dataclasses.replace(config.model, dtype=dtype), run.first_stage.latent_shape), run.mesh.attention
   )
   rows = BatchedFn(
     lambda params, xt, t, label=None: network(params, xt, t, label), run.mesh, matmul_precision=matmul_precision
   )
-  one = np.zeros((1, *run.image_shape), np.float32), np.ones(1, np.int32)
+  one = np.zeros((1, *run.first_stage.latent_shape), np.float32), np.ones(1, np.int32)
   one = (*one, np.zeros(1, np.int32)) if run.conditional else one
   most = _TIMED[jax.devices()[0].platform == "cpu"] * jax.device_count()
   size = fit_batch(rows, weights.params, *one, number=most)

@@ -51,6 +51,7 @@ _LEAST_SAMPLES = {"precision_recall": 4}
 _LIKELIHOODS = {"bound": "bits_per_dim", "ode": "ode_bits_per_dim"}  # measure -> its key of the result
 _UNTRAINED_EXAMPLES = 100  # for the likelihood of an untrained network, which hardly varies
 _UNIFORM = math.log2(256)  # bits/dim of a model that finds all values of a pixel equally likely
+_NORMAL = 0.5 * math.log2(2 * math.pi * math.e)  # of one for which latents, standardised, are normally distributed
 _OF_GUIDANCE = ("guidance_interval", "guide_with", "guide_sha256")  # settings of a draw beside the scale
 _SHOWN = 64  # samples in the picture
 _WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
@@ -281,7 +282,9 @@ def evaluate(
       result |= found
     for name in names:
       likelihood_of = functools.partial(_likelihood, name, config, weights, around=around)
-      result[_LIKELIHOODS[name]] = {split: likelihood_of(source) for split, source in splits.items()}
+      kind = _LIKELIHOODS[name]
+      kind = kind if weights.run.first_stage.identity else kind.replace("bits", "latent_bits")
+      result[kind] = {split: likelihood_of(source) for split, source in splits.items()}
     for drawn in draws:  # not before: all that follows a draw may be stopped too, and then needs the images again
       drawn.forget()
   return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
@@ -566,20 +569,29 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
         params,
         run.schedule,
         run.first_stage,
+        run.stage_params,
         variance=config.diffusion.variance,
         timesteps=timesteps,
         **shared,
       )
     steps = min(options.ode_steps, run.schedule.num_timesteps)
     return likelihood.ode(
-      denoiser, params, run.schedule, run.first_stage, steps=steps, probes=options.ode_probes, **shared
+      denoiser,
+      params,
+      run.schedule,
+      run.first_stage,
+      run.stage_params,
+      steps=steps,
+      probes=options.ode_probes,
+      **shared,
     )
 
   number = min(options.likelihood_examples or len(source), len(source))
   given = " given their classes" if run.conditional else ""
-  around.say(f"{name}: bits/dim of {number} images of {source.name}{given}")
-  with around.counted(f"bits/dim ({name})", "image", number) as done:
-    denoiser = build_denoiser(exact, config.diffusion.prediction, run.image_shape)
+  unit = "bits/dim" if run.first_stage.identity else "bits/dim of the latents"
+  around.say(f"{name}: {unit} of {number} images of {source.name}{given}")
+  with around.counted(f"{unit} ({name})", "image", number) as done:
+    denoiser = build_denoiser(exact, config.diffusion.prediction, run.first_stage.latent_shape)
     found = measure(denoiser, weights.params, number, done)
   beat = lambda done: around.beat(f"image {done} of an untrained network")  # noqa: E731
   untrained = measure(untrained_denoiser(run.denoiser), {}, min(number, _UNTRAINED_EXAMPLES), beat)
@@ -589,6 +601,6 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
     | {
       "dtype": exact.dtype,
       "matmul_precision": likelihood.PRECISION,
-      "yardsticks": {"noise": _UNIFORM, "untrained": untrained["total"]},
+      "yardsticks": {"noise": _UNIFORM if run.first_stage.identity else _NORMAL, "untrained": untrained["total"]},
     }
   )

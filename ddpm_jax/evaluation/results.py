@@ -122,7 +122,8 @@ def yardsticks_of(result: Result, measure: str) -> dict[str, float]:
 
 def _name_of(result: Result, measure: str) -> str:
   if measure in ("bound", "ode"):
-    kind = "bits_per_dim" if measure == "bound" else "ode_bits_per_dim"
+    prefix = "ode_" if measure == "ode" else ""
+    kind = next(kind for kind in (f"{prefix}bits_per_dim", f"{prefix}latent_bits_per_dim") if kind in result)
     return f"{kind}_{list(result[kind])[-1]}"
   return NAMES[result["features"]["name"]][measure]
 

@@ -19,7 +19,8 @@ YARDSTICKS = {
   "noise": ("pure noise", "pure noise"),
   "untrained": ("an untrained network", "untrained network"),
 }
-LIKELIHOODS = ("bits_per_dim", "ode_bits_per_dim")  # keys of the result
+# Keys of the result. Those of latent models are of densities of latents, and not to be compared with those of pixels.
+LIKELIHOODS = ("bits_per_dim", "ode_bits_per_dim", "latent_bits_per_dim", "ode_latent_bits_per_dim")
 ARITHMETIC = ("dtype", "matmul_precision")
 _SPREADS = ("_std", "_standard_error")
 # Measures by their names in the file, or the ends of these; the names of features may stand before them.
@@ -43,6 +44,7 @@ _OF_LIKELIHOOD = {
   "bits_per_dim": ("bound", ("examples", "timesteps_per_example", *ARITHMETIC)),
   "ode_bits_per_dim": ("ODE", ("examples", "steps", "probes", *ARITHMETIC)),
 }
+_OF_LIKELIHOOD |= {kind.replace("bits", "latent_bits"): facts for kind, facts in _OF_LIKELIHOOD.items()}
 
 
 def part(result: Any, *names: str) -> dict[str, Any]:
@@ -256,7 +258,8 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
         conditions |= {"data": result["data"]} if "data" in result else {}
         total, error = (part(terms).get(name) for name in ("total", "standard_error"))
         given = ", given the class" if "given" in part(terms) else ""
-        add(key, total, error, conditions, f"{kind}_{split}", "Bits/dim", f"{remark}, {split}{given}")
+        title = "Latent bits/dim" if "latent" in kind else "Bits/dim"
+        add(key, total, error, conditions, f"{kind}_{split}", title, f"{remark}, {split}{given}")
   for same in found.values():
     flat = {key_text: _flat(json.loads(key_text)) for key_text in same}
     for key_text, mine in flat.items():

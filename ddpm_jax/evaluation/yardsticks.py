@@ -111,6 +111,7 @@ def measure_yardsticks(
   names, number = config.evaluate.measures, config.evaluate.evaluate_samples
   drawn = {name: value for name, value in settings(config, weights).items() if name not in _NO_MATTER}
   schedule = dataclasses.asdict(config.diffusion)
+  del schedule["first_stage"]  # a path; what it holds is among the settings of the draw
   known = [(part.identity, part.source.fingerprint, len(part.source)) for part in (data, train or data)]
   of_all = [_VERSION, known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST]
   task = json.dumps(of_all + ([labelled[1]] if labelled else []), sort_keys=True)
@@ -234,7 +235,8 @@ def _untrained(config: Config, weights: Weights, number: int, beat: Callable[[st
     mesh=run.mesh,
     stream="sample",
   )
-  size, images, constants = min(number, _DRAWN_AT_ONCE), [], seeded({}, config.sample.sample_seed)
+  constants = seeded({}, config.sample.sample_seed, first_stage=run.stage_params)
+  size, images = min(number, _DRAWN_AT_ONCE), []
   for first in range(0, number, size):
     index = np.arange(first, min(first + size, number), dtype=np.int32)
     images.append(draw(constants, index, size=size))

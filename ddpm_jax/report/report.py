@@ -230,9 +230,9 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
     "how": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in guidance_of(newest).items()),
     "guidance": _guided(step, newest),
     "classes": _terms(by_class(newest)),
-    "by_timestep": _by_timestep(part(newest, "bits_per_dim")),
-    "bound": _terms(part(newest, "bits_per_dim")),
-    "ode": _terms(part(newest, "ode_bits_per_dim")),
+    "by_timestep": _by_timestep(part(newest, "bits_per_dim") or part(newest, "latent_bits_per_dim")),
+    "bound": _terms(part(newest, "bits_per_dim") or part(newest, "latent_bits_per_dim")),
+    "ode": _terms(part(newest, "ode_bits_per_dim") or part(newest, "ode_latent_bits_per_dim")),
     "neighbours": _terms(part(newest, "neighbours")),
     "pictures": pictures,
   }

@@ -48,6 +48,8 @@ def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[i
       layout.create(target, stored, layout.own_parts(workdir))
       if (workdir / "metrics.jsonl").exists():
         shutil.copy2(workdir / "metrics.jsonl", target)
+      if (workdir / "first_stage").exists():
+        shutil.copytree(workdir / "first_stage", target / "first_stage", dirs_exist_ok=True)
       for folder in ("samples", "eval"):
         (target / folder).mkdir(exist_ok=True)
         found = sorted((workdir / folder).iterdir()) if (workdir / folder).exists() else ()

@@ -50,13 +50,19 @@ class Preview:
       stream="preview",
       keep=True,
     )
-    self._seed, index = options.seed, np.arange(options.preview_images, dtype=np.int32)
+    self._seed, self._first_stage, index = (
+      options.seed,
+      run.stage_params,
+      np.arange(options.preview_images, dtype=np.int32),
+    )
     label = index % max(1, run.config.model.num_classes)
     self._columns = (index, label) if run.conditional else (index,)
     self._captions = [class_names[i] for i in label.tolist()] if run.conditional else None
     self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)
     if compiler and self._ahead:
-      self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), *self._columns)
+      self._draw.compile_ahead(
+        compiler.submit, seeded(run.abstract_state.params, self._seed, first_stage=run.stage_params), *self._columns
+      )
 
   @property
   def compiling(self) -> bool:
@@ -66,7 +72,10 @@ class Preview:
   def __call__(self, state: TrainState) -> Callable[[], np.ndarray]:
     """Begins a grid. Returns what waits for the picture, uint8 [height, width, 3], and gives it."""
     weights = {"EMA weights": state.ema["ema"], "raw weights": state.params}
-    drawn = {name: self._draw.start(seeded(params, self._seed), *self._columns) for name, params in weights.items()}
+    drawn = {
+      name: self._draw.start(seeded(params, self._seed, first_stage=self._first_stage), *self._columns)
+      for name, params in weights.items()
+    }
     columns = min(8, len(self._columns[0]))
     return lambda: grids.captioned(
       {name: grids.image_grid(images(), columns, self._captions) for name, images in drawn.items()}

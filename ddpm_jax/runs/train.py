@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from typing import NamedTuple
 
 import jax
@@ -29,6 +29,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
+from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.models.build import TrainableNetwork, fitted
 from ddpm_jax.runs import earlier, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
@@ -47,7 +48,7 @@ from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics, inputs_of
-from ddpm_jax.weights import initial
+from ddpm_jax.weights import first_stage, initial
 from ddpm_jax.weights.file import settings_of_run
 from ddpm_jax.workdir import layout, loggers
 from ddpm_jax.workdir.lock import Lock
@@ -105,11 +106,12 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     NonFiniteError: if the loss or the gradient is not finite, more often than `max_nonfinite` allows.
   """
   job, total = invocation.job, config.train.num_steps
-  run, source = prepare(config, workdir, invocation.own)
+  run, source, stage = prepare(config, workdir, invocation.own, given=invocation.given)
   config = run.config
+  autoencoder = stage.latents.network if stage else None
   params, classes = None, class_names(source, config.model.num_classes) if run.conditional else ()
   if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
-    params, _ = initial.read_params(config, run.image_shape, classes)
+    params, _ = initial.read_params(config, run.image_shape, classes, autoencoder)
 
   with contextlib.ExitStack() as cleanup:
     # None in all processes but the first, which is the one that prints.
@@ -124,6 +126,8 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     )
     cleanup.enter_context(contextlib.closing(checkpoints))
 
+    if stage:
+      run = first_stage.settle(run, stage, workdir, source, beat=watchdog.beat)
     start = resume.find_start(checkpoints, run, source, workdir)
     workdirs.set_aside_damaged(checkpoints, start, quiet=not lock)
     if lock and start.step < total and (start.state or start.other_past):  # of a new run `take` has looked
@@ -132,7 +136,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     if not start.state and params is None and config.exchange.init_from:
       if not start.other_past:
         raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-      params, _ = initial.read_params(config, run.image_shape, classes)
+      params, _ = initial.read_params(config, run.image_shape, classes, autoencoder)
     restarts = resume.restarts(config, start.manifest)
     run = run._replace(lr_restart=restarts[-1] if restarts else 0)
 
@@ -156,8 +160,19 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   return not stopped
 
 
-def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Source]:
-  """Everything that can be found wrong before a file is written: devices, settings, images, network.
+def prepare(
+  config: Config, workdir: pathlib.Path, own: Own, *, given: Container[str] = ()
+) -> tuple[Run, Source, FixedStage | None]:
+  """Everything that can be found wrong before a file is written: devices, settings, images, first stage, network.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    own: a person's own parts.
+    given: names of the flags of the command.
+
+  Returns:
+    The parts of the run, its images, and its first stage, whose statistics may be left to measure; None for pixels.
 
   Raises:
     UserError: see `train`.
@@ -167,16 +182,19 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps, fixed=fixed)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
-  accept = functools.partial(check_size, config.model)
+  autoencoder = first_stage.find(config, workdir, given="first_stage" in given)
+  accept = functools.partial(check_size, config.model, shrinks=autoencoder.network.factor if autoencoder else 1)
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)
-  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
+  stage = first_stage.fixed_for(autoencoder, source.image_shape, source.name) if autoencoder else None
+  seen = stage.latents.latent_shape if stage else source.image_shape
+  config = dataclasses.replace(config, model=fitted(config.model, seen))
   if config_lib.reads_classes(config):
     found = num_classes(source, config.model.num_classes, stage=config.model.stage)
     config = config_lib.override(config, {"num_classes": found})
   if config.model.stage == "classifier":
     config = config_lib.override(config, {"sample_every": 0})  # there is nothing to draw
-  run = build_run(config, source.image_shape, mesh, own.network)
+  run = build_run(config, source.image_shape, mesh, own.network, stage)
   run = run._replace(objective=own.objective(run) if own.objective else None)
   parts = {"network": own.network, "objective": run.objective}
   run = run._replace(own={name: layout.describe_own(part) for name, part in parts.items() if part is not None})
@@ -185,7 +203,7 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   if config.train.evaluate_every:
     one_scale(config.sample)
     check_evaluation(config, workdir, source)
-  return run, source
+  return run, source, stage
 
 
 class TrainServices(NamedTuple):

@@ -117,7 +117,7 @@ class DenoiserObjective:
     weights = loss_weights(self.config.loss_weighting, parameterization, self.schedule)
 
     images, t, eps, dropout_keys = jax.vmap(self.sample_training_example)(keys, batch["image"])
-    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images)), self.schedule.level(t)
+    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images), keys), self.schedule.level(t)
     xt = jax.vmap(q_sample)(x0, eps, level)
     output = network(params, xt, level.time, self.condition(keys, batch), dropout_keys=dropout_keys)
     target = jax.vmap(parameterization.target)(x0, eps, level)
@@ -150,7 +150,7 @@ class ClassifierObjective:
     num_timesteps, shape = self.schedule.num_timesteps, self.first_stage.latent_shape
     sample = functools.partial(sample_example, num_timesteps=num_timesteps, shape=shape, flip=self.flip)
     images, t, eps, dropout_keys = jax.vmap(sample)(keys, batch["image"])
-    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images)), self.schedule.level(t)
+    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images), keys), self.schedule.level(t)
     xt = jax.vmap(q_sample)(x0, eps, level)
     logits = self.network(params, xt, level.time, None, dropout_keys=dropout_keys)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

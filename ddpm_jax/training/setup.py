@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ddpm_jax.diffusion.schedules import (
   make_schedule,
   reaches_noise,
 )
+from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null_label
@@ -43,11 +44,18 @@ class Run(NamedTuple):
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
   objective: Objective | None = None  # in the place of the denoiser's loss
   own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
+  frozen: Params = {}  # noqa: RUF012  of what is not trained: the first stage; placed, or shapes where nothing runs
+  first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.first_stage.image_shape
+
+  @property
+  def stage_params(self) -> Params | None:
+    """The parameters of the first stage, as `keys.Seeded` has them; None: pixels."""
+    return self.frozen if self.first_stage_facts else None
 
   @property
   def conditional(self) -> bool:
@@ -65,40 +73,62 @@ class Run(NamedTuple):
     Args:
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
-    init = functools.partial(_initial_state, self.denoiser, self.config, self.image_shape)
+    init = functools.partial(_initial_state, self.denoiser, self.config, self.first_stage.latent_shape)
     compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
     return compiled(np.uint32(self.config.train.seed), params)
 
   def place(self, params: Params) -> Params:
     """Weights, NumPy arrays that are the same on every process, placed as those of a state."""
-    return jax.tree.map(
-      lambda leaf, wanted: jax.make_array_from_callback(leaf.shape, wanted.sharding, lambda piece: leaf[piece]),
-      params,
-      self.abstract_state.params,
-    )
+    return _placed(params, self.mesh)
+
+
+def _placed(params: Params, mesh: DeviceMesh) -> Params:
+  """NumPy arrays that are the same on every process, placed as those of a state; of shapes, shapes with shardings."""
+
+  def place(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda piece: leaf[piece])
+
+  return jax.tree.map(place, params, mesh.state_shardings(params))
 
 
 def build_run(
-  config: Config, image_shape: tuple[int, int, int], mesh: DeviceMesh, network: TrainableNetwork | None = None
+  config: Config,
+  image_shape: tuple[int, int, int],
+  mesh: DeviceMesh,
+  network: TrainableNetwork | None = None,
+  stage: FixedStage | None = None,
 ) -> Run:
   """Builds the parts; nothing is computed or compiled. Raises UserError if they do not fit together.
 
-  network: in the place of that of the settings.
+  Args:
+    config: the settings.
+    image_shape: H, W, C.
+    mesh: the devices.
+    network: in the place of that of the settings.
+    stage: the first stage of a latent model; None: pixels.
   """
   d = config.diffusion
-  first_stage = Pixels(image_shape)
+  first_stage = stage.latents if stage else Pixels(image_shape)
   latent_shape = first_stage.latent_shape
   denoiser = build_denoiser(config.model, d.prediction, latent_shape, network, attention=mesh.attention)
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
   shapes = jax.eval_shape(
-    functools.partial(_initial_state, denoiser, config, image_shape), np.uint32(config.train.seed)
+    functools.partial(_initial_state, denoiser, config, latent_shape), np.uint32(config.train.seed)
   )
   abstract_state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
     shapes,
     mesh.state_shardings(shapes),
   )
-  return Run(config, schedule, first_stage, denoiser, mesh, abstract_state)
+  run = Run(config, schedule, first_stage, denoiser, mesh, abstract_state)
+  return with_first_stage(run, stage) if stage else run
+
+
+def with_first_stage(run: Run, stage: FixedStage) -> Run:
+  """The run with the parameters of its first stage, placed as those of a state."""
+  return run._replace(frozen=_placed(stage.params, run.mesh), first_stage_facts=stage.facts)
 
 
 def noise_warning(run: Run) -> str | None:
@@ -186,11 +216,11 @@ def make_objective(run: Run) -> DenoiserObjective:
 
 
 def _initial_state(
-  denoiser: Denoiser, config: Config, image_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
+  denoiser: Denoiser, config: Config, latent_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
 ) -> TrainState:
   if params is None:
     network = cast(TrainableNetwork, denoiser.network)  # `build_denoiser` takes no other
-    params = network.init(stream_key(seed, "init"), image_shape)
+    params = network.init(stream_key(seed, "init"), latent_shape)
   else:
     params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
   return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))

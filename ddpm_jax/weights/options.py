@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ddpm_jax.config import BETA_SCHEDULES, WITHOUT_ENDS, Config, DiffusionConfig, ModelConfig
+from ddpm_jax.config import BETA_SCHEDULES, WITHOUT_ENDS, Config, DiffusionConfig, ModelConfig, threshold_of
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import num_labels
@@ -263,7 +263,7 @@ def scheduler_options(config: Config) -> dict[str, Any]:
     "trained_betas": None if theirs else _betas_of(diffusion),
     "variance_type": _VARIANCES[diffusion.variance],
     "prediction_type": _PREDICTIONS[diffusion.prediction],
-    "clip_sample": sample.threshold == "static",
+    "clip_sample": threshold_of(sample, latent=False) == "static",
     "clip_sample_range": 1.0,
     "thresholding": sample.threshold == "dynamic",
     "dynamic_thresholding_ratio": sample.threshold_quantile,
