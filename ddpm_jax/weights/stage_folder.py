@@ -106,8 +106,8 @@ def read_kept(workdir: pathlib.Path) -> Autoencoder:
     arrays, facts = read_tensors(folder / _WEIGHTS)
     if facts != settings:
       raise UnusableError(f"does not go with {_WEIGHTS} beside it")
-    network = autoencoder_of_settings(settings["network"])
     height, width, channels = settings["image_shape"]
+    network = autoencoder_of_settings(settings["network"], (height, width, channels))
     params = from_flat_as(arrays, abstract_params(network, (height, width, channels)))
   except FileNotFoundError as error:
     raise UserError(
