@@ -82,7 +82,7 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
     batch_size: a multiple of the devices times `grad_accum_steps`.
   """
   batch, command = run.mesh.abstract_inputs(abstract_batch(run.image_shape, batch_size, labels=run.conditional))
-  step = run.mesh.compile(make_train_step(run), run.abstract_state)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state, arguments={"frozen": run.frozen})
   try:
     compiled = step.lower(run.abstract_state, batch, command).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -142,9 +142,11 @@ def _parts_not_counted(run: Run, batch_size: int) -> float:
 def _operations(run: Run, batch_size: int, *, parts: int) -> float:
   """XLA's count for the step before it is compiled, on one device, with `parts` for --grad_accum_steps; loops once."""
   run = run._replace(config=config_lib.override(run.config, {"grad_accum_steps": parts}))
-  state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), run.abstract_state)
+  state, frozen = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (run.abstract_state, run.frozen)
+  )
   batch = abstract_batch(run.image_shape, batch_size, labels=run.conditional)
-  traced = jax.jit(make_train_step(run)).trace(state, batch)
+  traced = jax.jit(make_train_step(run)).trace(state, batch, frozen=frozen)
   # As for a TPU: for a CPU, convolutions would be loops.
   cost = traced.lower(lowering_platforms=("tpu",)).cost_analysis()
   assert cost

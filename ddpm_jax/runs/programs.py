@@ -39,13 +39,14 @@ class StepProgram:
 
     Args:
       run: the run.
-      train_step: one step, (state, batch, axis_name, seed) -> (state, metrics), as `DeviceMesh.compile` takes it.
+      train_step: one step, as `make_train_step` returns it.
       compiler: has nothing else to do yet.
       ahead: whether it will be called soon.
     """
     max_steps = run.config.train.steps_per_dispatch
     seed = np.uint32(run.config.train.seed)  # no part of the program: runs of other seeds need not compile another one
-    self._step = run.mesh.compile(train_step, run.abstract_state, max_steps=max_steps, scalars={"seed": seed})
+    arguments = {"seed": seed, "frozen": run.frozen}
+    self._step = run.mesh.compile(train_step, run.abstract_state, max_steps=max_steps, arguments=arguments)
     self._compiled = None
     if ahead and run.mesh.lowers_shapes:
       batch = abstract_batch(run.image_shape, run.config.data.batch_size, labels=run.conditional)

@@ -44,7 +44,8 @@ class Run(NamedTuple):
   lr_restart: int = 0  # the step at which the learning rate began anew, see `resume.restarts`
   objective: Objective | None = None  # in the place of the denoiser's loss
   own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
-  frozen: Params = {}  # noqa: RUF012  of what is not trained: the first stage; placed, or shapes where nothing runs
+  # Parameters of networks that do not train, as `DeviceMesh.place` returns them, or their shapes with shardings.
+  frozen: Any = {}  # noqa: RUF012
   first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
 
   @property
@@ -79,18 +80,7 @@ class Run(NamedTuple):
 
   def place(self, params: Params) -> Params:
     """Weights, NumPy arrays that are the same on every process, placed as those of a state."""
-    return _placed(params, self.mesh)
-
-
-def _placed(params: Params, mesh: DeviceMesh) -> Params:
-  """NumPy arrays that are the same on every process, placed as those of a state; of shapes, shapes with shardings."""
-
-  def place(leaf: Any, sharding: jax.sharding.Sharding) -> Any:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-      return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda piece: leaf[piece])
-
-  return jax.tree.map(place, params, mesh.state_shardings(params))
+    return self.mesh.place(params)
 
 
 def build_run(
@@ -127,8 +117,16 @@ def build_run(
 
 
 def with_first_stage(run: Run, stage: FixedStage) -> Run:
-  """The run with the parameters of its first stage, placed as those of a state."""
-  return run._replace(frozen=_placed(stage.params, run.mesh), first_stage_facts=stage.facts)
+  """The run with the parameters of its first stage, placed as those of a state; of shapes, shapes with shardings."""
+  if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(stage.params)):
+    frozen = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+      stage.params,
+      run.mesh.state_shardings(stage.params),
+    )
+  else:
+    frozen = run.mesh.place(stage.params)
+  return run._replace(frozen=frozen, first_stage_facts=stage.facts)
 
 
 def noise_warning(run: Run) -> str | None:
@@ -169,7 +167,7 @@ def copies_warning(config: Config, images: int) -> str | None:
 
 
 def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..., tuple[TrainState, Metrics]]:
-  """`step.train_step` as (state, batch, axis_name=..., seed=...) -> (state, metrics), with all else bound.
+  """`step.train_step` as (state, batch, axis_name=..., seed=..., frozen=...) -> (state, metrics), all else bound.
 
   Args:
     run: the run.
@@ -187,9 +185,14 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
   )
 
   def step(
-    state: TrainState, batch: Batch, *, axis_name: str | None = None, seed: int | jax.Array = config.train.seed
+    state: TrainState,
+    batch: Batch,
+    *,
+    axis_name: str | None = None,
+    seed: int | jax.Array = config.train.seed,
+    frozen: Any = None,
   ) -> tuple[TrainState, Metrics]:
-    return bound(state, {}, batch, axis_name=axis_name, seed=seed)  # nothing is frozen
+    return bound(state, {} if frozen is None else frozen, batch, axis_name=axis_name, seed=seed)
 
   return step
 
