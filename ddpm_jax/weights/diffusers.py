@@ -1,6 +1,6 @@
 """Folders of diffusers' DDPMPipeline and, of latent models, LDMPipeline: read, and written without PyTorch.
 
-Two layouts are read: that of `save_pretrained`, with `unet/` and `scheduler/`, of a latent model also `vqvae/`, and that
+Two layouts are read: that of `save_pretrained`, with `unet/` and `scheduler/`, and `vqvae/` of a latent model; and that
 of the published google/ddpm-* models, where all lies side by side.
 """
 

@@ -21,8 +21,9 @@ NAME = "model.safetensors"
 _STAGE = "first_stage."  # before the names of the parameters of a first stage
 _FORMAT = 1
 # What a file says of its run: these sections, without folders of the machine and what was measured on the way.
-_SECTIONS = ("data", "diffusion", "model", "optimizer", "train")
+_SECTIONS = ("data", "diffusion", "model", "autoencoder", "optimizer", "train")
 _LEFT_OUT = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure", "writers")
+_PLACES = ("first_stage", "lpips_weights")
 # Settings of drawing that are a part of the model all the same: its estimates were kept in range so.
 THRESHOLD = ("threshold", "threshold_quantile")
 
@@ -118,9 +119,7 @@ def read_params(path: pathlib.Path, model: ModelConfig, image_shape: tuple[int, 
   """
   try:
     arrays = read_tensors(path).arrays
-    return from_flat(
-      {name: leaf for name, leaf in arrays.items() if not name.startswith(_STAGE)}, model, image_shape
-    )
+    return from_flat({name: leaf for name, leaf in arrays.items() if not name.startswith(_STAGE)}, model, image_shape)
   except (UnusableError, UserError) as error:
     raise UserError(f"{path} {error}" if isinstance(error, UnusableError) else f"{path}: {error}") from error
 
@@ -155,6 +154,10 @@ def without_paths(config: Config) -> Config:
   if own := config_lib.own_images(config.data.dataset):
     kind, place = own
     changes["dataset"] = f"{kind}:{pathlib.PurePath(place).name}"
-  for name in ("first_stage", "lpips_weights"):
-    changes[name] = pathlib.PurePath(config_lib.values(config)[name]).name
-  return config_lib.override(config, changes)
+  return config_lib.override(without_places(config), changes)
+
+
+def without_places(config: Config) -> Config:
+  """The same settings, in which a first stage and weights of LPIPS have their names, and no folder of this machine."""
+  values = config_lib.values(config)
+  return config_lib.override(config, {name: pathlib.PurePath(values[name]).name for name in _PLACES})

@@ -140,7 +140,7 @@ def from_flat(tensors: Mapping[str, np.ndarray], model: ModelConfig, image_shape
 
 def from_flat_as(tensors: Mapping[str, np.ndarray], abstract: Params) -> Params:
   """The inverse of `to_flat`, for a tree of these shapes. Raises UserError as `from_diffusers`."""
-  return _from_flat(tensors, {path: leaf.shape for path, leaf in _leaves(abstract).items()})
+  return _from_flat(tensors, {path: leaf.shape for path, leaf in leaves_of(abstract).items()})
 
 
 def _from_flat(tensors: Mapping[str, np.ndarray], shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> Params:
