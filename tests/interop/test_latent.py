@@ -68,19 +68,28 @@ class Model(NamedTuple):
   params: dict  # of the U-Net
 
 
-def randomised(params, seed):
-  """All parameters away from what they begin with, zeros too."""
-  leaves, tree = jax.tree.flatten(params)
+def random_params(init, seed):
+  """Parameters of the shapes that init makes, none of them zero; as NumPy arrays, as nothing need be compiled."""
   generator = np.random.default_rng(seed)
-  moved = [np.asarray(leaf + 0.1 * generator.standard_normal(leaf.shape), np.float32) for leaf in leaves]
-  return jax.tree.unflatten(tree, moved)
+
+  def value(path, leaf):
+    noise = generator.standard_normal(leaf.shape)
+    match path[-1].key:
+      case "scale":
+        return np.float32(1 + 0.1 * noise)
+      case "kernel":
+        return np.float32(noise / np.sqrt(np.prod(leaf.shape[:-1])))
+      case _:
+        return np.float32(0.1 * noise)
+
+  return jax.tree_util.tree_map_with_path(value, jax.eval_shape(init, jax.random.key(0)))
 
 
 def make_model(regularizer: str, size=(32, 32), classes: int = 0, **changes) -> Model:
   image_shape = (*size, 3)
   first = config_lib.override(Config(), AUTOENCODER | REGULARIZERS[regularizer])
   network = build_autoencoder(first.model, first.autoencoder, image_shape)
-  params = randomised(jax.jit(lambda key: network.init(key, image_shape))(jax.random.key(1)), 1)
+  params = random_params(lambda key: network.init(key, image_shape), 1)
   z = first.autoencoder.latent_channels
   std = np.full(z, 0.6) if regularizer == "vq" else np.linspace(0.5, 2.0, z)
   mean = np.linspace(-0.7, 0.4, z).astype(np.float32)
@@ -91,9 +100,7 @@ def make_model(regularizer: str, size=(32, 32), classes: int = 0, **changes) -> 
   config = config_lib.override(Config(), UNET | of_classes | {"first_stage": "/somewhere", **changes})
   run = build_run(config, image_shape, make_mesh("pmap"), stage=stage)
   shape = stage.latents.latent_shape
-  unet = randomised(
-    jax.jit(lambda key: init_params(build_model(config.model, shape), key, shape))(jax.random.key(2)), 2
-  )
+  unet = random_params(lambda key: init_params(build_model(config.model, shape), key, shape), 2)
   return Model(run, stage, unet)
 
 
