@@ -452,8 +452,9 @@ def train(
   from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
 
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
-  if config.model.stage == "classifier":
-    raise UserError("stage: a classifier is no model that draws, which this returns; train it by the command")
+  if config.model.stage != "denoiser":
+    what = "an autoencoder" if config.model.stage == "autoencoder" else "a classifier"
+    raise UserError(f"stage: {what} is no model that draws, which this returns; train it by the command")
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"

@@ -64,6 +64,10 @@ def needs_workdir(mode: str, given: dict[str, Any]) -> bool:
   return MODES[mode].needs_workdir and not (mode == "evaluate" and "write_reference" in given)
 
 
+# Modes of a workdir that holds no model that draws.
+_OF_STAGES = {("autoencoder", "evaluate"), ("autoencoder", "export")}
+
+
 def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None) -> Config:
   """The config of a command.
 
@@ -79,10 +83,13 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
   rules, run = MODES[mode], layout.read_run(folder) if folder is not None else None
   if run:
     layout.check_own(run.folder, {}, ("network", "objective") if mode == "train" else ("network",))
-  if run and run.config.model.stage == "classifier" and not rules.new_run:
+  stage = run.config.model.stage if run else "denoiser"
+  if run and stage != "denoiser" and not rules.new_run and (stage, mode) not in _OF_STAGES:
+    article, option = ("an", "first_stage") if stage == "autoencoder" else ("a", "classifier")
+    measured = "; --mode=evaluate measures it" if stage == "autoencoder" else ""
     raise UserError(
-      f"mode: {mode} is of models that draw, and {run.folder} holds a classifier; name the workdir of such a model, "
-      "and this one as --classifier"
+      f"mode: {mode} is of models that draw, and {run.folder} holds {article} {stage}; name the workdir of such a "
+      f"model, and this one as --{option}{measured}"
     )
   given = _settled(given, run)
   base = _base(rules, given, run)

@@ -3,10 +3,9 @@
   pip install torch numpy safetensors
   python experiments/convert_lpips.py vgg16-397923af.pth vgg.pth lpips.safetensors
 
-The first file is torchvision's VGG16, https://download.pytorch.org/models/vgg16-397923af.pth (553,433,881 bytes), the
-second one lpips/weights/v0.1/vgg.pth in the package `lpips` 0.1.4 (7,289 bytes). Their SHA-256 are compared with the
-published ones before anything in them is read. Needs nothing of ddpm_jax, so PyTorch may live in an environment of its
-own.
+The first file is torchvision's VGG16, https://download.pytorch.org/models/vgg16-397923af.pth, the second one
+lpips/weights/v0.1/vgg.pth in the package `lpips` 0.1.4 (7,289 bytes). Their SHA-256 are compared with the published
+ones before anything in them is read. Needs nothing of ddpm_jax, so PyTorch may live in an environment of its own.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     **({"classes": list(class_names(source, run.config.model.num_classes))} if run.conditional else {}),
     **({"own": run.own} if run.own else {}),
     **({"first_stage": run.first_stage_facts} if run.first_stage_facts else {}),
+    **({"perceptual": run.perceptual.sha256} if run.perceptual else {}),
   }
 
 

@@ -57,6 +57,7 @@ class FsdpMesh(DeviceMesh):
     *,
     max_steps: int = 1,
     arguments: Mapping[str, Tree] = types.MappingProxyType({}),
+    packs: bool = True,
   ) -> PinnedStep:
     """See `DeviceMesh.compile`."""
 

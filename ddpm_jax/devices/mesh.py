@@ -79,6 +79,7 @@ class DeviceMesh(abc.ABC):
     *,
     max_steps: int = 1,
     arguments: Mapping[str, Tree] = types.MappingProxyType({}),
+    packs: bool = True,
   ) -> PinnedStep:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
@@ -89,6 +90,7 @@ class DeviceMesh(abc.ABC):
       arguments: further keyword arguments of `train_step`, which are data of the program and no constants in it: with
         other values it is the same program. Each is a NumPy scalar, or a tree of arrays that `place` returned; of
         ShapeDtypeStructs with shardings, if the step is lowered and never called.
+      packs: whether it may be given packed parameters (`cpu.pack`), where those take less time.
 
     Returns:
       (state, batches, command) -> (state, metrics, votes). The batches are those of `put_batches`, the command that of

@@ -41,10 +41,11 @@ class PmapMesh(DeviceMesh):
     *,
     max_steps: int = 1,
     arguments: Mapping[str, Tree] = types.MappingProxyType({}),
+    packs: bool = True,
   ) -> PinnedStep:
     """See `DeviceMesh.compile`."""
     # Elsewhere than on CPUs a kernel's shape has a layout in memory.
-    packs = max_steps > 1 and self.platform == "cpu"
+    packs = packs and max_steps > 1 and self.platform == "cpu"
 
     def steps(state: Tree, batches: Tree, command: jax.Array, further: Tree):
       command = jax.lax.pmax(command, AXIS)

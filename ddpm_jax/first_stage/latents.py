@@ -65,6 +65,12 @@ class Latents:
       z, _ = self.network.quantize(params["autoencoder"], z)
     return to_uint8(self.network.decode(params["autoencoder"], z))
 
+  def reconstruct(self, params: Any, images: jax.Array) -> jax.Array:
+    """Images uint8 [B, H, W, C] -> what the autoencoder with these parameters makes of them without sampling, uint8."""
+    mean, _ = self.distribution(self.network.moments(params, to_float(images)))
+    z = self.network.quantize(params, mean)[0] if self.network.regularizer == "vq" else mean
+    return to_uint8(self.network.decode(params, z))
+
   def distribution(self, moments: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of z, [B, h, w, z] each, before they are standardised."""
     if self.network.regularizer == "vq":

@@ -6,6 +6,8 @@ blocks without a timestep. What bounds the latents is a diagonal Gaussian (KL) o
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -169,8 +171,8 @@ def quantize(z: jax.Array, embedding: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
 
   def nearest(row: jax.Array) -> jax.Array:  # [B, w, C] -> [B, w]
-    pairs = (jnp.square(row[..., c, None] - codes[:, c]) for c in range(codes.shape[1]))  # each [B, w, K]
-    return jnp.argmin(sum(pairs, start=jnp.zeros((), jnp.float32)), axis=-1)
+    squares = (jnp.square(row[:, :, c, None] - codes[None, None, :, c]) for c in range(codes.shape[1]))  # [B, w, K]
+    return jnp.argmin(functools.reduce(jnp.add, squares), axis=-1)
 
   @jax.checkpoint
   def look_up(indices: jax.Array, embedding: jax.Array) -> jax.Array:  # [B, w] -> [B, w, C]

@@ -289,12 +289,12 @@ def autoencoder_of_settings(settings: Any, image_shape: tuple[int, int, int]) ->
     raise UserError(f"{name}: {settings[name]!r} is no setting of an autoencoder")
   for name, kind in _SETTINGS.items():
     value = settings.get(name)
-    if type(value) is not kind or any(type(entry) is not int or entry < 1 for entry in value if kind is list):
+    if type(value) is not kind or (kind is list and any(type(entry) is not int or entry < 1 for entry in value)):
       raise UserError(f"{name}: {value!r} is none of an autoencoder")
   if settings["regularizer"] not in ("kl", "vq") or not settings["channel_multipliers"]:
     raise UserError("regularizer, channel_multipliers: they are none of an autoencoder")
   tuples = {name: tuple(settings[name]) for name, kind in _SETTINGS.items() if kind is list}
-  network = AutoencoderNetwork(Autoencoder(**settings | tuples))
+  network = AutoencoderNetwork(Autoencoder(**settings | tuples, dtype=jnp.dtype("float32")))
   height, width, channels = image_shape
   if height % network.factor or width % network.factor or channels != network.model.out_channels:
     raise UserError(

@@ -43,7 +43,8 @@ class LPIPS(nn.Module):
   def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """See `models.build.lpips`."""
     both = jnp.concatenate([x, y]).astype(jnp.float32)
-    both = (jnp.broadcast_to(both, (*both.shape[:3], 3)) - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
+    shift, scale = (jnp.asarray(colours, jnp.float32)[None, None, None, :] for colours in (SHIFT, SCALE))
+    both = (jnp.broadcast_to(both, (*both.shape[:3], 3)) - shift) / scale
     halves = [jnp.split(features, 2) for features in VGG16(name="vgg16")(both)]
     weights = [
       self.param(f"weights{i + 1}", nn.initializers.ones_init(), (stage[-1],), jnp.float32)
@@ -67,7 +68,7 @@ def feature_distance(
   total = jnp.zeros(x[0].shape[0], jnp.float32)
   for i, (one, other) in enumerate(zip(x, y, strict=True)):
     difference = jnp.square(unit(one) - unit(other))
-    difference = difference if weights is None else difference * weights[i]
+    difference = difference if weights is None else difference * weights[i][None, None, None, :]
     total += jnp.mean(jnp.sum(difference, axis=-1), axis=(1, 2))
   return total
 

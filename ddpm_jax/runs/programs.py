@@ -46,7 +46,9 @@ class StepProgram:
     max_steps = run.config.train.steps_per_dispatch
     seed = np.uint32(run.config.train.seed)  # no part of the program: runs of other seeds need not compile another one
     arguments = {"seed": seed, "frozen": run.frozen}
-    self._step = run.mesh.compile(train_step, run.abstract_state, max_steps=max_steps, arguments=arguments)
+    self._step = run.mesh.compile(
+      train_step, run.abstract_state, max_steps=max_steps, arguments=arguments, packs=run.packs
+    )
     self._compiled = None
     if ahead and run.mesh.lowers_shapes:
       batch = abstract_batch(run.image_shape, run.config.data.batch_size, labels=run.conditional)

@@ -27,13 +27,15 @@ from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
-from ddpm_jax.errors import RunError
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.evaluation import perceptual
 from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.models.build import TrainableNetwork, fitted
 from ddpm_jax.runs import earlier, workdirs
+from ddpm_jax.runs.alarms import Alarms
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
-from ddpm_jax.runs.preview import EarlyGrids, Preview
+from ddpm_jax.runs.preview import EarlyGrids, Preview, Reconstructions
 from ddpm_jax.runs.profile import Profile
 from ddpm_jax.runs.programs import Compiler, StepProgram
 from ddpm_jax.runs.reports import Reports
@@ -128,7 +130,9 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
 
     if stage:
       run = first_stage.settle(run, stage, workdir, source, beat=watchdog.beat)
+    run = run.with_perceptual(perceptual.settle(config, workdir, source, run.mesh, watchdog.beat))
     start = resume.find_start(checkpoints, run, source, workdir)
+    perceptual.check_kept(start.manifest, run.perceptual, workdir)
     workdirs.set_aside_damaged(checkpoints, start, quiet=not lock)
     if lock and start.step < total and (start.state or start.other_past):  # of a new run `take` has looked
       workdirs.check_space(run, workdir, start.step, leaving=len(start.other_past))
@@ -189,6 +193,9 @@ def prepare(
   stage = first_stage.fixed_for(autoencoder, source.image_shape, source.name) if autoencoder else None
   seen = stage.latents.latent_shape if stage else source.image_shape
   config = dataclasses.replace(config, model=fitted(config.model, seen))
+  if own.network and config.model.stage == "autoencoder":
+    raise UserError("network: your own is a denoiser, which stage=autoencoder does not train; leave one of them out")
+  perceptual.check(config, workdir, source.image_shape)
   if config_lib.reads_classes(config):
     found = num_classes(source, config.model.num_classes, stage=config.model.stage)
     config = config_lib.override(config, {"num_classes": found})
@@ -213,7 +220,7 @@ class TrainServices(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
-  preview: Preview
+  preview: Preview | Reconstructions
   early: EarlyGrids
   profile: Profile
   progress: Progress
@@ -251,6 +258,7 @@ def open_services(
         settings=settings_of_run(run.config),
         so_far=start.manifest.get("so_far", {}),
         clock=invocation.clock,
+        alarms=Alarms(run.config.autoencoder.discriminator_start) if run.pair else None,
       )
     )
     saver = Saver(
@@ -273,13 +281,20 @@ def open_services(
       reports,
       saver,
       Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
-      Preview(run, compiler if trains_first else None, class_names(source, run.config.model.num_classes)),
+      _preview(run, source, compiler if trains_first else None),
       EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
       profile,
       progress,
       stop,
       watchdog,
     )
+
+
+def _preview(run: Run, source: Source, compiler: Compiler | None) -> Preview | Reconstructions:
+  """What makes the pictures of `samples/` while the run trains."""
+  if run.pair:
+    return Reconstructions(run, compiler, source)
+  return Preview(run, compiler, class_names(source, run.config.model.num_classes))
 
 
 def training_loop(run: Run, source: Source, state: TrainState, start: int, services: TrainServices) -> tuple[int, bool]:

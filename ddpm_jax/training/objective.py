@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from ddpm_jax.keys import example_key
 # the row holds another image, because its own could not be read; in a conditional run label: int32 [B], its class
 Batch = dict[str, jax.Array]
 Terms = dict[str, jax.Array]  # scalars by name, means over the batch; training minimises their sum
-PerExample = dict[str, jax.Array]  # [B] by name
+PerExample = dict[str, jax.Array]  # [B, ...] by name
 
 
 class Objective(Protocol):
@@ -41,12 +41,40 @@ class Objective(Protocol):
       keys: a random key for each example, [B].
 
     Returns:
-      The terms of the loss, and numbers of each example, whose means are logged, for `update_extra`.
+      The terms of the loss, and numbers of each example for `update_extra`; the means of those of shape [B] are logged.
     """
     ...
 
   def update_extra(self, extra: Any, per_example: PerExample) -> Any:
     """`TrainState.extra` after a step, from the numbers of the global batch in the order of its index."""
+    ...
+
+
+@runtime_checkable
+class CombiningObjective(Objective, Protocol):
+  """An objective that makes one gradient of those of several terms, such as with a weight that depends on their norms.
+
+  An objective without these two methods minimises the sum of its terms.
+  """
+
+  def apart(self, extra: Any) -> dict[str, jax.Array]:
+    """The terms whose gradients are computed apart from that of the sum of the others.
+
+    bool scalars: whether the gradient is needed at this step; where it is not, it is 0.
+    """
+    ...
+
+  def combine(self, gradients: dict[str, Params], extra: Any) -> tuple[Params, dict[str, jax.Array]]:
+    """The gradient that the optimizer is given.
+
+    Args:
+      gradients: of each term of `apart`, and of the sum of the others as 'together': means over microbatches and
+        devices, trees as the parameters.
+      extra: `TrainState.extra`, before the step.
+
+    Returns:
+      The gradient, and scalars to be logged.
+    """
     ...
 
 

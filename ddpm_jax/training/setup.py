@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ddpm_jax.config import WITHOUT_ENDS, Config, own_images
 from ddpm_jax.devices.mesh import DeviceMesh
@@ -24,7 +25,15 @@ from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.pixels import FirstStage, Pixels
 from ddpm_jax.keys import stream_key
 from ddpm_jax.models.build import Params, TrainableNetwork, build_denoiser, null_label
-from ddpm_jax.training.objective import Batch, ClassifierObjective, DenoiserObjective, Objective
+from ddpm_jax.training import autoencoder
+from ddpm_jax.training.autoencoder import Pair, Perceptual, build_pair
+from ddpm_jax.training.objective import (
+  Batch,
+  ClassifierObjective,
+  CombiningObjective,
+  DenoiserObjective,
+  Objective,
+)
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
 from ddpm_jax.training.step import Metrics, train_step
@@ -46,6 +55,8 @@ class Run(NamedTuple):
   own: dict[str, str] | None = None  # names of what is not as the settings say, see `layout.own_parts`
   # Parameters of networks that do not train, as `DeviceMesh.place` returns them, or their shapes with shardings.
   frozen: Any = {}  # noqa: RUF012
+  pair: Pair | None = None  # of stage=autoencoder: the network of the denoiser, which means nothing then
+  perceptual: Perceptual | None = None  # of --perceptual; its parameters, placed, are `frozen["perceptual"]`
   first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
 
   @property
@@ -62,6 +73,17 @@ class Run(NamedTuple):
   def conditional(self) -> bool:
     """Whether the network is told the class of an image, or tells it."""
     return self.config.model.num_classes > 0
+
+  def with_perceptual(self, perceptual: Perceptual | None) -> Run:
+    """The run of an autoencoder with its perceptual distance."""
+    if perceptual is None:
+      return self
+    return self._replace(perceptual=perceptual, frozen=self.frozen | {"perceptual": self.mesh.place(perceptual.params)})
+
+  @property
+  def packs(self) -> bool:
+    """See `DeviceMesh.compile`: whether the step looks at no part of the gradient."""
+    return not (self.pair and self.pair.discriminator) and not isinstance(self.objective, CombiningObjective)
 
   @property
   def null_label(self) -> int | None:
@@ -102,6 +124,8 @@ def build_run(
   d = config.diffusion
   first_stage = stage.latents if stage else Pixels(image_shape)
   latent_shape = first_stage.latent_shape
+  pair = build_pair(config, image_shape) if config.model.stage == "autoencoder" else None
+  network = cast(TrainableNetwork, pair) if pair else network  # which no sampler is ever given
   denoiser = build_denoiser(config.model, d.prediction, latent_shape, network, attention=mesh.attention)
   schedule = make_schedule(d.beta_schedule, d.num_timesteps, beta_start=d.beta_start, beta_end=d.beta_end)
   shapes = jax.eval_shape(
@@ -112,7 +136,7 @@ def build_run(
     shapes,
     mesh.state_shardings(shapes),
   )
-  run = Run(config, schedule, first_stage, denoiser, mesh, abstract_state)
+  run = Run(config, schedule, first_stage, denoiser, mesh, abstract_state, pair=pair)
   return with_first_stage(run, stage) if stage else run
 
 
@@ -177,7 +201,7 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
   bound = functools.partial(
     train_step,
     objective=objective or run.objective or _objective(run),
-    optimizer=make_optimizer(config.optimizer, config.train.num_steps, run.lr_restart),
+    optimizer=_optimizer(config, run.lr_restart),
     learning_rate=learning_rate_schedule(config.optimizer, config.train.num_steps, run.lr_restart),
     ema_decay=config.optimizer.ema_decay,
     grad_accum_steps=config.train.grad_accum_steps,
@@ -199,6 +223,8 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
 
 def _objective(run: Run) -> Objective:
   """That of the settings."""
+  if run.pair:
+    return autoencoder.make_objective(run.pair, run.config, run.perceptual and run.perceptual.distance)
   if run.config.model.stage == "classifier":
     return ClassifierObjective(run.denoiser.network, run.schedule, run.first_stage, run.config.data.random_flip)
   return make_objective(run)
@@ -222,8 +248,14 @@ def _initial_state(
   denoiser: Denoiser, config: Config, latent_shape: tuple[int, int, int], seed: jax.Array, params: Params | None = None
 ) -> TrainState:
   if params is None:
-    network = cast(TrainableNetwork, denoiser.network)  # `build_denoiser` takes no other
+    network = cast(TrainableNetwork, denoiser.network)  # `build_run` makes no other
     params = network.init(stream_key(seed, "init"), latent_shape)
   else:
     params = jax.tree.map(jnp.copy, params)  # the step donates its input, and a buffer of the caller may not be donated
-  return create_state(params, make_optimizer(config.optimizer, config.train.num_steps))
+  extra = autoencoder.initial_extra(config.autoencoder) if config.model.stage == "autoencoder" else None
+  return create_state(params, _optimizer(config), extra)
+
+
+def _optimizer(config: Config, restart: int = 0) -> optax.GradientTransformationExtraArgs:
+  by_part = config.autoencoder.discriminator_weight > 0
+  return make_optimizer(config.optimizer, config.train.num_steps, restart, by_part=by_part)

@@ -1,4 +1,4 @@
-"""Autoencoders in and out: diffusers' AutoencoderKL and VQModel, read and written without PyTorch, and a file of ours."""
+"""Autoencoders in and out: diffusers' AutoencoderKL and VQModel, read and written without PyTorch; a file of ours."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def write_autoencoder(
   """
   options = autoencoder_options(network, size)
   write_json(folder / "config.json", CLASSES[network.regularizer], options)
-  write_tensors(folder / WEIGHTS, to_diffusers(folded(params, mean, std), autoencoder_table(network)), {})
+  rows = autoencoder_table(network, (*size, network.model.out_channels))
+  write_tensors(folder / WEIGHTS, to_diffusers(folded(params, mean, std), rows), {})
 
 
 def write_autoencoder_file(path: pathlib.Path, weights: AutoencoderWeights, facts: Mapping[str, Any]) -> None:
@@ -341,9 +342,11 @@ def _read_folder(folder: pathlib.Path, size: tuple[int, int] | None) -> Autoenco
   except UserError as error:
     raise UserError(f"{part / 'config.json'}: {error}") from None
   tensors = read_weights(folder, part, f"{options['_class_name']}.from_pretrained({str(part)!r})")
-  tensors |= _identities(options, network.model.latent_channels)
+  identities = _identities(options, network.model.latent_channels)
   try:
-    params = from_diffusers(tensors, autoencoder_table(network))
+    if named := sorted(identities.keys() & tensors.keys()):
+      raise UserError(f"the weights do not fit the network: {', '.join(named)} is there, and config.json denies it")
+    params = from_diffusers(tensors | identities, autoencoder_table(network, image_shape))
   except UserError as error:
     raise UserError(f"{part / WEIGHTS}: {error}") from None
   return AutoencoderWeights(network, params, image_shape, mean, std, notes)
@@ -374,9 +377,13 @@ def _read_file(path: pathlib.Path, size: tuple[int, int] | None) -> AutoencoderW
     if not isinstance(shape, list) or len(shape) != 3 or any(type(side) is not int or side < 1 for side in shape):
       raise UserError(f"image_shape: {shape!r} is none")
     height, width, channels = shape
+    network = autoencoder_of_settings(facts.get("autoencoder"), (height, width, channels))
     image_shape = (*(size or (height, width)), channels)
-    network = autoencoder_of_settings(facts.get("autoencoder"), image_shape)
-    rows = autoencoder_table(network)
+    levels = [height >> level for level in range(len(network.model.channel_multipliers))]
+    moved = [image_shape[0] >> levels.index(row) for row in network.model.attention_resolutions if row in levels]
+    settings = autoencoder_settings(network) | {"attention_resolutions": moved}
+    network = autoencoder_of_settings(settings, image_shape)
+    rows = autoencoder_table(network, image_shape)
     check_shapes(arrays, {".".join(row.path): row.shape for row in rows})
     mean, std = (_latents(facts, name, network.model.latent_channels) for name in ("mean", "std"))
     if mean is None or std is None or not (std > 0).all():

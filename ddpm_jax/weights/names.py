@@ -96,10 +96,10 @@ def table(model: ModelConfig, image_shape: tuple[int, int, int]) -> tuple[Row, .
 
 
 @functools.cache
-def autoencoder_table(network: AutoencoderNetwork) -> tuple[Row, ...]:
-  """A row for every parameter of the autoencoder, as AutoencoderKL and VQModel name them."""
+def autoencoder_table(network: AutoencoderNetwork, image_shape: tuple[int, int, int]) -> tuple[Row, ...]:
+  """A row for every parameter of the autoencoder of such images [H, W, C], as AutoencoderKL and VQModel name them."""
   levels = len(network.model.channel_multipliers)
-  shapes = jax.eval_shape(lambda: network.init(stream_key(0, "init"), (network.factor, network.factor, 1)))
+  shapes = jax.eval_shape(lambda: network.init(stream_key(0, "init"), image_shape))
   return tuple(_autoencoder_row(path, leaf.shape, levels) for path, leaf in leaves_of(shapes).items())
 
 

@@ -121,7 +121,7 @@ def test_what_is_frozen_is_an_argument_of_the_step(mode, updates):
   class Regression:
     def loss(self, params, extra, frozen, batch, keys):
       rows = jnp.mean(batch["image"].astype(jnp.float32), axis=(1, 2, 3))[:, None]
-      return {"square": jnp.mean((params["w"] - rows * frozen["teacher"]["v"]) ** 2) * 8}, {}
+      return {"square": jnp.mean((params["w"][None] - rows * frozen["teacher"]["v"][None]) ** 2) * 8}, {}
 
     def update_extra(self, extra, per_example):
       return extra

@@ -1,7 +1,7 @@
-"""The U-Nets of Ho et al. 2020 and of OpenAI in float64 NumPy, written from the authors' code, not from ours.
+"""The U-Nets of Ho et al. 2020 and of OpenAI, and the autoencoder of Rombach et al. 2022, in float64 NumPy.
 
-They share the names of the parameters with `ddpm_jax.models` and nothing else: convolution, norm, attention are their
-own.
+They are written from the authors' code, not from ours. They share the names of the parameters with `ddpm_jax.models`
+and nothing else: convolution, norm, attention are their own.
 """
 
 import numpy as np
@@ -103,6 +103,45 @@ def unet(params, xt, t, *, channels, multipliers, num_res_blocks, attention_reso
     if level:
       h = conv(repeat(h), params[f"up{level}_upsample"]["conv"])
   return conv(swish(group_norm(h, params["norm_out"], groups)), params["conv_out"])
+
+
+def ldm_block(x, p, groups):
+  """`ResnetBlock` of ldm/modules/diffusionmodules/model.py with temb_channels 0."""
+  h = conv(swish(group_norm(x, p["norm1"], groups)), p["conv1"])
+  h = conv(swish(group_norm(h, p["norm2"], groups)), p["conv2"])
+  return (dense(x, p["shortcut"]) if "shortcut" in p else x) + h
+
+
+def ldm_middle(h, p, groups):
+  h = attention(ldm_block(h, p["mid_block0"], groups), p["mid_attention"], groups)
+  return ldm_block(h, p["mid_block1"], groups)
+
+
+def encoder(p, x, *, multipliers, num_res_blocks, attention_resolutions, groups):
+  """`Encoder` there, and quant_conv: x [B, H, W, C] -> [B, h, w, features]."""
+  h = conv(x, p["conv_in"])
+  for level in range(len(multipliers)):
+    for i in range(num_res_blocks):
+      h = ldm_block(h, p[f"down{level}_block{i}"], groups)
+      if h.shape[1] in attention_resolutions:
+        h = attention(h, p[f"down{level}_block{i}_attention"], groups)
+    if level < len(multipliers) - 1:
+      h = conv(h, p[f"down{level}_downsample"]["conv"], stride=2)
+  h = conv(swish(group_norm(ldm_middle(h, p, groups), p["norm_out"], groups)), p["conv_out"])
+  return dense(h, p["quant_conv"])
+
+
+def decoder(p, z, *, multipliers, num_res_blocks, attention_resolutions, groups):
+  """post_quant_conv, and `Decoder` there: z [B, h, w, z] -> [B, H, W, C]."""
+  h = ldm_middle(conv(dense(z, p["post_quant_conv"]), p["conv_in"]), p, groups)
+  for level in reversed(range(len(multipliers))):
+    for i in range(num_res_blocks + 1):
+      h = ldm_block(h, p[f"up{level}_block{i}"], groups)
+      if h.shape[1] in attention_resolutions:
+        h = attention(h, p[f"up{level}_block{i}_attention"], groups)
+    if level:
+      h = conv(repeat(h), p[f"up{level}_upsample"]["conv"])
+  return conv(swish(group_norm(h, p["norm_out"], groups)), p["conv_out"])
 
 
 def openai_unet(
