@@ -36,7 +36,7 @@ from ddpm_jax.training.objective import (
 )
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
-from ddpm_jax.training.step import Metrics, train_step
+from ddpm_jax.training.step import Metrics, abstract_batch, train_step
 
 _MANY_IMAGES, _MANY_PASSES = 5000, 100  # see `copies_warning`
 
@@ -58,11 +58,16 @@ class Run(NamedTuple):
   pair: Pair | None = None  # of stage=autoencoder: the network of the denoiser, which means nothing then
   perceptual: Perceptual | None = None  # of --perceptual; its parameters, placed, are `frozen["perceptual"]`
   first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
+  moments_shape: tuple[int, ...] | None = None  # O, h, w, ..; of batches that hold `moments` in the place of images
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.first_stage.image_shape
+
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch of that size, as the step gets it."""
+    return abstract_batch(self.image_shape, batch_size, labels=self.conditional, moments=self.moments_shape)
 
   @property
   def stage_params(self) -> Params | None:
