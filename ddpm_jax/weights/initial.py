@@ -94,7 +94,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
     config, image_shape, classes = file.describe(place)
-    return WeightSource(place, "file", _settings_of(config), image_shape, classes)
+    kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}  # in the file, too
+    return WeightSource(place, "file", _settings_of(config) | kept, image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
     settings, image_shape, classes = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
@@ -104,6 +105,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config = layout.load_config(place)
     if config.model.stage == "classifier":
       raise UserError(f"{place} holds a classifier, which draws nothing; name it as --classifier of a draw")
+    if config.model.stage == "autoencoder":
+      raise UserError(f"{place} holds an autoencoder, which draws nothing; name it as --first_stage")
     # Its first stage lies in the workdir, wherever it came from.
     kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}
     return WeightSource(place, "workdir", _settings_of(config) | kept, None, _classes_of(config, place))
