@@ -54,7 +54,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
 
 
 def restarts(config: Config, earlier: Manifest | None) -> list[int]:
-  """The steps after which the learning rate restarted, because a run with `cosine` was given another length there.
+  """The steps after which the learning rate restarted, as a run of `config.RESTARTING` was given another length.
 
   Args:
     config: of the run.
@@ -62,7 +62,7 @@ def restarts(config: Config, earlier: Manifest | None) -> list[int]:
   """
   made = list(earlier.get("lr_restarts", ())) if earlier else []
   total = config.train.num_steps
-  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != total > earlier["step"]:
+  if earlier and config.optimizer.lr_schedule in config_lib.RESTARTING and _num_steps(earlier) != total > earlier["step"]:
     made.append(earlier["step"])
   return made
 

@@ -27,6 +27,7 @@ from ddpm_jax.config.config import (
 from ddpm_jax.config.option import flag_text, height_and_width, image_size
 from ddpm_jax.config.sections import (
   BETA_SCHEDULES,
+  RESTARTING,
   WITHOUT_ENDS,
   DataConfig,
   DiffusionConfig,
@@ -46,6 +47,7 @@ __all__ = [
   "LEFT_TO_IMAGES",
   "NAMES_WEIGHTS",
   "OWN_IMAGES",
+  "RESTARTING",
   "WITHOUT_ENDS",
   "Config",
   "DataConfig",

@@ -11,6 +11,7 @@ from ddpm_jax.config.option import option
 
 BETA_SCHEDULES = ("linear", "quadratic", "scaled_linear", "cosine", "sigmoid")
 WITHOUT_ENDS = ("cosine",)  # of them, those that have no use for beta_start and beta_end
+RESTARTING = ("cosine", "linear")  # learning rates that depend on --num_steps from the first step on
 
 
 # A table: each option takes as few lines as it can.
@@ -139,14 +140,16 @@ class OptimizerConfig:
   learning_rate: float = option(2e-3, "Learning rate after the warm-up.", above=0)
   lr_schedule: str = option("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
                             "'constant_then_decay', constant up to the last --decay_fraction of the steps, then down "
-                            "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes "
-                            "on from where the decay began; with cosine the rate restarts for the added steps.",
-                            choices=("constant", "constant_then_decay", "cosine"))
+                            "to zero; 'cosine', a cosine down to zero at --num_steps; 'linear', a straight line to "
+                            "there, as of the classifiers of Dhariwal and Nichol 2021. A run that is made longer goes "
+                            "on from where the decay began; with cosine and linear the rate restarts for the added "
+                            "steps.", choices=("constant", "constant_then_decay", "cosine", "linear"))
   decay_fraction: float = option(0.4, "The fraction of --num_steps, at the end, over which the learning rate of "
                                  "constant_then_decay falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0,
                                  maximum=1)
   warmup_steps: int = option(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
-                             "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
+                             "decay begins at the rate that was reached, and the warm-up of cosine and linear takes "
+                             "half of the run.",
                              minimum=0)
   weight_decay: float = option(0.0, "Decoupled weight decay, AdamW (Loshchilov and Hutter 2019): each training step "
                                "also takes this times the learning rate of every parameter away.", minimum=0)
