@@ -62,7 +62,9 @@ def restarts(config: Config, earlier: Manifest | None) -> list[int]:
   """
   made = list(earlier.get("lr_restarts", ())) if earlier else []
   total = config.train.num_steps
-  if earlier and config.optimizer.lr_schedule in config_lib.RESTARTING and _num_steps(earlier) != total > earlier["step"]:
+  if (
+    earlier and config.optimizer.lr_schedule in config_lib.RESTARTING and _num_steps(earlier) != total > earlier["step"]
+  ):
     made.append(earlier["step"])
   return made
 

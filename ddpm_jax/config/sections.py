@@ -301,7 +301,8 @@ class EvaluateConfig:
                                      "'kid', 'score' (the Inception Score), 'precision_recall', 'density_coverage', "
                                      "'neighbours'; 'classes', the distance of each class, and which share of the "
                                      "samples the classifier of --features sees as the class that was asked for: of "
-                                     "models of --conditioning=class, with the default measures too. Of the model: "
+                                     "models of --conditioning=class and draws by --classifier, with the default "
+                                     "measures too. Of the model: "
                                      "'bound', the variational bound, and 'ode', the likelihood of the "
                                      "probability-flow ODE, in bits/dim.",
                                      choices=("frechet", "kid", "score", "precision_recall", "density_coverage",

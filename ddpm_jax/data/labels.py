@@ -188,7 +188,8 @@ def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
     return list(names).index(word)
   if re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
     return int(word)
-  near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+  is_number = re.fullmatch(r"-?[\d.]+", word)  # 10 is not near 1
+  near = [] if is_number else difflib.get_close_matches(word, names, n=3, cutoff=0.5)
   hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {listed(names, 20)}"
   raise UserError(f"{option}: {word!r} is none of the {len(names)} classes of {owner}; {hint}")
 

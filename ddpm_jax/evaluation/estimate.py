@@ -22,6 +22,7 @@ from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.summary import LIKELIHOODS, duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
 from ddpm_jax.models.build import UNetNetwork, build_model
+from ddpm_jax.sampling.classes import number_within
 from ddpm_jax.sampling.draw import fit_batch, table_of
 from ddpm_jax.weights.load import Weights
 
@@ -230,9 +231,7 @@ def _evaluations(config: Config, weights: Weights) -> int:
 def _guided(config: Config, weights: Weights) -> int:
   """How many of these are two passes where there is guidance: those at a noise level in `--guidance_interval`."""
   level = table_of(config.sample, weights.run.schedule, config.diffusion.variance).level
-  low, high = config.sample.guidance_interval or (0.0, np.inf)
-  noise = np.asarray(level.sigma) / np.asarray(level.alpha)
-  return int(((noise > low) & (noise <= high)).sum())
+  return number_within(config.sample.guidance_interval, np.asarray(level.sigma) / np.asarray(level.alpha))
 
 
 def _passes(config: Config, weights: Weights) -> int:

@@ -59,7 +59,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
       f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
     )
   _warn_of_changed_images(train, workdir)
-  measured = evaluate_lib.check(config, workdir, train).evaluate.measures
+  measured = evaluate_lib.check(config, workdir, train, weights).evaluate.measures
   keep_place(config, workdir, weights, train)
   ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0

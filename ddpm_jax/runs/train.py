@@ -28,9 +28,8 @@ from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError
-from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.models.build import TrainableNetwork, fitted
-from ddpm_jax.runs import earlier, workdirs
+from ddpm_jax.runs import earlier, evaluating, workdirs
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview
 from ddpm_jax.runs.profile import Profile
@@ -41,7 +40,6 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
-from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
@@ -183,8 +181,7 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
-    one_scale(config.sample)
-    check_evaluation(config, workdir, source)
+    evaluating.check(run, source, workdir)
   return run, source
 
 
