@@ -119,7 +119,8 @@ def measure(
   for label in np.unique(labels[labels >= 0]).tolist():
     rows = labels == label
     found: dict[str, float | int] = {"number": int(rows.sum())}
-    each[names[label]] = found
+    name = names[label]
+    each[name if names.count(name) == 1 else f"{name} ({label})"] = found  # of ImageNet's two are cranes
     if label in ours and label in others:
       (a, b) = ours[label], others[label]
       found[distance] = measures.frechet_distance(a.mean, covariance(a), b.mean, covariance(b))

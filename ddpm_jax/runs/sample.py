@@ -107,7 +107,7 @@ def _grid_of_classes(images: np.ndarray, labels: np.ndarray, classes: Classes) -
   most = _GRID_IMAGES // len(shown)
   rows = [np.asarray(images[np.flatnonzero(labels == label)[:most]]) for label in shown]
   names = classes.names_of(np.array(shown))
-  return grids.named_rows(dict(zip(names, rows, strict=True)))
+  return grids.named_rows(zip(names, rows, strict=True))
 
 
 def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
@@ -169,7 +169,7 @@ def _headline(config: Config, weights: Weights, what: str, table: SamplerTable |
       how = f"{number_within(options.guidance_interval, sigma)} of them {how}"
     each += f", {how}"
   if weights.classifier:
-    each += f", guided by a classifier with {options.classifier_scale:g}"
+    each += f", guided by a classifier, scale {options.classifier_scale:g}"
   if evaluations >= _MANY and jax.default_backend() == "cpu":
     quick = f"; --sampler=dpmpp --sampling_steps={QUICK} is about {evaluations // QUICK} times faster"
   return f"{what} {height}x{width}x{channels} with {weights.text}: {config.sample.sampler}{each}{quick}"

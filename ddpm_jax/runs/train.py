@@ -170,7 +170,7 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   resume.check_size(source, workdir)
   config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
   if config_lib.reads_classes(config):
-    found = num_classes(source, config.model.num_classes, stage=config.model.stage)
+    found = num_classes(source, config.model.num_classes, stage=config.model.stage, settled=fixed)
     config = config_lib.override(config, {"num_classes": found})
   if config.model.stage == "classifier":
     config = config_lib.override(config, {"sample_every": 0})  # there is nothing to draw

@@ -70,9 +70,15 @@ def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
       )
     return None
   names = known.class_names
-  owner = "the model" if known is weights else "the classifier"
-  numbers = [number_of(word, "classes", owner, names) for word in options.classes] or range(len(names))
+  numbers = [number_of(word, "classes", f"the {_owner(weights)}", names) for word in options.classes] or range(
+    len(names)
+  )
   return Classes(np.array(numbers, np.int32), names)
+
+
+def _owner(weights: Weights) -> str:
+  """Of the classes, for people."""
+  return "model" if weights.run.conditional else "classifier"
 
 
 def known_by(weights: Weights) -> Weights | None:
@@ -132,8 +138,8 @@ def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None)
     labels = np.array([weights.run.null_label], np.int32)
   if labels.min() < 0:
     raise UserError(
-      f"classes: image {int(labels.argmin())} is of none of the {len(classes.names)} classes of the model; name some "
-      "with --classes"
+      f"classes: image {int(labels.argmin())} is of none of the {len(classes.names)} classes of the {_owner(weights)}; "
+      "name some with --classes"
     )
   return classes._replace(turn=labels)
 
