@@ -277,7 +277,8 @@ def _of_guide(option: str, text: str, error: UserError) -> UserError:
   message = str(error)
   for name in ("init_from", "workdir", "checkpoint"):
     message = message.removeprefix(f"{name}: ")
-  return UserError(f"{option}: {message}" if text in message.split() else f"{option}: {text}: {message}")
+  said = pathlib.Path(text).is_absolute() and text in message
+  return UserError(f"{option}: {message}" if said else f"{option}: {text}: {message}")
 
 
 def find_classifier(text: str, weights: Weights) -> Weights:
