@@ -156,7 +156,9 @@ def measure_speed(config: Config, weights: Weights, features: Features | None, t
   if features is not None:
     images = train.read(np.arange(config.evaluate.evaluate_batch_size) % len(train)).images
     of_features = _seconds(lambda: features.extract(images)) / len(images)
-  of_classifier = _seconds_of_classifier(weights, weights.classifier) if features and weights.classifier else 0.0
+  of_classifier = (
+    _seconds_of_classifier(weights, weights.classifier) if features is not None and weights.classifier else 0.0
+  )
   first = all_gather_host(np.asarray([drawing, of_likelihoods, of_features, of_classifier]))[0]
   return Speed(*map(float, first))
 

@@ -97,17 +97,16 @@ def labels_of(source: Source) -> np.ndarray | None:
 def numbers_among(names: Sequence[str], source: Source) -> np.ndarray | None:
   """The number that each class of a source has among `names`, int32 [K], or -1; None if its images have no classes.
 
-  Classes go by their names; where either side has numbers for names, by number.
+  Classes go by their names; by number where none is known by both sides, and one of them has but numbers.
   """
   labels = labels_of(source)
   if labels is None:
     return None
   theirs = source.known_classes().names
   number = max(len(theirs), int(labels.max()) + 1)
-  by_number = np.where(np.arange(number) < len(names), np.arange(number), -1).astype(np.int32)
-  numbered = [tuple(map(str, range(len(side)))) == tuple(side) for side in (theirs, names)]
-  if any(numbered) or tuple(theirs) == tuple(names[: len(theirs)]):
-    return by_number
+  numbered = any(tuple(map(str, range(len(side)))) == tuple(side) for side in (theirs, names))
+  if tuple(theirs) == tuple(names[: len(theirs)]) or (numbered and not {*theirs} & {*names}):
+    return np.where(np.arange(number) < len(names), np.arange(number), -1).astype(np.int32)
   place = {name: index for index, name in reversed(list(enumerate(names)))}
   return np.array([place.get(name, -1) for name in theirs], np.int32)
 

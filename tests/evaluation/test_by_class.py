@@ -204,6 +204,9 @@ def test_classes_of_images_go_by_their_names():
   ]
   assert [numbers_among(NAMES, sources_of(names)).tolist() for names, _ in cases] == [numbers for _, numbers in cases]
   assert numbers_among(("0", "1"), sources_of(NAMES)).tolist() == [0, 1, -1]
+  digits = tuple("0123456789")  # where numbers are names
+  assert numbers_among(digits, sources_of(("3", "8", "9"))).tolist() == [3, 8, 9]
+  assert numbers_among(("3", "8"), sources_of(digits)).tolist() == [-1, -1, -1, 0, -1, -1, -1, -1, 1, -1]
   assert numbers_among(NAMES, dataclasses.replace(pictures(), labels=None)) is None
   np.testing.assert_array_equal(labels_among(NAMES, sources_of(("dog", "eel", "cat"))), (LABELS + 1) % 3)
   turned = np.eye(3)[[0, 1, 2]]  # the classifier of such images sees a dog, an eel, a cat
