@@ -65,8 +65,8 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   check_room(
     "num_samples", folder, shape, options.num_samples, copies=2
   )  # while they are drawn, and then in the archive
-  ensure_workdir(config, workdir)
   classes = wanted(options, weights)
+  ensure_workdir(config, workdir)
   drawn = Drawn(weights, config, folder, classes)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
