@@ -137,7 +137,7 @@ def _use(config: Config) -> str:
 def _use_by_class(weights: Weights) -> str:
   (height, width, channels), null = weights.run.image_shape, weights.run.null_label
   return _USE_BY_CLASS.format(
-    classes=len(weights.class_names),
+    classes=weights.num_drawn,
     height=height,
     width=width,
     channels=channels,

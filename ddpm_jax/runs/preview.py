@@ -51,7 +51,7 @@ class Preview:
       keep=True,
     )
     self._seed, index = options.seed, np.arange(options.preview_images, dtype=np.int32)
-    label = index % max(1, run.config.model.num_classes)
+    label = index % max(1, len(class_names))
     self._columns = (index, label) if run.conditional else (index,)
     self._captions = [class_names[i] for i in label.tolist()] if run.conditional else None
     self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)

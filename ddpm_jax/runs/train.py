@@ -246,13 +246,14 @@ def open_services(
       Profile(traced, workdir / "profile", start_step=start.step, say=progress.say, paused=reports.paused)
     )
     compiler = closed(Compiler())
+    shown = source.known_classes().names or class_names(source, run.config.model.num_classes)
     trains_first = start.step < options.num_steps and not evaluation_missing(run.config, workdir, start.step)
     yield TrainServices(
       StepProgram(run, make_train_step(run), compiler, ahead=trains_first),
       reports,
       saver,
       Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
-      Preview(run, compiler if trains_first else None, class_names(source, run.config.model.num_classes)),
+      Preview(run, compiler if trains_first else None, shown),
       EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
       profile,
       progress,

@@ -70,9 +70,8 @@ def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
       )
     return None
   names = known.class_names
-  numbers = [number_of(word, "classes", f"the {_owner(weights)}", names) for word in options.classes] or range(
-    len(names)
-  )
+  owner, everything = f"the {_owner(weights)}", range(known.num_drawn)
+  numbers = [number_of(word, "classes", owner, names) for word in options.classes] or everything
   return Classes(np.array(numbers, np.int32), names)
 
 
@@ -126,13 +125,14 @@ def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None)
     labels: int32 [N], their own, as of `labels_among`; None if they are not known.
 
   Raises:
-    UserError: as `wanted`, or no class is known and the model has no null label.
+    UserError: as `wanted`, or no class is known and the model, or its guide, has no null label.
   """
   classes = wanted(options, weights)
   if classes is None or options.classes:
     return classes
   if labels is None:
-    if weights.run.null_label is None or weights.classifier is not None:
+    told = [model.run for model in (weights, weights.guide) if model is not None and model.run.conditional]
+    if weights.classifier is not None or any(run.null_label is None for run in told):
       raise UserError("classes: the model draws by class, and the images have none; name it with --classes")
     labels = np.array([weights.run.null_label], np.int32)
   if labels.min() < 0:

@@ -156,16 +156,29 @@ def test_tasks(quick, monkeypatch, task, changes):
         assert_shades(row, np.full(row.shape[:-3], guided(label)))
 
 
+def test_classes_that_were_not_there_in_training_are_drawn_only_if_they_are_named(greys, config):
+  """Those for which --num_classes leaves room; all, where no name is known."""
+  more = config_lib.override(greys.run.config, {"num_classes": 5})
+  roomy = greys._replace(run=greys.run._replace(config=more), guide=None)
+  assert classes_lib.wanted(config.sample, roomy).turn.tolist() == [0, 1, 2]
+  assert classes_lib.wanted(config.sample, roomy._replace(classes=())).turn.tolist() == [0, 1, 2, 3, 4]
+  named = dataclasses.replace(config.sample, classes=("4", "flags"))
+  assert classes_lib.wanted(named, roomy).turn.tolist() == [4, 2]
+
+
 def test_images_of_no_class(greys, config):
-  """Are told none, where the model knows that; else a class must be named."""
+  """Are told none, where the model knows that, and its guide; else a class must be named."""
   options, model = config.sample, greys.run.config.model
   assert classes_lib.of_given(options, greys, None).of(np.arange(2)).tolist() == [3, 3]
   without = greys._replace(
     run=greys.run._replace(config=config_lib.override(config, {"label_dropout": 0.0})), guide=None
   )
   assert model.label_dropout and without.run.null_label is None
-  with pytest.raises(UserError, match="classes: the model draws by class, and the images have none; name it with --cl"):
-    classes_lib.of_given(options, without, None)
+  for known in (without, greys._replace(guide=without)):
+    with pytest.raises(
+      UserError, match="classes: the model draws by class, and the images have none; name it with --cl"
+    ):
+      classes_lib.of_given(options, known, None)
   assert classes_lib.of_given(dataclasses.replace(options, classes=("2",)), without, None).turn.tolist() == [2]
 
 
