@@ -164,8 +164,8 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
     )
   else:
     what = (
-      "A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) that draws images "
-      f"of {size}: {unet}."
+      "A denoising diffusion probabilistic model ([Ho et al. 2020](https://arxiv.org/abs/2006.11239)) that draws "
+      f"images of {size}: {unet}."
     )
   tag = "latent-diffusion" if isinstance(stage, Latents) else "ddpm"
   front = _FRONT.format(pipeline_tag=f"pipeline_tag: {_DRAWS}\n", tags=f"- {_DRAWS}\n- {tag}\n")
