@@ -5,6 +5,7 @@
   model = ddpm_jax.load("runs/digits")
   images = model.sample(64, seed=1)               # uint8 [64, H, W, C], as --mode=sample --sample_seed=1 draws them
   x0_hat = model.denoise(x, t=500)                # the estimate of the image in x_t
+  latents = model.encode(images)                  # what is diffused: of a latent model its latents; model.decode
   model.config, model.schedule, model.params      # the settings, alpha_bar and its kin, the weights
 
 `experiments/notebook.py` shows all of it. What is wrong is said by a `ddpm_jax.errors.UserError` of one line.
@@ -57,8 +58,8 @@ SHORT_NAMES = {
 class Model:
   """A trained model: what it was trained with, its weights, and what it says.
 
-  Images are uint8 in 0..255; what the network sees, x_t, is float32 with images in [-1, 1], see
-  `ddpm_jax.first_stage.pixels.to_float` and `to_uint8`. Timesteps t are in 1..T; t = 0 is the image itself.
+  Images are uint8 in 0..255; what the network sees, x_t, is float32 with images in [-1, 1], or their latents: `encode`
+  and `decode` go from one to the other. Timesteps t are in 1..T; t = 0 is the image itself.
 
   Attributes:
     config: the settings of the run.
@@ -73,6 +74,11 @@ class Model:
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.weights.run.image_shape
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    """Of what the network sees: of a latent model h, w, z; else that of the images."""
+    return self.weights.run.first_stage.latent_shape
 
   @property
   def params(self) -> Params:
@@ -157,7 +163,7 @@ class Model:
       "threshold": threshold,
       "threshold_quantile": threshold_quantile,
       "batch_size": batch_size,
-      "classes": (classes,) if isinstance(classes, str | int) else classes,
+      "classes": (classes,) if isinstance(classes, str | numbers.Integral) else classes,
       "guidance_scale": guidance_scale if guidance_scale is None else (guidance_scale,),
       "guidance_interval": guidance_interval,
       "classifier_scale": classifier_scale,
@@ -182,17 +188,51 @@ class Model:
     rows = [[column[first : first + size] for column in columns] for first in range(0, num, size)]
     return np.concatenate([draw(constants, *row, size=size) for row in rows])
 
+  def encode(self, images: ArrayLike) -> np.ndarray:
+    """x_0 of images: of a latent model the mean of their latents, standardised; else pixels in [-1, 1].
+
+    Args:
+      images: uint8 [B, H, W, C].
+
+    Returns:
+      float32 [B, *latent_shape].
+
+    Raises:
+      UserError: if they are not of this shape and type.
+    """
+    images = _array("images", images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape or not len(images):
+      raise UserError(
+        f"images: {images.dtype} {list(images.shape)} is not uint8 [B, {', '.join(map(str, self.image_shape))}]; make "
+        "it so"
+      )
+    return self._encode(self.weights.run.stage_params, images)
+
+  def decode(self, x0: ArrayLike) -> np.ndarray:
+    """The inverse of `encode`, as far as there is one: the images of x_0.
+
+    Args:
+      x0: float [B, *latent_shape].
+
+    Returns:
+      uint8 [B, H, W, C].
+
+    Raises:
+      UserError: if x0 is not of this shape and type.
+    """
+    return self._decode(self.weights.run.stage_params, self._checked_x("x0", x0))
+
   def denoise(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None = None) -> np.ndarray:
     """x0_hat: the image that the network sees in x_t, kept in range as `config.sample.threshold` says.
 
     Args:
-      x: x_t, float [B, H, W, C].
+      x: x_t, float [B, *latent_shape].
       t: the timestep of each, int [B], or of all, in 1..T.
       label: of a conditional model the class of each, int [B], or of all: its number in `class_names`. None: any class,
         for a model of `label_dropout`.
 
     Returns:
-      float32 [B, H, W, C].
+      float32 [B, *latent_shape].
 
     Raises:
       UserError: if x, t or label is not of this shape, type or range.
@@ -225,6 +265,15 @@ class Model:
     return self._draws[options, variance, pair]
 
   @functools.cached_property
+  def _encode(self) -> BatchedFn:
+    stage = self.weights.run.first_stage
+    return BatchedFn(lambda params, images: stage.x0(params, stage.moments(params, images)), self.weights.run.mesh)
+
+  @functools.cached_property
+  def _decode(self) -> BatchedFn:
+    return BatchedFn(self.weights.run.first_stage.decode, self.weights.run.mesh)
+
+  @functools.cached_property
   def _x0_hat(self) -> BatchedFn:
     run = self.weights.run
     bind = bind_for_sampling(run, self.config.sample)
@@ -241,21 +290,25 @@ class Model:
 
   def _checked(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None) -> tuple[np.ndarray, ...]:
     """float32 [B, H, W, C], int32 [B] and, of a conditional model, the labels int32 [B]. Raises UserError."""
-    x, t = _array("x", x), _array("t", t)
-    if x.ndim != 4 or x.shape[1:] != self.image_shape or not len(x):
-      raise UserError(f"x: {list(x.shape)} is not [B, {', '.join(map(str, self.image_shape))}]; make it so")
-    if not np.issubdtype(x.dtype, np.floating):
-      raise UserError(
-        f"x: {x.dtype} is not x_t, which is float; turn pixels into it with first_stage.pixels.to_float, and add noise"
-      )
+    x, t = self._checked_x("x", x), _array("t", t)
     if not np.issubdtype(t.dtype, np.integer) or t.shape not in ((), x.shape[:1]):
       raise UserError(f"t: {t.dtype} {list(t.shape)} is neither a whole number nor [{len(x)}] of them")
     last = self.schedule.num_timesteps
     if t.min() < 1 or t.max() > last:
       raise UserError(f"t: {t.min()} to {t.max()} is not in 1..{last}")
-    checked = x.astype(np.float32), np.broadcast_to(t.astype(np.int32), x.shape[:1])
+    checked = x, np.broadcast_to(t.astype(np.int32), x.shape[:1])
     labels = self._checked_labels(label, len(x))
     return checked if labels is None else (*checked, labels)
+
+  def _checked_x(self, name: str, x: ArrayLike) -> np.ndarray:
+    """float32 [B, *latent_shape]. Raises UserError."""
+    x = _array(name, x)
+    if x.ndim != 4 or x.shape[1:] != self.latent_shape or not len(x):
+      raise UserError(f"{name}: {list(x.shape)} is not [B, {', '.join(map(str, self.latent_shape))}]; make it so")
+    if not np.issubdtype(x.dtype, np.floating):
+      more = "" if name == "x0" else ", and add noise"
+      raise UserError(f"{name}: {x.dtype} is not what the network sees, which is float; `encode` images{more}")
+    return x.astype(np.float32)
 
   def _checked_labels(self, label: ArrayLike | None, number: int) -> np.ndarray | None:
     """int32 [number]; None for an unconditional model. Raises UserError."""
@@ -276,6 +329,8 @@ class Model:
 
 def _guided_by(weights: Weights, guide: Model, scale: float) -> Weights:
   """The weights with those of a guide. Raises UserError if it cannot guide them, or there is nothing to guide."""
+  if not isinstance(guide, Model):
+    raise UserError(f"guide_with: {guide!r} is no model; give what ddpm_jax.load returns")
   if scale == 1.0:
     raise UserError("guide_with: has no effect with guidance_scale=1; use another scale, such as 2")
   try:
@@ -399,8 +454,9 @@ def train(
   from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
 
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
-  if config.model.stage == "classifier":
-    raise UserError("stage: a classifier is no model that draws, which this returns; train it by the command")
+  if config.model.stage != "denoiser":
+    what = "an autoencoder" if config.model.stage == "autoencoder" else "a classifier"
+    raise UserError(f"stage: {what} is no model that draws, which this returns; train it by the command")
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"

@@ -14,7 +14,7 @@ IMPLEMENTATION = "threefry2x32"
 
 
 # Draws of a training example beside the four of release 0.1, which split its key in four: each has a key of its own.
-EXAMPLE_DRAWS = ("label_dropout",)
+EXAMPLE_DRAWS = ("label_dropout", "posterior")
 
 
 def example_key(key: jax.Array, draw: str) -> jax.Array:
@@ -36,6 +36,7 @@ class Seeded(NamedTuple):
   guide: Any = None  # the weights of a guide of its own
   classifier_scale: Any = None  # float32 scalar; None: no classifier
   classifier: Any = None  # its weights
+  first_stage: Any = None  # the parameters of the first stage; None: pixels
 
 
 def seeded(
@@ -45,15 +46,16 @@ def seeded(
   guide: Any = None,
   classifier_scale: float = 1.0,
   classifier: Any = None,
+  first_stage: Any = None,
 ) -> Seeded:
-  """Binds a seed in 0..2^32 - 1 to weights.
+  """Binds a seed in 0..2^32 - 1 to weights, and to the parameters of their first stage, if that has any.
 
   So are, unless it is 1, a guidance scale with the weights of the guide, and the weights of a classifier, if there is
   one, with its scale.
   """
   scale = None if guidance_scale == 1.0 else np.float32(guidance_scale)
   its_scale = None if classifier is None else np.float32(classifier_scale)
-  return Seeded(params, np.uint32(seed), scale, None if scale is None else guide, its_scale, classifier)
+  return Seeded(params, np.uint32(seed), scale, None if scale is None else guide, its_scale, classifier, first_stage)
 
 
 def stream_key(seed: int | jax.Array, stream: str) -> jax.Array:

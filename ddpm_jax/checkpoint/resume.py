@@ -20,7 +20,7 @@ from ddpm_jax.data.labels import listed
 from ddpm_jax.data.sources import Source, class_names
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
-from ddpm_jax.runtime import numerics
+from ddpm_jax.runtime import console, numerics
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run
 from ddpm_jax.training.state import TrainState
@@ -50,11 +50,13 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
     "surroundings": numerics.surroundings(),
     **({"classes": list(class_names(source, run.config.model.num_classes))} if run.conditional else {}),
     **({"own": run.own} if run.own else {}),
+    **({"first_stage": run.first_stage_facts} if run.first_stage_facts else {}),
+    **({"perceptual": run.perceptual.sha256} if run.perceptual else {}),
   }
 
 
 def restarts(config: Config, earlier: Manifest | None) -> list[int]:
-  """The steps after which the learning rate restarted, because a run with `cosine` was given another length there.
+  """The steps after which the learning rate restarted, as a run of `config.RESTARTING` was given another length.
 
   Args:
     config: of the run.
@@ -62,7 +64,9 @@ def restarts(config: Config, earlier: Manifest | None) -> list[int]:
   """
   made = list(earlier.get("lr_restarts", ())) if earlier else []
   total = config.train.num_steps
-  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != total > earlier["step"]:
+  if (
+    earlier and config.optimizer.lr_schedule in config_lib.RESTARTING and _num_steps(earlier) != total > earlier["step"]
+  ):
     made.append(earlier["step"])
   return made
 
@@ -109,6 +113,7 @@ def find_start(checkpoints: Checkpoints, run: Run, source: Source, workdir: path
     except OtherPastError as error:
       others[candidate.step] = error
       continue
+    check_first_stage(candidate.manifest, run, workdir)
     state = candidate.restore(run.abstract_state)
     if state is not None:
       return Start(candidate.step, state, candidate.manifest, candidates.damaged, sorted(others))
@@ -129,6 +134,8 @@ def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pa
   check_config(manifest, config, workdir)
   _check_past(manifest, config, workdir)
   if config.data.allow_data_change:
+    if config_lib.reads_classes(config):
+      _warn_of_other_names(manifest, config, source)
     return
   if manifest["data"].get("order") != shuffle.KIND:
     raise UserError(
@@ -180,7 +187,7 @@ def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: p
   """Raises UserError if the classes of the images are others than those that a conditional run was trained with."""
   step, names = manifest["step"], list(class_names(source, config.model.num_classes))
   if names != manifest["classes"]:
-    what = f"names were {listed(manifest['classes'])}, are {listed(names)}"
+    what = f"names were {listed(manifest['classes'])}, are {listed(source.known_classes().names or names)}"
   elif _labels_sha256(source) != manifest["data"]["labels"]:
     what = "names are the same, those of some images are not"
   else:
@@ -189,6 +196,18 @@ def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: p
     f"dataset: the classes of {source.name} have changed since checkpoint {step} in {workdir}: their {what}; restore "
     "them, or go on all the same with --allow_data_change"
   )
+
+
+def _warn_of_other_names(manifest: Manifest, config: Config, source: Source) -> None:
+  """Says what --allow_data_change makes of the numbers by which a run knows its classes."""
+  names = class_names(source, config.model.num_classes)
+  moved = [
+    f"{number} was {then}, is {now}"
+    for number, (then, now) in enumerate(zip(manifest["classes"], names, strict=False))
+    if then != now
+  ]
+  if moved and jax.process_index() == 0:
+    console.warn(f"the classes of {source.name} have changed, and go by their numbers: {listed(moved)}")
 
 
 def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:
@@ -203,6 +222,21 @@ def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, o
       f"config.json says {config_lib.flag_text(now)!r}; restore config.json, use another --workdir, or "
       f"move {workdir / 'checkpoints' / str(manifest['step'])} away if it is of another run"
     )
+
+
+def check_first_stage(manifest: Manifest, run: Run, workdir: pathlib.Path) -> None:
+  """Raises UserError unless the first stage of a run is the one that a checkpoint was trained with."""
+  before, now = manifest.get("first_stage"), run.first_stage_facts
+  if before == now:
+    return
+  of, restore = f"checkpoint {manifest['step']} in {workdir} was trained with", f"restore {workdir / 'first_stage'}"
+  if before is None or now is None:
+    raise UserError(f"first_stage: {of} {'pixels' if before is None else 'latents'}; restore config.json")
+  if before["sha256"] != now["sha256"]:
+    raise UserError(
+      f"first_stage: {of} another first stage, {_short(before['sha256'])}, is {_short(now['sha256'])}; {restore}"
+    )
+  raise UserError(f"first_stage: {of} latents of another mean and deviation; {restore}")
 
 
 def _config(manifest: Manifest) -> Config:

@@ -56,23 +56,25 @@ class FsdpMesh(DeviceMesh):
     abstract_state: Tree,
     *,
     max_steps: int = 1,
-    scalars: Mapping[str, np.generic] = types.MappingProxyType({}),
+    arguments: Mapping[str, Tree] = types.MappingProxyType({}),
+    packs: bool = True,
   ) -> PinnedStep:
     """See `DeviceMesh.compile`."""
 
-    def steps(state: Tree, batches: Tree, commands: jax.Array, scalars: Tree):
+    def steps(state: Tree, batches: Tree, commands: jax.Array, further: Tree):
       command = jnp.max(commands, axis=0)
-      step = functools.partial(train_step, axis_name=None, **scalars)
+      step = functools.partial(train_step, axis_name=None, **further)
       return *run_steps(step, state, batches, command[0], max_steps=max_steps), command[1:]
 
-    shardings = self.state_shardings(abstract_state)
+    shardings, placed = self.state_shardings(abstract_state), self._placed(arguments)
+    of_further = jax.tree.map(lambda leaf: leaf.sharding, placed)
     jitted = jax.jit(
       steps,
-      in_shardings=(shardings, self._batches_sharding(max_steps), self.split, self.replicated),
+      in_shardings=(shardings, self._batches_sharding(max_steps), self.split, of_further),
       out_shardings=(shardings, self.replicated, self.replicated),
       donate_argnums=0,
     )
-    return self._pinned(jitted, scalars)
+    return PinnedStep(jitted, self.matmul_precision, placed)
 
   def put_batches(self, batches: Sequence[dict[str, np.ndarray]], *, max_steps: int = 1) -> dict[str, jax.Array]:
     """Arrays [B, ...], or [max_steps, B, ...]; see `DeviceMesh.put_batches`."""

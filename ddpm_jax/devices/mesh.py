@@ -78,7 +78,8 @@ class DeviceMesh(abc.ABC):
     abstract_state: Tree,
     *,
     max_steps: int = 1,
-    scalars: Mapping[str, np.generic] = types.MappingProxyType({}),
+    arguments: Mapping[str, Tree] = types.MappingProxyType({}),
+    packs: bool = True,
   ) -> PinnedStep:
     """`train_step(state, batch, axis_name=...)` as a function of placed arrays; it consumes (donates) its state.
 
@@ -86,8 +87,10 @@ class DeviceMesh(abc.ABC):
       train_step: one training step.
       abstract_state: shapes and types of the state.
       max_steps: the most steps of one call. If more than one, the metrics have a leading axis [max_steps].
-      scalars: further keyword arguments of `train_step`, which are data of the program and no constants in it: with
-        other values it is the same program.
+      arguments: further keyword arguments of `train_step`, which are data of the program and no constants in it: with
+        other values it is the same program. Each is a NumPy scalar, or a tree of arrays that `place` returned; of
+        ShapeDtypeStructs with shardings, if the step is lowered and never called.
+      packs: whether it may be given packed parameters (`cpu.pack`), where those take less time.
 
     Returns:
       (state, batches, command) -> (state, metrics, votes). The batches are those of `put_batches`, the command that of
@@ -180,23 +183,34 @@ class DeviceMesh(abc.ABC):
     """An array that is the same on every process, placed whole on each device."""
     return jax.make_array_from_callback(array.shape, self.replicated, lambda piece: array[piece])
 
-  def _pinned(self, step: Any, scalars: Mapping[str, np.generic]) -> PinnedStep:
-    placed = {name: self.put_whole(np.asarray(value)) for name, value in scalars.items()}
-    return PinnedStep(step, self.matmul_precision, placed)
+  def place(self, tree: Tree) -> Tree:
+    """NumPy arrays that are the same on every process, placed as those of a state."""
+    return jax.tree.map(
+      lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, lambda piece: leaf[piece]),
+      tree,
+      self.state_shardings(tree),
+    )
+
+  def _placed(self, arguments: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Those of `compile`, with its NumPy scalars whole on each device."""
+    return {
+      name: self.put_whole(np.asarray(value)) if isinstance(value, np.generic) else value
+      for name, value in arguments.items()
+    }
 
 
 class PinnedStep:
-  """A jitted or pmapped training step that is traced, lowered and called under `numerics.pinned`, with its scalars."""
+  """A jitted or pmapped training step with further arguments, traced, lowered and called under `numerics.pinned`."""
 
-  def __init__(self, step: Any, matmul_precision: str, scalars: Mapping[str, jax.Array]):
-    self._step, self._matmul_precision, self._scalars = step, matmul_precision, scalars
+  def __init__(self, step: Any, matmul_precision: str, further: Mapping[str, Tree]):
+    self._step, self._matmul_precision, self._further = step, matmul_precision, further
 
   def __call__(self, *arguments: Any) -> Any:
     """Runs the step; compiles it first if it has to."""
     with numerics.pinned(self._matmul_precision):
-      return self._step(*arguments, self._scalars)
+      return self._step(*arguments, self._further)
 
   def lower(self, *arguments: Any) -> Any:
     """A `jax.stages.Lowered`, as what `jax.jit` returns has it."""
     with numerics.pinned(self._matmul_precision):
-      return self._step.lower(*arguments, self._scalars)
+      return self._step.lower(*arguments, self._further)

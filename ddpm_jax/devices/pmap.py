@@ -40,16 +40,17 @@ class PmapMesh(DeviceMesh):
     abstract_state: Tree,
     *,
     max_steps: int = 1,
-    scalars: Mapping[str, np.generic] = types.MappingProxyType({}),
+    arguments: Mapping[str, Tree] = types.MappingProxyType({}),
+    packs: bool = True,
   ) -> PinnedStep:
     """See `DeviceMesh.compile`."""
     # Elsewhere than on CPUs a kernel's shape has a layout in memory.
-    packs = max_steps > 1 and self.platform == "cpu"
+    packs = packs and max_steps > 1 and self.platform == "cpu"
 
-    def steps(state: Tree, batches: Tree, command: jax.Array, scalars: Tree):
+    def steps(state: Tree, batches: Tree, command: jax.Array, further: Tree):
       command = jax.lax.pmax(command, AXIS)
       num_steps, votes = command[0], command[1:]
-      step = functools.partial(train_step, axis_name=AXIS, **scalars)
+      step = functools.partial(train_step, axis_name=AXIS, **further)
       state = cpu.pack(state, state.params) if packs else state
       state, metrics = run_steps(step, state, batches, num_steps, max_steps=max_steps)
       return cpu.unpack(state) if packs else state, metrics, votes
@@ -62,7 +63,7 @@ class PmapMesh(DeviceMesh):
       donate_argnums=0,
       devices=self._chosen_devices,
     )
-    return self._pinned(mapped, scalars)
+    return PinnedStep(mapped, self.matmul_precision, self._placed(arguments))
 
   def put_batches(self, batches: Sequence[dict[str, np.ndarray]], *, max_steps: int = 1) -> dict[str, jax.Array]:
     """Arrays [devices, B / devices, ...], or [devices, max_steps, B / devices, ...]; see `DeviceMesh.put_batches`."""

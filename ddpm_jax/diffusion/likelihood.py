@@ -78,7 +78,25 @@ def decoder_bits(schedule: NoiseSchedule, variance: str, x0: jax.Array, x0_hat: 
   return -jnp.mean(log_p) / _LOG_2
 
 
-def bound_term(schedule: NoiseSchedule, variance: str, x0: jax.Array, t: jax.Array, x0_hat: jax.Array) -> jax.Array:
+def density_decoder_bits(schedule: NoiseSchedule, variance: str, x0: jax.Array, x0_hat: jax.Array) -> jax.Array:
+  """L_0 = -log N(x_0; x0_hat, sigma_1^2), the Gaussian decoder of an x_0 that is continuous, in bits per dimension.
+
+  Arguments: as of `decoder_bits`, but x0 is any. Returns a float32 scalar, of either sign: it is a density.
+  """
+  chex.assert_equal_shape([x0, x0_hat])
+  variance_1 = reverse_variance(schedule, variance, np.asarray(0), np.asarray(1))
+  constant = jnp.float32(0.5 * np.log(2 * np.pi * variance_1))
+  return (constant + jnp.float32(0.5 / variance_1) * jnp.mean(jnp.square(x0 - x0_hat))) / _LOG_2
+
+
+def bound_term(
+  schedule: NoiseSchedule,
+  variance: str,
+  x0: jax.Array,
+  t: jax.Array,
+  x0_hat: jax.Array,
+  bin_width: float | None = BIN,
+) -> jax.Array:
   """The term of the bound that belongs to t: L_{t-1}, in bits per dimension, a float32 scalar.
 
   Their sum over t = 1..T and `forward.prior_kl`, L_T, is Ho et al. eq. 5.
@@ -89,8 +107,15 @@ def bound_term(schedule: NoiseSchedule, variance: str, x0: jax.Array, t: jax.Arr
     x0: one example, any shape, values k / 127.5 - 1 with k in 0..255.
     t: integer scalar in 1..T.
     x0_hat: the estimate of x0 from x_t ~ q(x_t | x_0), the same shape; the authors clip it to [-1, 1].
+    bin_width: `BIN`; None: x0 is continuous, with any values, and L_0 a density.
+
+  Raises:
+    ValueError: another bin_width.
   """
-  kl, decoder = posterior_kl(schedule, variance, x0, t, x0_hat), decoder_bits(schedule, variance, x0, x0_hat)
+  if bin_width not in (None, BIN):
+    raise ValueError(f"bin_width {bin_width} is not that of pixels")
+  decoder_of = density_decoder_bits if bin_width is None else decoder_bits
+  kl, decoder = posterior_kl(schedule, variance, x0, t, x0_hat), decoder_of(schedule, variance, x0, x0_hat)
   return jnp.where(t == 1, decoder, kl)  # either is finite for any t
 
 
@@ -221,7 +246,7 @@ def dequantise(key: jax.Array, x0: jax.Array) -> jax.Array:
   return x0 + BIN * jax.random.uniform(key, x0.shape, minval=-0.5, maxval=0.5)
 
 
-def density_to_bits(log_density: np.ndarray, dimensions: int) -> np.ndarray:
+def density_to_bits(log_density: np.ndarray, dimensions: int, bin_width: float | None = BIN) -> np.ndarray:
   """Bits per dimension of discrete images from the density of `dequantise` of them.
 
   P(x_0) is the integral of the density over the bins around x_0, that is BIN^D times its mean there, and the mean of
@@ -230,5 +255,7 @@ def density_to_bits(log_density: np.ndarray, dimensions: int) -> np.ndarray:
   Args:
     log_density: nats per example, any shape.
     dimensions: D, the numbers in an example.
+    bin_width: of their values; None: the examples are continuous, and the bits those of their density.
   """
-  return -(np.asarray(log_density, np.float64) / dimensions + np.log(BIN)) / _LOG_2
+  log_bin = 0.0 if bin_width is None else np.log(bin_width)
+  return -(np.asarray(log_density, np.float64) / dimensions + log_bin) / _LOG_2

@@ -101,7 +101,8 @@ def classifier_features(
     "trained_on": len(training),
     "updates": num_steps,
   }
-  return Features("classifier", arrays_sha256(found.weights, _NETWORK), about, extract(found.weights))
+  identity = arrays_sha256(found.weights, _NETWORK)
+  return Features("classifier", identity, about, extract(found.weights), found.weights)
 
 
 def divide(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

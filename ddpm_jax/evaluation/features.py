@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,11 @@ class Features(NamedTuple):
     identity: SHA-256, hexadecimal, of everything that its output depends on: weights and preprocessing.
     about: facts for the result, JSON values, such as where the weights come from.
     extract: uint8 [B, H, W, C] -> `Extracted`, for any B; the same on every process.
+    weights: of one that was trained on the data set: path in the network -> float32 array.
   """
 
   name: str
   identity: str
   about: dict[str, str | int | float]
   extract: Callable[[np.ndarray], Extracted]
+  weights: Mapping[str, np.ndarray] = types.MappingProxyType({})

@@ -39,6 +39,7 @@ def bound(
   params: Params,
   schedule: NoiseSchedule,
   first_stage: FirstStage,
+  frozen: Params = None,
   *,
   variance: str,
   source: Source,
@@ -52,6 +53,9 @@ def bound(
 ) -> dict[str, Any]:
   """The variational bound on the negative log-likelihood (Ho et al. 2020, eq. 5), with x0_hat clipped to [-1, 1].
 
+  Of a latent model it is that of the latents, sampled from their posterior: nothing is clipped, and L_0 is the density
+  of a Gaussian, so that the bits are those of a density and may be negative.
+
   What is drawn for an example, its timesteps and its noise at each of them, depends on (seed, index) alone.
 
   Args:
@@ -59,6 +63,7 @@ def bound(
     params: its weights, placed on the devices.
     schedule: the noise schedule.
     first_stage: turns images into x_0.
+    frozen: its parameters, placed likewise; None: it has none.
     variance: of p, 'fixed_small' or 'fixed_large'.
     source: the images.
     labels: of all of them, int32 [N], for a conditional model; None for an unconditional one.
@@ -86,8 +91,8 @@ def bound(
   calls = math.ceil(number / _AT_ONCE)
   at_once = math.ceil(number / calls)
   function = _bound_function(denoiser, schedule, first_stage, variance, edges, at_once)
-  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
-
+  constants = seeded(params, seed, first_stage=frozen)
+  compiled = BatchedFn(function, mesh, matmul_precision=PRECISION)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   prior, decoder, chain = (np.empty(len(indices)) for _ in range(3))
@@ -137,13 +142,12 @@ def _bound_function(
 
   def judge(found: Prediction, x0: jax.Array, eps: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
     eps_mse = jnp.mean(jnp.square(found.eps - eps))
-    return bound_term(schedule, variance, x0, t, jnp.clip(found.x0, -1.0, 1.0)), eps_mse
+    x0_hat = jnp.clip(found.x0, -1.0, 1.0) if first_stage.identity else found.x0
+    return bound_term(schedule, variance, x0, t, x0_hat, first_stage.bin_width), eps_mse
 
   def function(constants: Seeded, images: jax.Array, index: jax.Array, first: jax.Array, label: Cond = None):
-    x0, keys = (
-      first_stage.x0(None, first_stage.moments(None, images)),
-      indexed_keys(stream_key(constants.seed, "bound"), index),
-    )
+    keys = indexed_keys(stream_key(constants.seed, "bound"), index)
+    x0 = first_stage.x0(constants.first_stage, first_stage.moments(constants.first_stage, images), keys)
     denoise = denoiser.bind(constants.params, label)
 
     def step(carry: None, offset: jax.Array) -> tuple[None, tuple]:
@@ -178,6 +182,7 @@ def ode(
   params: Params,
   schedule: NoiseSchedule,
   first_stage: FirstStage,
+  frozen: Params = None,
   *,
   source: Source,
   labels: np.ndarray | None = None,
@@ -191,6 +196,8 @@ def ode(
 ) -> dict[str, Any]:
   """The negative log-likelihood under the probability-flow ODE (Song et al. 2021), of uniformly dequantised images.
 
+  Of a latent model it is the density of the latents, sampled from their posterior, in bits.
+
   What is drawn for an example, where in its bins it lies and the random signs, depends on (seed, index) alone.
 
   Args:
@@ -198,6 +205,7 @@ def ode(
     params: its weights, placed on the devices.
     schedule: the noise schedule.
     first_stage: turns images into x_0.
+    frozen: its parameters, placed likewise; None: it has none.
     source: the images.
     labels: of all of them, int32 [N], for a conditional model; None for an unconditional one.
     examples: how many of them, evenly spaced; 0: all.
@@ -217,18 +225,19 @@ def ode(
   def function(constants: Seeded, images: jax.Array, index: jax.Array, label: Cond = None) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, "ode"), index)
     place_keys, probe_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-    x0 = jax.vmap(dequantise)(place_keys, first_stage.x0(None, first_stage.moments(None, images)))
+    x0 = first_stage.x0(constants.first_stage, first_stage.moments(constants.first_stage, images), keys)
+    x0 = x0 if first_stage.bin_width is None else jax.vmap(dequantise)(place_keys, x0)
     denoise = denoiser.bind(constants.params, label)
     return ode_log_density(schedule, denoise, x0, probe_keys, num_steps=steps, num_probes=probes)
 
-  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed)
+  compiled, constants = BatchedFn(function, mesh, matmul_precision=PRECISION), seeded(params, seed, first_stage=frozen)
   indices = _spread(len(source), examples)
   size = min(batch_size, len(indices))
   bits = np.empty(len(indices))
   for rows, images in _batches(source, indices, size):
     columns = images, indices[rows].astype(np.int32), *_labels_of(labels, indices[rows])
     log_density = compiled(constants, *columns, size=size)
-    bits[rows] = density_to_bits(log_density, math.prod(images.shape[1:]))
+    bits[rows] = density_to_bits(log_density, math.prod(first_stage.latent_shape), first_stage.bin_width)
     _tell(progress, rows.stop)
   counts = {"examples": len(indices), "steps": steps, "evaluations": ode_evaluations(steps), "probes": probes}
   return counts | _mean(bits)

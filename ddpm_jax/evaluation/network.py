@@ -65,11 +65,15 @@ class NoiseNetwork(NamedTuple):
     return init_params(self.model, key, self.shape)
 
   def scaled(self, batch: jax.Array) -> jax.Array:
-    """uint8 [B, H, W, C] -> float32 [B, *shape] in [-1, 1], whatever is added at the edges their repetition."""
-    batch_size, height, width, channels = batch.shape
+    """uint8 [B, H, W, C] -> float32 [B, *shape] in [-1, 1]."""
+    return self.arranged(to_float(batch))
+
+  def arranged(self, x: jax.Array) -> jax.Array:
+    """Images float32 [B, H, W, C] -> [B, *shape], whatever is added at the edges their repetition."""
+    batch_size, height, width, channels = x.shape
     missing = self.shape[0] * self.patch - height, self.shape[1] * self.patch - width
     edges = [(0, 0), *((size // 2, size - size // 2) for size in missing), (0, 0)]
-    x = jnp.pad(to_float(batch), edges, mode="edge")
+    x = jnp.pad(x, edges, mode="edge")
     x = x.reshape(batch_size, self.shape[0], self.patch, self.shape[1], self.patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch_size, *self.shape)
 
@@ -100,17 +104,27 @@ class NoiseNetwork(NamedTuple):
     The U-Net is given the mean of q(x_t | x_0), so that the features are a function of the image alone. The noise that
     it sees there all the same is what the image has more or less of than others, fine structure above all.
     """
-    level = _SCHEDULE.level(_TIMESTEP)
-    eps, state = self.model.apply(
-      {"params": params},
-      level.alpha * self.scaled(batch),
-      jnp.full(len(batch), level.time, jnp.int32),
-      capture_intermediates=lambda module, _: module.name in _MAPS,
-    )
-    low, full = (jnp.asarray(state["intermediates"][name]["__call__"][0]) for name in _MAPS)
+    eps, low, full = self._applied(params, self.scaled(batch))
     noise = eps.reshape(len(batch), -1, 1, self.shape[2] // self.patch**2)
     parts = low.mean((1, 2)), full.mean((1, 2)), full.std((1, 2)), noise.mean((1, 2)), noise.std((1, 2))
     return jnp.concatenate(parts, axis=-1), jnp.zeros((len(batch), 0), jnp.float32)
+
+  def maps(self, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images float32 [B, H, W, C] in [-1, 1] -> the last maps of both levels, [B, h, w, D] each."""
+    _, low, full = self._applied(params, self.arranged(x))
+    return low, full
+
+  def _applied(self, params: Any, x0: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The predicted noise, and the last maps of both levels, of x0 [B, *shape]."""
+    level = _SCHEDULE.level(_TIMESTEP)
+    eps, state = self.model.apply(
+      {"params": params},
+      level.alpha * x0,
+      jnp.full(len(x0), level.time, jnp.int32),
+      capture_intermediates=lambda module, _: module.name in _MAPS,
+    )
+    low, full = (jnp.asarray(state["intermediates"][name]["__call__"][0]) for name in _MAPS)
+    return jnp.asarray(eps), low, full
 
 
 def network_for(image_shape: tuple[int, int, int]) -> NoiseNetwork:
@@ -189,7 +203,7 @@ def network_features(
     "updates": num_steps,
   }
   extract = trained.extractor(network.forward, (network.num_features, 0), mesh, batch_size)(found.weights)
-  return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract)
+  return Features("network", arrays_sha256(found.weights, _NETWORK), about, extract, found.weights)
 
 
 def _ask(

@@ -25,7 +25,7 @@ from ddpm_jax.sampling.classes import check_guidance, one_scale
 from ddpm_jax.sampling.draw import bind_for_sampling, draw_of, table_of
 from ddpm_jax.training.setup import Run
 from ddpm_jax.weights.load import Weights
-from ddpm_jax.weights.names import from_flat, to_flat
+from ddpm_jax.weights.names import from_flat, from_flat_as, to_flat
 from ddpm_jax.workdir.storage import sync_file, write_whole
 
 _SCRIPT = '''\
@@ -91,6 +91,7 @@ newer than that runs it, and one up to three weeks older; later ones may
 
 # What of the section `sample` is part of the program.
 _SETTINGS = ("sampler", "time_grid", "eta", "threshold", "threshold_quantile")
+_STAGE = "first_stage/"  # before the names of its arrays
 _NUMBER = 16  # of images that run.py draws, where the program can draw any number
 
 
@@ -123,7 +124,7 @@ def write_program(config: Config, weights: Weights, folder: pathlib.Path) -> Non
   exported = {name: export_sampler(config, weights, size) for name, size in names.items()}
   for name, program in exported.items():
     write_whole(folder / name, bytes(program.serialize()))
-  arrays: Any = to_flat(jax.tree.map(gather, weights.params))
+  arrays: Any = {name: gather(leaf) for name, leaf in _arrays(weights).items()}
   np.savez(folder / "weights.npz", **arrays)
   sync_file(folder / "weights.npz")
   run = weights.run
@@ -163,18 +164,28 @@ def export_sampler(config: Config, weights: Weights, number: int | None) -> expo
     label: jax.Array | None = None,
     guidance_scale: jax.Array | None = None,
   ) -> jax.Array:
-    return draw(Seeded(from_flat(weights, config.model, run.image_shape), seed, guidance_scale), index, label)
+    of_stage = {name.removeprefix(_STAGE): leaf for name, leaf in weights.items() if name.startswith(_STAGE)}
+    own = {name: leaf for name, leaf in weights.items() if not name.startswith(_STAGE)}
+    stage = from_flat_as(of_stage, run.frozen) if of_stage else None
+    params = from_flat(own, config.model, run.first_stage.latent_shape)
+    return draw(Seeded(params, seed, guidance_scale, first_stage=stage), index, label)
 
   (rows,) = (number,) if number else export.symbolic_shape("n")
   condition = [jax.ShapeDtypeStruct((rows,), np.int32)] * run.conditional
   condition += [jax.ShapeDtypeStruct((), np.float32)] * (run.null_label is not None)
   with numerics.pinned(config.model.matmul_precision):
     return export.export(jax.jit(sampler), platforms=config.exchange.export_platforms)(
-      {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in to_flat(weights.params).items()},
+      {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in _arrays(weights).items()},
       jax.ShapeDtypeStruct((), np.uint32),
       jax.ShapeDtypeStruct((rows,), np.int32),
       *condition,
     )
+
+
+def _arrays(weights: Weights) -> dict[str, Any]:
+  """The first argument of the program: the network's parameters by name, and those of the first stage of latents."""
+  of_stage = to_flat(weights.run.frozen)
+  return to_flat(weights.params) | {_STAGE + name: leaf for name, leaf in of_stage.items()}
 
 
 def _arguments(run: Run) -> str:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from ddpm_jax.diffusion.likelihood import BIN
+
 Shape = tuple[int, int, int]
 
 
@@ -27,12 +29,22 @@ class FirstStage(Protocol):
     """Of x_0."""
     ...
 
+  @property
+  def identity(self) -> bool:
+    """Whether x_0 is the image itself, in [-1, 1]."""
+    ...
+
+  @property
+  def bin_width(self) -> float | None:
+    """The distance of two values of a number of x_0; None: it is continuous, and its likelihood a density."""
+    ...
+
   def moments(self, params: Any, images: jax.Array) -> jax.Array:
     """Images uint8 [B, H, W, C] -> what x_0 is sampled from, deterministic, [B, ...]."""
     ...
 
   def x0(self, params: Any, moments: jax.Array, keys: jax.Array | None = None) -> jax.Array:
-    """x_0, float32 [B, *latent_shape], sampled with the B keys; without them the mean."""
+    """x_0, float32 [B, *latent_shape], sampled with the keys of the B examples; without them the mean."""
     ...
 
   def decode(self, params: Any, x0: jax.Array) -> jax.Array:
@@ -50,6 +62,16 @@ class Pixels:
   def latent_shape(self) -> Shape:
     """The shape of the images."""
     return self.image_shape
+
+  @property
+  def identity(self) -> bool:
+    """True."""
+    return True
+
+  @property
+  def bin_width(self) -> float:
+    """That of 256 values in [-1, 1]."""
+    return BIN
 
   def moments(self, params: Any, images: jax.Array) -> jax.Array:
     """`to_float`."""

@@ -26,6 +26,7 @@ class Memory(NamedTuple):
     temporaries: activations, gradients and whatever else lives within a step.
     outputs: the metrics.
     program: the compiled code.
+    frozen: parameters of networks that do not train: a first stage, a perceptual network.
   """
 
   parameters: int
@@ -37,6 +38,7 @@ class Memory(NamedTuple):
   temporaries: int
   outputs: int
   program: int
+  frozen: int = 0
 
   @property
   def total(self) -> int:
@@ -82,7 +84,7 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
     batch_size: a multiple of the devices times `grad_accum_steps`.
   """
   batch, command = run.mesh.abstract_inputs(abstract_batch(run.image_shape, batch_size, labels=run.conditional))
-  step = run.mesh.compile(make_train_step(run), run.abstract_state)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state, arguments={"frozen": run.frozen})
   try:
     compiled = step.lower(run.abstract_state, batch, command).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -115,6 +117,7 @@ def _memory(run: Run, inputs: Any, stats: Any) -> Memory:
     "optimizer": _bytes(state.opt_state),
     "counters": _bytes((state.step, state.counts)),
     "batch": _bytes(inputs),
+    "frozen": _bytes(run.frozen),
   }
   return Memory(
     **parts,
@@ -142,9 +145,11 @@ def _parts_not_counted(run: Run, batch_size: int) -> float:
 def _operations(run: Run, batch_size: int, *, parts: int) -> float:
   """XLA's count for the step before it is compiled, on one device, with `parts` for --grad_accum_steps; loops once."""
   run = run._replace(config=config_lib.override(run.config, {"grad_accum_steps": parts}))
-  state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), run.abstract_state)
+  state, frozen = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (run.abstract_state, run.frozen)
+  )
   batch = abstract_batch(run.image_shape, batch_size, labels=run.conditional)
-  traced = jax.jit(make_train_step(run)).trace(state, batch)
+  traced = jax.jit(make_train_step(run)).trace(state, batch, frozen=frozen)
   # As for a TPU: for a CPU, convolutions would be loops.
   cost = traced.lower(lowering_platforms=("tpu",)).cost_analysis()
   assert cost

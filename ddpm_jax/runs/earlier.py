@@ -10,6 +10,7 @@ import jax
 
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.evaluation import perceptual
 from ddpm_jax.workdir import grids, layout
 
 
@@ -46,8 +47,11 @@ def set_aside(workdir: pathlib.Path, checkpoints: Checkpoints, steps: Sequence[i
     stored = layout.load_config(workdir)
     try:
       layout.create(target, stored, layout.own_parts(workdir))
-      if (workdir / "metrics.jsonl").exists():
-        shutil.copy2(workdir / "metrics.jsonl", target)
+      for name in ("metrics.jsonl", perceptual.NAME):
+        if (workdir / name).exists():
+          shutil.copy2(workdir / name, target)
+      if (workdir / "first_stage").exists():
+        shutil.copytree(workdir / "first_stage", target / "first_stage", dirs_exist_ok=True)
       for folder in ("samples", "eval"):
         (target / folder).mkdir(exist_ok=True)
         found = sorted((workdir / folder).iterdir()) if (workdir / folder).exists() else ()

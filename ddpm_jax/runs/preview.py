@@ -9,8 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from ddpm_jax.data.sources import Source
+from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.diffusion.samplers import make_sampler
+from ddpm_jax.first_stage.latents import Latents
 from ddpm_jax.keys import seeded
+from ddpm_jax.models.build import Params
 from ddpm_jax.runs.programs import Compiler
 from ddpm_jax.sampling.draw import bind_for_sampling, make_draw
 from ddpm_jax.training.setup import Run
@@ -50,13 +54,16 @@ class Preview:
       stream="preview",
       keep=True,
     )
-    self._seed, index = options.seed, np.arange(options.preview_images, dtype=np.int32)
+    self._seed, self._first_stage = options.seed, run.stage_params
+    index = np.arange(options.preview_images, dtype=np.int32)
     label = index % max(1, len(class_names))
     self._columns = (index, label) if run.conditional else (index,)
     self._captions = [class_names[i] for i in label.tolist()] if run.conditional else None
     self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)
     if compiler and self._ahead:
-      self._draw.compile_ahead(compiler.submit, seeded(run.abstract_state.params, self._seed), *self._columns)
+      self._draw.compile_ahead(
+        compiler.submit, seeded(run.abstract_state.params, self._seed, first_stage=run.stage_params), *self._columns
+      )
 
   @property
   def compiling(self) -> bool:
@@ -66,10 +73,55 @@ class Preview:
   def __call__(self, state: TrainState) -> Callable[[], np.ndarray]:
     """Begins a grid. Returns what waits for the picture, uint8 [height, width, 3], and gives it."""
     weights = {"EMA weights": state.ema["ema"], "raw weights": state.params}
-    drawn = {name: self._draw.start(seeded(params, self._seed), *self._columns) for name, params in weights.items()}
+    drawn = {
+      name: self._draw.start(seeded(params, self._seed, first_stage=self._first_stage), *self._columns)
+      for name, params in weights.items()
+    }
     columns = min(8, len(self._columns[0]))
     return lambda: grids.captioned(
       {name: grids.image_grid(images(), columns, self._captions) for name, images in drawn.items()}
+    )
+
+
+class Reconstructions:
+  """Sets images above what an autoencoder makes of them, with the EMA weights and without sampling.
+
+  Attributes:
+    settings: as those of `Preview`.
+  """
+
+  def __init__(self, run: Run, compiler: Compiler | None, source: Source):
+    """Args:
+    run: the run.
+    compiler: see `Preview`.
+    source: the images of the training, of which some are chosen, spread evenly.
+    """
+    assert run.pair
+    stage = Latents(run.pair.autoencoder, run.image_shape)
+
+    def reconstruct(params: Params, images: jax.Array) -> jax.Array:
+      return stage.reconstruct(params["autoencoder"], images)
+
+    self.settings: dict[str, Any] = {"sample_weights": "ema", "reconstructions": True}
+    self._reconstruct = BatchedFn(reconstruct, run.mesh, keep=True)
+    number = min(run.config.train.preview_images, len(source))
+    self._images = source.read(np.arange(number) * len(source) // number).images
+    self._ahead = bool(compiler and run.config.train.sample_every and run.mesh.compiles_beside_steps)
+    if compiler and self._ahead:
+      self._reconstruct.compile_ahead(compiler.submit, run.abstract_state.params, self._images)
+
+  @property
+  def compiling(self) -> bool:
+    """See `Preview.compiling`."""
+    return self._ahead and not self._reconstruct.is_ready(self._images)
+
+  def __call__(self, state: TrainState) -> Callable[[], np.ndarray]:
+    """See `Preview`: the picture has rows of images, each above the row of its reconstructions."""
+    begun = self._reconstruct.start(state.ema["ema"], self._images)
+    columns = min(8, len(self._images))
+
+    return lambda: grids.captioned(
+      {"images above their reconstructions": grids.image_pairs(self._images, begun(), columns)}
     )
 
 

@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from ddpm_jax.training.setup import Run
-from ddpm_jax.training.step import abstract_batch
 
 
 class Compiler:
@@ -39,16 +38,19 @@ class StepProgram:
 
     Args:
       run: the run.
-      train_step: one step, (state, batch, axis_name, seed) -> (state, metrics), as `DeviceMesh.compile` takes it.
+      train_step: one step, as `make_train_step` returns it.
       compiler: has nothing else to do yet.
       ahead: whether it will be called soon.
     """
     max_steps = run.config.train.steps_per_dispatch
     seed = np.uint32(run.config.train.seed)  # no part of the program: runs of other seeds need not compile another one
-    self._step = run.mesh.compile(train_step, run.abstract_state, max_steps=max_steps, scalars={"seed": seed})
+    arguments = {"seed": seed, "frozen": run.frozen}
+    self._step = run.mesh.compile(
+      train_step, run.abstract_state, max_steps=max_steps, arguments=arguments, packs=run.packs
+    )
     self._compiled = None
     if ahead and run.mesh.lowers_shapes:
-      batch = abstract_batch(run.image_shape, run.config.data.batch_size, labels=run.conditional)
+      batch = run.abstract_batch(run.config.data.batch_size)
       lowered = self._step.lower(run.abstract_state, *run.mesh.abstract_inputs(batch, max_steps=max_steps))
       self._compiled = compiler.submit(lowered)  # JAX keeps the result, and the first call finds it
 

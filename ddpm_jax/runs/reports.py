@@ -8,7 +8,7 @@ import pathlib
 import statistics
 import time
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -43,6 +43,7 @@ class Reports:
     settings: Settings,
     so_far: Mapping[str, Any] = types.MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
+    alarms: Callable[[int, Mapping[str, float]], Iterable[str]] | None = None,
   ):
     """Opens the files of `workdir`; what they hold of training steps after `start_step` is forgotten.
 
@@ -56,6 +57,7 @@ class Reports:
       settings: of the run, for others to read: no folder of this machine is named.
       so_far: what `so_far` returned at `start_step`; {} for a new run, and for checkpoints of release 0.1.0.
       clock: seconds since any moment.
+      alarms: (step, its metrics) -> lines on what looks wrong.
 
     Raises:
       UserError: one of --writers cannot be imported.
@@ -78,6 +80,7 @@ class Reports:
     self._clock = _Clock(*before, clock)
     self._due = self._clock.now + _FIRST_LINE_S  # of the time left, until there are metrics
     self._failing = False
+    self._alarms = alarms
 
   def compiled(self, steps: range) -> None:
     """Says how long the first call took, which includes the compilation, and starts to measure the speed."""
@@ -132,8 +135,11 @@ class Reports:
         self._writer.write(step, values | {"time": round(time.time(), 3)})
       self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
+    facts |= {name.removeprefix("mean/"): value for name, value in values.items() if name.startswith("mean/")}
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
     self._progress.report(step, facts, rate, self._clock.mean_rate(step))
+    for line in self._alarms(step, values) if self._alarms else ():
+      self._progress.say(f"warning: {line}")
 
   def seconds(self) -> float:
     """Seconds of training so far, as `ddpm_jax.workdir.metrics` defines them."""

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Container, Generator, Iterator
 from typing import NamedTuple
 
 import jax
@@ -27,12 +27,15 @@ from ddpm_jax.data.pipeline import Batch, batches, images_of
 from ddpm_jax.data.sources import Source, class_names, num_classes, open_source
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
-from ddpm_jax.errors import RunError
-from ddpm_jax.evaluation.evaluate import check as check_evaluation
+from ddpm_jax.errors import RunError, UserError
+from ddpm_jax.evaluation import perceptual
+from ddpm_jax.first_stage.latents import FixedStage
+from ddpm_jax.first_stage.statistics import Encoded, as_source
 from ddpm_jax.models.build import TrainableNetwork, fitted
-from ddpm_jax.runs import earlier, workdirs
+from ddpm_jax.runs import earlier, evaluating, workdirs
+from ddpm_jax.runs.alarms import Alarms
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
-from ddpm_jax.runs.preview import EarlyGrids, Preview
+from ddpm_jax.runs.preview import EarlyGrids, Preview, Reconstructions
 from ddpm_jax.runs.profile import Profile
 from ddpm_jax.runs.programs import Compiler, StepProgram
 from ddpm_jax.runs.reports import Reports
@@ -41,13 +44,12 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
-from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.training.step import Metrics, inputs_of
-from ddpm_jax.weights import initial
+from ddpm_jax.weights import first_stage, initial
 from ddpm_jax.weights.file import settings_of_run
 from ddpm_jax.workdir import layout, loggers
 from ddpm_jax.workdir.lock import Lock
@@ -105,11 +107,12 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     NonFiniteError: if the loss or the gradient is not finite, more often than `max_nonfinite` allows.
   """
   job, total = invocation.job, config.train.num_steps
-  run, source = prepare(config, workdir, invocation.own)
+  run, source, stage = prepare(config, workdir, invocation.own, given=invocation.given)
   config = run.config
+  autoencoder = stage.latents.network if stage else None
   params, classes = None, class_names(source, config.model.num_classes) if run.conditional else ()
   if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
-    params, _ = initial.read_params(config, run.image_shape, classes)
+    params, _ = initial.read_params(config, run.image_shape, classes, autoencoder)
 
   with contextlib.ExitStack() as cleanup:
     # None in all processes but the first, which is the one that prints.
@@ -124,7 +127,12 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     )
     cleanup.enter_context(contextlib.closing(checkpoints))
 
+    all_encoded = functools.cache(functools.partial(_encode_all, run, stage, source, watchdog.beat))
+    if stage:
+      run = first_stage.settle(run, stage, workdir, source, all_encoded, beat=watchdog.beat)
+    run = run.with_perceptual(perceptual.settle(config, workdir, source, run.mesh, watchdog.beat))
     start = resume.find_start(checkpoints, run, source, workdir)
+    perceptual.check_kept(start.manifest, run.perceptual, workdir)
     workdirs.set_aside_damaged(checkpoints, start, quiet=not lock)
     if lock and start.step < total and (start.state or start.other_past):  # of a new run `take` has looked
       workdirs.check_space(run, workdir, start.step, leaving=len(start.other_past))
@@ -132,7 +140,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     if not start.state and params is None and config.exchange.init_from:
       if not start.other_past:
         raise RunError(f"workdir: the checkpoints of {workdir} are gone; the same command begins anew")
-      params, _ = initial.read_params(config, run.image_shape, classes)
+      params, _ = initial.read_params(config, run.image_shape, classes, autoencoder)
     restarts = resume.restarts(config, start.manifest)
     run = run._replace(lr_restart=restarts[-1] if restarts else 0)
 
@@ -146,18 +154,37 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
       workdirs.renew(workdir, config_lib.reset_weight_selectors(config) if start.state else config)
       layout.keep_classes(workdir, source.known_classes().names)
 
+    examples, cached = source, all_encoded()
+    if cached:
+      run, examples = run._replace(moments_shape=cached.moments.shape[1:]), as_source(source, cached)
     place = Place(workdir, checkpoints, lock)
     with open_services(run, source, place, start, watchdog, invocation) as services:
       with services.progress.compiling("the initial state"):
         state = start.state or run.initial_state(params)
-      last, stopped = training_loop(run, source, state, start.step, services)
+      last, stopped = training_loop(run, examples, state, start.step, services)
   if lock:
     workdirs.finish(run, workdir, last)
   return not stopped
 
 
-def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Source]:
-  """Everything that can be found wrong before a file is written: devices, settings, images, network.
+def _encode_all(run: Run, stage: FixedStage | None, source: Source, beat: Callable[[str], None]) -> Encoded | None:
+  """The moments of all images, where they are latents and fit into memory."""
+  return first_stage.encode_all(run, stage, source, beat=beat) if stage else None
+
+
+def prepare(
+  config: Config, workdir: pathlib.Path, own: Own, *, given: Container[str] = ()
+) -> tuple[Run, Source, FixedStage | None]:
+  """Everything that can be found wrong before a file is written: devices, settings, images, first stage, network.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    own: a person's own parts.
+    given: names of the flags of the command.
+
+  Returns:
+    The parts of the run, its images, and its first stage, whose statistics may be left to measure; None for pixels.
 
   Raises:
     UserError: see `train`.
@@ -167,25 +194,32 @@ def prepare(config: Config, workdir: pathlib.Path, own: Own) -> tuple[Run, Sourc
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps, fixed=fixed)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
-  accept = functools.partial(check_size, config.model)
+  autoencoder = first_stage.find(config, workdir, given="first_stage" in given)
+  accept = functools.partial(check_size, config.model, shrinks=autoencoder.network.factor if autoencoder else 1)
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)
-  config = dataclasses.replace(config, model=fitted(config.model, source.image_shape))
+  stage = first_stage.fixed_for(autoencoder, source.image_shape, source.name) if autoencoder else None
+  if stage:
+    accept(*source.image_shape[:2])  # own images were not opened here
+  seen = stage.latents.latent_shape if stage else source.image_shape
+  config = dataclasses.replace(config, model=fitted(config.model, seen))
+  if own.network and config.model.stage == "autoencoder":
+    raise UserError("network: your own is a denoiser, which stage=autoencoder does not train; leave one of them out")
+  perceptual.check(config, workdir, source.image_shape)
   if config_lib.reads_classes(config):
-    found = num_classes(source, config.model.num_classes, stage=config.model.stage)
+    found = num_classes(source, config.model.num_classes, stage=config.model.stage, settled=fixed)
     config = config_lib.override(config, {"num_classes": found})
   if config.model.stage == "classifier":
     config = config_lib.override(config, {"sample_every": 0})  # there is nothing to draw
-  run = build_run(config, source.image_shape, mesh, own.network)
+  run = build_run(config, source.image_shape, mesh, own.network, stage)
   run = run._replace(objective=own.objective(run) if own.objective else None)
   parts = {"network": own.network, "objective": run.objective}
   run = run._replace(own={name: layout.describe_own(part) for name, part in parts.items() if part is not None})
   layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
-    one_scale(config.sample)
-    check_evaluation(config, workdir, source)
-  return run, source
+    evaluating.check(run, source, workdir)
+  return run, source, stage
 
 
 class TrainServices(NamedTuple):
@@ -195,7 +229,7 @@ class TrainServices(NamedTuple):
   reports: Reports
   saver: Saver
   evaluations: Evaluations
-  preview: Preview
+  preview: Preview | Reconstructions
   early: EarlyGrids
   profile: Profile
   progress: Progress
@@ -233,6 +267,7 @@ def open_services(
         settings=settings_of_run(run.config),
         so_far=start.manifest.get("so_far", {}),
         clock=invocation.clock,
+        alarms=Alarms(run.config.autoencoder.discriminator_start) if run.pair else None,
       )
     )
     saver = Saver(
@@ -249,14 +284,13 @@ def open_services(
       Profile(traced, workdir / "profile", start_step=start.step, say=progress.say, paused=reports.paused)
     )
     compiler = closed(Compiler())
-    shown = source.known_classes().names or class_names(source, run.config.model.num_classes)
     trains_first = start.step < options.num_steps and not evaluation_missing(run.config, workdir, start.step)
     yield TrainServices(
       StepProgram(run, make_train_step(run), compiler, ahead=trains_first),
       reports,
       saver,
       Evaluations(after_init, source, workdir, reports, stop, watchdog.beat, given=invocation.given),
-      Preview(run, compiler if trains_first else None, shown),
+      _preview(run, source, compiler if trains_first else None),
       EarlyGrids(reports.seconds, wanted=options.sample_every > 0),
       profile,
       progress,
@@ -265,8 +299,18 @@ def open_services(
     )
 
 
+def _preview(run: Run, source: Source, compiler: Compiler | None) -> Preview | Reconstructions:
+  """What makes the pictures of `samples/` while the run trains."""
+  if run.pair:
+    return Reconstructions(run, compiler, source)
+  shown = source.known_classes().names or class_names(source, run.config.model.num_classes)
+  return Preview(run, compiler, shown)
+
+
 def training_loop(run: Run, source: Source, state: TrainState, start: int, services: TrainServices) -> tuple[int, bool]:
   """Makes the training steps after `start`.
+
+  source: the images or, as `Run.moments_shape` says, their moments.
 
   Returns:
     The number of steps in the last checkpoint, and whether a request to stop came before the run was finished.
@@ -394,7 +438,7 @@ def dispatches(options: TrainConfig, start: int, extra_step: int | None = None) 
 
 
 def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, None, None]:
-  return batches(
+  found = batches(
     source,
     batch_size=run.config.data.batch_size,
     seed=run.config.train.seed,
@@ -405,3 +449,11 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     workers=run.config.data.data_workers,
     labels=run.conditional,
   )
+  return found if run.moments_shape is None else _with_moments(found)
+
+
+def _with_moments(found: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+  """Batches of `as_source` under the name of what they hold."""
+  with contextlib.closing(found):
+    for batch in found:
+      yield batch | {"moments": batch.pop("image")}

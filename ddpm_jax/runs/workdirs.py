@@ -74,7 +74,7 @@ def set_aside_damaged(checkpoints: Checkpoints, start: Start, *, quiet: bool) ->
 
 def warn(run: Run, source: Source) -> None:
   """Warns of settings that are likely to disappoint."""
-  if run.config.model.stage == "classifier":
+  if run.config.model.stage != "denoiser":
     return  # of draws
   for warning in filter(None, (noise_warning(run), copies_warning(run.config, len(source)))):
     console.warn(warning)
@@ -95,11 +95,7 @@ def finish(run: Run, workdir: pathlib.Path, last: int) -> None:
     console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
   except UserError as error:
     console.warn(f"{error}")
-  console.say(
-    _farewell(
-      workdir, last, run.config.train.num_steps, run.schedule.num_timesteps, draws=run.config.model.stage == "denoiser"
-    )
-  )
+  console.say(_farewell(workdir, last, run.config.train.num_steps, run.schedule.num_timesteps, run.config.model.stage))
 
 
 def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
@@ -137,7 +133,8 @@ def _headline(
 ) -> str:
   height, width, channels = run.image_shape
   total = run.config.train.num_steps
-  usual = "classifier" if run.config.model.stage == "classifier" else "U-Net"
+  stage = run.config.model.stage
+  usual = "U-Net" if stage == "denoiser" else stage
   network = (run.own or {}).get("network", usual)
   what = (
     f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {network} of "
@@ -152,14 +149,15 @@ def _headline(
       f"checkpoints are kept in {moved}, which is a workdir\n"
     )
   if start and run.lr_restart == start:
-    what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
+    kind = run.config.optimizer.lr_schedule
+    what += f"the {kind} learning rate restarts for the {total - start} training steps from here to {total}\n"
   if start:
     return what + f"resuming {workdir} after step {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""
   return what + f"a new run: {total} training steps{first} in {workdir}; compiling"
 
 
-def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int, *, draws: bool = True) -> str:
+def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int, stage: str = "denoiser") -> str:
   done, quick = step >= total, min(QUICK, num_timesteps)
   end = f"done: {step} training steps" if done else f"stopped on request after step {step} of {total}, saved"
   own = layout.own_parts(workdir)
@@ -172,7 +170,14 @@ def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int, 
   if "network" in own:
     draw = f"ddpm_jax.load({str(workdir)!r}, network={own['network']}).sample(64, sampler='dpmpp', steps={quick})"
   checkpoint = f"{end}\n  checkpoint    {workdir / 'checkpoints' / str(step)}\n"
-  if not draws:
+  if stage == "autoencoder":
+    measure = paths.command("--mode=evaluate", f"--workdir={workdir}")
+    diffuse = paths.command(f"--first_stage={workdir}", "--workdir=MODEL")
+    return f"""{checkpoint}  images        {workdir / "samples"}
+  metrics       {metrics}
+{again}  measure       {measure}
+  diffuse       {diffuse}"""
+  if stage == "classifier":
     guide = paths.command("--mode=sample", f"--classifier={workdir}", "--workdir=MODEL")
     return f"{checkpoint}  metrics       {metrics}\n{again}  guide draws   {guide}"
   return f"""{checkpoint}  samples       {workdir / "samples"}

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.config import SampleConfig
+from ddpm_jax.config import SampleConfig, threshold_of
 from ddpm_jax.devices.batched import BatchedFn, BatchedLoop, Loop, free_memory
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.devices.mesh import DeviceMesh
@@ -69,7 +69,8 @@ class Bind:
         one_batch = run.mesh.platform != "cpu"  # where a larger batch makes better use of the device
         pair = run.denoiser.bind_pair(constants.params, own, null, one_batch=one_batch)
       denoise = guided(denoise, pair, constants.guidance_scale, (interval[0], interval[1]) if interval else None)
-    denoise = thresholded(denoise, options.threshold, options.threshold_quantile)
+    how = threshold_of(options, latent=not run.first_stage.identity)
+    denoise = thresholded(denoise, how, options.threshold_quantile)
     gradient = self._gradient(constants, label)
     if gradient is None or options.sampler == "ddpm":  # there the mean moves
       return denoise
@@ -119,6 +120,7 @@ def constants_of(weights: Weights, options: SampleConfig) -> Seeded:
     guide and guide.params,
     options.classifier_scale,
     classifier and classifier.params,
+    weights.run.stage_params,
   )
 
 
@@ -144,7 +146,8 @@ def draw_of(bind: Bind, table: SamplerTable, *, first_stage: FirstStage, stream:
   def draw(constants: Seeded, index: jax.Array, label: jax.Array | None = None) -> jax.Array:
     keys = indexed_keys(stream_key(constants.seed, stream), index)
     denoise, shift = bind(constants, label), bind.shift(constants, label, table)
-    return first_stage.decode(None, sample(table, denoise, keys, first_stage.latent_shape, shift=shift)[0])
+    x0, _ = sample(table, denoise, keys, first_stage.latent_shape, shift=shift)
+    return first_stage.decode(constants.first_stage, x0)
 
   return draw
 
@@ -181,7 +184,10 @@ def make_long_draw(
     shift = bind.shift(constants, label, table)
     return Trajectory(table, bind(constants, label), keys, first_stage.latent_shape, shift=shift)
 
-  return by_stretches(mesh, len(table.t), trajectory, lambda x0, _: first_stage.decode(None, x0))
+  def end(constants: Seeded, x0: jax.Array, _: jax.Array) -> jax.Array:
+    return first_stage.decode(constants.first_stage, x0)
+
+  return by_stretches(mesh, len(table.t), trajectory, end)
 
 
 def by_stretches(
@@ -193,7 +199,7 @@ def by_stretches(
     mesh: the devices.
     evaluations: rows of the sampler's table.
     trajectory: (constants, *columns [B, ...]) -> the way of these B examples.
-    end: (x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
+    end: (constants, x_0, x0_hat at the kept rows), see `Trajectory.end` -> the result, a tree of [B, ...].
   """
   return BatchedLoop(
     Loop(
@@ -201,7 +207,7 @@ def by_stretches(
       advance=lambda constants, state, first, last, *columns: trajectory(constants, *columns).advance(
         state, first, last
       ),
-      end=lambda constants, state, *columns: end(*trajectory(constants, *columns).end(state)),
+      end=lambda constants, state, *columns: end(constants, *trajectory(constants, *columns).end(state)),
       number=evaluations,
     ),
     mesh,

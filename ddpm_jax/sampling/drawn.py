@@ -172,7 +172,9 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
   """The settings of a draw, JSON values: the options of the section `sample` and what else the images depend on."""
   sample = ((field.name, value) for section, field, value in config_lib.options(config) if section == "sample")
   own = {name: list(value) if isinstance(value, tuple) else value for name, value in sample}
-  own["time_grid"] = grid_name(config.sample.sampler, config.sample.time_grid)  # 'auto' may once mean another one
+  # 'auto' may once mean another one
+  own["time_grid"] = grid_name(config.sample.sampler, config.sample.time_grid)
+  own["threshold"] = config_lib.threshold_of(config.sample, latent=not weights.run.first_stage.identity)
   return own | {
     "checkpoint": weights.step,
     "variance": config.diffusion.variance,
@@ -181,6 +183,7 @@ def settings(config: Config, weights: Weights) -> dict[str, Any]:
     "device": jax.devices()[0].device_kind,
     **({"guide_sha256": weights.guide.identity} if weights.guide else {}),
     **({"classifier_sha256": weights.classifier.identity} if weights.classifier else {}),
+    **({"first_stage": weights.run.first_stage_facts} if weights.run.first_stage_facts else {}),
   }
 
 

@@ -99,13 +99,15 @@ class Parts(NamedTuple):
     """`bind` with other options."""
     return bind_weights(self.weights, options)
 
-  def x0(self, images: jax.Array) -> jax.Array:
-    """The x_0 of given images, uint8 [B, H, W, C]."""
-    return self.run.first_stage.x0(None, self.run.first_stage.moments(None, images))
+  def x0(self, constants: Seeded, images: jax.Array) -> jax.Array:
+    """The x_0 of given images, uint8 [B, H, W, C]: of latents the mean."""
+    params = constants.first_stage
+    return self.run.first_stage.x0(params, self.run.first_stage.moments(params, images))
 
-  def images(self, x0: jax.Array) -> jax.Array:
-    """The images uint8 [B, H, W, C] of x_0."""
-    return self.run.first_stage.decode(None, x0)
+  def images(self, constants: Seeded, x0: jax.Array) -> jax.Array:
+    """The images uint8 [B, ..., H, W, C] of x_0."""
+    rows = x0.reshape(-1, *self.shape)
+    return self.run.first_stage.decode(constants.first_stage, rows).reshape(*x0.shape[:-3], *self.run.image_shape)
 
   def draw(
     self,
@@ -122,7 +124,7 @@ class Parts(NamedTuple):
       trajectory: (`Seeded`, *columns) -> the way of these rows; of a conditional model with their labels as `label`.
       *columns: NumPy arrays, one entry for each row.
       image: int [rows], which image's class each has; None: as the first column says.
-      end: (x_0, x0_hat at the kept rows) -> what is returned of a row; None: the image of x_0.
+      end: (`Seeded`, x_0, x0_hat at the kept rows) -> what is returned of a row; None: the image of x_0.
 
     Returns:
       NumPy arrays.
@@ -130,7 +132,9 @@ class Parts(NamedTuple):
     evaluations, number = len(table.t), len(columns[0])
     if self.classes is not None:
       columns = (*columns, self.classes.of(columns[0] if image is None else image))
-    shared = by_stretches(self.run.mesh, evaluations, trajectory, end or (lambda x0, _: self.images(x0)))
+    shared = by_stretches(
+      self.run.mesh, evaluations, trajectory, end or (lambda seeded, x0, _: self.images(seeded, x0))
+    )
     constants = constants_of(self.weights, self.options)
     batches, asked = [], self.options.sample_batch_size
     with counted("image", total=number, quiet=self.quiet) as (done, _):
@@ -164,7 +168,11 @@ def progressive(parts: Parts) -> Outcome:
     return Trajectory(table, denoise, keys, parts.shape, keep=tuple(keep.tolist()), shift=shift)
 
   index = np.arange(parts.options.num_samples, dtype=np.int32)
-  final, kept = parts.draw(table, rows, index, end=lambda x0, kept: (parts.images(x0), parts.images(kept)))
+
+  def end(constants: Seeded, x0: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return parts.images(constants, x0), parts.images(constants, kept)
+
+  final, kept = parts.draw(table, rows, index, end=end)
   shown = np.unique(np.round(np.linspace(0, len(keep) - 1, _STRIP - 1)).astype(int))
   strip = np.concatenate([kept[:, shown], final[:, None]], axis=1)
   movie = [grids.image_grid(kept[:, i]) for i in range(len(keep))]
@@ -188,7 +196,7 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
     keys = _keys(constants, pair)
     eps = numbered_noise(keys, parts.shape)(len(table.t) + 1)
     diffuse = jax.vmap(functools.partial(q_sample, level=schedule.level(first)))
-    start = jax.vmap(lerp)(diffuse(parts.x0(a), eps), diffuse(parts.x0(b), eps), share)
+    start = jax.vmap(lerp)(diffuse(parts.x0(constants, a), eps), diffuse(parts.x0(constants, b), eps), share)
     shift = parts.bind.shift(constants, label, table)
     return Trajectory(table, parts.bind(constants, label), keys, parts.shape, start=start, shift=shift)
 
@@ -221,7 +229,7 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   Args:
     parts: what to draw with; of the samplers ddpm or ddim.
     given: uint8 [N, H, W, C].
-    mask: bool [H, W], true where pixels are drawn.
+    mask: bool [H, W], true where pixels are drawn; of latents, those that have such pixels are.
   """
   run, schedule, options = parts.run, parts.run.schedule, parts.options
   times = sampler_grid(schedule, options.sampler, num_steps=options.sampling_steps, grid=options.time_grid)
@@ -229,14 +237,15 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   variance = parts.config.diffusion.variance
   table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
   drawn_here = mask[:, :, None]
+  mask_of_x0 = jnp.asarray(shrunk(mask, parts.shape[:2]), jnp.float32)[None, :, :, None]
 
   def rows(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
     keys = _keys(constants, index)
     after_row = inpaint_after_row(
       schedule,
       jumps,
-      parts.x0(known),
-      jnp.asarray(drawn_here, jnp.float32)[None],
+      parts.x0(constants, known),
+      mask_of_x0,
       numbered_noise(keys, parts.shape),
     )
     shift = parts.bind.shift(constants, label, table)
@@ -244,12 +253,29 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
   image = index // _VERSIONS
-  drawn = parts.draw(table, rows, index, given[image], image=image).reshape(-1, _VERSIONS, *run.image_shape)
+  drawn = parts.draw(table, rows, index, given[image], image=image)
+  if not run.first_stage.identity:  # which gives what is known back to no more than its precision
+    drawn = np.where(drawn_here, drawn, given[image])
+  drawn = drawn.reshape(-1, _VERSIONS, *run.image_shape)
   hidden = np.where(drawn_here, np.uint8(128), given)
   row = np.concatenate([given[:, None], hidden[:, None], drawn], axis=1)
   picture = grids.image_rows(row, apart=(1,))
   facts = {"network_evaluations": len(table.t)}
   return Outcome({"images": drawn, "given": given, "mask": mask.astype(np.uint8)}, picture, [], facts)
+
+
+def shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """A mask bool [H, W] for latents, bool [h, w]: one is drawn if any of its pixels is.
+
+  >>> shrunk(np.asarray([[False, False, False, True], [False, False, False, False]]), (1, 2)).tolist()
+  [[False, True]]
+
+  Args:
+    mask: true where pixels are drawn.
+    size: h, w, divisors of H and W.
+  """
+  (height, width), (h, w) = mask.shape, size
+  return np.any(mask.reshape(h, height // h, w, width // w), axis=(1, 3))
 
 
 def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
@@ -265,18 +291,22 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
-    keys, start = _keys(constants, index), parts.x0(known)
+    keys, start = _keys(constants, index), parts.x0(constants, known)
     return Trajectory(up, bind(constants, label), keys, parts.shape, start=start)
 
   def decode(constants: Seeded, index: jax.Array, noise: jax.Array, label: Cond = None) -> Trajectory:
     return Trajectory(down, bind(constants, label), _keys(constants, index), parts.shape, start=noise)
 
-  index, as_floats = np.arange(len(given), dtype=np.int32), lambda x, _: x
-  noise = parts.draw(up, encode, index, given, end=as_floats)
-  back = parts.draw(down, decode, index, noise, end=as_floats)
-  pixels = np.asarray(parts.images(back))
+  index = np.arange(len(given), dtype=np.int32)
+  paler = 1 / 3 if parts.run.first_stage.identity else 1  # three deviations of the noise are the range of pixels
+
+  def noise_and_image(constants: Seeded, noise: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return noise, parts.images(constants, paler * noise)
+
+  noise, seen = parts.draw(up, encode, index, given, end=noise_and_image)
+  pixels = parts.draw(down, decode, index, noise)
   difference = pixels.astype(int) - given
-  shown = [given, np.asarray(parts.images(noise / 3)), pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
+  shown = [given, seen, pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
   error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
   facts = {
     "time_grid": grid,

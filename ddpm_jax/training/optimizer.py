@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,18 +31,21 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, restart: int
   Args:
     config: the options.
     num_steps: of the whole run.
-    restart: the step at which the rate begins again from 0, for `cosine`: of a run that was made longer, see
-      `resume.restarts`.
+    restart: the step at which the rate begins again from 0, for `cosine` and `linear`: of a run that was made longer,
+      see `resume.restarts`.
   """
   warmup_steps = config.warmup_steps
   match config.lr_schedule:
     case "constant" | "constant_then_decay":
       after = optax.constant_schedule(config.learning_rate)
-    case "cosine":
+    case "cosine" | "linear":
       steps = num_steps - restart
       if warmup_steps >= steps:  # it ends at 0 all the same
         warmup_steps = steps // 2
-      after = optax.cosine_decay_schedule(config.learning_rate, steps - warmup_steps)
+      if config.lr_schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, steps - warmup_steps)
+      else:
+        after = optax.linear_schedule(config.learning_rate, 0.0, steps - warmup_steps)
     case _:
       raise ValueError(f"unknown learning-rate schedule {config.lr_schedule!r}")
   rate = after
@@ -56,7 +61,9 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, restart: int
   return rate
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int, restart: int = 0, *, by_part: bool = False
+) -> optax.GradientTransformationExtraArgs:
   """Clip by the global norm of the mean gradient, then Adam, or AdamW (Loshchilov and Hutter 2019, Algorithm 2).
 
   Of update(..., finite=False) the state stays as it is.
@@ -64,11 +71,24 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, restart: int = 0) ->
   The authors' TPU code clips each replica's gradient to 1/8 of the norm before the replicas are summed
   (tpu_utils.py:164); clipping their mean is what the paper's single formula says and does not depend on the number of
   devices.
+
+  by_part: the parameters are a dict of networks, and the norm is that of each network's gradient.
   """
   clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+  clip = each_part(clip) if by_part and config.grad_clip else clip
   rate = if_finite(optax.scale_by_learning_rate(learning_rate_schedule(config, num_steps, restart)))
   decay = [optax.add_decayed_weights(config.weight_decay)] if config.weight_decay else []
   return optax.chain(clip, optax.chain(scale_by_adam(b1=config.adam_b1, b2=config.adam_b2, eps=1e-8), *decay, rate))
+
+
+def each_part(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+  """A transformation without state, of each entry of a dict on its own."""
+
+  def update(updates: Any, state: optax.OptState, params: Params | None = None):
+    del params
+    return {name: transformation.update(part, state)[0] for name, part in updates.items()}, state
+
+  return optax.GradientTransformation(transformation.init, update)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:

@@ -18,13 +18,15 @@ import optax
 from ddpm_jax.errors import UserError
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.models.build import Params
-from ddpm_jax.training.objective import Batch, Objective, PerExample, Terms
+from ddpm_jax.training.objective import Batch, CombiningObjective, Objective, PerExample, Terms
 from ddpm_jax.training.optimizer import apply_updates, ema_decay_at, update_ema
 from ddpm_jax.training.state import Counts, TrainState
 
 Metrics = dict[str, jax.Array]  # scalars
-# (params, batch, keys [B]) -> the loss, a scalar; its terms, where there are several, and numbers of each example
-LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, tuple[Terms, PerExample]]]
+# (params, batch, keys [B]) -> the terms of the loss, and numbers of each example
+LossFn = Callable[[Params, Batch, jax.Array], tuple[Terms, PerExample]]
+# The same -> the loss, a scalar, with its terms and the numbers of each example, and gradients
+GradientFn = Callable[[Params, Batch, jax.Array], tuple[tuple[jax.Array, tuple[Terms, PerExample]], Any]]
 
 
 def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> jax.Array:
@@ -33,11 +35,23 @@ def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> ja
 
 
 def abstract_batch(
-  image_shape: tuple[int, int, int], batch_size: int, *, labels: bool = False
+  image_shape: tuple[int, int, int],
+  batch_size: int,
+  *,
+  labels: bool = False,
+  moments: tuple[int, ...] | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of `inputs_of` a global batch; labels: of a conditional run."""
+  """The shapes of `inputs_of` a global batch.
+
+  Args:
+    image_shape: H, W, C.
+    batch_size: B.
+    labels: of a conditional run.
+    moments: [O, h, w, ..] of an image, where the batch holds these in its place.
+  """
+  image = {"image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)}
   return {
-    "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
+    **({"moments": jax.ShapeDtypeStruct((batch_size, *moments), jnp.float32)} if moments else image),
     "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
     **({"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)} if labels else {}),
@@ -46,17 +60,52 @@ def abstract_batch(
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
   """What of a batch, as `pipeline.batches` yields it, goes to the devices: all but the place in the data set."""
-  return {name: batch[name] for name in ("image", "index", "replaced", "label") if name in batch}
+  return {name: batch[name] for name in ("image", "moments", "index", "replaced", "label") if name in batch}
+
+
+def gradient_of_sum(loss_of: LossFn) -> GradientFn:
+  """The gradient of the sum of the terms, one tree."""
+
+  def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Terms, PerExample]]:
+    terms, per_example = loss_of(params, batch, keys)
+    return functools.reduce(jnp.add, terms.values()), (terms if len(terms) > 1 else {}, per_example)
+
+  return jax.value_and_grad(loss_fn, has_aux=True)
+
+
+def gradients_apart(loss_of: LossFn, apart: Mapping[str, jax.Array]) -> GradientFn:
+  """A gradient for each term of `apart`, and one for the sum of the others, 'together', from one forward pass.
+
+  apart: whether the gradient of that term is needed, bool scalars; where it is not, it is 0 and not computed.
+  """
+
+  def value_and_gradients(params: Params, batch: Batch, keys: jax.Array) -> Any:
+    def sums(params: Params) -> tuple[dict[str, jax.Array], tuple[Terms, PerExample]]:
+      terms, per_example = loss_of(params, batch, keys)
+      others = functools.reduce(jnp.add, [term for name, term in terms.items() if name not in apart])
+      return {"together": others, **{name: terms[name] for name in apart}}, (terms, per_example)
+
+    values, pull_back, aux = jax.vjp(sums, params, has_aux=True)
+
+    def gradient(of: str) -> Params:
+      return pull_back({name: jnp.full_like(value, name == of) for name, value in values.items()})[0]
+
+    gradients = {"together": gradient("together")}
+    for name, needed in apart.items():
+      zero = functools.partial(jax.tree.map, jnp.zeros_like, params)
+      gradients[name] = jax.lax.cond(needed, functools.partial(gradient, name), zero)
+    return (functools.reduce(jnp.add, values.values()), aux), gradients
+
+  return value_and_gradients
 
 
 def mean_loss_and_gradients(
-  loss_fn: LossFn, params: Params, batch: Batch, keys: jax.Array, grad_accum_steps: int
-) -> tuple[jax.Array, Params, Terms, PerExample]:
-  """The mean loss, its gradient, its terms and the numbers of each example, accumulated over M microbatches.
+  value_and_grad: GradientFn, params: Params, batch: Batch, keys: jax.Array, grad_accum_steps: int
+) -> tuple[jax.Array, Any, Terms, PerExample]:
+  """The mean loss, its gradients, its terms and the numbers of each example, accumulated over M microbatches.
 
   Microbatch m takes every M-th row, so that rows spread over devices stay where they are.
   """
-  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   if grad_accum_steps == 1:
     (loss, (terms, per_example)), gradients = value_and_grad(params, batch, keys)
     return loss, gradients, terms, per_example
@@ -71,8 +120,10 @@ def mean_loss_and_gradients(
     (loss, aux), gradients = value_and_grad(params, *part)
     return jax.tree.map(jnp.add, total, (loss, gradients)), aux
 
-  zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-  total, (terms, per_example) = jax.lax.scan(add_part, zero, jax.tree.map(split, (batch, keys)))
+  parts = jax.tree.map(split, (batch, keys))
+  (loss, _), gradients = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda rows: rows[0], parts))
+  zero = jax.tree.map(jnp.zeros_like, (loss, gradients))
+  total, (terms, per_example) = jax.lax.scan(add_part, zero, parts)
   loss, gradients = jax.tree.map(lambda x: x / grad_accum_steps, total)
   return loss, gradients, jax.tree.map(jnp.mean, terms), jax.tree.map(join, per_example)
 
@@ -111,20 +162,24 @@ def train_step(
 
   Returns:
     The state after n + 1 steps, and its scalars: loss and grad_norm (before clipping) of this step, learning_rate,
-    ema_decay, the fields of `Counts`, where the loss has several terms each of them as loss/NAME, and the means of the
-    numbers of each example as mean/NAME.
+    ema_decay, the fields of `Counts`, where the loss has several terms each of them as loss/NAME, the means of the
+    numbers of each example as mean/NAME, and what `CombiningObjective.combine` says as combined/NAME.
   """
   keys = example_keys(seed, state.step, batch["index"])
-  loss_of = wrap_loss(objective.loss)
+  wrapped = wrap_loss(objective.loss)
 
-  def loss_fn(params: Params, batch: Batch, keys: jax.Array) -> tuple[jax.Array, tuple[Terms, PerExample]]:
-    terms, per_example = loss_of(params, state.extra, frozen, batch, keys)
-    return functools.reduce(jnp.add, terms.values()), (terms if len(terms) > 1 else {}, per_example)
+  def loss_of(params: Params, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
+    return wrapped(params, state.extra, frozen, batch, keys)
 
-  loss, gradients, terms, per_example = mean_loss_and_gradients(loss_fn, state.params, batch, keys, grad_accum_steps)
-  means = jax.tree.map(jnp.mean, per_example)
+  combines = isinstance(objective, CombiningObjective)
+  value_and_grad = gradients_apart(loss_of, objective.apart(state.extra)) if combines else gradient_of_sum(loss_of)
+  loss, gradients, terms, per_example = mean_loss_and_gradients(
+    value_and_grad, state.params, batch, keys, grad_accum_steps
+  )
+  means = {name: jnp.mean(numbers) for name, numbers in per_example.items() if numbers.ndim == 1}
   if axis_name is not None:
     loss, gradients, terms, means = jax.lax.pmean((loss, gradients, terms, means), axis_name)
+  gradients, combined = objective.combine(gradients, state.extra) if combines else (gradients, {})
   grad_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -150,6 +205,7 @@ def train_step(
     **{field.name: getattr(counts, field.name) for field in dataclasses.fields(counts)},
     **{f"loss/{name}": term for name, term in terms.items()},
     **{f"mean/{name}": mean for name, mean in means.items()},
+    **{f"combined/{name}": number for name, number in combined.items()},
   }
   new_state = TrainState(state.step + 1, params, ema, opt_state, counts, optax.tree.where(finite, extra, state.extra))
   return new_state, metrics

@@ -22,10 +22,11 @@ from ddpm_jax.data.labels import listed
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import Params, TrainableNetwork, null_label
+from ddpm_jax.models.build import AutoencoderNetwork, Params, TrainableNetwork, null_label
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers, file
+from ddpm_jax.weights import first_stage as stages
 from ddpm_jax.weights.load import Weights, identity_of, load_weights
 from ddpm_jax.weights.names import from_flat, to_flat
 from ddpm_jax.workdir import layout
@@ -93,7 +94,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
     config, image_shape, classes = file.describe(place)
-    return WeightSource(place, "file", _settings_of(config), image_shape, classes)
+    kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}  # in the file, too
+    return WeightSource(place, "file", _settings_of(config) | kept, image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
     settings, image_shape, classes = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
@@ -103,14 +105,21 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config = layout.load_config(place)
     if config.model.stage == "classifier":
       raise UserError(f"{place} holds a classifier, which draws nothing; name it as --classifier of a draw")
-    return WeightSource(place, "workdir", _settings_of(config), None, _classes_of(config, place))
+    if config.model.stage == "autoencoder":
+      raise UserError(f"{place} holds an autoencoder, which draws nothing; name it as --first_stage")
+    # Its first stage lies in the workdir, wherever it came from.
+    kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}
+    return WeightSource(place, "workdir", _settings_of(config) | kept, None, _classes_of(config, place))
   if (place / file.NAME).exists():
     raise UserError(f"{place} holds {file.NAME}; name that file")
   raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
 
 
 def read_params(
-  config: Config, image_shape: ImageShape | None = None, classes: Sequence[str] = ()
+  config: Config,
+  image_shape: ImageShape | None = None,
+  classes: Sequence[str] = (),
+  first_stage: AutoencoderNetwork | None = None,
 ) -> tuple[Params, ImageShape]:
   """The weights of `config.exchange.init_from`. All processes must call it.
 
@@ -118,6 +127,7 @@ def read_params(
     config: of the run.
     image_shape: of the images that the run draws; None: of those that the weights were trained on.
     classes: names of all that a conditional run will be trained with; empty: those of the weights.
+    first_stage: of a latent model; None: pixels.
 
   Returns:
     A tree of float32 NumPy arrays that fits the network of `config`, and the shape of the images.
@@ -126,7 +136,7 @@ def read_params(
     UserError: if they cannot be read, do not fit (all that do not are named), or differ among the processes.
   """
   try:
-    params, shape = _read(config, inspect_source(config.exchange.init_from), image_shape, classes)
+    params, shape = _read(config, inspect_source(config.exchange.init_from), image_shape, classes, first_stage)
   except UserError as error:
     raise UserError(f"init_from: {error}") from error
   digest = np.frombuffer(bytes.fromhex(arrays_sha256(to_flat(params), "")), np.uint8)
@@ -138,7 +148,11 @@ def read_params(
 
 
 def _read(
-  config: Config, source: WeightSource, image_shape: ImageShape | None, classes: Sequence[str]
+  config: Config,
+  source: WeightSource,
+  image_shape: ImageShape | None,
+  classes: Sequence[str],
+  first_stage: AutoencoderNetwork | None,
 ) -> tuple[Params, ImageShape]:
   if source.kind != "workdir":
     for name in config_lib.NAMES_WEIGHTS:
@@ -151,13 +165,13 @@ def _read(
     shape = shape or theirs.run.image_shape
     arrays = to_flat(jax.tree.map(gather, theirs.params))
     try:
-      params = from_flat(arrays, model, shape)
+      params = from_flat(arrays, model, first_stage.latent_shape(shape) if first_stage else shape)
     except UserError as error:
       raise UserError(f"{source.path}: {error}") from None
   else:
     assert shape is not None  # the others say it
     reader = diffusers if source.kind == "diffusers" else file
-    params = reader.read_params(source.path, model, shape)
+    params = reader.read_params(source.path, model, first_stage.latent_shape(shape) if first_stage else shape)
   return _with_labels(params, model, config.model, source.classes, classes or source.classes), shape
 
 
@@ -245,8 +259,11 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
   if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
     return load_weights(config, workdir, network)
-  params, image_shape = read_params(config)
-  run = build_run(config, image_shape, make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision))
+  named = config.diffusion.first_stage
+  theirs = stages.read_named(named, config) if named else None
+  params, image_shape = read_params(config, first_stage=theirs and theirs.network)
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  run = build_run(config, image_shape, mesh, stage=theirs and theirs.fixed(image_shape))
   params = run.place(params)
   classes = inspect_source(config.exchange.init_from).classes
   return Weights(run, params, 0, config.sample.sample_weights, identity_of(manifest.describe(params)), classes=classes)
@@ -268,8 +285,17 @@ def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) 
       guide = _weights_of_workdir(theirs, pathlib.Path(text)) if is_run else _find_weights(theirs, None)
     check_guide(weights, guide)
   except UserError as error:
-    raise UserError(f"guide_with: {text}: {str(error).removeprefix('init_from: ')}") from None
+    raise _of_guide("guide_with", text, error) from None
   return guide
+
+
+def _of_guide(option: str, text: str, error: UserError) -> UserError:
+  """What is wrong with the model that an option names, which the message says once."""
+  message = str(error)
+  for name in ("init_from", "workdir", "checkpoint"):
+    message = message.removeprefix(f"{name}: ")
+  said = pathlib.Path(text).is_absolute() and text in message
+  return UserError(f"{option}: {message}" if said else f"{option}: {text}: {message}")
 
 
 def find_classifier(text: str, weights: Weights) -> Weights:
@@ -284,6 +310,8 @@ def find_classifier(text: str, weights: Weights) -> Weights:
   """
   try:
     place = pathlib.Path(absolute(text))
+    if not layout.holds_run(place):
+      raise UserError("there is no run; name the workdir of a classifier, see --stage")
     config = layout.load_config(place)
     if config.model.stage != "classifier":
       raise UserError("it holds a model to draw with; name the workdir of a classifier, see --stage")
@@ -292,7 +320,7 @@ def find_classifier(text: str, weights: Weights) -> Weights:
     classifier = load_weights(config_lib.override(config, newest | parallel), place)
     _check_alike(weights, classifier, classes=weights.run.conditional)
   except UserError as error:
-    raise UserError(f"classifier: {text}: {str(error).removeprefix('init_from: ')}") from None
+    raise _of_guide("classifier", text, error) from None
   return classifier
 
 
@@ -311,6 +339,8 @@ def _check_alike(weights: Weights, other: Weights, *, classes: bool) -> None:
     raise UserError("it is of images of {}, the model of {}; name another".format(*shapes))
   if not np.array_equal(theirs.schedule.alpha_bar, ours.schedule.alpha_bar):
     raise UserError("its noise schedule is not that of the model; name one that was trained with the same")
+  if theirs.first_stage_facts != ours.first_stage_facts:
+    raise UserError("its first stage is not that of the model; name one that was trained with the same")
   if classes and other.class_names != weights.class_names:
     its, those = listed(other.class_names), listed(weights.class_names) or "none"
     raise UserError(f"its classes are {its}, those of the model {those}; name another")

@@ -23,6 +23,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import Params, TrainableNetwork
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import Run, build_run
+from ddpm_jax.weights.stage_folder import read_kept
 from ddpm_jax.workdir import layout, lock
 
 
@@ -71,12 +72,15 @@ def load_weights(config: Config, workdir: pathlib.Path, network: TrainableNetwor
   if not folder.is_dir():
     raise UserError(_missing(name, workdir))
   mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  first_stage = read_kept(workdir) if config.diffusion.first_stage else None
   with contextlib.closing(Checkpoints(folder)) as checkpoints:
     only = int(name) if name.isdecimal() else None
     candidates = checkpoints.candidates(on_corrupt=config.train.on_corrupt, only=only)
     for candidate in candidates:
       resume.check_config(candidate.manifest, config, workdir, once_trained=True)
-      run = build_run(config, tuple(candidate.manifest["image_shape"]), mesh, network)
+      image_shape = tuple(candidate.manifest["image_shape"])
+      run = build_run(config, image_shape, mesh, network, first_stage and first_stage.fixed(image_shape))
+      resume.check_first_stage(candidate.manifest, run, workdir)
       state = candidate.restore(run.abstract_state)
       if state is not None:
         break

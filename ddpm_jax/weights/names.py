@@ -135,7 +135,15 @@ def to_flat(params: Params) -> dict[str, np.ndarray]:
 
 def from_flat(tensors: Mapping[str, np.ndarray], model: ModelConfig, image_shape: tuple[int, int, int]) -> Params:
   """The inverse of `to_flat`, for that network. Raises UserError as `from_diffusers`."""
-  shapes = param_shapes(model, image_shape)
+  return _from_flat(tensors, param_shapes(model, image_shape))
+
+
+def from_flat_as(tensors: Mapping[str, np.ndarray], abstract: Params) -> Params:
+  """The inverse of `to_flat`, for a tree of these shapes. Raises UserError as `from_diffusers`."""
+  return _from_flat(tensors, {path: leaf.shape for path, leaf in leaves_of(abstract).items()})
+
+
+def _from_flat(tensors: Mapping[str, np.ndarray], shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> Params:
   check_shapes(tensors, {".".join(path): shape for path, shape in shapes.items()})
   return tree_of({path: tensors[".".join(path)] for path in shapes})
 

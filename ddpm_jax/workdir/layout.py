@@ -23,7 +23,7 @@ from ddpm_jax.workdir.storage import size_text, write_whole
 # Everything that a run writes, by name. Whatever else lies in a workdir (a log, lost+found, .DS_Store) is not touched.
 WRITTEN = re.compile(
   r"config\.json|flags\.txt|classes\.json|metrics\.jsonl|loss\.png|report\.html|stuck\.\d+\.txt|"
-  r"lock|checkpoints|best|damaged|earlier|samples|eval|tensorboard|profile|wandb_id\.txt"
+  r"lock|first_stage|perceptual\.safetensors|checkpoints|best|damaged|earlier|samples|eval|tensorboard|profile|wandb_id\.txt"
 )
 # Backslashes, and patterns of shells: Orbax writes elsewhere, or cannot read what it wrote, without an error.
 _NOT_IN_PATHS = "\\*?["

@@ -14,16 +14,19 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import UserError
 from ddpm_jax.training.setup import build_run, make_train_step
-from ddpm_jax.training.step import abstract_batch
+from ddpm_jax.training.state import create_state
+from ddpm_jax.training.step import abstract_batch, train_step
 from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
+CLASSIFIER = dict(stage="classifier", num_classes=3, weight_decay=0.05, lr_schedule="linear", num_steps=20)
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -41,18 +44,23 @@ def train(mode, **changes):
     with jax.transfer_guard("disallow"):
       state, metrics, agreed = step(state, batch, command)
     assert bool(to_host(agreed)) == (i == STEPS - 1)
-    rows.append([float(to_host(metrics[name])) for name in ("loss", "grad_norm")])
+    rows.append([float(to_host(metrics[name])) for name in _told(run)])
   return state, np.asarray(rows), run
 
 
+def _told(run):
+  return ("loss", "grad_norm", *(("mean/accuracy",) if run.config.model.stage == "classifier" else ()))
+
+
 @functools.cache
-def one_device(num_classes):
-  run = tiny_run(tiny_config(**(CONDITIONAL if num_classes else {})))
+def one_device(kind):
+  run = tiny_run(tiny_config(**{"plain": {}, "conditional": CONDITIONAL, "classifier": CLASSIFIER}[kind]))
   device = jax.devices()[0]
   state, step, rows = jax.device_put(host(run.initial_state()), device), jax.jit(make_train_step(run)), []
   for i in range(STEPS):
-    state, metrics = step(state, jax.device_put(random_batch(seed=i, classes=num_classes), device))
-    rows.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+    batch = random_batch(seed=i, classes=run.config.model.num_classes)
+    state, metrics = step(state, jax.device_put(batch, device))
+    rows.append([float(metrics[name]) for name in _told(run)])
   assert state.step.devices() == {device}
   return host(state), np.asarray(rows)
 
@@ -72,17 +80,19 @@ def test_what_computes_attention_follows_from_the_devices(platform, capability, 
 
 
 @pytest.mark.parametrize(
-  ("mode", "changes"),
+  ("mode", "kind", "changes"),
   [
-    ("pmap", {}),
-    ("fsdp", CONDITIONAL),
-    ("pmap", CONDITIONAL | {"grad_accum_steps": 2}),
-    ("fsdp", {"grad_accum_steps": 2}),
+    ("pmap", "plain", {}),
+    ("fsdp", "conditional", CONDITIONAL),
+    ("pmap", "conditional", CONDITIONAL | {"grad_accum_steps": 2}),
+    ("fsdp", "plain", {"grad_accum_steps": 2}),
+    ("pmap", "classifier", CLASSIFIER | {"grad_accum_steps": 2}),
+    ("fsdp", "classifier", CLASSIFIER),
   ],
 )
-def test_eight_devices_are_one(mode, changes):
+def test_eight_devices_are_one(mode, kind, changes):
   state, rows, run = train(mode, **changes)
-  one_state, one_rows = one_device(run.config.model.num_classes)
+  one_state, one_rows = one_device(kind)
   assert run.mesh.num_devices == 8
   np.testing.assert_allclose(rows, one_rows, rtol=2e-5)
   # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.
@@ -110,6 +120,41 @@ def test_gradients_of_bfloat16_activations_are_summed_over_the_devices_in_float3
   state = jax.device_put(params, mesh.state_shardings(jax.ShapeDtypeStruct(params.shape, params.dtype)))
   gradient, *_ = mesh.compile(step, state)(state, mesh.put_batches([{"rows": rows}]), mesh.put_step_command())
   np.testing.assert_array_equal(np.asarray(gradient)[:, 0], rows.mean(axis=0))
+
+
+@pytest.mark.parametrize(("mode", "updates"), [("pmap", 1), ("fsdp", 1), ("pmap", 3)])
+def test_what_is_frozen_is_an_argument_of_the_step(mode, updates):
+  """SGD on |params - mean row * teacher|^2, by hand; another teacher needs no other program."""
+
+  class Regression:
+    def loss(self, params, extra, frozen, batch, keys):
+      rows = jnp.mean(batch["image"].astype(jnp.float32), axis=(1, 2, 3))[:, None]
+      return {"square": jnp.mean((params["w"][None] - rows * frozen["teacher"]["v"][None]) ** 2) * 8}, {}
+
+    def update_extra(self, extra, per_example):
+      return extra
+
+  mesh, optimizer = make_mesh(mode), optax.with_extra_args_support(optax.sgd(0.25))
+  teachers = [{"teacher": {"v": np.random.default_rng(seed).normal(size=8).astype(np.float32)}} for seed in (0, 1)]
+
+  def step(state, batch, *, axis_name, frozen):
+    wanted = dict(objective=Regression(), optimizer=optimizer, learning_rate=lambda n: 0.25, ema_decay=0.9)
+    return train_step(state, frozen, batch, seed=0, axis_name=axis_name, wrap_loss=mesh.wrap_loss, **wanted)
+
+  batches, programs = [random_batch(seed=i) for i in range(updates)], set()
+  for teacher in teachers:
+    shapes = jax.eval_shape(lambda: create_state({"w": jnp.zeros(8)}, optimizer))
+    compiled = mesh.compile(step, shapes, max_steps=updates, arguments={"frozen": mesh.place(teacher)})
+    state = mesh.place(host(create_state({"w": jnp.zeros(8)}, optimizer)))
+    inputs = mesh.put_batches(batches, max_steps=updates), mesh.put_step_command(updates)
+    programs.add(compiled.lower(state, *inputs).as_text())
+    with jax.transfer_guard("disallow"):
+      state, *_ = compiled(state, *inputs)
+    w = np.zeros(8)
+    for batch in batches:
+      w -= 0.25 * 2 * (w - batch["image"].mean() * teacher["teacher"]["v"])
+    np.testing.assert_allclose(host(state.params)["w"], w, rtol=1e-5)
+  assert len(programs) == 1
 
 
 def test_where_the_state_lies():

@@ -285,10 +285,11 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(changes):
     loss = loss_of(make_objective(run), batch, keys, params)
     return loss, ({"half": loss / 2}, {"index": batch["index"]})
 
+  value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
   batch = jax.tree.map(jnp.asarray, random_batch(classes=run.config.model.num_classes))
   keys = step_lib.example_keys(0, jnp.asarray(7), batch["index"])
   whole, parts = (
-    jax.jit(lambda n: step_lib.mean_loss_and_gradients(loss_fn, params, batch, keys, n), static_argnums=0)(n)
+    jax.jit(lambda n: step_lib.mean_loss_and_gradients(value_and_grad, params, batch, keys, n), static_argnums=0)(n)
     for n in (1, 4)
   )
   chex.assert_trees_all_close(parts, whole, rtol=2e-3, atol=1e-5)
