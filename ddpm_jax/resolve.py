@@ -68,6 +68,11 @@ def needs_workdir(mode: str, given: dict[str, Any]) -> bool:
 _OF_STAGES = {("autoencoder", "evaluate"), ("autoencoder", "export")}
 
 
+def _a(stage: str) -> str:
+  """The stage with its article."""
+  return f"{'an' if stage == 'autoencoder' else 'a'} {stage}"
+
+
 def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None) -> Config:
   """The config of a command.
 
@@ -84,11 +89,13 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
   if run:
     layout.check_own(run.folder, {}, ("network", "objective") if mode == "train" else ("network",))
   stage = run.config.model.stage if run else "denoiser"
+  if run and given.get("stage", stage) != stage:
+    raise UserError(f"stage: {run.folder} holds {_a(stage)}, and no {given['stage']}; use another --workdir")
   if run and stage != "denoiser" and not rules.new_run and (stage, mode) not in _OF_STAGES:
-    article, option = ("an", "first_stage") if stage == "autoencoder" else ("a", "classifier")
+    option = "first_stage" if stage == "autoencoder" else "classifier"
     measured = "; --mode=evaluate measures it" if stage == "autoencoder" else ""
     raise UserError(
-      f"mode: {mode} is of models that draw, and {run.folder} holds {article} {stage}; name the workdir of such a "
+      f"mode: {mode} is of models that draw, and {run.folder} holds {_a(stage)}; name the workdir of such a "
       f"model, and this one as --{option}{measured}"
     )
   given = _settled(given, run)

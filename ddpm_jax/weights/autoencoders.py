@@ -355,17 +355,18 @@ def _read_file(path: pathlib.Path, size: tuple[int, int] | None) -> AutoencoderW
       raise UserError(f"image_shape: {shape!r} is none")
     height, width, channels = shape
     network = autoencoder_of_settings(facts.get("autoencoder"), (height, width, channels))
-    image_shape = (*(size or (height, width)), channels)
+    rows, columns = size or (height, width)
+    image_shape = (rows, columns, channels)
     levels = [height >> level for level in range(len(network.model.channel_multipliers))]
-    moved = [image_shape[0] >> levels.index(row) for row in network.model.attention_resolutions if row in levels]
+    moved = [rows >> levels.index(row) for row in network.model.attention_resolutions if row in levels]
     settings = autoencoder_settings(network) | {"attention_resolutions": moved}
     network = autoencoder_of_settings(settings, image_shape)
-    rows = autoencoder_table(network, image_shape)
-    check_shapes(arrays, {".".join(row.path): row.shape for row in rows})
+    table = autoencoder_table(network, image_shape)
+    check_shapes(arrays, {".".join(row.path): row.shape for row in table})
     mean, std = (_latents(facts, name, network.model.latent_channels) for name in ("mean", "std"))
     if mean is None or std is None or not (std > 0).all():
       raise UserError("mean, std: they are not those of latents")
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
-  params = tree_of({row.path: arrays[".".join(row.path)] for row in rows})
+  params = tree_of({row.path: arrays[".".join(row.path)] for row in table})
   return AutoencoderWeights(network, params, image_shape, mean, std)

@@ -10,7 +10,7 @@ def installed(*names: str) -> bool:
 
 
 collect_ignore_glob = [] if installed("torch", "diffusers") else ["test_diffusers.py", "test_autoencoders.py"]
-collect_ignore_glob += [] if installed("torch", "torchvision", "lpips") else ["test_lpips.py"]
+collect_ignore_glob += [] if installed("torch", "lpips") else ["test_lpips.py"]
 collect_ignore_glob += [] if installed("wandb") else ["test_wandb.py"]
 collect_ignore_glob += [] if installed("webdataset", "datasets") else ["test_packed.py"]
 collect_ignore_glob += [] if installed("uharfbuzz") else ["test_emoji.py"]
