@@ -118,7 +118,6 @@ OTHER = {
   "prediction": "v",
   "loss": "l2",
   "loss_weighting": "min_snr",
-  "first_stage": "/data/first stage",
   "variance": "fixed_small",
   "channels": 128,
   "channel_multipliers": (1, 1, 2, 2, 4, 4),
@@ -222,6 +221,7 @@ OTHER_TASKS = [
   OTHER | {"write_reference": "/data/out of it.npz"},
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
   {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
+  {"first_stage": "/data/first stage", "prediction": "v"},
   {"stage": "classifier", "num_classes": 12, "loss": "l2"},
   {
     "stage": "autoencoder",
@@ -367,8 +367,11 @@ CONTRADICTIONS = [
   ({"label_dropout": 0.1}, ("label_dropout", "0.1", "conditioning=none", "--conditioning=class")),
   ({"guidance_scale": ()}, ("guidance_scale", "empty", "use 1")),
   ({"guidance_scale": (1.0, 2.0, 2.0)}, ("guidance_scale", "1.0,2.0,2.0", "once")),
-  ({"measures": ("classes",)}, ("measures", "classes", "--conditioning=class", "leave it out")),
-  ({"evaluate_labels": "uniform"}, ("evaluate_labels", "uniform", "conditioning=none", "leave it out")),
+  ({"classifier": "", "measures": ("classes",)}, ("measures", "classes", "--conditioning=class", "leave it out")),
+  (
+    {"classifier": "", "evaluate_labels": "uniform"},
+    ("evaluate_labels", "uniform", "conditioning=none", "leave it out"),
+  ),
   ({"guidance_interval": (0.2, 1.0)}, ("guidance_interval", "0.2,1.0", "guidance_scale=1")),
   ({"guide_with": "raw"}, ("guide_with", "raw", "guidance_scale=1")),
   ({"classifier": "", "classifier_scale": 2.0}, ("classifier_scale", "2.0", "--classifier")),
@@ -395,7 +398,6 @@ CONTRADICTIONS = [
   (AUTOENCODER | {"codebook_size": 9}, ("codebook_size", "9", "regularizer=kl", "--regularizer=vq")),
   (AUTOENCODER | {"regularizer": "vq", "kl_weight": 0.5}, ("kl_weight", "0.5", "regularizer=vq", "--regularizer=kl")),
   (AUTOENCODER | {"perceptual_weight": 2.0}, ("perceptual_weight", "2.0", "perceptual=none", "--perceptual=lpips")),
-  (AUTOENCODER | {"lpips_weights": "f"}, ("lpips_weights", "f", "perceptual=none", "--perceptual=lpips")),
   (AUTOENCODER | {"perceptual": "lpips"}, ("lpips_weights", "missing", "--perceptual=features")),
   *(
     (AUTOENCODER | {name: 2}, (name, "2", "discriminator_weight=0", "--discriminator_weight=0.5"))
