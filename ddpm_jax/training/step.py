@@ -177,10 +177,10 @@ def train_step(
   def loss_of(params: Params, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
     return wrapped(params, state.extra, frozen, batch, keys)
 
-  combines, names = isinstance(objective, CombiningObjective), ()
-  value_and_grad = gradient_of_sum(loss_of)
-  if combines:
-    apart = objective.apart(state.extra)
+  combining = objective if isinstance(objective, CombiningObjective) else None
+  value_and_grad, names = gradient_of_sum(loss_of), ()
+  if combining:
+    apart = combining.apart(state.extra)
     value_and_grad, names = gradients_apart(loss_of, apart), ("together", *apart)
   loss, gradients, terms, per_example = mean_loss_and_gradients(
     value_and_grad, state.params, batch, keys, grad_accum_steps, names
@@ -188,7 +188,7 @@ def train_step(
   means = {name: jnp.mean(numbers) for name, numbers in per_example.items() if numbers.ndim == 1}
   if axis_name is not None:
     loss, gradients, terms, means = jax.lax.pmean((loss, gradients, terms, means), axis_name)
-  gradients, combined = objective.combine(gradients, state.extra) if combines else (gradients, {})
+  gradients, combined = combining.combine(gradients, state.extra) if combining else (gradients, {})
   grad_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
