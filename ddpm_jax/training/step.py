@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,11 +100,18 @@ def gradients_apart(loss_of: LossFn, apart: Mapping[str, jax.Array]) -> Gradient
 
 
 def mean_loss_and_gradients(
-  value_and_grad: GradientFn, params: Params, batch: Batch, keys: jax.Array, grad_accum_steps: int
+  value_and_grad: GradientFn,
+  params: Params,
+  batch: Batch,
+  keys: jax.Array,
+  grad_accum_steps: int,
+  names: Sequence[str] = (),
 ) -> tuple[jax.Array, Any, Terms, PerExample]:
   """The mean loss, its gradients, its terms and the numbers of each example, accumulated over M microbatches.
 
   Microbatch m takes every M-th row, so that rows spread over devices stay where they are.
+
+  names: of the gradients, where there are several.
   """
   if grad_accum_steps == 1:
     (loss, (terms, per_example)), gradients = value_and_grad(params, batch, keys)
@@ -120,10 +127,9 @@ def mean_loss_and_gradients(
     (loss, aux), gradients = value_and_grad(params, *part)
     return jax.tree.map(jnp.add, total, (loss, gradients)), aux
 
-  parts = jax.tree.map(split, (batch, keys))
-  (loss, _), gradients = jax.eval_shape(value_and_grad, params, *jax.tree.map(lambda rows: rows[0], parts))
-  zero = jax.tree.map(jnp.zeros_like, (loss, gradients))
-  total, (terms, per_example) = jax.lax.scan(add_part, zero, parts)
+  zero_loss, zeros = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params)
+  zero = (zero_loss, dict.fromkeys(names, zeros) if names else zeros)
+  total, (terms, per_example) = jax.lax.scan(add_part, zero, jax.tree.map(split, (batch, keys)))
   loss, gradients = jax.tree.map(lambda x: x / grad_accum_steps, total)
   return loss, gradients, jax.tree.map(jnp.mean, terms), jax.tree.map(join, per_example)
 
@@ -171,15 +177,18 @@ def train_step(
   def loss_of(params: Params, batch: Batch, keys: jax.Array) -> tuple[Terms, PerExample]:
     return wrapped(params, state.extra, frozen, batch, keys)
 
-  combines = isinstance(objective, CombiningObjective)
-  value_and_grad = gradients_apart(loss_of, objective.apart(state.extra)) if combines else gradient_of_sum(loss_of)
+  combining = objective if isinstance(objective, CombiningObjective) else None
+  value_and_grad, names = gradient_of_sum(loss_of), ()
+  if combining:
+    apart = combining.apart(state.extra)
+    value_and_grad, names = gradients_apart(loss_of, apart), ("together", *apart)
   loss, gradients, terms, per_example = mean_loss_and_gradients(
-    value_and_grad, state.params, batch, keys, grad_accum_steps
+    value_and_grad, state.params, batch, keys, grad_accum_steps, names
   )
   means = {name: jnp.mean(numbers) for name, numbers in per_example.items() if numbers.ndim == 1}
   if axis_name is not None:
     loss, gradients, terms, means = jax.lax.pmean((loss, gradients, terms, means), axis_name)
-  gradients, combined = objective.combine(gradients, state.extra) if combines else (gradients, {})
+  gradients, combined = combining.combine(gradients, state.extra) if combining else (gradients, {})
   grad_norm = optax.tree.norm(gradients)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
