@@ -111,7 +111,12 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
     _check_one_model(given, folder, run)
   if not rules.new_run and folder is not None and not run and not given.get("init_from"):
     raise layout.no_run(folder)
-  config = config_lib.override(base, given)
+  try:
+    config = config_lib.override(base, given)
+  except UserError:
+    if run and rules.change is not Change.ANY:
+      _check_one_by_one(run, given)
+    raise
   if rules.change is Change.USED:
     kept = run.config.diffusion.first_stage if run else ""
     if kept and given.get("first_stage", kept) != kept:
@@ -168,6 +173,17 @@ def _check_unchanged(run: StoredRun, config: Config, *, once_trained: bool) -> N
       f"{name}: {layout.history(run)} {config_lib.flag_text(old)!r}, not {config_lib.flag_text(new)!r}; leave "
       f"--{name} out"
     )
+
+
+def _check_one_by_one(run: StoredRun, given: dict[str, Any]) -> None:
+  """Raises UserError for an option that alone may not be what it is, whatever it would mean beside the others."""
+  for _, field, old in config_lib.options(run.config):
+    new = given.get(field.name, old)
+    if run.trained and new != old and not field.metadata["may_change_once_trained"] and field.name != "dataset":
+      raise UserError(
+        f"{field.name}: {layout.history(run)} {config_lib.flag_text(old)!r}, not {config_lib.flag_text(new)!r}; leave "
+        f"--{field.name} out, or use another --workdir"
+      )
 
 
 def _check_one_model(given: dict[str, Any], folder: pathlib.Path | None, run: StoredRun | None) -> None:

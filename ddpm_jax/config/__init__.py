@@ -13,7 +13,9 @@ from ddpm_jax.config.config import (
   changed,
   check_size,
   check_variance,
+  draws_by_class,
   guided,
+  measures,
   options,
   override,
   own_images,
@@ -27,7 +29,9 @@ from ddpm_jax.config.config import (
 )
 from ddpm_jax.config.option import flag_text, height_and_width, image_size
 from ddpm_jax.config.sections import (
+  AUTOENCODER_MEASURES,
   BETA_SCHEDULES,
+  RESTARTING,
   WITHOUT_ENDS,
   AutoencoderConfig,
   DataConfig,
@@ -43,11 +47,13 @@ from ddpm_jax.config.sections import (
 from ddpm_jax.config.text import from_json, own_parts, to_flagfile, to_json, to_tree
 
 __all__ = [
+  "AUTOENCODER_MEASURES",
   "AUTO_ATTENTION",
   "BETA_SCHEDULES",
   "LEFT_TO_IMAGES",
   "NAMES_WEIGHTS",
   "OWN_IMAGES",
+  "RESTARTING",
   "WITHOUT_ENDS",
   "AutoencoderConfig",
   "Config",
@@ -63,11 +69,13 @@ __all__ = [
   "changed",
   "check_size",
   "check_variance",
+  "draws_by_class",
   "flag_text",
   "from_json",
   "guided",
   "height_and_width",
   "image_size",
+  "measures",
   "options",
   "override",
   "own_images",

@@ -12,6 +12,7 @@ from typing import Any
 
 from ddpm_jax.config.option import check_range, flag_text, image_size
 from ddpm_jax.config.sections import (
+  AUTOENCODER_MEASURES,
   WITHOUT_ENDS,
   AutoencoderConfig,
   DataConfig,
@@ -299,6 +300,11 @@ def _check_guidance(sample: SampleConfig) -> None:
       raise UserError(f"guidance_interval: {text} holds no noise level; write the lower one first, such as 0.2,1.6")
 
 
+def draws_by_class(config: Config) -> bool:
+  """Whether images are drawn by class: the model is told it, or a classifier guides."""
+  return config.data.conditioning == "class" or bool(config.sample.classifier)
+
+
 def reads_classes(config: Config) -> bool:
   """Whether training reads the class of each image."""
   return config.data.conditioning == "class" or config.model.stage == "classifier"
@@ -312,7 +318,7 @@ _WITHOUT_USE = {
   ),
   "autoencoder": (
     *("conditioning", "num_classes", "label_dropout", "prediction", "loss_weighting", "first_stage", "block"),
-    *("num_heads", "head_channels", "init_from"),
+    *("num_heads", "head_channels", "init_from", "evaluate_samples", "reference_split", "reference_stats"),
   ),
 }
 
@@ -338,7 +344,6 @@ def _check_autoencoder(config: Config) -> None:
     "codebook_size": ("regularizer", "vq", now.regularizer == "vq"),
     "kl_weight": ("regularizer", "kl", now.regularizer == "kl"),
     "perceptual_weight": ("perceptual", "lpips", now.perceptual != "none"),
-    "lpips_weights": ("perceptual", "lpips", now.perceptual == "lpips"),
     **dict.fromkeys(
       ("discriminator_start", "discriminator_warmup", "discriminator_layers"),
       ("discriminator_weight", "0.5", now.discriminator_weight > 0),
@@ -424,20 +429,44 @@ def _check_sample(sample: SampleConfig, num_timesteps: int) -> None:
     raise UserError(f"checkpoint: {sample.checkpoint!r} is unknown; use newest, best, or a number of training steps")
 
 
+def measures(config: Config) -> tuple[str, ...]:
+  """The names in --measures; where nothing is named, the defaults of the stage."""
+  named = config.evaluate.measures
+  by_default = config.model.stage == "autoencoder" and named == EvaluateConfig().measures
+  return AUTOENCODER_MEASURES if by_default else named
+
+
+def _check_measures(config: Config) -> None:
+  """Raises UserError unless what --measures names is of the stage."""
+  named, is_autoencoder = measures(config), config.model.stage == "autoencoder"
+  if not named:
+    known = AUTOENCODER_MEASURES if is_autoencoder else (*EvaluateConfig().measures, "classes", "ode")
+    raise UserError(f"measures: empty; name some of {', '.join(known)}")
+  for name in named:
+    if is_autoencoder and name not in AUTOENCODER_MEASURES:
+      raise UserError(
+        f"measures: {name} has no effect with stage=autoencoder; name some of {', '.join(AUTOENCODER_MEASURES)}"
+      )
+    if not is_autoencoder and name in AUTOENCODER_MEASURES and name != "frechet":
+      raise UserError(f"measures: {name} has no effect with stage={config.model.stage}; it is of --stage=autoencoder")
+
+
 def _check_evaluate(config: Config) -> None:
   evaluate, defaults, train = config.evaluate, EvaluateConfig(), config.train
-  if not evaluate.measures:
-    raise UserError(f"measures: empty; name some of {', '.join(defaults.measures)}, classes, ode")
+  _check_measures(config)
   for name in ("bound_timesteps", "ode_steps"):
     if getattr(evaluate, name) > config.diffusion.num_timesteps and getattr(evaluate, name) != getattr(defaults, name):
       raise UserError(
         f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
       )
-  if config.data.conditioning == "none":
+  if not draws_by_class(config):
     if "classes" in evaluate.measures:
-      raise UserError("measures: classes needs a model of --conditioning=class; leave it out")
+      raise UserError("measures: classes needs a model of --conditioning=class, or --classifier; leave it out")
     if evaluate.evaluate_labels != defaults.evaluate_labels:
-      raise UserError(f"evaluate_labels: {evaluate.evaluate_labels} has no effect with conditioning=none; leave it out")
+      raise UserError(
+        f"evaluate_labels: {evaluate.evaluate_labels} has no effect with conditioning=none and without --classifier; "
+        "leave it out"
+      )
   if evaluate.evaluate_samples == 1:
     raise UserError("evaluate_samples: 1 must be at least 2; use 0 for as many as fit")
   if evaluate.features == "inception" and not evaluate.inception_weights:
@@ -459,8 +488,8 @@ def _check_evaluate(config: Config) -> None:
     raise UserError(
       f"write_reference: {evaluate.write_reference} does not end in .npz, by which others know such files"
     )
-  if train.evaluate_every and train.best_measure not in evaluate.measures:
-    raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(evaluate.measures)}; add it")
+  if train.evaluate_every and train.best_measure not in measures(config):
+    raise UserError(f"best_measure: {train.best_measure} is none of --measures={','.join(measures(config))}; add it")
   if train.best_measure != TrainConfig().best_measure and not train.evaluate_every:
     raise UserError(f"best_measure: {train.best_measure} has no effect without --evaluate_every; set that too")
 

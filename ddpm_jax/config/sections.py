@@ -11,6 +11,8 @@ from ddpm_jax.config.option import option
 
 BETA_SCHEDULES = ("linear", "quadratic", "scaled_linear", "cosine", "sigmoid")
 WITHOUT_ENDS = ("cosine",)  # of them, those that have no use for beta_start and beta_end
+AUTOENCODER_MEASURES = ("reconstruction", "frechet", "latents")  # of --measures, those of --stage=autoencoder
+RESTARTING = ("cosine", "linear")  # learning rates that depend on --num_steps from the first step on
 
 
 # A table: each option takes as few lines as it can.
@@ -153,7 +155,8 @@ class AutoencoderConfig:
                            "network, that --mode=evaluate would train on this data set; 'none'.",
                            choices=("none", "features", "lpips"))
   perceptual_weight: float = option(1.0, "Weight of --perceptual.", above=0)
-  lpips_weights: str = option("", "The safetensors file of --perceptual=lpips, see experiments/convert_lpips.py.",
+  lpips_weights: str = option("", "The safetensors file of --perceptual=lpips, and of the LPIPS that evaluations "
+                              "measure, see experiments/convert_lpips.py.",
                               may_change=True)
   discriminator_weight: float = option(0.0, "Weight of the adversarial loss of a patch discriminator (Isola et al. "
                                        "2017), relative to the gradient of the reconstruction in the last layer (Esser "
@@ -172,14 +175,16 @@ class OptimizerConfig:
   learning_rate: float = option(2e-3, "Learning rate after the warm-up.", above=0)
   lr_schedule: str = option("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
                             "'constant_then_decay', constant up to the last --decay_fraction of the steps, then down "
-                            "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes "
-                            "on from where the decay began; with cosine the rate restarts for the added steps.",
-                            choices=("constant", "constant_then_decay", "cosine"))
+                            "to zero; 'cosine', a cosine down to zero at --num_steps; 'linear', a straight line to "
+                            "there, as of the classifiers of Dhariwal and Nichol 2021. A run that is made longer goes "
+                            "on from where the decay began; with cosine and linear the rate restarts for the added "
+                            "steps.", choices=("constant", "constant_then_decay", "cosine", "linear"))
   decay_fraction: float = option(0.4, "The fraction of --num_steps, at the end, over which the learning rate of "
                                  "constant_then_decay falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0,
                                  maximum=1)
   warmup_steps: int = option(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
-                             "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
+                             "decay begins at the rate that was reached, and the warm-up of cosine and linear takes "
+                             "half of the run.",
                              minimum=0)
   adam_b1: float = option(0.9, "beta1 of Adam: the decay of the mean gradient.", minimum=0, below=1)
   adam_b2: float = option(0.999, "beta2 of Adam: the decay of the mean square of the gradient.", minimum=0, below=1)
@@ -334,11 +339,17 @@ class EvaluateConfig:
                                      "'kid', 'score' (the Inception Score), 'precision_recall', 'density_coverage', "
                                      "'neighbours'; 'classes', the distance of each class, and which share of the "
                                      "samples the classifier of --features sees as the class that was asked for: of "
-                                     "models of --conditioning=class, with the default measures too. Of the model: "
+                                     "models of --conditioning=class and draws by --classifier, with the default "
+                                     "measures too. Of the model: "
                                      "'bound', the variational bound, and 'ode', the likelihood of the "
-                                     "probability-flow ODE, in bits/dim.",
+                                     "probability-flow ODE, in bits/dim. Of an autoencoder, all three of them by "
+                                     "default: 'reconstruction', how alike images and their reconstructions are (PSNR, "
+                                     "SSIM, and LPIPS with --lpips_weights); 'frechet', the distance between the two "
+                                     "(with --features=inception the rFID); 'latents', mean, deviation and KL of each "
+                                     "channel, or the use of the codebook.",
                                      choices=("frechet", "kid", "score", "precision_recall", "density_coverage",
-                                              "neighbours", "classes", "bound", "ode"), may_change=True)
+                                              "neighbours", "classes", "bound", "ode", "reconstruction", "latents"),
+                                     may_change=True)
   features: str = option("auto", "What images are compared by: 'inception', with --inception_weights; 'classifier', a "
                          "small one that is trained on the data set's own labels first; 'network', one that is "
                          "trained without labels; 'auto': classifier where there are labels, else network.",
@@ -362,12 +373,13 @@ class EvaluateConfig:
                                 may_change=True)
   write_reference: str = option("", "Measure nothing; write the statistics of the data set, or of --reference_split, "
                                 "into this npz file. Needs no checkpoint, and no --workdir.", may_change=True)
-  likelihood_splits: str = option("", "Splits of bound and ode, separated by commas (empty: that of the training, and "
-                                  "'test' if there is one).", may_change=True)
-  likelihood_examples: int = option(0, "Images of each split for bound and ode, evenly spaced (0: all; but with "
-                                    "--evaluate_samples=0, unless the command itself says 0 here, as many as for the "
-                                    "last evaluation; for the first one as many, from 100 to 10,000, as take about "
-                                    "three minutes).", minimum=0, may_change=True)
+  likelihood_splits: str = option("", "Splits of bound and ode, and of an autoencoder's measures, separated by commas "
+                                  "(empty: that of the training, and 'test' if there is one).", may_change=True)
+  likelihood_examples: int = option(0, "Images of each split for bound and ode, and for an autoencoder's measures, "
+                                    "evenly spaced (0: all; but with --evaluate_samples=0, unless the command itself "
+                                    "says 0 here, as many as for the last evaluation; for the first one as many, from "
+                                    "100 to 10,000, as take about three minutes, of an autoencoder from 1,000 to "
+                                    "50,000 in about ten, or all).", minimum=0, may_change=True)
   bound_timesteps: int = option(100, "Timesteps at which the bound of each image is evaluated, drawn from as many "
                                 "strata: an unbiased estimate (0: all T).", minimum=0, may_change=True)
   ode_steps: int = option(100, "Steps of Heun's method for ode, two network evaluations each, and 8 more near t = 0.",

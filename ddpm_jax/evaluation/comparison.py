@@ -16,16 +16,29 @@ from ddpm_jax.evaluation.reference import Reference, batches_of, evenly_spaced
 MOST = 10_000  # features of either side, as Naeem et al. 2020 take; Kynkäänniemi et al. 2019 take 50,000
 _LOOKED_UP = 1_000  # samples whose nearest training images are looked for
 _SHOWN, _NEAREST = 8, 7  # rows and neighbours of the picture
-# By extractor: what a number is called. Only Inception's are an FID and an Inception Score.
+# By extractor: what a number is called; "reconstruction" is the distance of images from their reconstructions. Only
+# Inception's are an FID and an Inception Score.
 NAMES = {
-  "inception": {"frechet": "fid", "kid": "kid", "score": "inception_score", "classes": "intra_fid"},
+  "inception": {
+    "frechet": "fid",
+    "kid": "kid",
+    "score": "inception_score",
+    "classes": "intra_fid",
+    "reconstruction": "rfid",
+  },
   "classifier": {
     "frechet": "classifier_distance",
     "kid": "classifier_kid",
     "score": "classifier_score",
     "classes": "classifier_intra_distance",
+    "reconstruction": "classifier_reconstruction_distance",
   },
-  "network": {"frechet": "network_distance", "kid": "network_kid", "classes": "network_intra_distance"},
+  "network": {
+    "frechet": "network_distance",
+    "kid": "network_kid",
+    "classes": "network_intra_distance",
+    "reconstruction": "network_reconstruction_distance",
+  },
 }
 # Images of the data that a measure is defined for: the k-th neighbour is another point.
 LEAST_IMAGES = {"frechet": 2, "kid": 2, "precision_recall": 4, "density_coverage": 6, "neighbours": 2}

@@ -26,7 +26,7 @@ from ddpm_jax.devices.batched import BatchedLoop
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.errors import UserError
-from ddpm_jax.evaluation import by_class, estimate, inception, likelihood, statistics
+from ddpm_jax.evaluation import by_class, estimate, inception, likelihood, reconstruction, statistics
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.comparison import LEAST_IMAGES, compare, look_up, see
 from ddpm_jax.evaluation.features import Features
@@ -34,12 +34,12 @@ from ddpm_jax.evaluation.moments import Moments
 from ddpm_jax.evaluation.network import network_features
 from ddpm_jax.evaluation.reference import Reference, is_kept, measure_reference
 from ddpm_jax.evaluation.results import earlier_results
+from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, untrained_denoiser
 from ddpm_jax.models.build import Params, build_denoiser
 from ddpm_jax.models.classifier import FEATURES
-from ddpm_jax.runtime import console, numerics
-from ddpm_jax.runtime.progress import Done, counted
-from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.runtime import numerics
+from ddpm_jax.sampling.classes import Classes, labels_among, numbers_among
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.training.setup import noise_warning
 from ddpm_jax.weights.load import Weights
@@ -57,58 +57,13 @@ _SHOWN = 64  # samples in the picture
 _WIDTHS = {"inception": inception.NUM_FEATURES, "classifier": FEATURES}  # known before there is an extractor
 
 
-@dataclasses.dataclass(frozen=True)
-class Surroundings:
-  """Where an evaluation happens, and who listens.
-
-  Attributes:
-    workdir: of the run; `eval/` in it is made.
-    beat: called after each batch with what was done. May raise `Abandoned`.
-    quiet: print nothing.
-    given: names of the flags of this command.
-    budget_s: seconds that drawing and likelihoods may take together, where their numbers are left open.
-    estimates: say first how long it will take.
-  """
-
-  workdir: pathlib.Path
-  beat: Callable[[str], None]
-  quiet: bool
-  given: frozenset[str] = frozenset()
-  budget_s: float = 600.0
-  estimates: bool = False
-
-  @property
-  def cache(self) -> pathlib.Path:
-    """What may be deleted, and is then computed again."""
-    return self.workdir / "eval" / "cache"
-
-  def say(self, line: str) -> None:
-    """Prints it."""
-    if not self.quiet:
-      console.say(line)
-
-  @contextlib.contextmanager
-  def counted(self, task: str, what: str, total: int) -> Iterator[Done]:
-    """A progress bar that also beats: a function of how many of `what` are done in which task."""
-    with counted(what, total=total, quiet=self.quiet) as (done, _):
-
-      def done_and_beat(number: float, text: str = "") -> None:
-        text = text or f"{task}: {what} {number}/{total}"
-        done(number, text)
-        self.beat(text)
-
-      yield done_and_beat
-
-
-class Abandoned(Exception):
-  """An evaluation that was asked to stop; what it drew so far is kept."""
-
-
 def measurable(config: Config, train: Source) -> tuple[Config, str]:
   """The features that are meant, and what can be measured, where nothing particular is asked for.
 
   As `_measurable_with_features`, `statistics.measurable` and `by_class.measurable`.
   """
+  if config.model.stage == "autoencoder":
+    return _measurable_of_autoencoder(config, train)
   kept, line = _measurable_with_features(config, train)
   kept, more = statistics.measurable(kept, asked=config)
   kept, last = by_class.measurable(kept, asked=config)
@@ -144,6 +99,23 @@ def _measurable_with_features(config: Config, train: Source) -> tuple[Config, st
   return config_lib.override(config, {"measures": measures}), f"left out: {left_out} ({reason})"
 
 
+def _measurable_of_autoencoder(config: Config, train: Source) -> tuple[Config, str]:
+  """As `_measurable_with_features`, with the measures of an autoencoder where nothing is named."""
+  names = config_lib.measures(config)
+  by_default = names != config.evaluate.measures
+  config = config_lib.override(config, {"measures": names})
+  if "frechet" not in names:
+    return config, ""
+  config, reason = _choose_features(config, train)
+  if not reason or not by_default:
+    return config, ""
+  if config.train.evaluate_every:
+    raise UserError(reason)
+  return config_lib.override(
+    config, {"measures": tuple(name for name in names if name != "frechet")}
+  ), f"left out: frechet ({reason})"
+
+
 def _choose_features(config: Config, train: Source) -> tuple[Config, str]:
   """The settings with a kind of features instead of 'auto', and why there are none, empty if there are."""
   auto = config.evaluate.features == "auto"
@@ -156,26 +128,32 @@ def _choose_features(config: Config, train: Source) -> tuple[Config, str]:
   return config_lib.override(config, {"features": "classifier"}), ""
 
 
-def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
-  """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training.
+def check(config: Config, workdir: pathlib.Path, train: Source, weights: Weights) -> Config:
+  """Raises UserError for what would otherwise be found out hours later.
+
+  Args:
+    config: the settings.
+    workdir: of the run.
+    train: the images of the training.
+    weights: of the model; of no matter are what they have learnt, and their values.
 
   Returns:
     The settings with what can be measured.
   """
   config, _ = measurable(config, train)
   options = config.evaluate
+  if config.model.stage == "autoencoder":
+    if "frechet" in options.measures:
+      _check_features(config, train)
+    reconstruction.check(config, workdir, dict(_splits(config, train)))
+    return config
   if _needs_samples(config):
+    by_class.asked_for(config, weights, train)
     number = options.evaluate_samples or estimate.LEAST
     check_room(
       "evaluate_samples", workdir, train.image_shape, number, copies=len(config.sample.guidance_scale)
     )  # those of all scales are kept until the end
-    match options.features:
-      case "inception":
-        inception.read_weights(options.inception_weights)
-      case "classifier":
-        _check_labels(train)
-      case _ if "score" in options.measures:
-        raise UserError("measures: score needs classes, which features=network has none of; leave it out")
+    _check_features(config, train)
     reference, in_file = _split(config, train, options.reference_split), None
     if _reads_statistics(options):
       stats = statistics.read_statistics(options.reference_stats)
@@ -184,22 +162,32 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
     _check_numbers(config, train, reference, number, in_file)
   if any(name in options.measures for name in _LIKELIHOODS):
     for _, source in _splits(config, train):
-      _check_given(config, source)
+      _check_given(weights.class_names, source)
   return config
 
 
-def _check_given(config: Config, source: Source) -> None:
-  """Raises UserError if the likelihood of images given their classes is asked for, and the model cannot know these."""
-  known = config.model.num_classes
-  labels = by_class.labels_of(source) if known else None
+def _check_features(config: Config, train: Source) -> None:
+  options = config.evaluate
+  match options.features:
+    case "inception":
+      inception.read_weights(options.inception_weights)
+    case "classifier":
+      _check_labels(train)
+    case _ if "score" in options.measures:
+      raise UserError("measures: score needs classes, which features=network has none of; leave it out")
+
+
+def _check_given(names: Sequence[str], source: Source) -> None:
+  """Raises UserError if the likelihood of images given their classes is asked for, and the model cannot know these.
+
+  names: of the classes of the model; empty, if it is unconditional.
+  """
+  labels = labels_among(names, source) if names else None
   what = "the likelihood of a conditional model is that of images given their classes"
-  if known and labels is None:
+  if names and labels is None:
     raise UserError(f"measures: {what}, and {source.name} has none; leave bound and ode out")
-  if labels is not None and labels.max() >= known:
-    raise UserError(
-      f"measures: {what}, and {source.name} has {labels.max() + 1}, of which the model knows {known}; use images of "
-      "its classes"
-    )
+  if labels is not None and labels.min() < 0:
+    raise UserError(f"measures: {what}: {by_class.strangers(names, source)}")
 
 
 def _check_labels(source: Source) -> None:
@@ -258,8 +246,26 @@ def evaluate(
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     "version": ddpm_jax.__version__,
     **numerics.surroundings(),
-    "warnings": [warning] if (warning := noise_warning(weights.run)) else [],
   }
+  is_autoencoder = config.model.stage == "autoencoder"
+  found, pictures = (_of_autoencoder if is_autoencoder else _of_model)(config, weights, train, around)
+  return result | found | {"seconds": round(time.perf_counter() - began, 1)}, pictures
+
+
+def _of_autoencoder(
+  config: Config, weights: Weights, train: Source, around: Surroundings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """See `reconstruction.measure`."""
+  is_compared = "frechet" in config.evaluate.measures
+  features = _features(config, weights.run.mesh, train, around) if is_compared else None
+  return reconstruction.measure(config, weights, dict(_splits(config, train)), features, around)
+
+
+def _of_model(
+  config: Config, weights: Weights, train: Source, around: Surroundings
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Parts of the result, and pictures, of a model that draws."""
+  result: dict[str, Any] = {"warnings": [warning] if (warning := noise_warning(weights.run)) else []}
   pictures: dict[str, np.ndarray] = {}
   features = classes = None
   source, needed = train, []
@@ -287,7 +293,7 @@ def evaluate(
       result[kind] = {split: likelihood_of(source) for split, source in splits.items()}
     for drawn in draws:  # not before: all that follows a draw may be stopped too, and then needs the images again
       drawn.forget()
-  return result | {"seconds": round(time.perf_counter() - began, 1)}, pictures
+  return result, pictures
 
 
 def _settle(
@@ -360,7 +366,9 @@ def _samples(
   """
   options, size = config.evaluate, config.evaluate.evaluate_batch_size
   reference, description = _compared_with(config, source, features, train, around)
-  labels = by_class.labels_of(source) if "classes" in options.measures and "file" not in description else None
+  names = classes.names if classes is not None and "classes" in options.measures else ()
+  labels = labels_among(names, source) if names and "file" not in description else None
+  numbers = numbers_among(names, train) if names else None
   data, own = Data(source, reference, description.get("sha256", source.fingerprint), labels), None
   if "neighbours" in options.measures:
     # What could be remembered is what was trained on.
@@ -370,7 +378,7 @@ def _samples(
   found, compared, pictures = [], [], {}
   for scale, drawn in zip(scales, draws, strict=True):
     of_scale = f" with guidance {scale:g}" if len(draws) > 1 else ""
-    one, shown = _of_draw(config, features, data, own, classes, of_classes, around, drawn, of_scale)
+    one, shown = _of_draw(config, features, data, own, classes, numbers, of_classes, around, drawn, of_scale)
     found.append(one)
     how = {name: drawn.settings[name] for name in _OF_GUIDANCE if name in drawn.settings}
     compared.append({"guidance_scale": scale} | how | {name: part for name, part in one.items() if name != "samples"})
@@ -386,7 +394,7 @@ def _samples(
       features,
       data,
       own,
-      labelled=(train, weights.class_names) if "classes" in options.measures else None,
+      labelled=(train, names) if names else None,
       cache=around.cache,
       say=around.say,
       beat=around.beat,
@@ -404,6 +412,7 @@ def _of_draw(
   data: Data,
   own: Data | None,
   classes: Classes | None,
+  numbers: np.ndarray | None,
   of_classes: Mapping[int, Moments],
   around: Surroundings,
   drawn: Drawn,
@@ -417,6 +426,7 @@ def _of_draw(
     data: what samples are compared with.
     own: what they may be copies of; None if that is not asked for.
     classes: of the samples.
+    numbers: that the classes of the images of the training have among these.
     of_classes: the moments of the classes of the data.
     around: where.
     drawn: the draw.
@@ -441,7 +451,7 @@ def _of_draw(
     "measures": compare(options.measures, features.name, data.reference, seen),
   }
   if classes is not None and labels is not None:
-    right = by_class.seen_as(features.name, seen.probabilities, labels)
+    right = by_class.seen_as(features.name, seen.probabilities, labels, numbers)
     parts = by_class.measure(features.name, classes.names, labels, seen.by_class, of_classes, right)
     result["measures"] |= parts.values
     result["classes"] = parts.each
@@ -555,7 +565,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
   def measure(denoiser: Denoiser, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
     shared: dict[str, Any] = dict(
       source=source,
-      labels=by_class.labels_of(source) if run.conditional else None,
+      labels=labels_among(weights.class_names, source) if run.conditional else None,
       examples=examples,
       batch_size=options.evaluate_batch_size,
       mesh=run.mesh,

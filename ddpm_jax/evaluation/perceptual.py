@@ -22,6 +22,7 @@ from ddpm_jax.evaluation import trained
 from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.network import network_features, network_for
 from ddpm_jax.models import build
+from ddpm_jax.models.build import Params
 from ddpm_jax.models.classifier import Classifier, maps
 from ddpm_jax.models.lpips import feature_distance
 from ddpm_jax.runtime import console
@@ -32,16 +33,16 @@ from ddpm_jax.workdir.arrays import Arrays, UnusableError, arrays_sha256, load_a
 from ddpm_jax.workdir.storage import remedy
 
 NAME = "perceptual.safetensors"  # in the workdir
-_SMALLEST = 16  # pixels of a side that VGG16 still has some of after its last stage
+SMALLEST = 16  # pixels of a side that VGG16 still has some of after its last stage
 
 
 def check(config: Config, workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> None:
   """Raises UserError for a distance that cannot be had: weights that are missing or others, images too small."""
   if config.autoencoder.perceptual != "lpips":
     return
-  if min(image_shape[:2]) < _SMALLEST or image_shape[2] not in (1, 3):
+  if min(image_shape[:2]) < SMALLEST or image_shape[2] not in (1, 3):
     raise UserError(
-      f"perceptual: lpips is of images of at least {_SMALLEST}x{_SMALLEST} pixels in grey or colour, these are "
+      f"perceptual: lpips is of images of at least {SMALLEST}x{SMALLEST} pixels in grey or colour, these are "
       f"{'x'.join(map(str, image_shape))}; use --perceptual=features"
     )
   if not (workdir / NAME).exists():
@@ -115,6 +116,28 @@ def _made(
     features = network_features(source, **options)
   facts = {"kind": features.name, "image_shape": list(source.image_shape), "classes": features.about.get("classes", 0)}
   return dict(features.weights), facts
+
+
+def lpips_to_measure(config: Config, workdir: pathlib.Path) -> tuple[Params, str] | None:
+  """The weights of LPIPS for evaluations, and their SHA-256: those that the workdir keeps, else --lpips_weights.
+
+  Returns:
+    None where there are neither.
+
+  Raises:
+    UserError: they cannot be read.
+  """
+  if config.autoencoder.perceptual == "lpips" and (workdir / NAME).exists():
+    try:
+      arrays, _ = load_arrays(workdir / NAME)
+    except UnusableError as error:
+      raise UserError(f"perceptual: {workdir / NAME}: {error}; restore it") from None
+    params = trained.nested(arrays)
+  elif config.autoencoder.lpips_weights:
+    params = load_lpips(config.autoencoder.lpips_weights).params
+  else:
+    return None
+  return params, arrays_sha256(trained.flat(params), "")
 
 
 @contextlib.contextmanager

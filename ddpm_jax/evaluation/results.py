@@ -15,7 +15,7 @@ import numpy as np
 
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation.comparison import NAMES, near_duplicates_of
-from ddpm_jax.evaluation.summary import LIKELIHOODS, Result, columns, yardsticks
+from ddpm_jax.evaluation.summary import LIKELIHOODS, OF_AUTOENCODERS, Result, columns, numbers_of, yardsticks
 from ddpm_jax.workdir import grids
 from ddpm_jax.workdir.storage import remedy, write_whole
 
@@ -58,8 +58,9 @@ def _with_earlier(path: pathlib.Path, result: Result) -> Result:
   earlier = read_result(path)
   if earlier is None or earlier.get("weights") != result["weights"]:
     return result
-  if "samples" in result:  # all pictures are of samples
-    earlier = {name: value for name, value in earlier.items() if name not in (*_OF_SAMPLES, "pictures")}
+  if "samples" in result or "reconstruction" in result:  # all pictures are of these
+    renewed = (*_OF_SAMPLES, "reconstruction", "pictures")
+    earlier = {name: value for name, value in earlier.items() if name not in renewed}
   both = {**earlier, **result, "pictures": {**earlier.get("pictures", {}), **result["pictures"]}}
   for name in LIKELIHOODS:
     if name in earlier and name in result:
@@ -101,11 +102,14 @@ def scalars(result: Result) -> dict[str, float]:
   for name in LIKELIHOODS:
     for split, facts in result.get(name, {}).items():
       found[f"evaluation/{name}_{split}"] = facts["total"]
+  for kind in OF_AUTOENCODERS:
+    for split, facts in result.get(kind, {}).items():
+      found |= {f"evaluation/{name}_{split}": value for name, value in numbers_of(facts).items()}
   return found
 
 
 def measure_of(result: Result, measure: str) -> float:
-  """The number that `--best_measure` names; of several splits, that of the last."""
+  """The number that `--best_measure` names, of an autoencoder the distance; of several splits, that of the last."""
   return scalars(result)[f"evaluation/{_name_of(result, measure)}"]
 
 
@@ -125,7 +129,10 @@ def _name_of(result: Result, measure: str) -> str:
     prefix = "ode_" if measure == "ode" else ""
     kind = next(kind for kind in (f"{prefix}bits_per_dim", f"{prefix}latent_bits_per_dim") if kind in result)
     return f"{kind}_{list(result[kind])[-1]}"
-  return NAMES[result["features"]["name"]][measure]
+  names = NAMES[result["features"]["name"]]
+  if "reconstruction" in result:
+    return f"{names['reconstruction']}_{list(result['reconstruction'])[-1]}"
+  return names[measure]
 
 
 def keep_best(workdir: pathlib.Path, result: Result, measure: str) -> bool:

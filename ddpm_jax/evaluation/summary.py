@@ -18,13 +18,29 @@ YARDSTICKS = {
   "data": ("the data against itself has", "the data itself"),
   "noise": ("pure noise", "pure noise"),
   "untrained": ("an untrained network", "untrained network"),
+  "mean_image": ("the mean image has", "the mean image"),
+  "resized": ("images shrunk to the size of the latents have", "images shrunk to the latents' size"),
 }
 # Keys of the result. Those of latent models are of densities of latents, and not to be compared with those of pixels.
 LIKELIHOODS = ("bits_per_dim", "ode_bits_per_dim", "latent_bits_per_dim", "ode_latent_bits_per_dim")
+OF_AUTOENCODERS = ("reconstruction", "latents")  # likewise
 ARITHMETIC = ("dtype", "matmul_precision")
 _SPREADS = ("_std", "_standard_error")
 # Measures by their names in the file, or the ends of these; the names of features may stand before them.
 _TITLES = {"fid": "FID", "intra_fid": "Intra-FID", "kid": "KID", "inception_score": "Inception Score"}
+# The same of measures whose names end with a split.
+_TITLES_OF_SPLITS = {
+  "psnr": "PSNR",
+  "ssim": "SSIM",
+  "lpips": "LPIPS",
+  "rfid": "rFID",
+  "kl": "KL",
+}
+_LOWER_OF_SPLITS = (
+  *("lpips", "rfid", "classifier_reconstruction_distance", "network_reconstruction_distance"),
+  *LIKELIHOODS,
+)
+_HIGHER_OF_SPLITS = ("psnr", "ssim", "codebook_use", "codebook_perplexity")
 _LOWER = ("fid", "distance", "kid")
 _HIGHER = ("score", "precision", "recall", "density", "coverage", "accuracy")
 _ORDER = (*_LOWER, *_HIGHER)
@@ -39,7 +55,15 @@ _OF_SAMPLES = {
   "measures": ("set_size",),
 }
 # Likewise, of conditional and guided draws; those of others say nothing, or this.
-_OF_GUIDANCE = {"labels": None, "classes": [], "guidance_scale": [1.0], "guidance_interval": [], "guide_with": ""}
+_OF_GUIDANCE = {
+  "labels": None,
+  "classes": [],
+  "guidance_scale": [1.0],
+  "guidance_interval": [],
+  "guide_with": "",
+  "classifier": "",
+  "classifier_scale": 1.0,
+}
 _OF_LIKELIHOOD = {
   "bits_per_dim": ("bound", ("examples", "timesteps_per_example", *ARITHMETIC)),
   "ode_bits_per_dim": ("ODE", ("examples", "steps", "probes", *ARITHMETIC)),
@@ -89,14 +113,18 @@ def duration(seconds: float) -> str:
 
 def direction(name: str) -> str:
   """'lower' or 'higher', whichever values of a measure are better, by its name; '' if neither is known."""
-  if _rank(name, *_LOWER) < len(_LOWER) or name.startswith((*_OF_LIKELIHOOD, "near_duplicates")):
+  if _rank(name, *_LOWER) < len(_LOWER) or name.startswith((*_LOWER_OF_SPLITS, "near_duplicates")):
     return "lower"
-  return "higher" if _rank(name, *_HIGHER) < len(_HIGHER) else ""
+  is_higher = _rank(name, *_HIGHER) < len(_HIGHER) or name.startswith(_HIGHER_OF_SPLITS)
+  return "higher" if is_higher else ""
 
 
 def title_of(name: str) -> str:
   """The title of a measure, from its name in the file."""
   words = (name[:1].upper() + name[1:]).replace("_", " ")
+  first, _, split = name.partition("_")
+  if first in _TITLES_OF_SPLITS:
+    return f"{_TITLES_OF_SPLITS[first]} {split}".strip()
   return _TITLES.get(name, words.removesuffix(" kid") + (" KID" if name.endswith("_kid") else ""))
 
 
@@ -117,6 +145,9 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
     others["noise"] != rival and better == ("lower" if others["noise"] < rival else "higher") for rival in rivals
   ):
     sentence += " Noise does better than that: here this measure says nothing."
+  mean = others.get("mean_image", value)
+  if mean != value and better == ("lower" if mean < value else "higher"):
+    sentence += " The mean image does better: here reconstructions say nothing of their images."
   return sentence
 
 
@@ -167,11 +198,24 @@ def yardsticks(result: Result) -> dict[str, dict[str, float]]:
     for measure in _OF_LIKELIHOOD:
       for split in part(result, measure):
         values[f"{measure}_{split}"] = part(result, measure, split, "yardsticks").get(kind)
+    for split in part(result, "reconstruction"):
+      of_split = part(result, "reconstruction", split, "yardsticks", kind)
+      values |= {f"{name}_{split}": value for name, value in of_split.items()}
     for name, value in values.items():
       amount = finite(value)
       if amount is not None and direction(name):  # a spread, or a number of images, has no better direction
         found.setdefault(name, {})[kind] = amount
   return found
+
+
+def numbers_of(facts: Mapping[str, Any]) -> dict[str, float]:
+  """The measures of one split of an autoencoder, by name; without their standard errors."""
+  pairs = ((name, finite(value)) for name, value in facts.items())
+  return {
+    name: value
+    for name, value in pairs
+    if value is not None and name != "examples" and not name.endswith("_standard_error")
+  }
 
 
 def completed(result: Result, dtype: str) -> Result:
@@ -260,6 +304,19 @@ def columns(results: Mapping[Any, Result]) -> list[Column]:
         given = ", given the class" if "given" in part(terms) else ""
         title = "Latent bits/dim" if "latent" in kind else "Bits/dim"
         add(key, total, error, conditions, f"{kind}_{split}", title, f"{remark}, {split}{given}")
+  for key, result in results.items():
+    features = str(part(result, "features").get("name", "unknown"))
+    for kind, what in (("reconstruction", "reconstructions"), ("latents", "latents")):
+      for split in part(result, kind):
+        facts = part(result, kind, split)
+        for name, value in numbers_of(facts).items():
+          is_distance = name.endswith(("distance", "rfid"))
+          conditions = {kind: {"examples": facts.get("examples")}}
+          if is_distance:
+            conditions["features"] = {key: part(result, "features").get(key) for key in _OF_SAMPLES["features"]}
+          conditions |= {"data": result["data"]} if "data" in result else {}
+          remark = f"{what}, {split}" + (f"; features: {features}" if is_distance else "")
+          add(key, value, facts.get(f"{name}_standard_error"), conditions, f"{name}_{split}", title_of(name), remark)
   for same in found.values():
     flat = {key_text: _flat(json.loads(key_text)) for key_text in same}
     for key_text, mine in flat.items():

@@ -43,7 +43,10 @@ _VERSION = 2  # to be counted up when something else is computed
 # kind -> {"number": of images, "values": {name of a measure: value}}; of the data also "classes", as `by_class.Parts`
 Yardsticks = dict[str, dict[str, Any]]
 # Settings of a draw that an untrained network's images, and so the yardsticks, do not depend on.
-_NO_MATTER = ("checkpoint", "classes", "guidance_scale", "guidance_interval", "guide_with", "guide_sha256")
+_NO_MATTER = (
+  *("checkpoint", "classes", "guidance_scale", "guidance_interval", "guide_with", "guide_sha256"),
+  *("classifier", "classifier_scale", "classifier_sha256"),
+)
 
 
 class Data(NamedTuple):
@@ -53,7 +56,8 @@ class Data(NamedTuple):
     source: the images.
     reference: the statistics of their features; or those of `--reference_stats`, whose images are not at hand.
     identity: of what the statistics are of, a JSON value.
-    labels: of the images, int32 [N]; None where they are not known, or the statistics are of a file.
+    labels: of the images, int32 [N], see `classes.labels_among`; None where they are not known, or the statistics are
+      of a file.
   """
 
   source: Source
@@ -66,7 +70,8 @@ class Data(NamedTuple):
     """The moments of each class, see `moments_by_class`, as far as features are kept."""
     if self.labels is None:
       return {}
-    return moments_by_class(self.reference.features, self.labels[self.reference.index])
+    kept = self.labels[self.reference.index]
+    return moments_by_class(self.reference.features[kept >= 0], kept[kept >= 0])
 
 
 def untrained_denoiser(denoiser: Denoiser) -> Denoiser:
@@ -116,7 +121,7 @@ def measure_yardsticks(
   of_all = [_VERSION, known, config.data.random_flip, features.identity, sorted(names), number, drawn, schedule, MOST]
   task = json.dumps(of_all + ([labelled[1]] if labelled else []), sort_keys=True)
   path = cache / f"yardsticks-{hashlib.sha256(task.encode()).hexdigest()[:16]}.safetensors"
-  found = _from_cache(path, task, say)
+  found = from_cache(path, task, say)
   if not any_host(found is None) and found is not None:
     return found
   say("measuring the data against itself, noise, and an untrained network")
@@ -147,7 +152,7 @@ def measure_yardsticks(
   return found
 
 
-def _from_cache(path: pathlib.Path, task: str, say: Callable[[str], None]) -> Yardsticks | None:
+def from_cache(path: pathlib.Path, task: str, say: Callable[[str], None]) -> Yardsticks | None:
   try:
     _, facts = load_arrays(path)
     if facts.get("of") != task:
@@ -160,14 +165,14 @@ def _from_cache(path: pathlib.Path, task: str, say: Callable[[str], None]) -> Ya
   return facts["found"]
 
 
-def _halves(length: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def halves(length: int, number: int) -> tuple[np.ndarray, np.ndarray]:
   """Two random disjoint parts of 0..length-1, each in rising order: `number`, but at most half, and the rest."""
   order = np.random.default_rng(0).permutation(length)
   first = min(number, length // 2)
   return np.sort(order[:first]), np.sort(order[first:])
 
 
-def _part_of(reference: Reference, rows: np.ndarray) -> Reference:
+def part_of(reference: Reference, rows: np.ndarray) -> Reference:
   """Of some of the images whose features are kept."""
   kept = reference.features[rows]
   return Reference(add(no_moments(kept.shape[1]), kept), reference.index[rows], kept)
@@ -176,11 +181,11 @@ def _part_of(reference: Reference, rows: np.ndarray) -> Reference:
 def _data_against_itself(
   names: Sequence[str], features: Features, data: Data, number: int, batch_size: int
 ) -> dict[str, Any]:
-  ours, others = (_part_of(data.reference, rows) for rows in _halves(len(data.reference.index), number))
+  ours, others = (part_of(data.reference, rows) for rows in halves(len(data.reference.index), number))
   names = [name for name in names if len(ours.index) >= LEAST_IMAGES.get(name, 1)]  # of a few images halves are too few
   probabilities = np.zeros((0, 0))
   if "score" in names:  # of classes, which are not kept
-    rows = _halves(len(data.source), min(number, MOST))[0]
+    rows = halves(len(data.source), min(number, MOST))[0]
     # Not in the order of the data set, which may be that of the classes: the score is a mean over runs of rows.
     images = data.source.read(np.random.default_rng(0).permutation(rows)).images
     probabilities = see(features, images, batch_size, lambda done: None).probabilities
@@ -197,14 +202,17 @@ def _classes_of_the_data(
   """
   parts = by_class.Parts({}, {})
   if features.name == "classifier":
-    labels, right = by_class.held_out_seen_as(features, train, batch_size)
+    labels, right = by_class.held_out_seen_as(features, train, names, batch_size)
     parts = by_class.measure(features.name, names, labels, {}, {}, right)
   if data.labels is None:
     return parts
   kept = data.labels[data.reference.index]
-  halves = _halves(len(kept), number)
-  ours, others = (moments_by_class(data.reference.features[rows], kept[rows]) for rows in halves)
-  distances = by_class.measure(features.name, names, kept[halves[0]], ours, others, None)
+  rows_of_both = halves(len(kept), number)
+  ours, others = (
+    moments_by_class(data.reference.features[rows], kept[rows])
+    for rows in (half[kept[half] >= 0] for half in rows_of_both)
+  )
+  distances = by_class.measure(features.name, names, kept[rows_of_both[0]], ours, others, None)
   each = {name: parts.each.get(name, {}) | distances.each.get(name, {}) for name in (*parts.each, *distances.each)}
   return by_class.Parts(parts.values | distances.values, each)
 
@@ -213,7 +221,7 @@ def _copies_in_the_data(
   features: Features, train: Data, batch_size: int, *, flips: bool, beat: Callable[[str], None]
 ) -> dict[str, float]:
   """How many images of the training are as near to another one as a copy would be."""
-  ours, others = (_part_of(train.reference, rows) for rows in _halves(len(train.reference.index), MOST))
+  ours, others = (part_of(train.reference, rows) for rows in halves(len(train.reference.index), MOST))
   images = train.source.read(ours.index).images
   rest = dataclasses.replace(
     train.source, length=len(others.index), read=lambda rows: train.source.read(others.index[rows])

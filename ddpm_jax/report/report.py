@@ -44,9 +44,15 @@ _DRAWN = {
   "inpaint": "Inpainting",
   "reconstruct": "Reconstruction: images encoded to noise and decoded",
 }
-_MEASURED = {"samples": "Samples that were measured", "neighbours": "Samples and their nearest training images"}
+_MEASURED = {
+  "samples": "Samples that were measured",
+  "neighbours": "Samples and their nearest training images",
+  "reconstructions": "Images, and below each its reconstruction",
+  "worst": "The images that are reconstructed worst, by PSNR, and below each its reconstruction",
+}
 _DISTANCES = ("fid", "classifier_distance", "network_distance")
 _TERMS = ("total", "prior", "chain", "decoder", "rate", "distortion")
+_MOST_TERMS = 12  # charts of the terms of a loss
 
 
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
@@ -64,6 +70,7 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     "report.html",
     name=workdir.resolve().name,
     config=run.config,
+    lead=_lead(run.config),
     tiles=_tiles(run, found),
     sections=_pictures(run),
     training=_training(run),
@@ -75,6 +82,30 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   if run.metrics:
     write_whole(workdir / "loss.png", charts.loss_png(run.points("loss")))
   return path
+
+
+def _lead(config: Config | None) -> str:
+  """What the page is about, a sentence."""
+  if config is None:
+    return "A training run."
+  model, own = config.model, config.autoencoder
+  levels = f"{number(model.channels)} channels ({' : '.join(map(str, model.channel_multipliers))})"
+  images = f"of {config.data.dataset} ({config.data.split})"
+  batches = f"batches of {number(config.data.batch_size)} images."
+  if model.stage == "autoencoder":
+    kind = f"codebook of {number(own.codebook_size)} vectors" if own.regularizer == "vq" else "KL"
+    factor = 2 ** (len(model.channel_multipliers) - 1)
+    return (
+      f"Autoencoder, the first stage of latent diffusion, {images}: {levels}, latents of 1/{factor} of the height and "
+      f"width with {number(own.latent_channels)} channels, {kind}, {batches}"
+    )
+  schedule = f"T = {number(config.diffusion.num_timesteps)}, {config.diffusion.beta_schedule} schedule"
+  if model.stage == "classifier":
+    return f"Classifier of noisy images {images}: {levels}, {schedule}, {batches}"
+  return (
+    f"Denoising diffusion probabilistic model {images}: U-Net with {levels}, {schedule}, {config.diffusion.prediction} "
+    f"prediction, {batches}"
+  )
 
 
 def write_guidance_chart(workdir: pathlib.Path, result: Result) -> list[pathlib.Path]:
@@ -142,7 +173,8 @@ def _tiles(run: RunFiles, found: list[Column]) -> list[tuple[str, str, str]]:
     loss, count = run.loss
     shown.append(("Loss", number(loss, 3), f"mean of the last {count} logged" if count > 1 else "last logged"))
   for column in _newest(found):
-    if column.title in ("FID", "Bits/dim") or column.title.lower().endswith(("distance", "score", "accuracy")):
+    is_shown = column.title in ("FID", "Bits/dim") or column.title.startswith(("PSNR", "SSIM", "LPIPS", "rFID"))
+    if is_shown or column.title.lower().endswith(("distance", "score", "accuracy", "perplexity")):
       step = max(column.values) if column.best is None else column.best
       texts = [column.remark, f"{'' if column.best is None else 'best, '}step {step:,}"]
       texts += [f"{YARDSTICKS[kind][1]} {number(value, 3)}" for kind, value in _yardsticks(run, column).items()]
@@ -167,10 +199,22 @@ def _yardsticks(run: RunFiles, column: Column) -> dict[str, float]:
 def _training(run: RunFiles) -> list[Chart | None]:
   return [
     line_chart("Loss", smoothed("logged", run.points("loss"))),
+    *_terms_of_the_loss(run),
     line_chart("Gradient norm", smoothed("logged", run.points("grad_norm"))),
     line_chart("Images per second", [Series("", run.points("images_per_second"))], log_y=False),
     line_chart("Learning rate", [Series("", run.points("learning_rate"))], log_y=False),
   ]
+
+
+def _terms_of_the_loss(run: RunFiles) -> list[Chart | None]:
+  """Where a loss has several, and the numbers of each example, as far as they are logged."""
+  remarks, drawn = {"loss": "term of the loss", "mean": "mean over the batch"}, []
+  names = dict.fromkeys(name for row in run.metrics for name in row)
+  for name in names:
+    kind, slash, what = name.partition("/")
+    if slash and kind in remarks:
+      drawn.append(line_chart(title_of(what), smoothed("logged", run.points(name)), remark=remarks[kind]))
+  return drawn[:_MOST_TERMS]
 
 
 def _pictures(run: RunFiles) -> list[dict[str, Any]]:
@@ -182,8 +226,11 @@ def _pictures(run: RunFiles) -> list[dict[str, Any]]:
   for step in steps:
     caption = f"Step {step:,}{_older(run, step) if step == steps[0] else ''}"
     shown.append(run.picture(run.grids()[step], f"Sample grid, step {step:,}", caption, step == steps[0]))
+  title = "Samples over the run"
   text = "Drawn during training from the same noise each time, with the moving average of the weights (EMA) and raw."
-  during = {"title": "Samples over the run", "text": text, "pictures": shown}
+  if run.config and run.config.model.stage == "autoencoder":
+    title, text = "Reconstructions over the run", "The same images each time, and below each its reconstruction."
+  during = {"title": title, "text": text, "pictures": shown}
   shown, newest = [], 0
   for name, title in _DRAWN.items():
     facts = grids.facts_of(run.workdir / "samples" / f"{name}.png")
@@ -234,7 +281,19 @@ def _measured(run: RunFiles, found: list[Column]) -> dict[str, Any]:
     "bound": _terms(part(newest, "bits_per_dim") or part(newest, "latent_bits_per_dim")),
     "ode": _terms(part(newest, "ode_bits_per_dim") or part(newest, "ode_latent_bits_per_dim")),
     "neighbours": _terms(part(newest, "neighbours")),
+    "latents": _terms(_channels(newest)),
+    "is_autoencoder": bool(part(newest, "reconstruction") or part(newest, "latents")),
     "pictures": pictures,
+  }
+
+
+def _channels(result: Result) -> dict[str, Any]:
+  """What is known of the latents of each split and channel."""
+  splits = part(result, "latents")
+  return {
+    f"{split}, channel {channel}": numbers
+    for split in splits
+    for channel, numbers in part(splits, split, "channels").items()
   }
 
 

@@ -25,6 +25,7 @@ from ddpm_jax.evaluation.summary import (
   title_of,
   yardsticks,
 )
+from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
 from ddpm_jax.weights.load import keep_place
@@ -59,11 +60,11 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
       f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
     )
   _warn_of_changed_images(train, workdir)
-  measured = evaluate_lib.check(config, workdir, train).evaluate.measures
+  measured = evaluate_lib.check(config, workdir, train, weights).evaluate.measures
   keep_place(config, workdir, weights, train)
   ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
-  around = evaluate_lib.Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
+  around = Surroundings(workdir, lambda what: None, quiet, given=frozenset(given), estimates=True)
   around.say(f"evaluating {weights.text}: {', '.join(measured)}")
   result, pictures = evaluate_lib.evaluate(config, weights, train, around)
   if not quiet:
@@ -100,22 +101,26 @@ def _write_report(workdir: pathlib.Path, result: Result) -> list[pathlib.Path]:
 def result_lines(result: Result) -> Iterator[str]:
   """The numbers of a result, a line each, beside those of the data itself, of noise and of an untrained network."""
   beside, numbers, scales = yardsticks(result), _numbers(result), sweep(result)
+  width = max([28, *map(len, numbers)])
   if scales:
     columns = {scale: _numbers(one) for scale, one in scales.items()}
-    yield f"  {'guidance_scale':28}" + "".join(f" {f'{scale:g}':<10}" for scale in columns)
+    yield f"  {'guidance_scale':{width}}" + "".join(f" {f'{scale:g}':<10}" for scale in columns)
     for name in columns[next(iter(columns))]:
       values = {scale: column[name] for scale, column in columns.items()}
       better = {"lower": min, "higher": max}.get(direction(name))
       several = len(set(values.values())) > 1
       best = [f"best at {better(values, key=values.__getitem__):g}"] if better and several else []
-      line = f"  {name:28}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      line = (
+        f"  {name:{width}}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      )
       yield line.rstrip()
       numbers.pop(name, None)
   for name, value in numbers.items():
-    yield f"  {name:28} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
+    yield f"  {name:{width}} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
   classes = {} if scales else by_class(result)
   for name, found in list(classes.items())[:_CLASSES]:
-    yield f"  {f'class {name}':28} " + ", ".join(f"{title} {value:.5g}" for title, value in found.items())
+    shown = f"class {console.one_line(name)}"
+    yield f"  {shown:{width}} " + ", ".join(f"{title} {value:.5g}" for title, value in found.items())
   if len(classes) > _CLASSES:
     yield f"  and {len(classes) - _CLASSES} more classes, in the file"
   if any("given" in terms for kind in LIKELIHOODS for terms in result.get(kind, {}).values()):
@@ -145,6 +150,6 @@ def _write_reference(config: Config, workdir: pathlib.Path | None) -> None:
   with contextlib.ExitStack() as cleanup:
     # Without a run there is no cache to look into.
     place = workdir or pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="ddpm_jax-")))
-    around = evaluate_lib.Surroundings(place, beat=lambda what: None, quiet=quiet)
+    around = Surroundings(place, beat=lambda what: None, quiet=quiet)
     evaluate_lib.write_reference(config, open_source(config.data), path, around)
     around.say(f"done: {path}")

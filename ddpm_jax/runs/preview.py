@@ -54,12 +54,9 @@ class Preview:
       stream="preview",
       keep=True,
     )
-    self._seed, self._first_stage, index = (
-      options.seed,
-      run.stage_params,
-      np.arange(options.preview_images, dtype=np.int32),
-    )
-    label = index % max(1, run.config.model.num_classes)
+    self._seed, self._first_stage = options.seed, run.stage_params
+    index = np.arange(options.preview_images, dtype=np.int32)
+    label = index % max(1, len(class_names))
     self._columns = (index, label) if run.conditional else (index,)
     self._captions = [class_names[i] for i in label.tolist()] if run.conditional else None
     self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)
@@ -123,19 +120,9 @@ class Reconstructions:
     begun = self._reconstruct.start(state.ema["ema"], self._images)
     columns = min(8, len(self._images))
 
-    def picture() -> np.ndarray:
-      made, rows = begun(), []
-      for first in range(0, len(made), columns):
-        rows += [padded(part[first : first + columns], columns) for part in (self._images, made)]
-      return grids.captioned({"images above their reconstructions": grids.image_grid(np.concatenate(rows), columns)})
-
-    return picture
-
-
-def padded(images: np.ndarray, number: int) -> np.ndarray:
-  """At least that many images uint8 [N, H, W, C]: white ones at the end."""
-  blank = np.full((max(0, number - len(images)), *images.shape[1:]), 255, np.uint8)
-  return np.concatenate([images, blank])
+    return lambda: grids.captioned(
+      {"images above their reconstructions": grids.image_pairs(self._images, begun(), columns)}
+    )
 
 
 class EarlyGrids:

@@ -29,11 +29,10 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import perceptual
-from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.statistics import Encoded, as_source
 from ddpm_jax.models.build import TrainableNetwork, fitted
-from ddpm_jax.runs import earlier, workdirs
+from ddpm_jax.runs import earlier, evaluating, workdirs
 from ddpm_jax.runs.alarms import Alarms
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview, Reconstructions
@@ -45,7 +44,6 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
-from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
@@ -209,7 +207,7 @@ def prepare(
     raise UserError("network: your own is a denoiser, which stage=autoencoder does not train; leave one of them out")
   perceptual.check(config, workdir, source.image_shape)
   if config_lib.reads_classes(config):
-    found = num_classes(source, config.model.num_classes, stage=config.model.stage)
+    found = num_classes(source, config.model.num_classes, stage=config.model.stage, settled=fixed)
     config = config_lib.override(config, {"num_classes": found})
   if config.model.stage == "classifier":
     config = config_lib.override(config, {"sample_every": 0})  # there is nothing to draw
@@ -220,8 +218,7 @@ def prepare(
   layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
-    one_scale(config.sample)
-    check_evaluation(config, workdir, source)
+    evaluating.check(run, source, workdir)
   return run, source, stage
 
 
@@ -306,7 +303,8 @@ def _preview(run: Run, source: Source, compiler: Compiler | None) -> Preview | R
   """What makes the pictures of `samples/` while the run trains."""
   if run.pair:
     return Reconstructions(run, compiler, source)
-  return Preview(run, compiler, class_names(source, run.config.model.num_classes))
+  shown = source.known_classes().names or class_names(source, run.config.model.num_classes)
+  return Preview(run, compiler, shown)
 
 
 def training_loop(run: Run, source: Source, state: TrainState, start: int, services: TrainServices) -> tuple[int, bool]:

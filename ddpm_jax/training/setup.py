@@ -83,7 +83,9 @@ class Run(NamedTuple):
     """The run of an autoencoder with its perceptual distance."""
     if perceptual is None:
       return self
-    return self._replace(perceptual=perceptual, frozen=self.frozen | {"perceptual": self.mesh.place(perceptual.params)})
+    return self._replace(
+      perceptual=perceptual, frozen=self.frozen | {"perceptual": _placed(perceptual.params, self.mesh)}
+    )
 
   @property
   def packs(self) -> bool:
@@ -147,15 +149,18 @@ def build_run(
 
 def with_first_stage(run: Run, stage: FixedStage) -> Run:
   """The run with the parameters of its first stage, placed as those of a state; of shapes, shapes with shardings."""
-  if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(stage.params)):
-    frozen = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      stage.params,
-      run.mesh.state_shardings(stage.params),
-    )
-  else:
-    frozen = run.mesh.place(stage.params)
-  return run._replace(frozen=frozen, first_stage_facts=stage.facts)
+  return run._replace(frozen=_placed(stage.params, run.mesh), first_stage_facts=stage.facts)
+
+
+def _placed(params: Params, mesh: DeviceMesh) -> Params:
+  """NumPy arrays that are the same on every process, placed as those of a state; of shapes, shapes with shardings."""
+  if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+    return mesh.place(params)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    params,
+    mesh.state_shardings(params),
+  )
 
 
 def noise_warning(run: Run) -> str | None:

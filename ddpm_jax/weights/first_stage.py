@@ -26,7 +26,8 @@ from ddpm_jax.models.build import autoencoder_settings, build_autoencoder
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.runtime.progress import counted
 from ddpm_jax.training.setup import Run, with_first_stage
-from ddpm_jax.weights import diffusers
+from ddpm_jax.weights import diffusers, file
+from ddpm_jax.weights.autoencoders import read_autoencoder
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.weights.stage_folder import Autoencoder, ImageShape, is_kept, keep, read_kept
 from ddpm_jax.workdir import layout
@@ -88,7 +89,7 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
   if not place.exists():
     raise UserError("there is nothing; train one with --stage=autoencoder, and name its workdir")
   if not layout.holds_run(place) or diffusers.is_folder_of_diffusers(place):
-    return _of_others(place)
+    return _of_others(place, config)
   stored = layout.load_config(place)
   if stored.diffusion.first_stage:
     return read_kept(place)
@@ -102,9 +103,16 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
   return Autoencoder(build_autoencoder(stored.model, stored.autoencoder, shape), params, shape)
 
 
-def _of_others(place: pathlib.Path) -> Autoencoder:
-  """That of diffusers, or of a safetensors file."""
-  raise UserError("it is no workdir of a run of --stage=autoencoder; name one")
+def _of_others(place: pathlib.Path, config: Config) -> Autoencoder:
+  """That of diffusers, or of a safetensors file, for the images of the run."""
+  if not place.is_dir() and file.holds_model(place):
+    return file.read_first_stage(place)
+  size = config_lib.height_and_width(config.data.image_size) if config.data.image_size else None
+  found = read_autoencoder(place, size)
+  if jax.process_index() == 0:
+    for note in found.notes:
+      console.warn(f"first_stage: {place}: {note}")
+  return Autoencoder(found.network, found.params, found.image_shape, found.mean, found.std)
 
 
 def fixed_for(autoencoder: Autoencoder, source_shape: ImageShape, name: str) -> FixedStage:

@@ -19,8 +19,9 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, statistics, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.evaluate import Abandoned, Surroundings, check, evaluate, measurable
+from ddpm_jax.evaluation.evaluate import evaluate, measurable
 from ddpm_jax.evaluation.features import Extracted, Features
+from ddpm_jax.evaluation.surroundings import Abandoned, Surroundings
 from ddpm_jax.runs import evaluate as evaluation_run
 from ddpm_jax.sampling import drawn
 from ddpm_jax.weights.load import Weights
@@ -94,6 +95,10 @@ def weights_of(config, mesh=None):
   if mesh is not None:
     run, params = run._replace(mesh=mesh), jax.device_put(params, mesh.replicated)
   return Weights(run, params, 5, "ema", "some identity")
+
+
+def check(config, workdir, train):
+  return evaluate_lib.check(config, workdir, train, Weights(tiny_run(config), {}, 5, "ema", "some identity"))
 
 
 DRAWN_20 = "drawing: images 11 to 20 of 21, network evaluation 2/2"
@@ -502,7 +507,7 @@ def test_the_run_writes_what_it_prints(workdir, monkeypatch, capsys):
 def test_what_fits_is_chosen_once_for_a_workdir(workdir, monkeypatch, capsys):
   """The number, the sampler and the images of the likelihood are chosen by the clock, recorded, and taken again."""
   monkeypatch.setattr(evaluation_run, "open_source", open_split)
-  monkeypatch.setattr(estimate, "_NUMBERS", (30, 50, 100))
+  monkeypatch.setattr(estimate, "NUMBERS", (30, 50, 100))
   monkeypatch.setattr(estimate, "LEAST", 30)
   monkeypatch.setattr(estimate, "_EXAMPLES", (5, 10, 20))
 

@@ -65,17 +65,17 @@ def distance(ours, others):
 def test_the_data_against_itself(config, data, found):
   """Disjoint parts, as many images as there are samples; also where the data has less than twice as many."""
   images, _ = data
-  ours, others = yardsticks._halves(200, 40)
+  ours, others = yardsticks.halves(200, 40)
   assert len(ours) == 40 and sorted([*ours, *others]) == list(range(200))
   values = found["data"]["values"]
   assert found["data"]["number"] == 40 and values["set_size"] == 40
   assert values["classifier_distance"] == pytest.approx(distance(images[ours], images[others]), rel=1e-4)
   real = features_of(images[others])[np.arange(40) * 160 // 40]
   assert (values["precision"], values["recall"]) == measures.precision_recall(real, features_of(images[ours]))
-  ours, others = yardsticks._halves(200, 1_000)  # whose nearest images are looked for
+  ours, others = yardsticks.halves(200, 1_000)  # whose nearest images are looked for
   twins = [i for i in ours if (i < 10 and i + 190 in others) or (i >= 190 and i - 190 in others)]
   assert len(twins) > 0 and values["near_duplicates_pixels"] == pytest.approx(len(twins) / 100, abs=0.011)
-  assert [len(part) for part in yardsticks._halves(37, 50)] == [18, 19]
+  assert [len(part) for part in yardsticks.halves(37, 50)] == [18, 19]
 
 
 def test_the_score_of_the_data_is_not_that_of_its_order(config, tmp_path):

@@ -174,6 +174,46 @@ def test_a_full_page(full):
   assert write_report(full).read_text() == page.source  # from the same files, the same page
 
 
+def test_a_page_of_an_autoencoder(workdir):
+  config = {"stage": "autoencoder", "regularizer": "vq", "codebook_size": 512, "channel_multipliers": (1, 2, 4)}
+  (workdir / "config.json").write_text(to_json(override(Config(), config)))
+  terms = {"loss/reconstruction": 0.5, "loss/kl": 0.25, "mean/codes": 7.0}
+  metrics(workdir, [{"step": i, "loss": 2 / i, **terms} for i in range(1, 5)])
+  picture(workdir / "samples/step_00000004.png")
+  channels = {"0": {"mean": 0.125, "std": 1.75}, "1": {"mean": -0.5, "std": 2.25}}
+  for step, psnr in ((2, 21.5), (4, 24.25)):
+    of_split = {
+      "examples": 100,
+      "psnr": psnr,
+      "psnr_standard_error": 0.25,
+      "ssim": 0.875,
+      "classifier_reconstruction_distance": 1.5,
+      "yardsticks": {
+        "data": {"classifier_reconstruction_distance": 2.5},
+        "mean_image": {"psnr": 11.5, "ssim": 0.25},
+        "resized": {"psnr": 18.5, "ssim": 0.625},
+      },
+    }
+    latents = {"examples": 100, "codebook_use": 0.75, "codebook_perplexity": 200.5, "channels": channels}
+    shown = {"reconstructions": f"eval/{step}.reconstructions.png", "worst": f"eval/{step}.worst.png"}
+    features = {"name": "classifier", "identity": "i", "width": 64}
+    splits = {"reconstruction": {"train": of_split, "test": of_split}, "latents": {"test": latents}}
+    evaluate(workdir, step, **splits, features=features, pictures=shown)
+    for name in shown.values():
+      picture(workdir / name)
+  page = Page(write_report(workdir))
+  for said in ("latents of 1/4 of the height and width with 4 channels, codebook of 512 vectors", "24.25", "200.5"):
+    assert said in page.text, said
+  for said in ("Reconstructions over the run", "Images, and below each its reconstruction", "reconstructed worst"):
+    assert said in page.text, said
+  for said in ("test, channel 0", "images shrunk to the latents' size", "reconstructions, test; features: classifier"):
+    assert said in page.text, said
+  assert "U-Net" not in page.text and "pure noise" not in page.text
+  assert {"PSNR", "SSIM", "Reconstruction", "KL", "Codes", "Codebook use"} <= page.charts().keys()
+  assert {"24.25", "0.8750", "2.250"} <= {text.split(" ")[0] for _, text in page.cells if text}
+  assert len(page.all("img")) == 1 + 2
+
+
 def test_nothing_is_fetched_and_nothing_is_run(full):
   page = Page(write_report(full))
   for _, attributes in page.elements:

@@ -18,6 +18,7 @@ from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation import yardsticks
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.results import read_result, scalars
+from ddpm_jax.evaluation.surroundings import Abandoned
 from ddpm_jax.runs import evaluating, workdirs
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
@@ -377,7 +378,7 @@ def test_flags_of_the_command_reach_the_evaluation(tmp_path, monkeypatch):
 
   def evaluate(config, weights, source, around):
     heard.append(around.given)
-    raise evaluate_lib.Abandoned
+    raise Abandoned
 
   monkeypatch.setattr(evaluate_lib, "evaluate", evaluate)
   given = frozenset({"sampler", "likelihood_examples"})

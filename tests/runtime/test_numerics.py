@@ -20,6 +20,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.batched import BatchedFn, BatchedLoop
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
+from ddpm_jax.evaluation.surroundings import Surroundings
 from ddpm_jax.export.program import export_sampler
 from ddpm_jax.keys import indexed_keys, stream_key
 from ddpm_jax.runtime import numerics
@@ -102,7 +103,7 @@ def precisions(text: str) -> set[str]:
 def test_every_product_is_of_the_precision_that_was_asked_for(platform, monkeypatch, tmp_path):
   """Training and drawing of that of the flag, whatever the process has set; bound and ODE float32 at the highest."""
   high, usual = build(matmul_precision="high"), build(dtype="bfloat16", likelihood_examples=8)
-  around = evaluate_lib.Surroundings(tmp_path, lambda what: None, quiet=True)
+  around = Surroundings(tmp_path, lambda what: None, quiet=True)
 
   def drawing(run: Run) -> str:
     def draw():
