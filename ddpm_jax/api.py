@@ -163,7 +163,7 @@ class Model:
       "threshold": threshold,
       "threshold_quantile": threshold_quantile,
       "batch_size": batch_size,
-      "classes": (classes,) if isinstance(classes, str | int) else classes,
+      "classes": (classes,) if isinstance(classes, str | numbers.Integral) else classes,
       "guidance_scale": guidance_scale if guidance_scale is None else (guidance_scale,),
       "guidance_interval": guidance_interval,
       "classifier_scale": classifier_scale,
@@ -329,6 +329,8 @@ class Model:
 
 def _guided_by(weights: Weights, guide: Model, scale: float) -> Weights:
   """The weights with those of a guide. Raises UserError if it cannot guide them, or there is nothing to guide."""
+  if not isinstance(guide, Model):
+    raise UserError(f"guide_with: {guide!r} is no model; give what ddpm_jax.load returns")
   if scale == 1.0:
     raise UserError("guide_with: has no effect with guidance_scale=1; use another scale, such as 2")
   try:

@@ -68,6 +68,11 @@ def needs_workdir(mode: str, given: dict[str, Any]) -> bool:
 _OF_STAGES = {("autoencoder", "evaluate"), ("autoencoder", "export")}
 
 
+def _a(stage: str) -> str:
+  """The stage with its article."""
+  return f"{'an' if stage == 'autoencoder' else 'a'} {stage}"
+
+
 def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None) -> Config:
   """The config of a command.
 
@@ -84,11 +89,13 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
   if run:
     layout.check_own(run.folder, {}, ("network", "objective") if mode == "train" else ("network",))
   stage = run.config.model.stage if run else "denoiser"
+  if run and given.get("stage", stage) != stage:
+    raise UserError(f"stage: {run.folder} holds {_a(stage)}, and no {given['stage']}; use another --workdir")
   if run and stage != "denoiser" and not rules.new_run and (stage, mode) not in _OF_STAGES:
-    article, option = ("an", "first_stage") if stage == "autoencoder" else ("a", "classifier")
+    option = "first_stage" if stage == "autoencoder" else "classifier"
     measured = "; --mode=evaluate measures it" if stage == "autoencoder" else ""
     raise UserError(
-      f"mode: {mode} is of models that draw, and {run.folder} holds {article} {stage}; name the workdir of such a "
+      f"mode: {mode} is of models that draw, and {run.folder} holds {_a(stage)}; name the workdir of such a "
       f"model, and this one as --{option}{measured}"
     )
   given = _settled(given, run)
@@ -104,7 +111,12 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
     _check_one_model(given, folder, run)
   if not rules.new_run and folder is not None and not run and not given.get("init_from"):
     raise layout.no_run(folder)
-  config = config_lib.override(base, given)
+  try:
+    config = config_lib.override(base, given)
+  except UserError:
+    if run and rules.change is not Change.ANY:
+      _check_one_by_one(run, given)
+    raise
   if rules.change is Change.USED:
     runs_network = mode != "export" or config.exchange.export_format == "jax"  # else parameters are only written
     if run:
@@ -158,6 +170,17 @@ def _check_unchanged(run: StoredRun, config: Config, *, once_trained: bool) -> N
       f"{name}: {layout.history(run)} {config_lib.flag_text(old)!r}, not {config_lib.flag_text(new)!r}; leave "
       f"--{name} out"
     )
+
+
+def _check_one_by_one(run: StoredRun, given: dict[str, Any]) -> None:
+  """Raises UserError for an option that alone may not be what it is, whatever it would mean beside the others."""
+  for _, field, old in config_lib.options(run.config):
+    new = given.get(field.name, old)
+    if run.trained and new != old and not field.metadata["may_change_once_trained"] and field.name != "dataset":
+      raise UserError(
+        f"{field.name}: {layout.history(run)} {config_lib.flag_text(old)!r}, not {config_lib.flag_text(new)!r}; leave "
+        f"--{field.name} out, or use another --workdir"
+      )
 
 
 def _check_one_model(given: dict[str, Any], folder: pathlib.Path | None, run: StoredRun | None) -> None:

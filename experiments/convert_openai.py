@@ -14,6 +14,12 @@ say, also of a --preset or --flagfile. Every tensor must fit.
 latent-diffusion, most of guided-diffusion; 'new' where its flags have --use_new_attention_order True, as for ImageNet
 64. With one head both are the same. The wrong one of several heads is not noticed, and the images are wrong.
 
+Their norms have 32 groups whatever the width, and so has --norm_groups here unless it is named.
+
+--rescale_timesteps, a flag of theirs, has to be said where --num_timesteps is not 1000. 'False', the default of
+guided-diffusion: the network is told the timestep, as the one for ImageNet 64 by class of improved-diffusion. 'True',
+the default there: it is told 1000 / T of it. Such a network would draw wrong images here, and is refused.
+
 Of a network with learned variances the half of the last layer that predicts them is left out.
 """
 
@@ -54,6 +60,8 @@ LAYERS = {
   "norm_out": "out.0",
   "conv_out": "out.2",
 }
+NORM_GROUPS = 32  # of `normalization` in nn.py, whatever the number of channels
+PAPERS_TIMESTEPS = 1000  # to which --rescale_timesteps scales
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # Of latent-diffusion, and of its moving average, whose names have no more dots.
 PREFIX, AVERAGE = "model.diffusion_model.", "model_ema.diffusion_model"
@@ -148,6 +156,21 @@ def select(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {name: inner[name] if mean is None else mean for name, mean in averages.items()} or dict(tensors)
 
 
+def check_timesteps(num_timesteps: int, rescaled: str | None) -> None:
+  """Raises UserError unless the network was told the timesteps as they are. rescaled: 'True', 'False' or not said."""
+  if num_timesteps == PAPERS_TIMESTEPS or rescaled == "False":
+    return
+  if rescaled is None:
+    raise UserError(
+      f"rescale_timesteps: missing, as num_timesteps={num_timesteps} is not {PAPERS_TIMESTEPS}; name it as in the "
+      "training, whose default is True in improved-diffusion and False in guided-diffusion"
+    )
+  raise UserError(
+    f"rescale_timesteps: a network that is told {PAPERS_TIMESTEPS} / {num_timesteps} of the timestep cannot be "
+    "converted, as ours are told the timestep itself; use another file"
+  )
+
+
 def read(path: pathlib.Path) -> dict[str, np.ndarray]:
   """The tensors of a file as float32. Raises UserError or OSError, and whatever PyTorch does."""
   if path.suffix == ".safetensors":
@@ -170,6 +193,7 @@ def main(arguments: list[str]) -> None:
   parser.add_argument("source", type=pathlib.Path)
   parser.add_argument("target", type=pathlib.Path)
   parser.add_argument("--qkv_order", choices=("legacy", "new"), required=True)
+  parser.add_argument("--rescale_timesteps", choices=("True", "False"))
   own, rest = parser.parse_known_args(arguments)
   registry = absl_flags.FlagValues()
   flags.define(registry)
@@ -178,6 +202,9 @@ def main(arguments: list[str]) -> None:
     config = config_lib.override(Config(), flags.given(registry))
     if not config.data.image_size:
       raise UserError("image_size: missing, as the file does not say it; name it, such as --image_size=64")
+    check_timesteps(config.diffusion.num_timesteps, own.rescale_timesteps)
+    if not config.model.norm_groups:
+      config = config_lib.override(config, {"norm_groups": NORM_GROUPS})
     params, image_shape = convert(read(own.source), config, own.qkv_order)
     file.write_file(own.target, {"config": file.settings_of_weights(config)}, image_shape, params)
   except (UserError, OSError, absl_flags.Error) as error:

@@ -342,6 +342,8 @@ def test_what_is_wrong_with_a_class_is_one_line(by_class, model):
       lambda: other.sample(guidance_scale=2, guidance_interval=(1, 1)),
       "guidance_interval: 1.0,1.0 holds no noise level",
     ),
+    (lambda: other.sample(guidance_scale=2, guide_with="5"), "guide_with: '5' is no model; give what ddpm_jax.load"),
+    (lambda: other.sample(classes=np.int32(3)), "classes: '3' is none of the 3 classes of the model"),
     (lambda: other.sample(guide_with=model), "guide_with: has no effect with guidance_scale=1"),
     (lambda: other.sample(guidance_scale=2, guide_with=other), "guide_with: it is the model itself"),
     (

@@ -45,6 +45,7 @@ OTHER_FLAGS = {
   *("seeds",),  # experiments/launch/sweep.py
   *("font", "emoji_test"),  # experiments/make_emoji.py
   "qkv_order",  # experiments/convert_openai.py
+  "rescale_timesteps",  # the same
   *("port", "logdir"),  # xprof, TensorBoard
   *("nodes", "ntasks-per-node", "gres", "time", "gpus-per-task", "signal"),  # Slurm
   *("tag", "build-arg", "rm", "user", "volume", "gpus", "shm-size"),  # Docker

@@ -520,6 +520,36 @@ def test_weights_may_be_used_in_another_arithmetic_than_they_were_trained_in(tmp
       layout.check(tmp_path, resumed)
 
 
+def test_what_was_trained_is_said_before_what_it_would_mean_beside_the_rest(tmp_path):
+  """Not that --num_classes has no effect then, which the command does not name."""
+  stored = {
+    "by_class": {"conditioning": "class", "num_classes": 10, "label_dropout": 0.1},
+    "classifier": {"stage": "classifier", "num_classes": 10},
+    "plain": {},
+  }
+  for name, options in stored.items():
+    layout.create(tmp_path / name, config_lib.override(Config(), options))
+  cases = [
+    ("train", "by_class", "conditioning", "none"),
+    ("sample", "by_class", "conditioning", "none"),
+    ("train", "by_class", "stage", "classifier"),
+    ("train", "classifier", "stage", "denoiser"),
+    ("train", "classifier", "conditioning", "class"),
+    ("evaluate", "plain", "label_dropout", 0.1),
+  ]
+  told = []
+  for mode, folder, name, value in cases:
+    with pytest.raises(UserError) as caught:
+      resolve.resolve_config(mode, {name: value}, tmp_path / folder)
+    told.append(str(caught.value))
+  wrong = [
+    text
+    for text, (_, folder, name, value) in zip(told, cases, strict=True)
+    if not (text.startswith(f"{name}: {tmp_path / folder} was trained with '") and f", not '{value}'; leave" in text)
+  ]
+  assert not wrong
+
+
 def test_an_environment_that_changes_numbers_is_refused(runs, command, tmp_path, capsys):
   with jax.enable_x64(True):
     assert command(f"--workdir={tmp_path}") == 2

@@ -20,7 +20,7 @@ from ddpm_jax.data.labels import listed
 from ddpm_jax.data.sources import Source, class_names
 from ddpm_jax.devices.hosts import all_gather_host
 from ddpm_jax.errors import UserError
-from ddpm_jax.runtime import numerics
+from ddpm_jax.runtime import console, numerics
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run
 from ddpm_jax.training.state import TrainState
@@ -56,7 +56,7 @@ def facts(run: Run, source: Source, earlier: Manifest | None = None) -> dict[str
 
 
 def restarts(config: Config, earlier: Manifest | None) -> list[int]:
-  """The steps after which the learning rate restarted, because a run with `cosine` was given another length there.
+  """The steps after which the learning rate restarted, as a run of `config.RESTARTING` was given another length.
 
   Args:
     config: of the run.
@@ -64,7 +64,9 @@ def restarts(config: Config, earlier: Manifest | None) -> list[int]:
   """
   made = list(earlier.get("lr_restarts", ())) if earlier else []
   total = config.train.num_steps
-  if earlier and config.optimizer.lr_schedule == "cosine" and _num_steps(earlier) != total > earlier["step"]:
+  if (
+    earlier and config.optimizer.lr_schedule in config_lib.RESTARTING and _num_steps(earlier) != total > earlier["step"]
+  ):
     made.append(earlier["step"])
   return made
 
@@ -132,6 +134,8 @@ def check_resume(manifest: Manifest, config: Config, source: Source, workdir: pa
   check_config(manifest, config, workdir)
   _check_past(manifest, config, workdir)
   if config.data.allow_data_change:
+    if config_lib.reads_classes(config):
+      _warn_of_other_names(manifest, config, source)
     return
   if manifest["data"].get("order") != shuffle.KIND:
     raise UserError(
@@ -183,7 +187,7 @@ def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: p
   """Raises UserError if the classes of the images are others than those that a conditional run was trained with."""
   step, names = manifest["step"], list(class_names(source, config.model.num_classes))
   if names != manifest["classes"]:
-    what = f"names were {listed(manifest['classes'])}, are {listed(names)}"
+    what = f"names were {listed(manifest['classes'])}, are {listed(source.known_classes().names or names)}"
   elif _labels_sha256(source) != manifest["data"]["labels"]:
     what = "names are the same, those of some images are not"
   else:
@@ -192,6 +196,18 @@ def _check_labels(manifest: Manifest, config: Config, source: Source, workdir: p
     f"dataset: the classes of {source.name} have changed since checkpoint {step} in {workdir}: their {what}; restore "
     "them, or go on all the same with --allow_data_change"
   )
+
+
+def _warn_of_other_names(manifest: Manifest, config: Config, source: Source) -> None:
+  """Says what --allow_data_change makes of the numbers by which a run knows its classes."""
+  names = class_names(source, config.model.num_classes)
+  moved = [
+    f"{number} was {then}, is {now}"
+    for number, (then, now) in enumerate(zip(manifest["classes"], names, strict=False))
+    if then != now
+  ]
+  if moved and jax.process_index() == 0:
+    console.warn(f"the classes of {source.name} have changed, and go by their numbers: {listed(moved)}")
 
 
 def check_config(manifest: Manifest, config: Config, workdir: pathlib.Path, *, once_trained: bool = False) -> None:

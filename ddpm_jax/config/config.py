@@ -224,6 +224,8 @@ def _check_together(config: Config) -> None:
     if steps > diffusion.num_timesteps:
       raise UserError(f"{name}: {steps} must not exceed num_timesteps={diffusion.num_timesteps}; lower --{name}")
   _check_data(config.data)
+  if diffusion.first_stage and sample.threshold in ("static", "dynamic"):
+    raise UserError(f"threshold: {sample.threshold} is of pixels, and latents have no range; leave --threshold out")
   _check_sample(sample, diffusion.num_timesteps)
   _check_evaluate(config)
   _check_exchange(config.exchange)
@@ -296,6 +298,11 @@ def _check_guidance(sample: SampleConfig) -> None:
       raise UserError(f"guidance_interval: {text} is not LO,HI; write two noise levels such as 0.2,1.6")
     if interval[0] >= interval[1]:
       raise UserError(f"guidance_interval: {text} holds no noise level; write the lower one first, such as 0.2,1.6")
+
+
+def draws_by_class(config: Config) -> bool:
+  """Whether images are drawn by class: the model is told it, or a classifier guides."""
+  return config.data.conditioning == "class" or bool(config.sample.classifier)
 
 
 def reads_classes(config: Config) -> bool:
@@ -452,11 +459,14 @@ def _check_evaluate(config: Config) -> None:
       raise UserError(
         f"{name}: {getattr(evaluate, name)} must not exceed num_timesteps={config.diffusion.num_timesteps}; lower it"
       )
-  if config.data.conditioning == "none":
+  if not draws_by_class(config):
     if "classes" in evaluate.measures:
-      raise UserError("measures: classes needs a model of --conditioning=class; leave it out")
+      raise UserError("measures: classes needs a model of --conditioning=class, or --classifier; leave it out")
     if evaluate.evaluate_labels != defaults.evaluate_labels:
-      raise UserError(f"evaluate_labels: {evaluate.evaluate_labels} has no effect with conditioning=none; leave it out")
+      raise UserError(
+        f"evaluate_labels: {evaluate.evaluate_labels} has no effect with conditioning=none and without --classifier; "
+        "leave it out"
+      )
   if evaluate.evaluate_samples == 1:
     raise UserError("evaluate_samples: 1 must be at least 2; use 0 for as many as fit")
   if evaluate.features == "inception" and not evaluate.inception_weights:

@@ -12,6 +12,7 @@ from ddpm_jax.config.option import option
 BETA_SCHEDULES = ("linear", "quadratic", "scaled_linear", "cosine", "sigmoid")
 WITHOUT_ENDS = ("cosine",)  # of them, those that have no use for beta_start and beta_end
 AUTOENCODER_MEASURES = ("reconstruction", "frechet", "latents")  # of --measures, those of --stage=autoencoder
+RESTARTING = ("cosine", "linear")  # learning rates that depend on --num_steps from the first step on
 
 
 # A table: each option takes as few lines as it can.
@@ -174,14 +175,16 @@ class OptimizerConfig:
   learning_rate: float = option(2e-3, "Learning rate after the warm-up.", above=0)
   lr_schedule: str = option("constant_then_decay", "After the warm-up: 'constant' as in the paper; "
                             "'constant_then_decay', constant up to the last --decay_fraction of the steps, then down "
-                            "to zero; 'cosine', a cosine down to zero at --num_steps. A run that is made longer goes "
-                            "on from where the decay began; with cosine the rate restarts for the added steps.",
-                            choices=("constant", "constant_then_decay", "cosine"))
+                            "to zero; 'cosine', a cosine down to zero at --num_steps; 'linear', a straight line to "
+                            "there, as of the classifiers of Dhariwal and Nichol 2021. A run that is made longer goes "
+                            "on from where the decay began; with cosine and linear the rate restarts for the added "
+                            "steps.", choices=("constant", "constant_then_decay", "cosine", "linear"))
   decay_fraction: float = option(0.4, "The fraction of --num_steps, at the end, over which the learning rate of "
                                  "constant_then_decay falls to zero, as 1 - sqrt (Hägele et al. 2024).", above=0,
                                  maximum=1)
   warmup_steps: int = option(100, "Steps over which the learning rate rises linearly from zero; in a shorter run the "
-                             "decay begins at the rate that was reached, and a cosine's warm-up takes half of the run.",
+                             "decay begins at the rate that was reached, and the warm-up of cosine and linear takes "
+                             "half of the run.",
                              minimum=0)
   adam_b1: float = option(0.9, "beta1 of Adam: the decay of the mean gradient.", minimum=0, below=1)
   adam_b2: float = option(0.999, "beta2 of Adam: the decay of the mean square of the gradient.", minimum=0, below=1)
@@ -336,7 +339,8 @@ class EvaluateConfig:
                                      "'kid', 'score' (the Inception Score), 'precision_recall', 'density_coverage', "
                                      "'neighbours'; 'classes', the distance of each class, and which share of the "
                                      "samples the classifier of --features sees as the class that was asked for: of "
-                                     "models of --conditioning=class, with the default measures too. Of the model: "
+                                     "models of --conditioning=class and draws by --classifier, with the default "
+                                     "measures too. Of the model: "
                                      "'bound', the variational bound, and 'ode', the likelihood of the "
                                      "probability-flow ODE, in bits/dim. Of an autoencoder, all three of them by "
                                      "default: 'reconstruction', how alike images and their reconstructions are (PSNR, "

@@ -12,6 +12,7 @@ import numpy as np
 
 from ddpm_jax.data.encoded import Labels, NoLabels
 from ddpm_jax.errors import UserError
+from ddpm_jax.runtime import console
 
 DATASET_JSON = "dataset.json"
 _MOST = 2**20  # classes; a larger number is no class, and names for all below it would fill the memory
@@ -166,7 +167,7 @@ def numbers_of(only: str, dataset: str, names: Sequence[str]) -> list[int]:
 
 def listed(names: Sequence[str], most: int = 10) -> str:
   """Names of classes in a line, so many at most."""
-  return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+  return ", ".join(map(console.one_line, names[:most])) + ", ..." * (len(names) > most)
 
 
 def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
@@ -188,8 +189,9 @@ def number_of(word: str, option: str, owner: str, names: Sequence[str]) -> int:
     return list(names).index(word)
   if re.fullmatch(r"\d{1,9}", word) and int(word) < len(names):
     return int(word)
-  near = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-  hint = f"did you mean {' or '.join(near)}?" if near else f"use some of {listed(names, 20)}"
+  is_number = re.fullmatch(r"-?[\d.]+", word)  # 10 is not near 1
+  near = [] if is_number else difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+  hint = f"did you mean {' or '.join(map(console.one_line, near))}?" if near else f"use some of {listed(names, 20)}"
   raise UserError(f"{option}: {word!r} is none of the {len(names)} classes of {owner}; {hint}")
 
 

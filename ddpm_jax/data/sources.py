@@ -96,13 +96,14 @@ class Source:
     return self.length
 
 
-def num_classes(source: Source, known: int = 0, *, stage: str = "denoiser") -> int:
+def num_classes(source: Source, known: int = 0, *, stage: str = "denoiser", settled: bool = False) -> int:
   """The number of classes that a network of these images is told apart, or tells apart.
 
   Args:
     source: the images.
     known: `--num_classes`, which may be more than there are here; 0: as many as there are.
     stage: what is trained, 'denoiser' or 'classifier'.
+    settled: `known` is that of a run which exists.
 
   Raises:
     UserError: the images have no classes, or more than are known.
@@ -119,6 +120,11 @@ def num_classes(source: Source, known: int = 0, *, stage: str = "denoiser") -> i
       f"their own{remedy and f', or use --conditioning={remedy}'}"
     )
   here = max(len(source.known_classes().names), int(labels.max()) + 1)
+  if known and here > known and settled:
+    raise UserError(
+      f"dataset: {source.name} has {here} classes, and the run was begun with {known}; restore them, or use another "
+      "--workdir"
+    )
   if known and here > known:
     raise UserError(f"num_classes: {known} is less than the {here} classes of {source.name}; use --num_classes={here}")
   return known or here

@@ -11,6 +11,7 @@ v or the score is extrapolated. What wraps a denoise function does so in this or
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 
 import jax
@@ -24,10 +25,26 @@ from ddpm_jax.diffusion.schedules import Level, cast
 LogProbabilitiesFn = Callable[[jax.Array, Level], jax.Array]  # (x_t [B, ...], its level) -> log p(y | x_t) [B, K]
 GradientFn = Callable[[jax.Array, Level], jax.Array]  # likewise -> the gradient by x_t of log p(y | x_t), [B, ...]
 
+# By so much a noise level is taken lower where it is compared: rounded to float32 it may lie above or below the end of
+# an interval that is the same in float64. Neighbouring levels of a schedule are hundreds of times as far apart.
+_ROUNDING = 1e-6
+
 
 def pair_of(main: DenoiseFn, guide: DenoiseFn) -> PairFn:
   """The pair of two denoise functions, as of two networks (autoguidance, Karras et al. 2024)."""
   return lambda xt, level: (main(xt, level), guide(xt, level))
+
+
+def within(level: Level, interval: tuple[float, float]) -> typing.Any:
+  """Whether a noise level is in (lo, hi] in sigma / alpha: bool, the shape of its arrays, of NumPy or JAX.
+
+  An end that is the noise level of a timestep is that, whether it was computed in float64 or in float32.
+
+  >>> within(Level(alpha=np.float32(0.8), sigma=np.float32(0.6), time=0), (0.75, 2.0)).tolist()
+  False
+  """
+  noise = level.sigma / level.alpha * (1.0 - _ROUNDING)
+  return (noise > interval[0]) & (noise <= interval[1])
 
 
 def guided(
@@ -42,10 +59,10 @@ def guided(
     main: the model that is guided.
     pair: the same model and its guide.
     scale: g, a scalar; 1 is `main` alone, 0 the guide. Where it is 1 the pair is not evaluated: if it is a number, not
-      even traced; if it is an array, left out when the program runs.
+      even traced; if it is an array, left out when the program runs, so that its derivative there is 0.
     interval: (lo, hi] in sigma / alpha, the noise level of Karras et al. 2022, in which to guide (Kynkaanniemi et al.
-      2024); outside of it `main` is evaluated alone, unless the level is given for each example: then the pair is
-      evaluated for all. None: everywhere.
+      2024), see `within`; outside of it `main` is evaluated alone, unless the level is given for each example: then the
+      pair is evaluated for all. None: everywhere.
   """
   if not isinstance(scale, jax.Array) and scale == 1.0:
     return main
@@ -60,8 +77,7 @@ def guided(
       return both(xt, level)[1]
     guide = jnp.asarray(scale != 1.0)
     if interval is not None:
-      noise = level.sigma / level.alpha
-      guide = guide & (noise > interval[0]) & (noise <= interval[1])
+      guide = guide & within(level, interval)
     if guide.ndim == 0:
       return jax.lax.cond(guide, lambda xt, level: both(xt, level)[1], main, xt, level)
     select = jax.vmap(jnp.where)

@@ -200,8 +200,14 @@ def steps_table(
 
 
 def variances(schedule: NoiseSchedule, table: SamplerTable) -> np.ndarray:
-  """The variance of p(x_s | x_t) in each row of an ancestral table: sigma^2, but see `reverse_variance` for s = 0."""
-  last = reverse_variance(schedule, "fixed_small", table.s, table.t)
+  """The variance of p(x_s | x_t) in each row of an ancestral table, float64 [N]: sigma^2, where there is noise.
+
+  In the step to s = 0, which adds none, the posterior variance of the step before it on the same grid, as in the
+  authors' code, which makes of a grid a schedule of its own. Before the first row of all is pure noise, alpha_bar = 0.
+  """
+  alpha_bar = schedule.alpha_bar[table.t]
+  before = np.append(0.0, alpha_bar[:-1])
+  last = (1.0 - before / alpha_bar) * (1.0 - alpha_bar) / (1.0 - before)
   return np.where(np.equal(table.s, 0), last, table.sigma**2)
 
 

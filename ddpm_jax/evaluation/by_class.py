@@ -12,16 +12,15 @@ import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, EvaluateConfig
-from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.labels import listed
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.sources import Source, class_names
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import measures
 from ddpm_jax.evaluation.classifier import divide
 from ddpm_jax.evaluation.comparison import NAMES
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.moments import Moments, covariance
-from ddpm_jax.sampling.classes import Classes, wanted
+from ddpm_jax.sampling.classes import Classes, labels_among, numbers_among, wanted
 from ddpm_jax.weights.load import Weights
 
 ACCURACY = "class_accuracy"
@@ -44,7 +43,7 @@ def measurable(config: Config, asked: Config) -> tuple[Config, str]:
 
   Args:
     config: of the run, with what is about to be measured.
-    asked: with what the command names. With the default measures a conditional model has this one too.
+    asked: with what the command names. With the default measures a model that draws by class has this one too.
 
   Returns:
     The settings, and a line that says why it was left out; empty if it was not.
@@ -54,7 +53,7 @@ def measurable(config: Config, asked: Config) -> tuple[Config, str]:
   """
   options, is_named = config.evaluate, "classes" in config.evaluate.measures
   by_default = asked.evaluate.measures == EvaluateConfig().measures and "frechet" in options.measures
-  if config.data.conditioning == "none" or not (is_named or by_default):
+  if not config_lib.draws_by_class(config) or not (is_named or by_default):
     return config, ""
   if options.reference_stats and options.features != "classifier":
     reason = f"{options.reference_stats} has no classes, and features={options.features} sees none"
@@ -68,7 +67,7 @@ def asked_for(config: Config, weights: Weights, train: Source) -> Classes | None
   """The classes of the samples: those of `--classes` in turn, else as `--evaluate_labels` says.
 
   Returns:
-    None for an unconditional model.
+    None for an unconditional model without a classifier.
 
   Raises:
     UserError: for a class that is not there, and where proportions are not known.
@@ -76,26 +75,26 @@ def asked_for(config: Config, weights: Weights, train: Source) -> Classes | None
   classes = wanted(config.sample, weights)
   if classes is None or config.sample.classes or config.evaluate.evaluate_labels == "uniform":
     return classes
-  labels = labels_of(train)
+  labels = labels_among(classes.names, train)
   if labels is None:
     raise UserError(
       f"evaluate_labels: proportional needs the class of each image, and {train.name} has none; use "
       "--evaluate_labels=uniform"
     )
-  if labels.max() >= len(classes.names):
-    raise UserError(
-      f"evaluate_labels: {train.name} has {labels.max() + 1} classes, and the model knows {len(classes.names)}; use "
-      "images of its classes, or --evaluate_labels=uniform"
-    )
+  if labels.min() < 0:
+    raise UserError(f"evaluate_labels: {strangers(classes.names, train)}, or --evaluate_labels=uniform")
   return classes._replace(turn=np.sort(labels), proportional=True)
 
 
-def labels_of(source: Source) -> np.ndarray | None:
-  """The class of each image, int32 [N]; None if they have none. Raises UserError if they cannot be read."""
-  try:
-    return source.labels() if source.labels else None
-  except NoLabels:
-    return None
+def strangers(names: Sequence[str], source: Source) -> str:
+  """For an error: that not all classes of a source are among `names`, and a remedy."""
+  numbers = numbers_among(names, source)
+  assert numbers is not None
+  theirs = class_names(source, len(numbers))
+  unknown = [name for name, number in zip(theirs, numbers.tolist(), strict=True) if number < 0]
+  return (
+    f"{source.name} has classes that the model does not know, {listed(unknown)}; use images of its {len(names)} classes"
+  )
 
 
 def measure(
@@ -111,16 +110,17 @@ def measure(
   Args:
     extractor: the name of the features.
     names: of all classes.
-    labels: which class was asked for.
+    labels: which class was asked for; those below 0 are of no class.
     ours: moments of the images of a class, see `moments_by_class`.
     others: the same of what they are compared with.
     right: of each image, see `seen_as`.
   """
   distance, each = NAMES[extractor]["frechet"], {}
-  for label in np.unique(labels).tolist():
+  for label in np.unique(labels[labels >= 0]).tolist():
     rows = labels == label
     found: dict[str, float | int] = {"number": int(rows.sum())}
-    each[names[label]] = found
+    name = names[label]
+    each[name if names.count(name) == 1 else f"{name} ({label})"] = found  # of ImageNet's two are cranes
     if label in ours and label in others:
       (a, b) = ours[label], others[label]
       found[distance] = measures.frechet_distance(a.mean, covariance(a), b.mean, covariance(b))
@@ -145,23 +145,30 @@ def left_out(extractor: str, each: Mapping[str, Mapping[str, float]], width: int
   )
 
 
-def seen_as(extractor: str, probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray | None:
+def seen_as(
+  extractor: str, probabilities: np.ndarray, labels: np.ndarray, numbers: np.ndarray | None = None
+) -> np.ndarray | None:
   """Of each image 1 if the classifier sees its class in it, 0 if not, NaN if it does not know the class: float64 [N].
 
   Args:
     extractor: the name of the features. Those without the classes of the data set give None.
     probabilities: [N, K] of the classifier's classes.
     labels: of the images, int [N].
+    numbers: that its classes have among the labels, see `classes.numbers_among`; None: their own.
   """
   if extractor != "classifier":
     return None
-  return np.where(labels < probabilities.shape[1], probabilities.argmax(-1) == labels, np.nan)
+  own = np.arange(probabilities.shape[1])
+  known = own if numbers is None else np.where(own < len(numbers), np.resize(numbers, len(own)), -1)
+  return np.where(np.isin(labels, known) & (labels >= 0), known[probabilities.argmax(-1)] == labels, np.nan)
 
 
-def held_out_seen_as(features: Features, train: Source, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def held_out_seen_as(
+  features: Features, train: Source, names: Sequence[str], batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
   """Of the images of the training that the classifier was not trained on, labels int32 [N], and `seen_as` of them.
 
-  Those that stand for a bad one are left out, as they are not of that class.
+  Those that stand for a bad one are left out, as they are not of that class, and those of no class among `names`.
   """
   assert train.labels is not None  # as there is a classifier
   labels = train.labels()
@@ -172,7 +179,9 @@ def held_out_seen_as(features: Features, train: Source, batch_size: int) -> tupl
     rows = train.read(index)
     of_all.append(labels[index[~rows.replaced]])
     probabilities.append(features.extract(rows.images).probabilities[~rows.replaced])
-  of_held_out = np.concatenate(of_all)
-  right = seen_as(features.name, np.concatenate(probabilities), of_held_out)
+  numbers = numbers_among(names, train)
+  assert numbers is not None
+  of_held_out = numbers[np.concatenate(of_all)]
+  right = seen_as(features.name, np.concatenate(probabilities), of_held_out, numbers)
   assert right is not None
-  return of_held_out, right
+  return of_held_out[of_held_out >= 0], right[of_held_out >= 0]

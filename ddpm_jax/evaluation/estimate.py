@@ -16,12 +16,13 @@ from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.hosts import all_gather_host
+from ddpm_jax.diffusion.guidance import classifier_gradient, within
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.summary import LIKELIHOODS, duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
-from ddpm_jax.models.build import UNetNetwork, build_model
+from ddpm_jax.models.build import Params, UNetNetwork, build_model
 from ddpm_jax.sampling.draw import fit_batch, table_of
 from ddpm_jax.weights.load import Weights
 
@@ -45,11 +46,13 @@ class Speed(NamedTuple):
     drawing: of one network evaluation while images are drawn.
     likelihood: of one network evaluation of a likelihood.
     features: of the features; 0 where none are asked for.
+    classifier: of the gradient of `--classifier`; 0 where there is none.
   """
 
   drawing: float
   likelihood: float
   features: float
+  classifier: float = 0.0
 
 
 class Work(NamedTuple):
@@ -152,8 +155,26 @@ def measure_speed(config: Config, weights: Weights, features: Features | None, t
   if features is not None:
     images = train.read(np.arange(config.evaluate.evaluate_batch_size) % len(train)).images
     of_features = seconds(lambda: features.extract(images)) / len(images)
-  first = all_gather_host(np.asarray([drawing, of_likelihoods, of_features]))[0]
+  of_classifier = (
+    _seconds_of_classifier(weights, weights.classifier) if features is not None and weights.classifier else 0.0
+  )
+  first = all_gather_host(np.asarray([drawing, of_likelihoods, of_features, of_classifier]))[0]
   return Speed(*map(float, first))
+
+
+def _seconds_of_classifier(weights: Weights, classifier: Weights) -> float:
+  """Likewise of the gradient of a classifier."""
+  run, network = weights.run, classifier.run.denoiser.network
+
+  def gradient(params: Params, xt: jax.Array, t: jax.Array, label: jax.Array) -> jax.Array:
+    logits = lambda xt, level: jax.nn.log_softmax(network(params, xt, level.time, None))  # noqa: E731
+    return classifier_gradient(logits, label)(xt, run.schedule.level(t))
+
+  rows = BatchedFn(gradient, run.mesh)
+  one = np.zeros((1, *run.image_shape), np.float32), np.ones(1, np.int32), np.zeros(1, np.int32)
+  most = _TIMED[jax.devices()[0].platform == "cpu"] * jax.device_count()
+  size = fit_batch(rows, classifier.params, *one, number=most)
+  return seconds(lambda: rows(classifier.params, *one, size=size)) / size
 
 
 def _seconds_of_network(config: Config, weights: Weights, dtype: str, matmul_precision: str) -> float:
@@ -185,7 +206,7 @@ def choose(config: Config, weights: Weights, left: Open, speed: Speed, work: Wor
   """The settings with what is left open: as many samples and images as fit into about `budget_s` seconds."""
   changes: dict[str, Any] = {}
   if left.evaluate_samples:
-    one = _passes(config, weights) * speed.drawing + len(config.sample.guidance_scale) * speed.features
+    one = _of_sample(config, weights, speed) + len(config.sample.guidance_scale) * speed.features
     changes["evaluate_samples"] = largest(NUMBERS, _SHARE * budget_s / one)
   if left.likelihood_examples:
     one = sum(_of_likelihood(config, weights, name) * speed.likelihood for name, _ in work.likelihoods)
@@ -215,7 +236,7 @@ def estimate(config: Config, weights: Weights, speed: Speed, work: Work) -> Esti
   """How long it will take; without compilation, and without what is computed from the features."""
   number = config.evaluate.evaluate_samples if speed.features else 0
   return Estimate(
-    number * _passes(config, weights) * speed.drawing,
+    number * _of_sample(config, weights, speed),
     (number * len(config.sample.guidance_scale) + work.reference + len(DRAWN) * min(number, MOST)) * speed.features,
     sum(_examples(config, size) * _of_likelihood(config, weights, name) for name, size in work.likelihoods)
     * speed.likelihood,
@@ -231,8 +252,7 @@ def _guided(config: Config, weights: Weights) -> int:
   """How many of these are two passes where there is guidance: those at a noise level in `--guidance_interval`."""
   level = table_of(config.sample, weights.run.schedule, config.diffusion.variance).level
   low, high = config.sample.guidance_interval or (0.0, np.inf)
-  noise = np.asarray(level.sigma) / np.asarray(level.alpha)
-  return int(((noise > low) & (noise <= high)).sum())
+  return int(within(level, (low, high)).sum())
 
 
 def _passes(config: Config, weights: Weights) -> int:
@@ -240,6 +260,12 @@ def _passes(config: Config, weights: Weights) -> int:
   scales = config.sample.guidance_scale
   is_guided = sum(scale != 1.0 for scale in scales)
   return len(scales) * _evaluations(config, weights) + is_guided * _guided(config, weights)
+
+
+def _of_sample(config: Config, weights: Weights, speed: Speed) -> float:
+  """Seconds that a sample of each guidance scale takes to draw."""
+  evaluations = len(config.sample.guidance_scale) * _evaluations(config, weights)
+  return _passes(config, weights) * speed.drawing + evaluations * speed.classifier
 
 
 def _of_likelihood(config: Config, weights: Weights, name: str) -> float:

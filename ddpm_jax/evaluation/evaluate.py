@@ -39,7 +39,7 @@ from ddpm_jax.evaluation.yardsticks import Data, measure_yardsticks, untrained_d
 from ddpm_jax.models.build import Params, build_denoiser
 from ddpm_jax.models.classifier import FEATURES
 from ddpm_jax.runtime import numerics
-from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.sampling.classes import Classes, labels_among, numbers_among
 from ddpm_jax.sampling.drawn import Drawn, check_room
 from ddpm_jax.training.setup import noise_warning
 from ddpm_jax.weights.load import Weights
@@ -128,8 +128,14 @@ def _choose_features(config: Config, train: Source) -> tuple[Config, str]:
   return config_lib.override(config, {"features": "classifier"}), ""
 
 
-def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
-  """Raises UserError for what would otherwise be found out hours later. `train`: the images of the training.
+def check(config: Config, workdir: pathlib.Path, train: Source, weights: Weights) -> Config:
+  """Raises UserError for what would otherwise be found out hours later.
+
+  Args:
+    config: the settings.
+    workdir: of the run.
+    train: the images of the training.
+    weights: of the model; of no matter are what they have learnt, and their values.
 
   Returns:
     The settings with what can be measured.
@@ -142,6 +148,7 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
     reconstruction.check(config, workdir, dict(_splits(config, train)))
     return config
   if _needs_samples(config):
+    by_class.asked_for(config, weights, train)
     number = options.evaluate_samples or estimate.LEAST
     check_room(
       "evaluate_samples", workdir, train.image_shape, number, copies=len(config.sample.guidance_scale)
@@ -155,7 +162,7 @@ def check(config: Config, workdir: pathlib.Path, train: Source) -> Config:
     _check_numbers(config, train, reference, number, in_file)
   if any(name in options.measures for name in _LIKELIHOODS):
     for _, source in _splits(config, train):
-      _check_given(config, source)
+      _check_given(weights.class_names, source)
   return config
 
 
@@ -170,18 +177,17 @@ def _check_features(config: Config, train: Source) -> None:
       raise UserError("measures: score needs classes, which features=network has none of; leave it out")
 
 
-def _check_given(config: Config, source: Source) -> None:
-  """Raises UserError if the likelihood of images given their classes is asked for, and the model cannot know these."""
-  known = config.model.num_classes
-  labels = by_class.labels_of(source) if known else None
+def _check_given(names: Sequence[str], source: Source) -> None:
+  """Raises UserError if the likelihood of images given their classes is asked for, and the model cannot know these.
+
+  names: of the classes of the model; empty, if it is unconditional.
+  """
+  labels = labels_among(names, source) if names else None
   what = "the likelihood of a conditional model is that of images given their classes"
-  if known and labels is None:
+  if names and labels is None:
     raise UserError(f"measures: {what}, and {source.name} has none; leave bound and ode out")
-  if labels is not None and labels.max() >= known:
-    raise UserError(
-      f"measures: {what}, and {source.name} has {labels.max() + 1}, of which the model knows {known}; use images of "
-      "its classes"
-    )
+  if labels is not None and labels.min() < 0:
+    raise UserError(f"measures: {what}: {by_class.strangers(names, source)}")
 
 
 def _check_labels(source: Source) -> None:
@@ -360,7 +366,9 @@ def _samples(
   """
   options, size = config.evaluate, config.evaluate.evaluate_batch_size
   reference, description = _compared_with(config, source, features, train, around)
-  labels = by_class.labels_of(source) if "classes" in options.measures and "file" not in description else None
+  names = classes.names if classes is not None and "classes" in options.measures else ()
+  labels = labels_among(names, source) if names and "file" not in description else None
+  numbers = numbers_among(names, train) if names else None
   data, own = Data(source, reference, description.get("sha256", source.fingerprint), labels), None
   if "neighbours" in options.measures:
     # What could be remembered is what was trained on.
@@ -370,7 +378,7 @@ def _samples(
   found, compared, pictures = [], [], {}
   for scale, drawn in zip(scales, draws, strict=True):
     of_scale = f" with guidance {scale:g}" if len(draws) > 1 else ""
-    one, shown = _of_draw(config, features, data, own, classes, of_classes, around, drawn, of_scale)
+    one, shown = _of_draw(config, features, data, own, classes, numbers, of_classes, around, drawn, of_scale)
     found.append(one)
     how = {name: drawn.settings[name] for name in _OF_GUIDANCE if name in drawn.settings}
     compared.append({"guidance_scale": scale} | how | {name: part for name, part in one.items() if name != "samples"})
@@ -386,7 +394,7 @@ def _samples(
       features,
       data,
       own,
-      labelled=(train, weights.class_names) if "classes" in options.measures else None,
+      labelled=(train, names) if names else None,
       cache=around.cache,
       say=around.say,
       beat=around.beat,
@@ -404,6 +412,7 @@ def _of_draw(
   data: Data,
   own: Data | None,
   classes: Classes | None,
+  numbers: np.ndarray | None,
   of_classes: Mapping[int, Moments],
   around: Surroundings,
   drawn: Drawn,
@@ -417,6 +426,7 @@ def _of_draw(
     data: what samples are compared with.
     own: what they may be copies of; None if that is not asked for.
     classes: of the samples.
+    numbers: that the classes of the images of the training have among these.
     of_classes: the moments of the classes of the data.
     around: where.
     drawn: the draw.
@@ -441,7 +451,7 @@ def _of_draw(
     "measures": compare(options.measures, features.name, data.reference, seen),
   }
   if classes is not None and labels is not None:
-    right = by_class.seen_as(features.name, seen.probabilities, labels)
+    right = by_class.seen_as(features.name, seen.probabilities, labels, numbers)
     parts = by_class.measure(features.name, classes.names, labels, seen.by_class, of_classes, right)
     result["measures"] |= parts.values
     result["classes"] = parts.each
@@ -555,7 +565,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
   def measure(denoiser: Denoiser, params: Params, examples: int, done: Callable[[int], None]) -> dict[str, Any]:
     shared: dict[str, Any] = dict(
       source=source,
-      labels=by_class.labels_of(source) if run.conditional else None,
+      labels=labels_among(weights.class_names, source) if run.conditional else None,
       examples=examples,
       batch_size=options.evaluate_batch_size,
       mesh=run.mesh,

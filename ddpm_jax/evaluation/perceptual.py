@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +23,7 @@ from ddpm_jax.evaluation.classifier import classifier_features
 from ddpm_jax.evaluation.network import network_features, network_for
 from ddpm_jax.models import build
 from ddpm_jax.models.build import Params
-from ddpm_jax.models.classifier import LAYERS, Classifier
+from ddpm_jax.models.classifier import Classifier, maps
 from ddpm_jax.models.lpips import feature_distance
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.progress import counted
@@ -144,12 +143,11 @@ def lpips_to_measure(config: Config, workdir: pathlib.Path) -> tuple[Params, str
 @contextlib.contextmanager
 def _counted(beat: Callable[[str], None], what: str, total: int) -> Iterator[Callable[[int], None]]:
   """A `trained.Counted` that the watchdog hears."""
-  label = f"{what} of the perceptual distance's network"
-  with counted(label, total=total, quiet=jax.process_index() > 0) as (done, _):
+  with counted(what, total=total, quiet=jax.process_index() > 0) as (done, _):
 
     def both(number: int) -> None:
       done(number)
-      beat(f"{label} {number}")
+      beat(f"{what} {number} of the perceptual distance")
 
     yield both
 
@@ -161,7 +159,7 @@ def _distance(facts: dict[str, Any]) -> Distance:
       return build.lpips
     case "classifier":
       model = Classifier(num_classes=facts["classes"])
-      return functools.partial(_between, functools.partial(_layers_of_classifier, model))
+      return functools.partial(_between, functools.partial(maps, model))
     case "network":
       height, width, channels = facts["image_shape"]
       return functools.partial(_between, network_for((height, width, channels)).maps)
@@ -171,11 +169,5 @@ def _distance(facts: dict[str, Any]) -> Distance:
 
 def _between(layers: Callable, params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
   """`feature_distance` of what a network makes of both, in one pass."""
-  halves = [jnp.split(maps, 2) for maps in layers(params, jnp.concatenate([x, y]))]
+  halves = [jnp.split(layer, 2) for layer in layers(params, jnp.concatenate([x, y]))]
   return feature_distance([half for half, _ in halves], [half for _, half in halves])
-
-
-def _layers_of_classifier(model: Classifier, params: Any, x: jax.Array) -> list[jax.Array]:
-  """x float32 [B, H, W, C] in [-1, 1] -> its three layers of maps."""
-  _, state = model.apply({"params": params}, x, capture_intermediates=lambda module, _: module.name in LAYERS)
-  return [nn.swish(jnp.asarray(state["intermediates"][name]["__call__"][0])) for name in LAYERS]

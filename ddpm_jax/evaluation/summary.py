@@ -55,7 +55,15 @@ _OF_SAMPLES = {
   "measures": ("set_size",),
 }
 # Likewise, of conditional and guided draws; those of others say nothing, or this.
-_OF_GUIDANCE = {"labels": None, "classes": [], "guidance_scale": [1.0], "guidance_interval": [], "guide_with": ""}
+_OF_GUIDANCE = {
+  "labels": None,
+  "classes": [],
+  "guidance_scale": [1.0],
+  "guidance_interval": [],
+  "guide_with": "",
+  "classifier": "",
+  "classifier_scale": 1.0,
+}
 _OF_LIKELIHOOD = {
   "bits_per_dim": ("bound", ("examples", "timesteps_per_example", *ARITHMETIC)),
   "ode_bits_per_dim": ("ODE", ("examples", "steps", "probes", *ARITHMETIC)),

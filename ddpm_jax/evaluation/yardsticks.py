@@ -43,7 +43,10 @@ _VERSION = 2  # to be counted up when something else is computed
 # kind -> {"number": of images, "values": {name of a measure: value}}; of the data also "classes", as `by_class.Parts`
 Yardsticks = dict[str, dict[str, Any]]
 # Settings of a draw that an untrained network's images, and so the yardsticks, do not depend on.
-_NO_MATTER = ("checkpoint", "classes", "guidance_scale", "guidance_interval", "guide_with", "guide_sha256")
+_NO_MATTER = (
+  *("checkpoint", "classes", "guidance_scale", "guidance_interval", "guide_with", "guide_sha256"),
+  *("classifier", "classifier_scale", "classifier_sha256"),
+)
 
 
 class Data(NamedTuple):
@@ -53,7 +56,8 @@ class Data(NamedTuple):
     source: the images.
     reference: the statistics of their features; or those of `--reference_stats`, whose images are not at hand.
     identity: of what the statistics are of, a JSON value.
-    labels: of the images, int32 [N]; None where they are not known, or the statistics are of a file.
+    labels: of the images, int32 [N], see `classes.labels_among`; None where they are not known, or the statistics are
+      of a file.
   """
 
   source: Source
@@ -66,7 +70,8 @@ class Data(NamedTuple):
     """The moments of each class, see `moments_by_class`, as far as features are kept."""
     if self.labels is None:
       return {}
-    return moments_by_class(self.reference.features, self.labels[self.reference.index])
+    kept = self.labels[self.reference.index]
+    return moments_by_class(self.reference.features[kept >= 0], kept[kept >= 0])
 
 
 def untrained_denoiser(denoiser: Denoiser) -> Denoiser:
@@ -197,13 +202,16 @@ def _classes_of_the_data(
   """
   parts = by_class.Parts({}, {})
   if features.name == "classifier":
-    labels, right = by_class.held_out_seen_as(features, train, batch_size)
+    labels, right = by_class.held_out_seen_as(features, train, names, batch_size)
     parts = by_class.measure(features.name, names, labels, {}, {}, right)
   if data.labels is None:
     return parts
   kept = data.labels[data.reference.index]
   rows_of_both = halves(len(kept), number)
-  ours, others = (moments_by_class(data.reference.features[rows], kept[rows]) for rows in rows_of_both)
+  ours, others = (
+    moments_by_class(data.reference.features[rows], kept[rows])
+    for rows in (half[kept[half] >= 0] for half in rows_of_both)
+  )
   distances = by_class.measure(features.name, names, kept[rows_of_both[0]], ours, others, None)
   each = {name: parts.each.get(name, {}) | distances.each.get(name, {}) for name in (*parts.each, *distances.each)}
   return by_class.Parts(parts.values | distances.values, each)

@@ -62,11 +62,26 @@ class Half(nn.Module):
     block_class, rematted = rematerialized(self.remat)
 
     def whole(half: Half, h: jax.Array, dropout_keys: jax.Array | None) -> jax.Array:
-      init = {"kernel_init": pytorch_init, "last_init": pytorch_init}
-      h = block_class(features, half.num_groups, half.dropout, half.dtype, epsilon=EPSILON, **init, name=name)(
-        h, None, dropout_keys
-      )
-      return SelfAttention(half.num_groups, half.dtype, epsilon=EPSILON, **init, name=attention)(h) if attention else h
+      h = block_class(
+        features,
+        half.num_groups,
+        half.dropout,
+        half.dtype,
+        epsilon=EPSILON,
+        kernel_init=pytorch_init,
+        last_init=pytorch_init,
+        name=name,
+      )(h, None, dropout_keys)
+      if not attention:
+        return h
+      return SelfAttention(
+        half.num_groups,
+        half.dtype,
+        epsilon=EPSILON,
+        kernel_init=pytorch_init,
+        last_init=pytorch_init,
+        name=attention,
+      )(h)
 
     return rematted(whole)(self, h, dropout_keys)
 

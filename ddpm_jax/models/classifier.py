@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ddpm_jax.models.layers import default_init
 
 FEATURES = 64
-LAYERS = ("conv1_norm", "conv2_norm", "conv3_norm")  # before their swish
+_NORMS = "conv1_norm", "conv2_norm", "conv3_norm"
 _LARGEST_MAP = 16  # pixels of the first layer's output, of the shorter side: large images stay cheap
 
 
@@ -46,3 +49,9 @@ class Classifier(nn.Module):
     size = max(3, stride)
     x = nn.Conv(channels, (size, size), stride, kernel_init=default_init, precision="highest", name=name)(x)
     return nn.swish(nn.GroupNorm(channels // 4, name=f"{name}_norm")(x))
+
+
+def maps(model: Classifier, params: Any, x: jax.Array) -> list[jax.Array]:
+  """What the three convolutions make of x float32 [B, H, W, C] in [-1, 1]: [B, h, w, F] each."""
+  _, state = model.apply({"params": params}, x, capture_intermediates=lambda module, _: module.name in _NORMS)
+  return [nn.swish(jnp.asarray(state["intermediates"][name]["__call__"][0])) for name in _NORMS]

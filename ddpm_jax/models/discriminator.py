@@ -44,17 +44,34 @@ class Conv4x4(nn.Module):
   bias: bool
   dtype: DTypeLike
 
+  @property
+  def resample(self) -> str:
+    """The kind of convolution, for `build.fast_convolutions`."""
+    return "4x4_down" if self.stride == 2 else "4x4"
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """[B, H, W, C] -> [B, H', W', F], see `sizes`."""
+    """[B, H, W, C] -> [B, H', W', F], see `size_after`."""
     kernel = self.param("kernel", kernel_init, (4, 4, x.shape[-1], self.features), jnp.float32)
+    height, width = (size_after(self.stride, size) for size in x.shape[1:3])
+    if self.stride == 2:  # the last row of an odd number is followed by one of zeros, for which nothing is kept
+      x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
     x, kernel = promote_dtype(x, kernel, dtype=self.dtype)
-    strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
-    y = jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = self.convolve(x, kernel)[:, :height, :width]
     if not self.bias:
       return y
     bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
     return (y + bias[None, None, None, :]).astype(y.dtype)  # added as float32, for the reason that layers.Dense gives
+
+  def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [B, H, W, C], kernel [4, 4, C, F], of one type -> [B, H', W', F]; see `build.fast_convolutions`."""
+    strides, padding = (self.stride, self.stride), ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def size_after(stride: int, size: int) -> int:
+  """Rows, or columns, after a convolution of an image that has `size` of them; less than 1: none is left."""
+  return (size - 2) // stride + 1
 
 
 def strides(layers: int) -> tuple[int, ...]:
@@ -63,9 +80,9 @@ def strides(layers: int) -> tuple[int, ...]:
 
 
 def sizes(layers: int, size: int) -> Iterator[int]:
-  """Rows, or columns, after each convolution of an image that has `size` of them; less than 1: none is left."""
+  """`size_after` each of them."""
   for stride in strides(layers):
-    size = (size - 2) // stride + 1
+    size = size_after(stride, size)
     yield size
 
 

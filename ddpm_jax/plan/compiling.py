@@ -26,6 +26,7 @@ class Memory(NamedTuple):
     temporaries: activations, gradients and whatever else lives within a step.
     outputs: the metrics.
     program: the compiled code.
+    frozen: parameters of networks that do not train: a first stage, a perceptual network.
   """
 
   parameters: int
@@ -37,6 +38,7 @@ class Memory(NamedTuple):
   temporaries: int
   outputs: int
   program: int
+  frozen: int = 0
 
   @property
   def total(self) -> int:
@@ -115,6 +117,7 @@ def _memory(run: Run, inputs: Any, stats: Any) -> Memory:
     "optimizer": _bytes(state.opt_state),
     "counters": _bytes((state.step, state.counts)),
     "batch": _bytes(inputs),
+    "frozen": _bytes(run.frozen),
   }
   return Memory(
     **parts,

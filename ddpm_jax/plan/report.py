@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
+from ddpm_jax.first_stage.latents import Latents
 from ddpm_jax.models.build import num_params
 from ddpm_jax.plan.batches import Largest
 from ddpm_jax.plan.collectives import KINDS, Collective
@@ -23,12 +24,9 @@ def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
   config = run.config
   chips = "" if topology.chips == len(topology.devices) else f" ({topology.chips} chips)"
   rows = [
-    (
-      "model",
-      f"U-Net of {num_params(run.abstract_state.params):,} parameters, {config.model.dtype} activations, "
-      f"{config.model.matmul_precision} matmul precision",
-    ),
+    ("model", f"{_networks(run)}, {config.model.dtype} activations, {config.model.matmul_precision} matmul precision"),
     ("images", f"{height}x{width}x{channels} ({config.data.dataset}), {config.data.batch_size} in a training step"),
+    *_first_stage(run),
     (
       "topology",
       f"{topology.name}: {len(topology.devices)} x {topology.kind}{chips}, --parallel={config.train.parallel}",
@@ -43,6 +41,24 @@ def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
   else:
     rows.append(("peaks", f"none are known for {topology.kind}: no roofline"))
   return _table(rows)
+
+
+def _networks(run: Run) -> str:
+  """What is trained."""
+  params = run.abstract_state.params
+  if not run.pair:
+    kind = "classifier" if run.config.model.stage == "classifier" else "U-Net"
+    return f"{kind} of {num_params(params):,} parameters"
+  text = f"autoencoder of {num_params(params['autoencoder']):,} parameters"
+  return text + (f", discriminator of {num_params(params['discriminator']):,}" if run.pair.discriminator else "")
+
+
+def _first_stage(run: Run) -> Iterator[tuple[str, str]]:
+  """What turns images into what is diffused, and where."""
+  if isinstance(run.first_stage, Latents):
+    latents, params = run.first_stage.latent_shape, num_params(run.frozen["autoencoder"])
+    yield "first stage", f"autoencoder of {params:,} parameters, latents {'x'.join(map(str, latents))}, encoded in"
+    yield "", "each step; a run whose latents fit into --cache_gib encodes them once, and needs less"
 
 
 def _links(peaks: Peaks) -> str:
@@ -60,6 +76,7 @@ def memory_table(memory: Memory, topology: Topology) -> str:
     "padding": "padding of the layout",
     "temporaries": "temporaries: activations, gradients",
     "outputs": "output: metrics",
+    "frozen": "networks that do not train",
     "program": "program",
   }
   shares = memory._asdict()

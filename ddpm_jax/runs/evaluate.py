@@ -60,7 +60,7 @@ def evaluate(config: Config, workdir: pathlib.Path | None, given: Collection[str
       f"{'x'.join(map(str, weights.run.image_shape))}; restore them, or name others if nothing was trained here"
     )
   _warn_of_changed_images(train, workdir)
-  measured = evaluate_lib.check(config, workdir, train).evaluate.measures
+  measured = evaluate_lib.check(config, workdir, train, weights).evaluate.measures
   keep_place(config, workdir, weights, train)
   ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
@@ -119,7 +119,9 @@ def result_lines(result: Result) -> Iterator[str]:
     yield f"  {name:{width}} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
   classes = {} if scales else by_class(result)
   for name, found in list(classes.items())[:_CLASSES]:
-    yield f"  {f'class {name}':{width}} " + ", ".join(f"{title} {value:.5g}" for title, value in found.items())
+    yield f"  {f'class {console.one_line(name)}':{width}} " + ", ".join(
+      f"{title} {value:.5g}" for title, value in found.items()
+    )
   if len(classes) > _CLASSES:
     yield f"  and {len(classes) - _CLASSES} more classes, in the file"
   if any("given" in terms for kind in LIKELIHOODS for terms in result.get(kind, {}).values()):

@@ -10,16 +10,18 @@ import numpy as np
 
 from ddpm_jax.checkpoint import manifest
 from ddpm_jax.config import Config, TrainConfig
-from ddpm_jax.data.sources import Source
+from ddpm_jax.data.sources import Source, class_names
 from ddpm_jax.devices.hosts import any_host
 from ddpm_jax.errors import RunError
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.results import keep_best, measure_of, read_result, scalars, write_result, yardsticks_of
 from ddpm_jax.evaluation.summary import Result
 from ddpm_jax.evaluation.surroundings import Abandoned, Surroundings
+from ddpm_jax.models.build import Params
 from ddpm_jax.runs.reports import Reports
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.setup import Run
 from ddpm_jax.training.state import TrainState
 from ddpm_jax.weights.load import Weights, identity_of
@@ -36,6 +38,18 @@ def evaluation_due(options: TrainConfig, step: int) -> bool:
 def evaluation_missing(config: Config, workdir: pathlib.Path, step: int) -> bool:
   """Whether that is due and was not done; all processes must ask."""
   return evaluation_due(config.train, step) and any_host(read_result(workdir / "eval" / f"{step}.json") is None)
+
+
+def weights_of(run: Run, source: Source, params: Params, step: int, which: str) -> Weights:
+  """The weights of a run that trains, with the classes of its images."""
+  classes = class_names(source, run.config.model.num_classes) if run.conditional else ()
+  return Weights(run, params, step, which, identity_of(manifest.describe(params)), classes=classes)
+
+
+def check(run: Run, source: Source, workdir: pathlib.Path) -> None:
+  """Raises UserError for what the first evaluation of a run would otherwise find wrong."""
+  one_scale(run.config.sample)
+  evaluate_lib.check(run.config, workdir, source, weights_of(run, source, {}, 0, "ema"))
 
 
 class Evaluations:
@@ -80,7 +94,7 @@ class Evaluations:
     options, alone = self._run.config, jax.process_count() == 1
     which = options.sample.sample_weights
     params = state.ema["ema"] if which == "ema" else state.params
-    weights = Weights(self._run, params, step, which, identity_of(manifest.describe(params)))
+    weights = weights_of(self._run, self._source, params, step, which)
     first = jax.process_index() == 0
 
     def beat(what: str) -> None:

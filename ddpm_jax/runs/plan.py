@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import time
 
 import jax
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import flags, presets
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import class_count, image_shape
 from ddpm_jax.devices import make_mesh
+from ddpm_jax.first_stage.latents import FixedStage, Latents
+from ddpm_jax.models.build import build_autoencoder, lpips
+from ddpm_jax.models.lpips import abstract_params as lpips_shapes
 from ddpm_jax.plan import report, topology
 from ddpm_jax.plan.batches import Largest, largest
 from ddpm_jax.plan.compiling import CompiledStep, compile_step
@@ -18,7 +23,10 @@ from ddpm_jax.plan.hardware import peaks
 from ddpm_jax.plan.roofline import roofline
 from ddpm_jax.plan.topology import OutOfMemory, Topology
 from ddpm_jax.runtime import console
+from ddpm_jax.training.autoencoder import Perceptual
 from ddpm_jax.training.setup import Run, build_run
+from ddpm_jax.weights import first_stage as stages
+from ddpm_jax.weights.stage_folder import abstract_params, as_used
 
 
 def plan(config: Config) -> None:
@@ -34,7 +42,7 @@ def plan(config: Config) -> None:
   shape = image_shape(config.data)
   if config_lib.reads_classes(config) and not config.model.num_classes:
     config = config_lib.override(config, {"num_classes": class_count(config.data)})
-  run = build_run(config, shape, mesh)
+  run = build_run(config, shape, mesh, stage=_first_stage(config, shape)).with_perceptual(_perceptual(config))
   best = peaks(target)
   console.say(report.headline(run, target, best))
   size = config.data.batch_size
@@ -49,6 +57,40 @@ def plan(config: Config) -> None:
       console.say(report.bound(run, step, times))
   if target.memory is not None:
     _say_largest(run, target, target.memory, step)
+
+
+def _first_stage(config: Config, image_shape: tuple[int, int, int]) -> FixedStage | None:
+  """The first stage of a latent model, as shapes; None for pixels.
+
+  Where nothing is at --first_stage yet, one that is called as a preset of a first stage is that of the preset: so is
+  what a preset of a latent model names.
+
+  Raises:
+    UserError: there is nothing, or it is not of such images.
+  """
+  path = config.diffusion.first_stage
+  if not path:
+    return None
+  name, known = pathlib.PurePath(path).name, {}
+  if not pathlib.Path(path).exists() and name in presets.names():
+    known = flags.of_preset(name)
+  if known.get("stage") == "autoencoder":
+    theirs = config_lib.override(Config(), known)
+    network = as_used(build_autoencoder(theirs.model, theirs.autoencoder, image_shape))
+    console.note(f"there is no {path} yet: planned with the first stage of --preset={name}")
+  else:
+    network = stages.fixed_for(stages.read_named(path, config), image_shape, config.data.dataset).latents.network
+  return FixedStage(Latents(network, image_shape), abstract_params(network, image_shape), "")
+
+
+def _perceptual(config: Config) -> Perceptual | None:
+  """The distance that an autoencoder is trained with, as shapes; None for none."""
+  match config.autoencoder.perceptual:
+    case "lpips":
+      return Perceptual(lpips, lpips_shapes(), "")
+    case "features":
+      console.note("--perceptual=features is left out: its network is that of the images, which are not looked at")
+  return None
 
 
 def _say_largest(run: Run, target: Topology, limit: int, step: CompiledStep | OutOfMemory) -> None:

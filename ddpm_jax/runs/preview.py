@@ -54,12 +54,9 @@ class Preview:
       stream="preview",
       keep=True,
     )
-    self._seed, self._first_stage, index = (
-      options.seed,
-      run.stage_params,
-      np.arange(options.preview_images, dtype=np.int32),
-    )
-    label = index % max(1, run.config.model.num_classes)
+    self._seed, self._first_stage = options.seed, run.stage_params
+    index = np.arange(options.preview_images, dtype=np.int32)
+    label = index % max(1, len(class_names))
     self._columns = (index, label) if run.conditional else (index,)
     self._captions = [class_names[i] for i in label.tolist()] if run.conditional else None
     self._ahead = bool(compiler and options.sample_every and run.mesh.compiles_beside_steps)

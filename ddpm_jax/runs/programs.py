@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from ddpm_jax.training.setup import Run
-from ddpm_jax.training.step import abstract_batch
 
 
 class Compiler:
@@ -51,7 +50,7 @@ class StepProgram:
     )
     self._compiled = None
     if ahead and run.mesh.lowers_shapes:
-      batch = abstract_batch(run.image_shape, run.config.data.batch_size, labels=run.conditional)
+      batch = run.abstract_batch(run.config.data.batch_size)
       lowered = self._step.lower(run.abstract_state, *run.mesh.abstract_inputs(batch, max_steps=max_steps))
       self._compiled = compiler.submit(lowered)  # JAX keeps the result, and the first call finds it
 

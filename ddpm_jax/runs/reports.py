@@ -135,6 +135,7 @@ class Reports:
         self._writer.write(step, values | {"time": round(time.time(), 3)})
       self._loggers.scalars(step, values)
     facts = {"loss": values["loss"], "grad norm": values["grad_norm"]}
+    facts |= {name.removeprefix("mean/"): value for name, value in values.items() if name.startswith("mean/")}
     facts |= {name.replace("_", " "): values[name] for name in ("nonfinite", "bad_records") if values[name]}
     self._progress.report(step, facts, rate, self._clock.mean_rate(step))
     for line in self._alarms(step, values) if self._alarms else ():

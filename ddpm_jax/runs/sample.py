@@ -16,12 +16,13 @@ from PIL import Image
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
+from ddpm_jax.diffusion.samplers import SamplerTable
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runtime import console
 from ddpm_jax.runtime.paths import expanded
 from ddpm_jax.runtime.progress import counted
 from ddpm_jax.sampling import inputs, tasks
-from ddpm_jax.sampling.classes import Classes, of_given, one_scale, wanted
+from ddpm_jax.sampling.classes import Classes, known_by, number_within, of_given, one_scale, wanted
 from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.sampling.drawn import Drawn, cannot_write, check_room, facts_of_picture, settings
 from ddpm_jax.weights.initial import ensure_workdir, find_weights
@@ -64,12 +65,12 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   check_room(
     "num_samples", folder, shape, options.num_samples, copies=2
   )  # while they are drawn, and then in the archive
-  ensure_workdir(config, workdir)
   classes = wanted(options, weights)
+  ensure_workdir(config, workdir)
   drawn = Drawn(weights, config, folder, classes)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
-    say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.evaluations))
+    say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.table))
     drawn.draw(options.num_samples, done=lambda at: done(at.images, str(at)), say=say)
   if jax.process_index() == 0:
     images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
@@ -106,7 +107,7 @@ def _grid_of_classes(images: np.ndarray, labels: np.ndarray, classes: Classes) -
   most = _GRID_IMAGES // len(shown)
   rows = [np.asarray(images[np.flatnonzero(labels == label)[:most]]) for label in shown]
   names = classes.names_of(np.array(shown))
-  return grids.named_rows(dict(zip(names, rows, strict=True)))
+  return grids.named_rows(zip(names, rows, strict=True))
 
 
 def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
@@ -114,7 +115,10 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   name, number = options.sample_task, options.num_samples
   given = {"interpolate": 2 * number, "inpaint": number, "reconstruct": number}.get(name, 0)
   accept = functools.partial(keep_place, config, workdir, weights)
-  images, labels = inputs.given_images(config, run.image_shape, given, accept) if given else inputs.Given(np.empty(0))
+  known, images, labels = known_by(weights), np.empty(0), None
+  if given:
+    names = known.class_names if known else ()
+    images, labels = inputs.given_images(config, run.image_shape, given, accept, classes=names)
   classes = of_given(options, weights, labels) if given else wanted(options, weights)
   if classes is not None and name == "interpolate" and not options.classes:
     classes = classes._replace(turn=classes.turn[::2])  # of the first of each pair
@@ -154,11 +158,18 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
     console.say("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
 
 
-def _headline(config: Config, weights: Weights, what: str, evaluations: int = 0) -> str:
-  height, width, channels = weights.run.image_shape
-  each = f", {evaluations} network evaluations each" if evaluations else ""
-  each += f", guided by {one_scale(config.sample):g}" if config_lib.guided(config.sample) else ""
-  quick = ""
+def _headline(config: Config, weights: Weights, what: str, table: SamplerTable | None = None) -> str:
+  (height, width, channels), options = weights.run.image_shape, config.sample
+  evaluations, quick = len(table.t) if table else 0, ""
+  each = f", {evaluations} network evaluations each" if table else ""
+  if config_lib.guided(options):
+    how = f"guided by {one_scale(options):g}"
+    if table and options.guidance_interval:
+      sigma = np.asarray(table.level.sigma) / np.asarray(table.level.alpha)
+      how = f"{number_within(options.guidance_interval, sigma)} of them {how}"
+    each += f", {how}"
+  if weights.classifier:
+    each += f", guided by a classifier, scale {options.classifier_scale:g}"
   if evaluations >= _MANY and jax.default_backend() == "cpu":
     quick = f"; --sampler=dpmpp --sampling_steps={QUICK} is about {evaluations // QUICK} times faster"
   return f"{what} {height}x{width}x{channels} with {weights.text}: {config.sample.sampler}{each}{quick}"

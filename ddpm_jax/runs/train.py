@@ -29,10 +29,10 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.evaluation import perceptual
-from ddpm_jax.evaluation.evaluate import check as check_evaluation
 from ddpm_jax.first_stage.latents import FixedStage
+from ddpm_jax.first_stage.statistics import Encoded, as_source
 from ddpm_jax.models.build import TrainableNetwork, fitted
-from ddpm_jax.runs import earlier, workdirs
+from ddpm_jax.runs import earlier, evaluating, workdirs
 from ddpm_jax.runs.alarms import Alarms
 from ddpm_jax.runs.evaluating import Evaluations, evaluation_missing
 from ddpm_jax.runs.preview import EarlyGrids, Preview, Reconstructions
@@ -44,7 +44,6 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.runtime.progress import Progress
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.runtime.watchdog import Watchdog
-from ddpm_jax.sampling.classes import one_scale
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, build_run, make_train_step
@@ -128,8 +127,9 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     )
     cleanup.enter_context(contextlib.closing(checkpoints))
 
+    all_encoded = functools.cache(functools.partial(_encode_all, run, stage, source, watchdog.beat))
     if stage:
-      run = first_stage.settle(run, stage, workdir, source, beat=watchdog.beat)
+      run = first_stage.settle(run, stage, workdir, source, all_encoded, beat=watchdog.beat)
     run = run.with_perceptual(perceptual.settle(config, workdir, source, run.mesh, watchdog.beat))
     start = resume.find_start(checkpoints, run, source, workdir)
     perceptual.check_kept(start.manifest, run.perceptual, workdir)
@@ -154,14 +154,22 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
       workdirs.renew(workdir, config_lib.reset_weight_selectors(config) if start.state else config)
       layout.keep_classes(workdir, source.known_classes().names)
 
+    examples, cached = source, all_encoded()
+    if cached:
+      run, examples = run._replace(moments_shape=cached.moments.shape[1:]), as_source(source, cached)
     place = Place(workdir, checkpoints, lock)
     with open_services(run, source, place, start, watchdog, invocation) as services:
       with services.progress.compiling("the initial state"):
         state = start.state or run.initial_state(params)
-      last, stopped = training_loop(run, source, state, start.step, services)
+      last, stopped = training_loop(run, examples, state, start.step, services)
   if lock:
     workdirs.finish(run, workdir, last)
   return not stopped
+
+
+def _encode_all(run: Run, stage: FixedStage | None, source: Source, beat: Callable[[str], None]) -> Encoded | None:
+  """The moments of all images, where they are latents and fit into memory."""
+  return first_stage.encode_all(run, stage, source, beat=beat) if stage else None
 
 
 def prepare(
@@ -191,13 +199,15 @@ def prepare(
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)
   stage = first_stage.fixed_for(autoencoder, source.image_shape, source.name) if autoencoder else None
+  if stage:
+    accept(*source.image_shape[:2])  # own images were not opened here
   seen = stage.latents.latent_shape if stage else source.image_shape
   config = dataclasses.replace(config, model=fitted(config.model, seen))
   if own.network and config.model.stage == "autoencoder":
     raise UserError("network: your own is a denoiser, which stage=autoencoder does not train; leave one of them out")
   perceptual.check(config, workdir, source.image_shape)
   if config_lib.reads_classes(config):
-    found = num_classes(source, config.model.num_classes, stage=config.model.stage)
+    found = num_classes(source, config.model.num_classes, stage=config.model.stage, settled=fixed)
     config = config_lib.override(config, {"num_classes": found})
   if config.model.stage == "classifier":
     config = config_lib.override(config, {"sample_every": 0})  # there is nothing to draw
@@ -208,8 +218,7 @@ def prepare(
   layout.check_own(workdir, run.own or {})
   resume.check_hosts(run, source)
   if config.train.evaluate_every:
-    one_scale(config.sample)
-    check_evaluation(config, workdir, source)
+    evaluating.check(run, source, workdir)
   return run, source, stage
 
 
@@ -294,11 +303,14 @@ def _preview(run: Run, source: Source, compiler: Compiler | None) -> Preview | R
   """What makes the pictures of `samples/` while the run trains."""
   if run.pair:
     return Reconstructions(run, compiler, source)
-  return Preview(run, compiler, class_names(source, run.config.model.num_classes))
+  shown = source.known_classes().names or class_names(source, run.config.model.num_classes)
+  return Preview(run, compiler, shown)
 
 
 def training_loop(run: Run, source: Source, state: TrainState, start: int, services: TrainServices) -> tuple[int, bool]:
   """Makes the training steps after `start`.
+
+  source: the images or, as `Run.moments_shape` says, their moments.
 
   Returns:
     The number of steps in the last checkpoint, and whether a request to stop came before the run was finished.
@@ -426,7 +438,7 @@ def dispatches(options: TrainConfig, start: int, extra_step: int | None = None) 
 
 
 def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, None, None]:
-  return batches(
+  found = batches(
     source,
     batch_size=run.config.data.batch_size,
     seed=run.config.train.seed,
@@ -437,3 +449,11 @@ def _batches_after(start: int, run: Run, source: Source) -> Generator[Batch, Non
     workers=run.config.data.data_workers,
     labels=run.conditional,
   )
+  return found if run.moments_shape is None else _with_moments(found)
+
+
+def _with_moments(found: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+  """Batches of `as_source` under the name of what they hold."""
+  with contextlib.closing(found):
+    for batch in found:
+      yield batch | {"moments": batch.pop("image")}

@@ -149,7 +149,8 @@ def _headline(
       f"checkpoints are kept in {moved}, which is a workdir\n"
     )
   if start and run.lr_restart == start:
-    what += f"the cosine learning rate restarts for the {total - start} training steps from here to {total}\n"
+    kind = run.config.optimizer.lr_schedule
+    what += f"the {kind} learning rate restarts for the {total - start} training steps from here to {total}\n"
   if start:
     return what + f"resuming {workdir} after step {start} of {total}; compiling"
   first = f" from the weights of {run.config.exchange.init_from}" if run.config.exchange.init_from else ""

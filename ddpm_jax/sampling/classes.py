@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from ddpm_jax.config import SampleConfig, flag_text
+from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.labels import number_of
+from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
 from ddpm_jax.weights.load import Weights
 
@@ -54,10 +57,11 @@ def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
   Raises:
     UserError: for a class that is not there, or any for an unconditional model; the nearest names are offered.
   """
+  for name, guide in (("guide_with", weights.guide), ("classifier", weights.classifier)):
+    if getattr(options, name) and guide is None:
+      raise UserError(f"{name}: cannot guide what a training run draws; leave it out, and use --mode=evaluate")
   check_guidance(options, weights)
-  if options.classifier and weights.classifier is None:
-    raise UserError("classifier: cannot guide what a training run draws; leave it out, and use --mode=evaluate")
-  known = weights if weights.run.conditional else weights.classifier
+  known = known_by(weights)
   if known is None:
     if options.classes:
       raise UserError(
@@ -66,8 +70,50 @@ def wanted(options: SampleConfig, weights: Weights) -> Classes | None:
       )
     return None
   names = known.class_names
-  numbers = [number_of(word, "classes", "the model", names) for word in options.classes] or range(len(names))
+  owner, everything = f"the {_owner(weights)}", range(known.num_drawn)
+  numbers = [number_of(word, "classes", owner, names) for word in options.classes] or everything
   return Classes(np.array(numbers, np.int32), names)
+
+
+def _owner(weights: Weights) -> str:
+  """Of the classes, for people."""
+  return "model" if weights.run.conditional else "classifier"
+
+
+def known_by(weights: Weights) -> Weights | None:
+  """Whose classes images are drawn by: the model's, else those of its classifier; None if it has none."""
+  return weights if weights.run.conditional else weights.classifier
+
+
+def labels_of(source: Source) -> np.ndarray | None:
+  """The class of each image, int32 [N]; None if they have none. Raises UserError if they cannot be read."""
+  try:
+    return source.labels() if source.labels else None
+  except NoLabels:
+    return None
+
+
+def numbers_among(names: Sequence[str], source: Source) -> np.ndarray | None:
+  """The number that each class of a source has among `names`, int32 [K], or -1; None if its images have no classes.
+
+  Classes go by their names; by number where none is known by both sides, and one of them has but numbers.
+  """
+  labels = labels_of(source)
+  if labels is None:
+    return None
+  theirs = source.known_classes().names
+  number = max(len(theirs), int(labels.max()) + 1)
+  numbered = any(tuple(map(str, range(len(side)))) == tuple(side) for side in (theirs, names))
+  if tuple(theirs) == tuple(names[: len(theirs)]) or (numbered and not {*theirs} & {*names}):
+    return np.where(np.arange(number) < len(names), np.arange(number), -1).astype(np.int32)
+  place = {name: index for index, name in reversed(list(enumerate(names)))}
+  return np.array([place.get(name, -1) for name in theirs], np.int32)
+
+
+def labels_among(names: Sequence[str], source: Source) -> np.ndarray | None:
+  """As `labels_of`, but with the numbers that the classes have among `names`, and -1 for those that are none."""
+  labels, numbers = labels_of(source), numbers_among(names, source)
+  return None if labels is None or numbers is None else numbers[labels]
 
 
 def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None) -> Classes | None:
@@ -76,30 +122,50 @@ def of_given(options: SampleConfig, weights: Weights, labels: np.ndarray | None)
   Args:
     options: of drawing.
     weights: of the model.
-    labels: int32 [N], their own; None if they are not known.
+    labels: int32 [N], their own, as of `labels_among`; None if they are not known.
 
   Raises:
-    UserError: as `wanted`, or no class is known and the model has no null label.
+    UserError: as `wanted`, or no class is known and the model, or its guide, has no null label.
   """
   classes = wanted(options, weights)
   if classes is None or options.classes:
     return classes
   if labels is None:
-    if weights.run.null_label is None or weights.classifier is not None:
+    told = [model.run for model in (weights, weights.guide) if model is not None and model.run.conditional]
+    if weights.classifier is not None or any(run.null_label is None for run in told):
       raise UserError("classes: the model draws by class, and the images have none; name it with --classes")
     labels = np.array([weights.run.null_label], np.int32)
+  if labels.min() < 0:
+    raise UserError(
+      f"classes: image {int(labels.argmin())} is of none of the {len(classes.names)} classes of the {_owner(weights)}; "
+      "name some with --classes"
+    )
   return classes._replace(turn=labels)
 
 
 def check_guidance(options: SampleConfig, weights: Weights) -> None:
-  """Raises UserError where there is nothing to guide by: neither a null label nor a guide of its own."""
+  """Raises UserError where there is nothing to guide by, neither a null label nor a guide of its own, or nowhere."""
   scale = next((scale for scale in options.guidance_scale if scale != 1.0), None)
-  if scale is None or weights.guide is not None or weights.run.null_label is not None:
+  if scale is None:
+    return
+  sigma = np.sqrt(1 / weights.run.schedule.alpha_bar[1:] - 1)
+  if options.guidance_interval and not number_within(options.guidance_interval, sigma):
+    raise UserError(
+      f"guidance_interval: {flag_text(options.guidance_interval)} holds none of the noise levels of this model, "
+      f"{sigma[0]:.4g} to {sigma[-1]:.4g}; write two of these"
+    )
+  if weights.guide is not None or weights.run.null_label is not None:
     return
   why = "is unconditional" if not weights.run.conditional else "was trained without --label_dropout"
   raise UserError(
     f"guidance_scale: {scale} has no effect, as the model {why}; use 1, or name a worse model with --guide_with"
   )
+
+
+def number_within(interval: Sequence[float], sigma: np.ndarray) -> int:
+  """How many noise levels are above the first number of --guidance_interval and at most the second."""
+  low, high = interval or (0.0, np.inf)
+  return int(((sigma > low) & (sigma <= high)).sum())
 
 
 def one_scale(options: SampleConfig) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,10 +13,11 @@ from ddpm_jax.data import folder, images
 from ddpm_jax.data.sources import Source, open_source
 from ddpm_jax.errors import UserError
 from ddpm_jax.runtime.paths import expanded
+from ddpm_jax.sampling.classes import labels_among
 
 
 class Given(NamedTuple):
-  """Images uint8 [N, H, W, C], and for a conditional model their classes int32 [N]; None if they are not known."""
+  """Images uint8 [N, H, W, C], and their classes int32 [N], see `classes.labels_among`; None if they are not known."""
 
   images: np.ndarray
   labels: np.ndarray | None = None
@@ -27,6 +28,8 @@ def given_images(
   image_shape: tuple[int, int, int],
   number: int,
   accept: Callable[[Source], None] = lambda source: None,
+  *,
+  classes: Sequence[str] = (),
 ) -> Given:
   """`number` images of the shape that the model has, from `--input_images` or the data set.
 
@@ -37,6 +40,7 @@ def given_images(
     image_shape: (H, W, C).
     number: of images.
     accept: called with the data set if the images are its, and raises if it is not to be used.
+    classes: names of those that are drawn by; empty: none are.
 
   Raises:
     UserError: no such file, too few images, a broken one, or one of another size.
@@ -52,8 +56,8 @@ def given_images(
     if len(source) < number:
       raise UserError(f"num_samples: {number} images are needed, {source.name} has {len(source)}; lower --num_samples")
     accept(source)
-    labels = source.labels()[:number] if config.model.num_classes and source.labels else None
-    return Given(source.read(np.arange(number)).images, labels)
+    labels = labels_among(classes, source) if classes else None
+    return Given(source.read(np.arange(number)).images, None if labels is None else labels[:number])
   root = pathlib.Path(expanded("input_images", path))
   files = [root] if root.is_file() else []
   if root.is_dir():

@@ -20,8 +20,9 @@ from ddpm_jax.diffusion.schedules import NoiseSchedule, at
 from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.keys import example_key
 
-# image: uint8 [B, H, W, C]; index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether
-# the row holds another image, because its own could not be read; in a conditional run label: int32 [B], its class
+# image: uint8 [B, H, W, C], or moments: float32 [B, O, h, w, ..] of the image and, if O is 2, of the mirrored one;
+# index: int32 [B], the place of each row in the global batch; replaced: bool [B], whether the row holds another image,
+# because its own could not be read; in a conditional run label: int32 [B], its class
 Batch = dict[str, jax.Array]
 Terms = dict[str, jax.Array]  # scalars by name, means over the batch; training minimises their sum
 PerExample = dict[str, jax.Array]  # [B, ...] by name
@@ -94,15 +95,29 @@ def sample_example(
 
   Args:
     key: of this example at this step.
-    image: uint8 [H, W, C].
+    image: uint8 [H, W, C]; or the moments of both orientations, [2, h, w, ..], without flips of one.
     num_timesteps: T.
     shape: of x_0.
     flip: mirror the image with probability 1/2.
   """
   t_key, eps_key, flip_key, dropout_key = jax.random.split(key, 4)
-  image = random_flip(flip_key, image) if flip else image
+  if image.ndim == 3:
+    image = random_flip(flip_key, image) if flip else image
+  else:
+    image = image[jax.random.bernoulli(flip_key).astype(jnp.int32)] if flip else image[0]
   t = jax.random.randint(t_key, (), 1, num_timesteps + 1)
   return NoisedExample(image, t, jax.random.normal(eps_key, shape, jnp.float32), dropout_key)
+
+
+def images_of(batch: Batch) -> jax.Array:
+  """The images of a batch, or their moments, where these are cached."""
+  return batch["moments"] if "moments" in batch else batch["image"]
+
+
+def x0_of(first_stage: FirstStage, frozen: Any, images: jax.Array, keys: jax.Array) -> jax.Array:
+  """x_0 of images uint8 [B, H, W, C], or of their moments, float; sampled with the keys of the examples."""
+  moments = first_stage.moments(frozen, images) if images.dtype == jnp.uint8 else images
+  return first_stage.x0(frozen, moments, keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +159,8 @@ class DenoiserObjective:
     network, parameterization = self.denoiser.network, self.denoiser.parameterization
     weights = loss_weights(self.config.loss_weighting, parameterization, self.schedule)
 
-    images, t, eps, dropout_keys = jax.vmap(self.sample_training_example)(keys, batch["image"])
-    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images), keys), self.schedule.level(t)
+    images, t, eps, dropout_keys = jax.vmap(self.sample_training_example)(keys, images_of(batch))
+    x0, level = x0_of(self.first_stage, frozen, images, keys), self.schedule.level(t)
     xt = jax.vmap(q_sample)(x0, eps, level)
     output = network(params, xt, level.time, self.condition(keys, batch), dropout_keys=dropout_keys)
     target = jax.vmap(parameterization.target)(x0, eps, level)
@@ -177,8 +192,8 @@ class ClassifierObjective:
     """-log p(y | x_t) with t ~ U{1..T}, averaged over the batch; of each example whether its class is the likeliest."""
     num_timesteps, shape = self.schedule.num_timesteps, self.first_stage.latent_shape
     sample = functools.partial(sample_example, num_timesteps=num_timesteps, shape=shape, flip=self.flip)
-    images, t, eps, dropout_keys = jax.vmap(sample)(keys, batch["image"])
-    x0, level = self.first_stage.x0(frozen, self.first_stage.moments(frozen, images), keys), self.schedule.level(t)
+    images, t, eps, dropout_keys = jax.vmap(sample)(keys, images_of(batch))
+    x0, level = x0_of(self.first_stage, frozen, images, keys), self.schedule.level(t)
     xt = jax.vmap(q_sample)(x0, eps, level)
     logits = self.network(params, xt, level.time, None, dropout_keys=dropout_keys)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])

@@ -31,18 +31,21 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int, restart: int
   Args:
     config: the options.
     num_steps: of the whole run.
-    restart: the step at which the rate begins again from 0, for `cosine`: of a run that was made longer, see
-      `resume.restarts`.
+    restart: the step at which the rate begins again from 0, for `cosine` and `linear`: of a run that was made longer,
+      see `resume.restarts`.
   """
   warmup_steps = config.warmup_steps
   match config.lr_schedule:
     case "constant" | "constant_then_decay":
       after = optax.constant_schedule(config.learning_rate)
-    case "cosine":
+    case "cosine" | "linear":
       steps = num_steps - restart
       if warmup_steps >= steps:  # it ends at 0 all the same
         warmup_steps = steps // 2
-      after = optax.cosine_decay_schedule(config.learning_rate, steps - warmup_steps)
+      if config.lr_schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, steps - warmup_steps)
+      else:
+        after = optax.linear_schedule(config.learning_rate, 0.0, steps - warmup_steps)
     case _:
       raise ValueError(f"unknown learning-rate schedule {config.lr_schedule!r}")
   rate = after

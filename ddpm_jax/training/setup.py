@@ -36,7 +36,7 @@ from ddpm_jax.training.objective import (
 )
 from ddpm_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from ddpm_jax.training.state import TrainState, create_state
-from ddpm_jax.training.step import Metrics, train_step
+from ddpm_jax.training.step import Metrics, abstract_batch, train_step
 
 _MANY_IMAGES, _MANY_PASSES = 5000, 100  # see `copies_warning`
 
@@ -58,11 +58,16 @@ class Run(NamedTuple):
   pair: Pair | None = None  # of stage=autoencoder: the network of the denoiser, which means nothing then
   perceptual: Perceptual | None = None  # of --perceptual; its parameters, placed, are `frozen["perceptual"]`
   first_stage_facts: dict[str, Any] | None = None  # `FixedStage.facts`; None: pixels
+  moments_shape: tuple[int, ...] | None = None  # O, h, w, ..; of batches that hold `moments` in the place of images
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """H, W, C of an image."""
     return self.first_stage.image_shape
+
+  def abstract_batch(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch of that size, as the step gets it."""
+    return abstract_batch(self.image_shape, batch_size, labels=self.conditional, moments=self.moments_shape)
 
   @property
   def stage_params(self) -> Params | None:
@@ -78,7 +83,9 @@ class Run(NamedTuple):
     """The run of an autoencoder with its perceptual distance."""
     if perceptual is None:
       return self
-    return self._replace(perceptual=perceptual, frozen=self.frozen | {"perceptual": self.mesh.place(perceptual.params)})
+    return self._replace(
+      perceptual=perceptual, frozen=self.frozen | {"perceptual": _placed(perceptual.params, self.mesh)}
+    )
 
   @property
   def packs(self) -> bool:
@@ -142,15 +149,18 @@ def build_run(
 
 def with_first_stage(run: Run, stage: FixedStage) -> Run:
   """The run with the parameters of its first stage, placed as those of a state; of shapes, shapes with shardings."""
-  if all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(stage.params)):
-    frozen = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-      stage.params,
-      run.mesh.state_shardings(stage.params),
-    )
-  else:
-    frozen = run.mesh.place(stage.params)
-  return run._replace(frozen=frozen, first_stage_facts=stage.facts)
+  return run._replace(frozen=_placed(stage.params, run.mesh), first_stage_facts=stage.facts)
+
+
+def _placed(params: Params, mesh: DeviceMesh) -> Params:
+  """NumPy arrays that are the same on every process, placed as those of a state; of shapes, shapes with shardings."""
+  if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+    return mesh.place(params)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    params,
+    mesh.state_shardings(params),
+  )
 
 
 def noise_warning(run: Run) -> str | None:

@@ -35,11 +35,23 @@ def example_keys(seed: int | jax.Array, step: jax.Array, index: jax.Array) -> ja
 
 
 def abstract_batch(
-  image_shape: tuple[int, int, int], batch_size: int, *, labels: bool = False
+  image_shape: tuple[int, int, int],
+  batch_size: int,
+  *,
+  labels: bool = False,
+  moments: tuple[int, ...] | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-  """The shapes of `inputs_of` a global batch; labels: of a conditional run."""
+  """The shapes of `inputs_of` a global batch.
+
+  Args:
+    image_shape: H, W, C.
+    batch_size: B.
+    labels: of a conditional run.
+    moments: [O, h, w, ..] of an image, where the batch holds these in its place.
+  """
+  image = {"image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8)}
   return {
-    "image": jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
+    **({"moments": jax.ShapeDtypeStruct((batch_size, *moments), jnp.float32)} if moments else image),
     "index": jax.ShapeDtypeStruct((batch_size,), jnp.int32),
     "replaced": jax.ShapeDtypeStruct((batch_size,), jnp.bool_),
     **({"label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)} if labels else {}),
@@ -48,7 +60,7 @@ def abstract_batch(
 
 def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
   """What of a batch, as `pipeline.batches` yields it, goes to the devices: all but the place in the data set."""
-  return {name: batch[name] for name in ("image", "index", "replaced", "label") if name in batch}
+  return {name: batch[name] for name in ("image", "moments", "index", "replaced", "label") if name in batch}
 
 
 def gradient_of_sum(loss_of: LossFn) -> GradientFn:

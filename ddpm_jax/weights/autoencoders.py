@@ -24,7 +24,7 @@ from ddpm_jax.weights.names import autoencoder_table, check_shapes, from_diffuse
 from ddpm_jax.weights.tensors import read_facts, read_tensors, write_tensors
 from ddpm_jax.workdir.arrays import UnusableError
 
-_CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
+CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}  # of diffusers, by regularizer
 _PARTS = ("vae", "vqvae")  # folders of a pipeline that hold one
 _SCALING_FACTOR = 0.18215  # the default of diffusers: that of Stable Diffusion
 
@@ -110,7 +110,7 @@ def write_autoencoder(
     OSError: if they cannot be written.
   """
   options = autoencoder_options(network, size)
-  write_json(folder / "config.json", _CLASSES[network.regularizer], options)
+  write_json(folder / "config.json", CLASSES[network.regularizer], options)
   rows = autoencoder_table(network, (*size, network.model.out_channels))
   write_tensors(folder / WEIGHTS, to_diffusers(folded(params, mean, std), rows), {})
 
@@ -207,8 +207,8 @@ def settings_of(options: Options, size: tuple[int, int] | None = None) -> tuple[
   Raises:
     UserError: names the option that is unknown, missing, or of a value that our networks do not have.
   """
-  check_class(options, tuple(_CLASSES.values()))
-  regularizer = next(name for name, theirs in _CLASSES.items() if theirs == options["_class_name"])
+  check_class(options, tuple(CLASSES.values()))
+  regularizer = next(name for name, theirs in CLASSES.items() if theirs == options["_class_name"])
   check_known(options, _UNDERSTOOD[regularizer], _ONLY[regularizer])
   widths = whole_numbers(options, "block_out_channels", (64,))
   channels = widths[0]
@@ -249,7 +249,7 @@ def scale_of(options: Options) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]
   Raises:
     UserError: names the option that is no such number.
   """
-  vq = options["_class_name"] == _CLASSES["vq"]
+  vq = options["_class_name"] == CLASSES["vq"]
   size, notes = whole_number(options, "latent_channels", 3 if vq else 4), []
   factor = options.get("scaling_factor", 1.0 if vq else _SCALING_FACTOR)
   if type(factor) not in (int, float) or not 0 < factor < float("inf"):
@@ -304,17 +304,40 @@ def _attention(options: Options, levels: int) -> list[bool]:
   return found["Down"]
 
 
-def _read_folder(folder: pathlib.Path, size: tuple[int, int] | None) -> AutoencoderWeights:
+def describe_autoencoder(
+  folder: pathlib.Path, size: tuple[int, int] | None = None
+) -> tuple[AutoencoderNetwork, tuple[int, int, int]]:
+  """The network of a folder of diffusers, and the shape (H, W, C) of its images. Raises as `read_autoencoder`."""
+  part = _part(folder)
+  return _network_of(part, read_json(folder, part / "config.json"), size)
+
+
+def _part(folder: pathlib.Path) -> pathlib.Path:
+  """Where the autoencoder of a folder lies. Raises UserError."""
   part = next((folder / name for name in _PARTS if (folder / name).is_dir()), folder)
   if not (part / "config.json").exists():
     raise UserError(
       f"{folder} holds no autoencoder: neither config.json, nor {' or '.join(f'{name}/' for name in _PARTS)}; name a "
       "folder of diffusers with an AutoencoderKL or a VQModel"
     )
-  options = read_json(folder, part / "config.json")
+  return part
+
+
+def _network_of(
+  part: pathlib.Path, options: Options, size: tuple[int, int] | None
+) -> tuple[AutoencoderNetwork, tuple[int, int, int]]:
   try:
     settings, image_shape = settings_of(options, size)
-    network = autoencoder_of_settings(settings, image_shape)
+    return autoencoder_of_settings(settings, image_shape), image_shape
+  except UserError as error:
+    raise UserError(f"{part / 'config.json'}: {error}") from None
+
+
+def _read_folder(folder: pathlib.Path, size: tuple[int, int] | None) -> AutoencoderWeights:
+  part = _part(folder)
+  options = read_json(folder, part / "config.json")
+  network, image_shape = _network_of(part, options, size)
+  try:
     mean, std, notes = scale_of(options)
   except UserError as error:
     raise UserError(f"{part / 'config.json'}: {error}") from None
@@ -355,17 +378,18 @@ def _read_file(path: pathlib.Path, size: tuple[int, int] | None) -> AutoencoderW
       raise UserError(f"image_shape: {shape!r} is none")
     height, width, channels = shape
     network = autoencoder_of_settings(facts.get("autoencoder"), (height, width, channels))
-    image_shape = (*(size or (height, width)), channels)
+    rows, columns = size or (height, width)
+    image_shape = (rows, columns, channels)
     levels = [height >> level for level in range(len(network.model.channel_multipliers))]
-    moved = [image_shape[0] >> levels.index(row) for row in network.model.attention_resolutions if row in levels]
+    moved = [rows >> levels.index(row) for row in network.model.attention_resolutions if row in levels]
     settings = autoencoder_settings(network) | {"attention_resolutions": moved}
     network = autoencoder_of_settings(settings, image_shape)
-    rows = autoencoder_table(network, image_shape)
-    check_shapes(arrays, {".".join(row.path): row.shape for row in rows})
+    table = autoencoder_table(network, image_shape)
+    check_shapes(arrays, {".".join(row.path): row.shape for row in table})
     mean, std = (_latents(facts, name, network.model.latent_channels) for name in ("mean", "std"))
     if mean is None or std is None or not (std > 0).all():
       raise UserError("mean, std: they are not those of latents")
   except UserError as error:
     raise UserError(f"{path}: {error}") from None
-  params = tree_of({row.path: arrays[".".join(row.path)] for row in rows})
+  params = tree_of({row.path: arrays[".".join(row.path)] for row in table})
   return AutoencoderWeights(network, params, image_shape, mean, std)

@@ -10,21 +10,31 @@ from typing import Any
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.errors import UserError
-from ddpm_jax.models.build import Params
-from ddpm_jax.weights.names import from_flat, to_flat
+from ddpm_jax.first_stage.latents import FixedStage
+from ddpm_jax.models.build import Params, autoencoder_of_settings, autoencoder_settings
+from ddpm_jax.weights.names import from_flat, from_flat_as, to_flat
+from ddpm_jax.weights.stage_folder import Autoencoder, abstract_params
 from ddpm_jax.weights.tensors import read_facts, read_tensors, write_tensors
 from ddpm_jax.workdir.arrays import UnusableError
 
 NAME = "model.safetensors"
+_STAGE = "first_stage."  # before the names of the parameters of a first stage
 _FORMAT = 1
 # What a file says of its run: these sections, without folders of the machine and what was measured on the way.
-_SECTIONS = ("data", "diffusion", "model", "optimizer", "train")
+_SECTIONS = ("data", "diffusion", "model", "autoencoder", "optimizer", "train")
 _LEFT_OUT = ("data_dir", "manual_dir", "compilation_cache", "evaluate_every", "best_measure", "writers")
+_PLACES = ("first_stage", "lpips_weights")
 # Settings of drawing that are a part of the model all the same: its estimates were kept in range so.
 THRESHOLD = ("threshold", "threshold_quantile")
 
 
-def write_file(path: pathlib.Path, facts: Mapping[str, Any], image_shape: tuple[int, int, int], params: Params) -> None:
+def write_file(
+  path: pathlib.Path,
+  facts: Mapping[str, Any],
+  image_shape: tuple[int, int, int],
+  params: Params,
+  stage: FixedStage | None = None,
+) -> None:
   """Writes it, whole or not at all.
 
   Args:
@@ -32,11 +42,16 @@ def write_file(path: pathlib.Path, facts: Mapping[str, Any], image_shape: tuple[
     facts: the settings as `config`, and more to say beside them; JSON values.
     image_shape: H, W, C.
     params: a tree of NumPy arrays.
+    stage: the first stage of a latent model, with NumPy arrays; None: pixels.
 
   Raises:
     OSError: if it cannot be written.
   """
-  write_tensors(path, to_flat(params), {**facts, "ddpm_jax": _FORMAT, "image_shape": list(image_shape)})
+  arrays = to_flat(params)
+  if stage:
+    arrays |= {_STAGE + name: leaf for name, leaf in to_flat(stage.params).items()}
+    facts = {**facts, "first_stage": autoencoder_settings(stage.latents.network)}
+  write_tensors(path, arrays, {**facts, "ddpm_jax": _FORMAT, "image_shape": list(image_shape)})
 
 
 def settings_of_run(config: Config) -> dict[str, Any]:
@@ -54,6 +69,14 @@ def settings_of_weights(config: Config) -> dict[str, dict[str, Any]]:
     if section in ("model", "diffusion") or field.name in (*THRESHOLD, "preview_steps", "conditioning"):
       settings.setdefault(section, {})[field.name] = value
   return settings
+
+
+def holds_model(path: pathlib.Path) -> bool:
+  """Whether it is a file of `write_file`; false of one that cannot be read."""
+  try:
+    return "ddpm_jax" in read_facts(path)
+  except UnusableError:
+    return False
 
 
 def describe(path: pathlib.Path) -> tuple[Config, tuple[int, int, int], tuple[str, ...]]:
@@ -84,15 +107,41 @@ def describe(path: pathlib.Path) -> tuple[Config, tuple[int, int, int], tuple[st
 
 
 def read_params(path: pathlib.Path, model: ModelConfig, image_shape: tuple[int, int, int]) -> Params:
-  """The parameters as a tree of float32 NumPy arrays.
+  """The parameters of the network as a tree of float32 NumPy arrays.
+
+  Args:
+    path: of the file.
+    model: the network.
+    image_shape: of what it draws, images or latents.
 
   Raises:
     UserError: if they are not what was written, or do not fit the network of `model`; names all that do not.
   """
   try:
-    return from_flat(read_tensors(path).arrays, model, image_shape)
+    arrays = read_tensors(path).arrays
+    return from_flat({name: leaf for name, leaf in arrays.items() if not name.startswith(_STAGE)}, model, image_shape)
   except (UnusableError, UserError) as error:
     raise UserError(f"{path} {error}" if isinstance(error, UnusableError) else f"{path}: {error}") from error
+
+
+def read_first_stage(path: pathlib.Path) -> Autoencoder:
+  """The first stage of a latent model, with the statistics of its latents.
+
+  Raises:
+    UserError: if it is no file of a latent model, or does not hold what was written.
+  """
+  _, image_shape, _ = describe(path)
+  settings = read_facts(path).get("first_stage")
+  if settings is None:
+    raise UserError(f"{path} holds a model of pixels; name one of latents, or an autoencoder")
+  try:
+    network = autoencoder_of_settings(settings, image_shape)
+    arrays = read_tensors(path).arrays.items()
+    of_stage = {name.removeprefix(_STAGE): leaf for name, leaf in arrays if name.startswith(_STAGE)}
+    params = from_flat_as(of_stage, abstract_params(network, image_shape))
+  except (UnusableError, UserError) as error:
+    raise UserError(f"{path} {error}" if isinstance(error, UnusableError) else f"{path}: {error}") from error
+  return Autoencoder(network, params["autoencoder"], image_shape, params["mean"], params["std"])
 
 
 def without_paths(config: Config) -> Config:
@@ -105,4 +154,10 @@ def without_paths(config: Config) -> Config:
   if own := config_lib.own_images(config.data.dataset):
     kind, place = own
     changes["dataset"] = f"{kind}:{pathlib.PurePath(place).name}"
-  return config_lib.override(config, changes)
+  return config_lib.override(without_places(config), changes)
+
+
+def without_places(config: Config) -> Config:
+  """The same settings, in which a first stage and weights of LPIPS have their names, and no folder of this machine."""
+  values = config_lib.values(config)
+  return config_lib.override(config, {name: pathlib.PurePath(values[name]).name for name in _PLACES})

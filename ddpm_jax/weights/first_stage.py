@@ -9,29 +9,32 @@ from __future__ import annotations
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
+from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.hosts import all_gather_host, gather
 from ddpm_jax.errors import UserError
-from ddpm_jax.first_stage import statistics
 from ddpm_jax.first_stage.latents import FixedStage
+from ddpm_jax.first_stage.statistics import Encoded, cached_bytes, encoded, standard
 from ddpm_jax.models.build import autoencoder_settings, build_autoencoder
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.runtime.progress import counted
 from ddpm_jax.training.setup import Run, with_first_stage
-from ddpm_jax.weights import diffusers
+from ddpm_jax.weights import diffusers, file
+from ddpm_jax.weights.autoencoders import read_autoencoder
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.weights.stage_folder import Autoencoder, ImageShape, is_kept, keep, read_kept
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
 
-_VERSION = 1  # of the statistics; to be counted up when something else is computed
+_VERSION = 1  # of what is cached; to be counted up when something else is computed
+_MOST_ON_DISK = 2**31  # bytes of a file in the cache
 
 
 def find(config: Config, workdir: pathlib.Path, *, given: bool = False) -> Autoencoder | None:
@@ -86,7 +89,7 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
   if not place.exists():
     raise UserError("there is nothing; train one with --stage=autoencoder, and name its workdir")
   if not layout.holds_run(place) or diffusers.is_folder_of_diffusers(place):
-    return _of_others(place)
+    return _of_others(place, config)
   stored = layout.load_config(place)
   if stored.diffusion.first_stage:
     return read_kept(place)
@@ -100,9 +103,16 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
   return Autoencoder(build_autoencoder(stored.model, stored.autoencoder, shape), params, shape)
 
 
-def _of_others(place: pathlib.Path) -> Autoencoder:
-  """That of diffusers, or of a safetensors file."""
-  raise UserError("it is no workdir of a run of --stage=autoencoder; name one")
+def _of_others(place: pathlib.Path, config: Config) -> Autoencoder:
+  """That of diffusers, or of a safetensors file, for the images of the run."""
+  if not place.is_dir() and file.holds_model(place):
+    return file.read_first_stage(place)
+  size = config_lib.height_and_width(config.data.image_size) if config.data.image_size else None
+  found = read_autoencoder(place, size)
+  if jax.process_index() == 0:
+    for note in found.notes:
+      console.warn(f"first_stage: {place}: {note}")
+  return Autoencoder(found.network, found.params, found.image_shape, found.mean, found.std)
 
 
 def fixed_for(autoencoder: Autoencoder, source_shape: ImageShape, name: str) -> FixedStage:
@@ -131,7 +141,13 @@ def fixed_for(autoencoder: Autoencoder, source_shape: ImageShape, name: str) -> 
 
 
 def settle(
-  run: Run, stage: FixedStage, workdir: pathlib.Path, source: Source, *, beat: Callable[[str], None] = lambda what: None
+  run: Run,
+  stage: FixedStage,
+  workdir: pathlib.Path,
+  source: Source,
+  all_encoded: Callable[[], Encoded | None],
+  *,
+  beat: Callable[[str], None],
 ) -> Run:
   """The run with the statistics of its latents: those that the workdir keeps, or measured now and kept.
 
@@ -142,6 +158,7 @@ def settle(
     stage: its first stage.
     workdir: its folder, which exists.
     source: the images of the training.
+    all_encoded: of `encode_all`.
     beat: called now and then with what was done.
 
   Raises:
@@ -149,55 +166,106 @@ def settle(
   """
   if is_kept(workdir):
     return run
-  flips, first = run.config.data.random_flip, jax.process_index() == 0
   if "std" not in stage.params:
-    task = json.dumps(
-      [_VERSION, source.fingerprint, len(source), stage.sha256, autoencoder_settings(stage.latents.network), flips],
-      sort_keys=True,
-    )
-    mean, std = _measured(run, stage, source, task, beat)
+    mean, std = _statistics(run, stage, source, all_encoded, beat)
     stage = stage._replace(params=stage.params | {"mean": mean, "std": std})
     run = with_first_stage(run, stage)
-  if first:
-    keep(workdir, stage, {"dataset": source.name, "images": len(source), "random_flip": flips})
+  if jax.process_index() == 0:
+    about = {"dataset": source.name, "images": len(source), "random_flip": run.config.data.random_flip}
+    keep(workdir, stage, about)
   return run
 
 
-def _measured(
-  run: Run, stage: FixedStage, source: Source, task: str, beat: Callable[[str], None]
+def encode_all(run: Run, stage: FixedStage, source: Source, *, beat: Callable[[str], None]) -> Encoded | None:
+  """The moments of all images, of both orientations with --random_flip; None where --cache_gib has no room for them.
+
+  All processes must call it. One process alone keeps them in the user's cache.
+  """
+  data = run.config.data
+  if cached_bytes(stage.latents, source, flips=data.random_flip) > data.cache_gib * 2**30:
+    return None
+  task = _task("moments", run, stage, source)
+  path = _cache_path(task) if jax.process_count() == 1 else None
+  found = _from_cache(path, task)
+  if found is None:
+    parts = list(_encoded(run, stage, source, beat))
+    found = {"moments": np.concatenate([part.moments for part in parts])}
+    found["replaced"] = np.concatenate([part.rows.replaced for part in parts])
+    found["record"] = np.concatenate([part.rows.record for part in parts if part.rows.record is not None])
+    _to_cache(path, task, found)
+  rows = DecodedRows(found["moments"], found["replaced"], record=found["record"])
+  return Encoded(found["moments"], rows)
+
+
+def _statistics(
+  run: Run,
+  stage: FixedStage,
+  source: Source,
+  all_encoded: Callable[[], Encoded | None],
+  beat: Callable[[str], None],
 ) -> tuple[np.ndarray, np.ndarray]:
   """Mean and deviation of each channel, float32 [z] each, of the cache of process 0, or computed by all."""
-  first, cache = jax.process_index() == 0, paths.cache_folder()
-  path = cache and cache / "first_stage" / f"{hashlib.sha256(task.encode()).hexdigest()[:32]}.safetensors"
-  found = _from_cache(path, task) if first and path else None
+  first, task = jax.process_index() == 0, _task("statistics", run, stage, source)
+  path = _cache_path(task) if first else None
+  found = _from_cache(path, task)
   if not all_gather_host(np.asarray(found is not None))[0]:
-    with counted("image", total=len(source), quiet=not first) as (done, say):
-      say(f"measuring the latents of {len(source)} images")
-
-      def both(number: int) -> None:
-        done(number)
-        beat(f"latents of image {number}")
-
-      found = statistics.measure(
-        stage.latents, run.frozen, source, run.mesh, flips=run.config.data.random_flip, done=both
-      )
-    if first and path:
-      try:
-        save_arrays(path, {"mean": found[0], "std": found[1]}, {"of": task})
-      except OSError as error:
-        console.note(f"{path} cannot be written ({error.strerror}); the latents will be measured anew next time")
+    everything = all_encoded()
+    parts = (
+      _encoded(run, stage, source, beat)
+      if everything is None
+      else (Encoded(part, everything.rows) for part in np.array_split(everything.moments, -(-len(source) // 1024)))
+    )
+    mean, std = standard(stage.latents, (part.moments for part in parts))
+    found = {"mean": mean, "std": std}
+    _to_cache(path, task, found)
   (*_, z) = stage.latents.latent_shape
-  own = np.stack(found) if found else np.zeros((2, z), np.float32)
+  own = np.stack([found["mean"], found["std"]]) if found else np.zeros((2, z), np.float32)
   mean, std = all_gather_host(own)[0]  # to the bit those of process 0
   return mean, std
 
 
-def _from_cache(path: pathlib.Path, task: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _encoded(run: Run, stage: FixedStage, source: Source, beat: Callable[[str], None]) -> Iterator[Encoded]:
+  """`encoded`, with progress."""
+  with counted("image", total=len(source), quiet=jax.process_index() != 0) as (done, say):
+    say(f"encoding the {len(source)} images of {source.name}")
+    number = 0
+    for part in encoded(stage.latents, run.frozen, source, run.mesh, flips=run.config.data.random_flip):
+      yield part
+      number += len(part.moments)
+      done(number)
+      beat(f"latents of image {number}")
+
+
+def _task(what: str, run: Run, stage: FixedStage, source: Source) -> str:
+  """What is computed, as text."""
+  return json.dumps(
+    [
+      *(_VERSION, what, source.fingerprint, len(source), run.config.data.random_flip, stage.sha256),
+      *(autoencoder_settings(stage.latents.network), jax.devices()[0].device_kind),
+    ],
+    sort_keys=True,
+  )
+
+
+def _cache_path(task: str) -> pathlib.Path | None:
+  folder = paths.cache_folder()
+  return folder and folder / "latents" / f"{hashlib.sha256(task.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _from_cache(path: pathlib.Path | None, task: str) -> dict[str, np.ndarray] | None:
   try:
-    arrays, facts = load_arrays(path)
+    arrays, facts = load_arrays(path) if path else ({}, {})
   except FileNotFoundError:
     return None
   except UnusableError as error:
-    console.note(f"{path} cannot be used ({error}); the latents are measured anew")
+    console.note(f"{path} cannot be used ({error}); the images are encoded anew")
     return None
-  return (arrays["mean"], arrays["std"]) if facts.get("of") == task else None
+  return arrays if facts.get("of") == task else None
+
+
+def _to_cache(path: pathlib.Path | None, task: str, arrays: dict[str, np.ndarray]) -> None:
+  if path and sum(array.nbytes for array in arrays.values()) <= _MOST_ON_DISK:
+    try:
+      save_arrays(path, arrays, {"of": task})
+    except OSError as error:
+      console.note(f"{path} cannot be written ({error.strerror}); the images will be encoded anew next time")

@@ -94,7 +94,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
     config, image_shape, classes = file.describe(place)
-    return WeightSource(place, "file", _settings_of(config), image_shape, classes)
+    kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}  # in the file, too
+    return WeightSource(place, "file", _settings_of(config) | kept, image_shape, classes)
   if diffusers.is_folder_of_diffusers(place):
     settings, image_shape, classes = diffusers.describe(place)
     few = settings["num_timesteps"] < TrainConfig().preview_steps
@@ -104,6 +105,8 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config = layout.load_config(place)
     if config.model.stage == "classifier":
       raise UserError(f"{place} holds a classifier, which draws nothing; name it as --classifier of a draw")
+    if config.model.stage == "autoencoder":
+      raise UserError(f"{place} holds an autoencoder, which draws nothing; name it as --first_stage")
     # Its first stage lies in the workdir, wherever it came from.
     kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}
     return WeightSource(place, "workdir", _settings_of(config) | kept, None, _classes_of(config, place))
@@ -282,8 +285,17 @@ def _find_guide(config: Config, workdir: pathlib.Path | None, weights: Weights) 
       guide = _weights_of_workdir(theirs, pathlib.Path(text)) if is_run else _find_weights(theirs, None)
     check_guide(weights, guide)
   except UserError as error:
-    raise UserError(f"guide_with: {text}: {str(error).removeprefix('init_from: ')}") from None
+    raise _of_guide("guide_with", text, error) from None
   return guide
+
+
+def _of_guide(option: str, text: str, error: UserError) -> UserError:
+  """What is wrong with the model that an option names, which the message says once."""
+  message = str(error)
+  for name in ("init_from", "workdir", "checkpoint"):
+    message = message.removeprefix(f"{name}: ")
+  said = pathlib.Path(text).is_absolute() and text in message
+  return UserError(f"{option}: {message}" if said else f"{option}: {text}: {message}")
 
 
 def find_classifier(text: str, weights: Weights) -> Weights:
@@ -298,6 +310,8 @@ def find_classifier(text: str, weights: Weights) -> Weights:
   """
   try:
     place = pathlib.Path(absolute(text))
+    if not layout.holds_run(place):
+      raise UserError("there is no run; name the workdir of a classifier, see --stage")
     config = layout.load_config(place)
     if config.model.stage != "classifier":
       raise UserError("it holds a model to draw with; name the workdir of a classifier, see --stage")
@@ -306,7 +320,7 @@ def find_classifier(text: str, weights: Weights) -> Weights:
     classifier = load_weights(config_lib.override(config, newest | parallel), place)
     _check_alike(weights, classifier, classes=weights.run.conditional)
   except UserError as error:
-    raise UserError(f"classifier: {text}: {str(error).removeprefix('init_from: ')}") from None
+    raise _of_guide("classifier", text, error) from None
   return classifier
 
 

@@ -46,6 +46,11 @@ class Weights(NamedTuple):
     return self.classes + tuple(map(str, range(len(self.classes), self.run.config.model.num_classes)))
 
   @property
+  def num_drawn(self) -> int:
+    """How many of the classes are drawn where none is named: those with a name, which the others await; or all."""
+    return len(self.classes) or len(self.class_names)
+
+  @property
   def text(self) -> str:
     """What they are, for people."""
     return f"the {self.which} weights after step {self.step}" if self.step else "the weights of --init_from"

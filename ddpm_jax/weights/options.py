@@ -52,8 +52,10 @@ _UNDERSTOOD = {
   *("time_embedding_dim", "num_train_timesteps"),  # the last is read with learned embeddings only
   *_OF_BLOCK,
 }
-# Ours, which diffusers passes over: at which rate labels were dropped, so that the last row is for none.
+# Ours, which diffusers passes over: at which rate labels were dropped, so that the last row is for none; and, beside a
+# DDIMScheduler, which has none, the variance of the ancestral sampler.
 _LABEL_DROPOUT = "_label_dropout"
+_VARIANCE = "_variance_type"
 
 # Ours -> theirs; of two that are one formula the first is ours.
 _SCHEDULES = {
@@ -248,24 +250,34 @@ def _classes(options: Options) -> dict[str, Any]:
 # The scheduler.
 
 
-def scheduler_options(config: Config) -> dict[str, Any]:
-  """A DDPMScheduler with the betas, the variance, the prediction and the clipping of a run.
+def scheduler_options(config: Config, kind: str = "DDPMScheduler", *, latent: bool = False) -> dict[str, Any]:
+  """A scheduler with the betas, the variance, the prediction and the clipping of a run.
 
   Its images are free of noise with any number of steps.
+
+  Args:
+    config: of the run.
+    kind: DDPMScheduler, or DDIMScheduler, which has no variance.
+    latent: whether latents are diffused.
   """
   diffusion, sample = config.diffusion, config.sample
+  threshold = threshold_of(sample, latent=latent)
   theirs = _SCHEDULES.get(diffusion.beta_schedule)  # one that diffusers does not have is written as its betas
+  if kind == "DDIMScheduler" and theirs == "sigmoid":
+    theirs = None
+  variance = _VARIANCES[diffusion.variance]
+  own = {_VARIANCE: variance, "set_alpha_to_one": True} if kind == "DDIMScheduler" else {"variance_type": variance}
   return {
+    **own,
     "num_train_timesteps": diffusion.num_timesteps,
     "beta_schedule": theirs or "linear",
     "beta_start": diffusion.beta_start,
     "beta_end": diffusion.beta_end,
     "trained_betas": None if theirs else _betas_of(diffusion),
-    "variance_type": _VARIANCES[diffusion.variance],
     "prediction_type": _PREDICTIONS[diffusion.prediction],
-    "clip_sample": threshold_of(sample, latent=False) == "static",
+    "clip_sample": threshold == "static",
     "clip_sample_range": 1.0,
-    "thresholding": sample.threshold == "dynamic",
+    "thresholding": threshold == "dynamic",
     "dynamic_thresholding_ratio": sample.threshold_quantile,
     "sample_max_value": _NO_LIMIT,
     # Ends at their t = 0. DDPMScheduler adds no noise there, but does in a last step from any other timestep: with
@@ -285,6 +297,8 @@ def diffusion_settings(options: Options) -> dict[str, Any]:
   if options["_class_name"] == "DDPMScheduler":
     kinds = {**_VARIANCES, "fixed_small_log": "fixed_small_log"}  # the same variance, by way of its logarithm
     settings["variance"] = one_of(options, "variance_type", "fixed_small", kinds).removesuffix("_log")
+  elif _VARIANCE in options:
+    settings["variance"] = one_of(options, _VARIANCE, "fixed_small", _VARIANCES)
   return settings
 
 

@@ -6,18 +6,20 @@ import io
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from ddpm_jax.runtime import console
 from ddpm_jax.workdir.storage import write_whole
 
 _MARGIN = 2  # pixels between tiles
 _STRIP = 14  # pixels, of a caption
 _FRAME = (230, 120, 0)
 _FACTS = "ddpm_jax"  # the text chunk of a PNG that holds them
+_NAME = 240  # pixels of the name of a row, at most
 _TILE = 64  # small images are enlarged, by a whole factor, to at least about this many pixels
 
 
@@ -27,7 +29,7 @@ def image_grid(images: np.ndarray, columns: int | None = None, captions: Sequenc
   Args:
     images: uint8 [N, H, W, C], C 1 or 3.
     columns: of the grid; by default about as many as rows.
-    captions: a text below each, cut to its width.
+    captions: a text below each, in one line and cut to its width.
 
   Returns:
     uint8 [height, width, 3] with a thin white margin; small images are enlarged by a whole factor.
@@ -55,11 +57,17 @@ def _with_caption(image: np.ndarray, caption: str) -> np.ndarray:
   height, width, _ = image.shape
   page = Image.new("RGB", (max(width, _TILE), height + _STRIP), "white")
   page.paste(Image.fromarray(image), (0, 0))
-  pen, text = ImageDraw.Draw(page), caption
-  while text and pen.textlength(text if text == caption else f"{text}...") > page.width:
-    text = text[:-1]
-  pen.text((0, height + 1), text if text == caption else f"{text}...", fill="black")
+  pen = ImageDraw.Draw(page)
+  pen.text((0, height + 1), _cut(pen, caption, page.width), fill="black")
   return np.asarray(page)
+
+
+def _cut(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+  """A text, of one line, or as much of its beginning as is at most so many pixels wide."""
+  whole = text = console.one_line(text)
+  while text and pen.textlength(text if text == whole else f"{text}...") > width:
+    text = text[:-1]
+  return text if text == whole else f"{text}..."
 
 
 def framed(grid: np.ndarray, chosen: np.ndarray) -> np.ndarray:
@@ -105,23 +113,25 @@ def image_pairs(images: np.ndarray, others: np.ndarray, columns: int) -> np.ndar
   return np.concatenate(blocks[:-1])
 
 
-def named_rows(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Rows of images uint8 [N, H, W, C], of any N, each with its name at the left.
+def named_rows(rows: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+  """Rows of images uint8 [N, H, W, C], of any N, each with its name at the left; names may be alike.
 
   Returns:
     uint8 [height, width, 3].
   """
-  columns = max(map(len, rows.values()))
-  blank = np.full((1, *next(iter(rows.values())).shape[1:]), 255, np.uint8)
-  padded = np.concatenate([np.concatenate([row, *[blank] * (columns - len(row))]) for row in rows.values()])
+  names, parts = zip(*rows, strict=True)
+  columns = max(map(len, parts))
+  blank = np.full((1, *parts[0].shape[1:]), 255, np.uint8)
+  padded = np.concatenate([np.concatenate([row, *[blank] * (columns - len(row))]) for row in parts])
   grid = image_grid(padded, columns)
-  tall = (grid.shape[0] - _MARGIN) // len(rows)
+  tall = (grid.shape[0] - _MARGIN) // len(parts)
   pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-  left = 8 + math.ceil(max(pen.textlength(name) for name in rows))
+  names = [_cut(pen, name, _NAME) for name in names]
+  left = 8 + math.ceil(max(pen.textlength(name) for name in names))
   page = Image.new("RGB", (left + grid.shape[1], grid.shape[0]), "white")
   page.paste(Image.fromarray(grid), (left, 0))
   pen = ImageDraw.Draw(page)
-  for i, name in enumerate(rows):
+  for i, name in enumerate(names):
     pen.text((left - 4, _MARGIN + (i + 0.5) * tall), name, fill="black", anchor="rm")
   return np.asarray(page)
 

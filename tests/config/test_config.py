@@ -51,6 +51,12 @@ ZERO_MEANS = {
   "evaluate_samples": "as many as fit",
   "bound_timesteps": "all T",
   "stop_exit_code": "as when it is finished",
+  "adam_b1": "no momentum",
+  "adam_b2": "the sign of the gradient",
+  "kl_weight": "no pull",
+  "discriminator_weight": "no discriminator",
+  "discriminator_start": "from the first step on",
+  "discriminator_warmup": "none",
 }
 
 # The defaults are tuned from time to time; the tests that need numbers bring their own.
@@ -112,6 +118,7 @@ OTHER = {
   "prediction": "v",
   "loss": "l2",
   "loss_weighting": "min_snr",
+  "first_stage": "/data/first stage",
   "variance": "fixed_small",
   "channels": 128,
   "channel_multipliers": (1, 1, 2, 2, 4, 4),
@@ -130,6 +137,8 @@ OTHER = {
   "lr_schedule": "constant_then_decay",
   "decay_fraction": 0.5,
   "warmup_steps": 5000,
+  "adam_b1": 0.5,
+  "adam_b2": 0.99,
   "weight_decay": 0.05,
   "grad_clip": 0.125,
   "ema_decay": 0.9999,
@@ -214,7 +223,24 @@ OTHER_TASKS = [
   {k: v for k, v in OTHER.items() if k != "resize"} | {"crop": "random"},
   {k: v for k, v in OTHER.items() if k != "num_heads"} | {"head_channels": 64},
   {"stage": "classifier", "num_classes": 12, "loss": "l2"},
+  {
+    "stage": "autoencoder",
+    "loss": "l1",
+    "regularizer": "vq",
+    "latent_channels": 3,
+    "codebook_size": 8192,
+    "perceptual": "lpips",
+    "perceptual_weight": 0.5,
+    "lpips_weights": "/data/weights of lpips.safetensors",
+    "discriminator_weight": 0.75,
+    "discriminator_start": 900,
+    "discriminator_warmup": 100,
+    "discriminator_layers": 2,
+  },
+  {"stage": "autoencoder", "kl_weight": 1e-4},
 ]
+AUTOENCODER = {"stage": "autoencoder"}
+OF_AUTOENCODERS = {field.name for section, field in OPTIONS if section == "autoencoder"}
 
 
 def make(**changes) -> Config:
@@ -275,7 +301,13 @@ def test_every_number_is_refused_outside_its_range():
   above = r"must be (at least|greater than) \d+"
   cases = [({name: -1}, f"{name}: -1 {above}") for name in NUMBERS]
   zero = "0 must be (at least [125]|greater than 0)"
-  cases += [({name: 0}, "is allowed" if name in ZERO_MEANS else f"{name}: {zero}") for name in NUMBERS]
+  cases += [
+    (
+      {name: 0} | (AUTOENCODER if name in OF_AUTOENCODERS else {}),
+      "is allowed" if name in ZERO_MEANS else f"{name}: {zero}",
+    )
+    for name in NUMBERS
+  ]
   for value in (float("nan"), float("inf"), float("-inf")):
     cases += [({name: value}, f"{name}: {value} is not a finite number") for name in FLOATS]
   for value in ((-1,), (1, -2)):
@@ -303,6 +335,9 @@ LIMITS = [
   ("dropout", 1.0, "less than 1"),
   ("label_dropout", 1.0, "less than 1"),
   ("ema_decay", 1.0, "less than 1"),
+  ("adam_b1", 1.0, "less than 1"),
+  ("adam_b2", 1.0, "less than 1"),
+  ("discriminator_layers", 7, "at most 6"),
   ("channels", 1, "at least 2"),
   ("eta", 1.01, "at most 1"),
   ("threshold_quantile", 1.01, "at most 1"),
@@ -344,6 +379,32 @@ CONTRADICTIONS = [
       *(("loss_weighting", "min_snr"), ("evaluate_every", 5), ("init_from", "/data/w")),
     )
   ),
+  *(
+    (AUTOENCODER | {name: value}, (name, str(value), "stage=autoencoder", "leave it out"))
+    for name, value in (
+      *(("conditioning", "class"), ("num_classes", 3), ("prediction", "v")),
+      *(("first_stage", "/data/f"), ("block", "adm"), ("num_heads", 2), ("head_channels", 4), ("init_from", "/data/w")),
+    )
+  ),
+  (
+    AUTOENCODER | {"loss": "l2", "loss_weighting": "min_snr"},
+    ("loss_weighting", "min_snr", "stage=autoencoder", "leave it out"),
+  ),
+  ({"regularizer": "vq"}, ("regularizer", "vq", "stage=denoiser", "--stage=autoencoder")),
+  ({"kl_weight": 0.0}, ("kl_weight", "0", "stage=denoiser", "--stage=autoencoder")),
+  (AUTOENCODER | {"codebook_size": 9}, ("codebook_size", "9", "regularizer=kl", "--regularizer=vq")),
+  (AUTOENCODER | {"regularizer": "vq", "kl_weight": 0.5}, ("kl_weight", "0.5", "regularizer=vq", "--regularizer=kl")),
+  (AUTOENCODER | {"perceptual_weight": 2.0}, ("perceptual_weight", "2.0", "perceptual=none", "--perceptual=lpips")),
+  (AUTOENCODER | {"lpips_weights": "f"}, ("lpips_weights", "f", "perceptual=none", "--perceptual=lpips")),
+  (AUTOENCODER | {"perceptual": "lpips"}, ("lpips_weights", "missing", "--perceptual=features")),
+  *(
+    (AUTOENCODER | {name: 2}, (name, "2", "discriminator_weight=0", "--discriminator_weight=0.5"))
+    for name in ("discriminator_start", "discriminator_layers", "discriminator_warmup")
+  ),
+  (
+    AUTOENCODER | {"discriminator_weight": 0.5, "discriminator_start": 4, "discriminator_warmup": 5},
+    ("discriminator_warmup", "5", "discriminator_start=4", "lower it"),
+  ),
   ({"guidance_scale": (2.0,), "guidance_interval": (0.2,)}, ("guidance_interval", "0.2", "LO,HI")),
   ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 0.2)}, ("guidance_interval", "1.0,0.2", "lower one first")),
   ({"guidance_scale": (2.0,), "guidance_interval": (1.0, 1.0)}, ("guidance_interval", "1.0,1.0", "lower one first")),
@@ -382,7 +443,7 @@ CONTRADICTIONS = [
   ({"sample_task": "reconstruct", "sampler": "heun"}, ("sample_task", "reconstruct", "--sampler=ddim")),
   ({"sample_task": "reconstruct", "sampler": "ddim", "eta": 0.1}, ("sample_task", "reconstruct", "--eta=0")),
   ({"sample_task": "reconstruct", "sampler": "ddim", "threshold": "dynamic"}, ("sample_task", "--threshold")),
-  ({"threshold_quantile": 0.9}, ("threshold_quantile", "0.9", "threshold=static", "--threshold=dynamic")),
+  ({"threshold_quantile": 0.9}, ("threshold_quantile", "0.9", "threshold=auto", "--threshold=dynamic")),
   ({"threshold_quantile": 0.9, "threshold": "none"}, ("threshold_quantile", "threshold=none")),
   ({"checkpoint": "last"}, ("checkpoint", "'last'", "newest, best, or a number")),
   ({"checkpoint": ""}, ("checkpoint", "''", "newest, best, or a number")),
@@ -467,6 +528,8 @@ ALLOWED = [
   {"stop_exit_code": 125},
   {"conditioning": "class", "label_dropout": 0.1},
   {"guidance_scale": (1.0, 2.0), "guidance_interval": (0.0, 0.1), "guide_with": "raw"},
+  AUTOENCODER | {"discriminator_weight": 0.5, "discriminator_start": 5, "discriminator_warmup": 5},
+  AUTOENCODER | {"perceptual": "features", "perceptual_weight": 0.1},
 ]
 
 
@@ -494,7 +557,9 @@ def test_json_round_trip():
 def test_json_is_plain_and_by_section():
   tree = json.loads(config_lib.to_json(make()))
   assert tree.pop("format") == 2
-  assert list(tree) == ["data", "diffusion", "model", "optimizer", "train", "sample", "evaluate", "plan", "exchange"]
+  assert list(tree) == [
+    *("data", "diffusion", "model", "autoencoder", "optimizer", "train", "sample", "evaluate", "plan", "exchange")
+  ]
   assert tree["model"]["channel_multipliers"] == [1, 2, 2]
   assert tree["optimizer"]["learning_rate"] == 0.001
 
@@ -596,6 +661,7 @@ MAY_CHANGE = {
   "reference_split",
   *("reference_stats", "write_reference"),
   *("likelihood_splits", "likelihood_examples", "bound_timesteps", "ode_steps", "ode_probes", "evaluate_batch_size"),
+  "lpips_weights",
   *("topology", "export_format", "export_dir", "export_platforms", "export_batch_sizes"),
 }
 
@@ -642,6 +708,7 @@ _OWNERS = {
   "data",
   "diffusion",
   "model",
+  "autoencoder",
   "optimizer",
   "train",
   "sample",

@@ -26,6 +26,7 @@ from ddpm_jax.training.step import abstract_batch, train_step
 from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
 
 STEPS = 10
+CLASSIFIER = dict(stage="classifier", num_classes=3, weight_decay=0.05, lr_schedule="linear", num_steps=20)
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -43,18 +44,23 @@ def train(mode, **changes):
     with jax.transfer_guard("disallow"):
       state, metrics, agreed = step(state, batch, command)
     assert bool(to_host(agreed)) == (i == STEPS - 1)
-    rows.append([float(to_host(metrics[name])) for name in ("loss", "grad_norm")])
+    rows.append([float(to_host(metrics[name])) for name in _told(run)])
   return state, np.asarray(rows), run
 
 
+def _told(run):
+  return ("loss", "grad_norm", *(("mean/accuracy",) if run.config.model.stage == "classifier" else ()))
+
+
 @functools.cache
-def one_device(num_classes):
-  run = tiny_run(tiny_config(**(CONDITIONAL if num_classes else {})))
+def one_device(kind):
+  run = tiny_run(tiny_config(**{"plain": {}, "conditional": CONDITIONAL, "classifier": CLASSIFIER}[kind]))
   device = jax.devices()[0]
   state, step, rows = jax.device_put(host(run.initial_state()), device), jax.jit(make_train_step(run)), []
   for i in range(STEPS):
-    state, metrics = step(state, jax.device_put(random_batch(seed=i, classes=num_classes), device))
-    rows.append([float(metrics[name]) for name in ("loss", "grad_norm")])
+    batch = random_batch(seed=i, classes=run.config.model.num_classes)
+    state, metrics = step(state, jax.device_put(batch, device))
+    rows.append([float(metrics[name]) for name in _told(run)])
   assert state.step.devices() == {device}
   return host(state), np.asarray(rows)
 
@@ -74,17 +80,19 @@ def test_what_computes_attention_follows_from_the_devices(platform, capability, 
 
 
 @pytest.mark.parametrize(
-  ("mode", "changes"),
+  ("mode", "kind", "changes"),
   [
-    ("pmap", {}),
-    ("fsdp", CONDITIONAL),
-    ("pmap", CONDITIONAL | {"grad_accum_steps": 2}),
-    ("fsdp", {"grad_accum_steps": 2}),
+    ("pmap", "plain", {}),
+    ("fsdp", "conditional", CONDITIONAL),
+    ("pmap", "conditional", CONDITIONAL | {"grad_accum_steps": 2}),
+    ("fsdp", "plain", {"grad_accum_steps": 2}),
+    ("pmap", "classifier", CLASSIFIER | {"grad_accum_steps": 2}),
+    ("fsdp", "classifier", CLASSIFIER),
   ],
 )
-def test_eight_devices_are_one(mode, changes):
+def test_eight_devices_are_one(mode, kind, changes):
   state, rows, run = train(mode, **changes)
-  one_state, one_rows = one_device(run.config.model.num_classes)
+  one_state, one_rows = one_device(kind)
   assert run.mesh.num_devices == 8
   np.testing.assert_allclose(rows, one_rows, rtol=2e-5)
   # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.

@@ -13,9 +13,9 @@ import pytest
 
 from ddpm_jax.diffusion import reference, samplers
 from ddpm_jax.diffusion.denoiser import Denoiser, from_x0, thresholded
-from ddpm_jax.diffusion.guidance import classifier_gradient, classifier_guided, guided, mean_shift, pair_of
+from ddpm_jax.diffusion.guidance import classifier_gradient, classifier_guided, guided, mean_shift, pair_of, within
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
-from ddpm_jax.diffusion.schedules import make_schedule, reverse_variance
+from ddpm_jax.diffusion.schedules import make_schedule
 
 LINEAR = make_schedule("linear", 2000, beta_start=5e-5, beta_end=0.0086888)  # that ends at a noise level of 80
 SHORT = make_schedule("linear", 60, beta_start=1e-3, beta_end=0.2)
@@ -175,13 +175,25 @@ def test_the_guide_is_evaluated_within_the_interval_alone():
   np.testing.assert_allclose(draw(2.0, interval), by_number, rtol=1e-5)
 
 
+def test_an_end_of_an_interval_that_is_a_level_is_that_level():
+  """Computed in float64 as the manual shows: as LO it is outside, as HI inside, whatever float32 makes of it."""
+  t, sigma = np.arange(1, LINEAR.num_timesteps + 1), np.sqrt(1 / LINEAR.alpha_bar[1:] - 1)
+  for level in (LINEAR.level(t), LINEAR.level(jnp.asarray(t))):  # in float64, and in float32
+    for ends in (sigma, jnp.asarray(sigma, jnp.float32)):
+      assert np.all(within(level, (0.0, ends)))
+      assert not np.any(within(level, (ends, np.inf)))
+      above = LINEAR.level(t[1:]) if isinstance(level.alpha, np.ndarray) else LINEAR.level(jnp.asarray(t[1:]))
+      assert np.all(within(above, (ends[:-1], ends[1:])))
+      assert not np.any(within(above, (0.0, ends[:-1])))
+
+
 def test_levels_of_each_example_are_guided_each_by_its_own():
   xt, _ = points()
   t = jnp.asarray([60, 200, 600, 1800])  # two of them within
   each = guided(CLASS, pair_of(CLASS, WIDE), SCALE, INTERVAL)(xt, LINEAR.level(t))
-  for i, within in enumerate((False, True, True, False)):
+  for i, inside in enumerate((False, True, True, False)):
     alone, level = xt[i : i + 1], LINEAR.level(t[i])
-    expected = guided(CLASS, pair_of(CLASS, WIDE), SCALE)(alone, level) if within else CLASS(alone, level)
+    expected = guided(CLASS, pair_of(CLASS, WIDE), SCALE)(alone, level) if inside else CLASS(alone, level)
     for mine, theirs in zip(each, expected, strict=True):
       np.testing.assert_allclose(mine[i : i + 1], theirs, rtol=1e-6, err_msg=f"example {i}")
 
@@ -283,8 +295,7 @@ def test_every_sampler_draws_the_class_that_an_exact_classifier_asks_for(name, o
   """From the denoiser of all data. Of ancestral sampling the mean moves by its variance."""
   table = samplers.make_sampler(LINEAR, name, **options)
   if name == "ddpm":
-    variances = reverse_variance(LINEAR, options["variance"], table.s, table.t)
-    got = moments(table, WIDE, mean_shift(ratio_gradient, variances, 1.0))
+    got = moments(table, WIDE, mean_shift(ratio_gradient, samplers.variances(LINEAR, table), 1.0))
   else:
     got = moments(table, classifier_guided(WIDE, ratio_gradient, 1.0))
   np.testing.assert_allclose(got, (M * (1 - (SMALL / np.hypot(SMALL, 80.0)) ** (2 * p)), SMALL), rtol=0.01)
@@ -361,19 +372,37 @@ def run(table, denoise, z=None, **options):
   )()
 
 
+def on_grid(steps):
+  """Times of ancestral sampling, 0 first, with the betas that lead from one to the next: `SpacedDiffusion`."""
+  times = samplers.sampler_grid(SHORT, "ddpm", num_steps=steps)[::-1]
+  return times, np.append(0.0, 1 - SHORT.alpha_bar[times[1:]] / SHORT.alpha_bar[times[:-1]])
+
+
+@pytest.mark.parametrize("steps", [60, 12])
 @pytest.mark.parametrize("variance", ["fixed_large", "fixed_small"])
-def test_ancestral_sampling_is_algorithm_1_of_dhariwal_and_nichol(variance):
-  table, z = samplers.make_sampler(SHORT, "ddpm", variance=variance), np.random.default_rng(0).standard_normal((61, 7))
+def test_ancestral_sampling_is_algorithm_1_of_dhariwal_and_nichol(variance, steps):
+  """Of fewer steps with the schedule of these, from which also the variance of the last step is."""
+  table = samplers.make_sampler(SHORT, "ddpm", variance=variance, num_steps=steps)
+  z = np.random.default_rng(0).standard_normal((steps + 1, 7))
   z[1] = 0
-  variances = reverse_variance(SHORT, variance, table.s, table.t)
-  alpha_bar, beta = SHORT.alpha_bar, SHORT.betas
+  times, beta = on_grid(steps)
+  alpha_bar = np.cumprod(1 - beta)
+  posterior = beta[1:] * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])  # of t = 1, ..., Ho et al. 2020, eq. 7
+  following = {"fixed_large": beta[2:], "fixed_small": posterior[1:]}[variance]
+  Sigma = np.concatenate([[0.0], posterior[1:2], following])  # "posterior_variance[1]" at their index 0
 
   def mu(x, t):  # Ho et al. 2020, eq. 11
-    return (x - beta[t] / np.sqrt(1 - alpha_bar[t]) * eps_theta(x, t)) / np.sqrt(1 - beta[t])
+    return (x - beta[t] / np.sqrt(1 - alpha_bar[t]) * eps_theta(x, times[t])) / np.sqrt(1 - beta[t])
 
-  wanted = reference.classifier_guided(mu, np.append(0.0, variances[::-1]), gradient_at, 1.5, START, z)
-  got = run(table, of_three, z[:0:-1], shift=mean_shift(TO_THE_LAST, variances, 1.5))
+  wanted = reference.classifier_guided(mu, Sigma, lambda x, t: gradient_at(x, times[t]), 1.5, START, z)
+  got = run(table, of_three, z[:0:-1], shift=mean_shift(TO_THE_LAST, samplers.variances(SHORT, table), 1.5))
   np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_the_variance_of_a_single_step_is_that_from_pure_noise():
+  """Its mean then moves as far as that of Tweedie's formula, but for a factor of sqrt(alpha_bar)."""
+  table = samplers.make_sampler(SHORT, "ddpm", num_steps=1)
+  np.testing.assert_allclose(samplers.variances(SHORT, table), 1 - SHORT.alpha_bar[[60]], rtol=1e-12)
 
 
 def test_ddim_is_algorithm_2_of_dhariwal_and_nichol():

@@ -9,17 +9,18 @@ import pytest
 from PIL import Image
 
 from ddpm_jax.config import EvaluateConfig
+from ddpm_jax.data.sources import KnownClasses
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import by_class, likelihood, measures, moments, trained, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
 from ddpm_jax.evaluation.evaluate import check, evaluate, measurable
 from ddpm_jax.evaluation.results import read_result, write_result
-from ddpm_jax.evaluation.summary import columns
+from ddpm_jax.evaluation.summary import columns, guidance_of
 from ddpm_jax.evaluation.surroundings import Abandoned
 from ddpm_jax.report.report import write_guidance_chart, write_report
 from ddpm_jax.runs.evaluate import result_lines
 from ddpm_jax.sampling import drawn
-from ddpm_jax.sampling.classes import Classes
+from ddpm_jax.sampling.classes import Classes, labels_among, numbers_among
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
 from tests.evaluation.test_evaluate import (  # noqa: F401
@@ -178,10 +179,70 @@ def test_which_classes():
   ):
     by_class.asked_for(config, weights, bare)
   more = dataclasses.replace(train, labels=lambda: LABELS + 1)
-  with pytest.raises(UserError, match="evaluate_labels: pictures has 4 classes, and the model knows 3"):
+  with pytest.raises(
+    UserError, match="evaluate_labels: pictures has classes that the model does not know, 3; use images of its 3"
+  ):
     by_class.asked_for(config, weights, more)
   plain = config_of()
   assert by_class.asked_for(plain, weights_of(plain), bare) is None
+
+
+def sources_of(names, labels=LABELS):
+  return dataclasses.replace(
+    pictures(number=len(labels)), labels=lambda: labels, known_classes=lambda: KnownClasses(names)
+  )
+
+
+def test_classes_of_images_go_by_their_names():
+  """Of other folders, in another order, with some that the model does not know; by number where there are no names."""
+  cases = [
+    (NAMES, [0, 1, 2]),
+    (("dog", "eel", "cat"), [1, 2, 0]),
+    (("ant", "cat", "dog", "eel"), [-1, 0, 1, 2]),
+    (("cat", "cat", "x"), [0, 0, -1]),
+    ((), [0, 1, 2]),
+    (("0", "1", "2", "3"), [0, 1, 2, -1]),
+  ]
+  assert [numbers_among(NAMES, sources_of(names)).tolist() for names, _ in cases] == [numbers for _, numbers in cases]
+  assert numbers_among(("0", "1"), sources_of(NAMES)).tolist() == [0, 1, -1]
+  digits = tuple("0123456789")  # where numbers are names
+  assert numbers_among(digits, sources_of(("3", "8", "9"))).tolist() == [3, 8, 9]
+  assert numbers_among(("3", "8"), sources_of(digits)).tolist() == [-1, -1, -1, 0, -1, -1, -1, -1, 1, -1]
+  assert numbers_among(NAMES, dataclasses.replace(pictures(), labels=None)) is None
+  np.testing.assert_array_equal(labels_among(NAMES, sources_of(("dog", "eel", "cat"))), (LABELS + 1) % 3)
+  turned = np.eye(3)[[0, 1, 2]]  # the classifier of such images sees a dog, an eel, a cat
+  seen = by_class.seen_as("classifier", turned, np.array([1, 2, 2]), np.array([1, 2, 0], np.int32))
+  np.testing.assert_array_equal(seen, [1, 1, 0])
+
+
+def test_images_in_another_order_of_classes_are_measured_alike(whole, tmp_path):
+  """The same images and names, numbered otherwise: the same classes are drawn, and the same is told of each."""
+  result, *_ = whole
+  other = sources_of(("eel", "cat", "dog"), (LABELS + 1) % 3)
+  config = conditional(measures=("frechet", "classes"))
+  found, _ = evaluate(config, weights_of(config), other, around(tmp_path))
+  assert {name: part["number"] for name, part in found["classes"].items()} == {
+    name: part["number"] for name, part in result["classes"].items()
+  }
+  for name in ("cat", "dog"):
+    assert "classifier_distance" in found["classes"][name]
+  with pytest.raises(UserError, match="evaluate_labels: pictures has classes that the model does not know, ant; use"):
+    by_class.asked_for(config, weights_of(config), sources_of(("ant", "cat", "dog")))
+
+
+def test_draws_of_an_unconditional_model_with_a_classifier_have_classes():
+  """Those of the classifier; by default with the other measures, and in columns of their own."""
+  changes = dict(conditioning="none", num_classes=0, label_dropout=0.0, classifier="runs/k")
+  usual = EvaluateConfig().measures
+  assert measurable(conditional(**changes, measures=usual), labelled())[0].evaluate.measures == (*usual, "classes")
+  config = conditional(**changes)
+  plain, classifier = weights_of(config), weights_of(conditional())
+  classes = by_class.asked_for(config, plain._replace(classifier=classifier), labelled())
+  np.testing.assert_array_equal(classes.of(np.arange(9)), Classes(LABELS, NAMES, proportional=True).of(np.arange(9)))
+  with pytest.raises(UserError, match="classes: 'cow' is none of the 3 classes of the classifier"):
+    by_class.asked_for(conditional(**changes, classes=("cow",)), plain._replace(classifier=classifier), labelled())
+  guided, unguided = ({"samples": {"classifier": path, "classifier_scale": 1.0}} for path in ("/k", ""))
+  assert guidance_of(guided) == {"classifier": "/k"} and guidance_of(unguided) == {}
 
 
 def test_on_by_default_for_conditional_models_alone(tmp_path):
@@ -202,11 +263,15 @@ def test_on_by_default_for_conditional_models_alone(tmp_path):
 
 @pytest.mark.parametrize(
   ("labels", "message"),
-  [(None, "has none; leave bound and ode out"), (lambda: LABELS + 1, "has 4, of which the model knows 3")],
+  [
+    (None, ", and pictures has none; leave bound and ode out"),
+    (lambda: LABELS + 1, ": pictures has classes that the model does not know, 3; use images of its 3 classes"),
+  ],
 )
 def test_a_likelihood_needs_the_classes(tmp_path, labels, message):
-  with pytest.raises(UserError, match=f"measures: the likelihood of a conditional model is .*, and pictures {message}"):
-    check(conditional(measures=("bound",)), tmp_path, dataclasses.replace(labelled(), labels=labels))
+  config = conditional(measures=("bound",))
+  with pytest.raises(UserError, match=f"measures: the likelihood of a conditional model is .*{message}"):
+    check(config, tmp_path, dataclasses.replace(labelled(), labels=labels), weights_of(config))
 
 
 def test_yardsticks_depend_neither_on_labels_nor_on_guidance(whole, tmp_path, monkeypatch):

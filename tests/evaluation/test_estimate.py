@@ -172,6 +172,9 @@ def test_guidance_is_a_second_pass():
   inside = (float(noise[4]), float(noise[11]))  # the lower end is not, the upper one is
   some = drawing(2.0, guidance_interval=inside)
   assert some[0] == 20 + 7 and "7 of them twice" in some[3]
+  config = config_of(evaluate_samples=2_000, guidance_scale=(1.0, 2.0), **DPMPP)
+  by_classifier = estimate.estimate(config, weights_of(config), Speed(0.01, 0.0, 0.001, 0.03), Work(0, []))
+  assert round(by_classifier.drawing / 20) == 20 + 40 + 2 * 60, "a gradient for each evaluation, in both passes one"
   swept = drawing(1.0, 2.0, 3.0)
   assert swept[:2] == (20 + 40 + 40, 8) and "2,000 images at each of 3 guidance scales with 20" in swept[3]
 
@@ -184,4 +187,4 @@ def test_a_batch_is_timed(monkeypatch):
   calls = []
   features = Features("classifier", "", {}, lambda images: calls.append(len(images)))
   found = estimate.measure_speed(config, weights_of(config), features, pictures(number=37))
-  assert found == pytest.approx((1 / 3 / 128, 1 / 3 / 128, 1 / 3 / 50)) and calls == [50] * 4
+  assert found == pytest.approx((1 / 3 / 128, 1 / 3 / 128, 1 / 3 / 50, 0.0)) and calls == [50] * 4

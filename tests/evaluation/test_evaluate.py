@@ -19,7 +19,7 @@ from ddpm_jax.devices import make_mesh
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import estimate, statistics, yardsticks
 from ddpm_jax.evaluation import evaluate as evaluate_lib
-from ddpm_jax.evaluation.evaluate import check, evaluate, measurable
+from ddpm_jax.evaluation.evaluate import evaluate, measurable
 from ddpm_jax.evaluation.features import Extracted, Features
 from ddpm_jax.evaluation.surroundings import Abandoned, Surroundings
 from ddpm_jax.runs import evaluate as evaluation_run
@@ -95,6 +95,10 @@ def weights_of(config, mesh=None):
   if mesh is not None:
     run, params = run._replace(mesh=mesh), jax.device_put(params, mesh.replicated)
   return Weights(run, params, 5, "ema", "some identity")
+
+
+def check(config, workdir, train):
+  return evaluate_lib.check(config, workdir, train, Weights(tiny_run(config), {}, 5, "ema", "some identity"))
 
 
 DRAWN_20 = "drawing: images 11 to 20 of 21, network evaluation 2/2"

@@ -26,8 +26,15 @@ def converter():
 
 
 convert_openai = converter()
-SIZES = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
+SIZES = {
+  "channels": 8,
+  "channel_multipliers": (1, 2),
+  "num_res_blocks": 1,
+  "attention_resolutions": (4,),
+  "norm_groups": 2,  # theirs has 32
+}
 FLAGS = ["--channels=8", "--channel_multipliers=1,2", "--num_res_blocks=1", "--attention_resolutions=4"]
+FLAGS += ["--norm_groups=2"]
 
 
 def tensors(block: str, classes: int = 0, outputs: int = 3) -> dict[str, np.ndarray]:
@@ -171,6 +178,11 @@ def test_the_converted_network_is_the_same(block, order, classes, outputs, tmp_p
   assert np.abs(got - other).max() > 0.01 * np.abs(got).max()
 
 
+def test_timesteps_that_are_not_rescaled_may_be_of_any_number(tmp_path):
+  options = ["--block=adm", "--qkv_order=new", "--num_heads=2", "--num_timesteps=4000", "--rescale_timesteps=False"]
+  assert converted(tmp_path, tensors("adm"), *options)[0].diffusion.num_timesteps == 4000
+
+
 def test_of_latent_diffusion_the_moving_average_is_taken(tmp_path):
   state = tensors("ldm")
   theirs = {f"model.diffusion_model.{name}": np.zeros_like(tensor) for name, tensor in state.items()}
@@ -189,6 +201,9 @@ def test_of_latent_diffusion_the_moving_average_is_taken(tmp_path):
     (["--block=adm", "--channels=16"], ["do not fit", "conv_in.kernel is [3, 3, 3, 8], not [3, 3, 3, 16]"]),
     (["--block=adm", "--image_size=0"], ["image_size: missing"]),
     (["--block=adm", "--chanels=8"], ["chanels"]),
+    (["--block=adm", "--norm_groups=0"], ["norm_groups: 32 does not divide channels=8"]),
+    (["--block=adm", "--num_timesteps=4000"], ["rescale_timesteps: missing", "4000"]),
+    (["--block=adm", "--num_timesteps=4000", "--rescale_timesteps=True"], ["told 1000 / 4000 of the timestep"]),
   ],
 )
 def test_what_does_not_fit_is_said_in_one_line(arguments, parts, tmp_path):

@@ -37,6 +37,15 @@ FLAGS = [
   "--keep_checkpoints=3",
 ]
 
+# What runs in a folder of this name are given beside those.
+OF_FOLDER = {
+  "autoencoder": [
+    *("--stage=autoencoder", "--loss=l1", "--channel_multipliers=1,2", "--num_res_blocks=1", "--latent_channels=2"),
+    *("--regularizer=vq", "--codebook_size=16", "--discriminator_weight=0.5", "--discriminator_layers=1"),
+    *(f"--discriminator_start={STEPS // 2}", f"--discriminator_warmup={STEPS // 4}"),
+  ]
+}
+
 
 class Broken(AssertionError):
   """A promise is."""
@@ -48,7 +57,7 @@ def expect(fact: bool, *what: object) -> None:
 
 
 def start(folder: pathlib.Path, name: str, *flags: str, **options) -> subprocess.Popen:
-  return command.start(folder, name, *FLAGS, *flags, devices=1, **options)
+  return command.start(folder, name, *FLAGS, *OF_FOLDER.get(folder.name, ()), *flags, devices=1, **options)
 
 
 @functools.cache
@@ -139,6 +148,12 @@ def flips(folder: pathlib.Path, number: int, generator: random.Random) -> str:
   return f"{number} flips: {dict(judge.verdicts)}; none silent"
 
 
+def autoencoder_kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
+  """SIGKILL at random moments of a run that trains an autoencoder, the last half of it with its discriminator."""
+  (folder / "autoencoder").mkdir()
+  return kills(folder / "autoencoder", number, generator)
+
+
 def strikes(folder: pathlib.Path, *_) -> str:
   """Every file of the newest checkpoint deleted, halved, emptied, zeroed."""
   judge = tiny_judge(folder)
@@ -212,6 +227,7 @@ def pairs(folder: pathlib.Path, number: int, generator: random.Random) -> str:
 
 ATTACKS: dict[str, tuple[Callable, int]] = {
   "kills": (kills, 50),
+  "autoencoder_kills": (autoencoder_kills, 20),
   "stops": (stops, 25),
   "flips": (flips, 300),
   "strikes": (strikes, 1),

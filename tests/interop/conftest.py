@@ -9,8 +9,9 @@ def installed(*names: str) -> bool:
   return all(spec is not None and spec.origin is not None for spec in specs)
 
 
-collect_ignore_glob = [] if installed("torch", "diffusers") else ["test_diffusers.py", "test_autoencoders.py"]
-collect_ignore_glob += [] if installed("torch", "torchvision", "lpips") else ["test_lpips.py"]
+OF_DIFFUSERS = ["test_diffusers.py", "test_autoencoders.py", "test_latent.py"]
+collect_ignore_glob = [] if installed("torch", "diffusers") else OF_DIFFUSERS
+collect_ignore_glob += [] if installed("torch", "lpips") else ["test_lpips.py"]
 collect_ignore_glob += [] if installed("wandb") else ["test_wandb.py"]
 collect_ignore_glob += [] if installed("webdataset", "datasets") else ["test_packed.py"]
 collect_ignore_glob += [] if installed("uharfbuzz") else ["test_emoji.py"]

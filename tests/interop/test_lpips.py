@@ -1,11 +1,15 @@
 """The perceptual distance against the package of its authors, with their weights of channels and a random VGG16.
 
-pip install lpips torchvision
+pip install torch lpips
 python -m pytest tests/interop/test_lpips.py
+
+That package takes the layers of VGG16 from torchvision, and nothing else; they are made here.
 """
 
 import hashlib
 import pathlib
+import sys
+import types
 import warnings
 
 import jax
@@ -19,21 +23,44 @@ from tests.weights.test_perceptual import convert_lpips
 
 with warnings.catch_warnings():
   warnings.simplefilter("ignore")
-  import lpips
   import torch
-  import torchvision
+  from torch import nn
+
+
+def vgg16(**_) -> types.SimpleNamespace:
+  """`torchvision.models.vgg16`, its `features` alone: configuration D of Simonyan and Zisserman 2015."""
+  layers: list[nn.Module] = []
+  channels = 3
+  for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0):
+    layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)] if width else [nn.MaxPool2d(2, 2)]
+    channels = width or channels
+  return types.SimpleNamespace(features=nn.Sequential(*layers))
+
+
+@pytest.fixture(scope="module")
+def lpips():
+  models = types.ModuleType("torchvision.models")
+  models.vgg16 = vgg16  # pyright: ignore[reportAttributeAccessIssue]
+  package = types.ModuleType("torchvision")
+  package.models = models  # pyright: ignore[reportAttributeAccessIssue]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, "torchvision", package)
+    patch.setitem(sys.modules, "torchvision.models", models)
+    import lpips
+
+    yield lpips
+
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what others warn of is theirs
 
 
-def test_the_distance_is_that_of_the_authors(tmp_path):
+def test_the_distance_is_that_of_the_authors(tmp_path, lpips):
   """Through the converter: the files that it is given are of the real shapes; values and gradients agree."""
   torch.manual_seed(0)
-  vgg16, heads = torchvision.models.vgg16(weights=None), pathlib.Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
-  state = {name: tensor.clone() for name, tensor in vgg16.state_dict().items()}
-  state |= {name: 0.1 * torch.randn(t.shape) for name, t in state.items() if name.endswith("bias")}
-  classifier = {name: torch.zeros(1) for name in state if name.startswith("classifier.")}
-  torch.save(state | classifier, tmp_path / "vgg16.pth")
+  heads = pathlib.Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
+  state = {f"features.{name}": tensor.clone() for name, tensor in vgg16().features.state_dict().items()}
+  state = {name: 1.7 * t if t.ndim > 1 else 0.1 * torch.randn(t.shape) for name, t in state.items()}
+  torch.save(state | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg16.pth")
   digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "vgg16.pth", heads)]
   assert digests[1] == convert_lpips.SOURCE_SHA256[1]
   convert_lpips.convert([tmp_path / "vgg16.pth", heads], tmp_path / "lpips.safetensors", digests)

@@ -69,4 +69,4 @@ def shared_programs():
 
 
 def _of_model(run):
-  return run.config.model, run.config.diffusion, run.image_shape
+  return run.config.model, run.config.autoencoder, run.config.diffusion, run.image_shape

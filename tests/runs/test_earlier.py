@@ -8,7 +8,10 @@ import shutil
 import numpy as np
 import pytest
 
+from ddpm_jax import config as config_lib
 from ddpm_jax import resolve
+from ddpm_jax.checkpoint import resume
+from ddpm_jax.config import Config
 from ddpm_jax.errors import RunError, UserError
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
@@ -195,6 +198,17 @@ def test_with_cosine_the_rate_begins_anew(tmp_path, monkeypatch, capsys):
   np.testing.assert_allclose(rates(workdir)[14:], [0, 2e-3], rtol=1e-5)
   facts = json.loads((workdir / "checkpoints" / "16" / "manifest" / "metadata").read_text())
   assert facts["lr_restarts"] == [6, 14]
+
+
+def test_which_rates_begin_anew():
+  def restarts(schedule, before, at, now):
+    config = config_lib.override(Config(), {"lr_schedule": schedule, "num_steps": now})
+    old = config_lib.override(config, {"num_steps": before})
+    return resume.restarts(config, {"step": at, "config": json.loads(config_lib.to_json(old))})
+
+  cases = [("linear", 6, 6, 14), ("cosine", 14, 9, 20), ("linear", 14, 9, 14), ("linear", 14, 9, 9)]
+  assert [restarts(*case) for case in cases] == [[6], [9], [], []]
+  assert restarts("constant", 6, 6, 14) == restarts("constant_then_decay", 6, 6, 14) == []
 
 
 def go_on(workdir, **given):

@@ -175,7 +175,7 @@ def test_a_conditional_run_likewise(tmp_path):
   assert (tmp_path / "whole" / "samples" / "step_00000006.png").exists()
 
 
-def test_the_classes_of_a_conditional_run_must_stay(tmp_path, monkeypatch):
+def test_the_classes_of_a_conditional_run_must_stay(tmp_path, monkeypatch, capsys):
   """Those of another run are nobody's business: it goes on, as before."""
   for name, options in (("run", CONDITIONAL), ("other", {})):
     train_little(tmp_path / name, num_steps=1, **options)
@@ -195,8 +195,17 @@ def test_the_classes_of_a_conditional_run_must_stay(tmp_path, monkeypatch):
     "open_source",
     lambda *_: dataclasses.replace(named, known_classes=lambda: KnownClasses(("a", "b"))),
   )
-  with pytest.raises(UserError, match=r"their names were 0, 1, 2, are a, b, 2; restore them, or go on"):
+  with pytest.raises(UserError, match=r"their names were 0, 1, 2, are a, b; restore them, or go on"):
     train_little(tmp_path / "run", num_steps=4, **CONDITIONAL)
+  capsys.readouterr()
+  train_little(tmp_path / "run", num_steps=4, **CONDITIONAL, allow_data_change=True)
+  said = capsys.readouterr()
+  assert (
+    "the classes of noise have changed, and go by their numbers: 0 was 0, is a, 1 was 1, is b" in said.out + said.err
+  )
+  monkeypatch.setattr(train_lib, "open_source", lambda *_: noise(classes=5))
+  with pytest.raises(UserError, match=r"dataset: noise has 5 classes, and the run was begun with 3; restore them, or"):
+    train_little(tmp_path / "run", num_steps=5, **CONDITIONAL, allow_data_change=True)
 
 
 def test_what_has_no_classes_is_no_conditional_run(tmp_path, monkeypatch):

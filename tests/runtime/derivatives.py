@@ -11,7 +11,7 @@ import numpy as np
 
 from ddpm_jax.runtime.cpu import convolve
 
-MODES = ("none", "up", "down", "down_symmetric")
+MODES = ("none", "up", "down", "down_symmetric", "4x4", "4x4_down")
 DTYPES = ("float64", "float32", "bfloat16")
 
 
@@ -19,8 +19,8 @@ def plain(x, kernel, resample):
   """The same function as a convolution that JAX differentiates and batches by its own rules."""
   if resample == "up":
     x = jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)
-  strides = (2, 2) if resample.startswith("down") else (1, 1)
-  padding = [(1, 1), (1, 1)] if resample == "down_symmetric" else "SAME"
+  strides = (2, 2) if "down" in resample else (1, 1)
+  padding = [(1, 1), (1, 1)] if "symmetric" in resample or "4x4" in resample else "SAME"
   return jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -28,7 +28,7 @@ def derivatives(function, x, kernel, dx, dkernel):
   """Name -> array or arrays: of first and second order, batched and not.
 
   Args:
-    function: (x [2, H, W, C], kernel [3, 3, C, F]) -> y.
+    function: (x [2, H, W, C], kernel [k, k, C, F]) -> y.
     x, kernel, dx, dkernel: arguments and tangents of them.
   """
 
@@ -79,7 +79,8 @@ def derivatives(function, x, kernel, dx, dkernel):
 
 def arguments(resample, dtype):
   """(x, kernel, dx, dkernel), NumPy; of a height other than the width, and numbers that bfloat16 holds."""
-  rng, shapes = np.random.default_rng(0), [(2, 4, 6, 2), (3, 3, 2, 3)] * 2
+  side = 4 if "4x4" in resample else 3
+  rng, shapes = np.random.default_rng(0), [(2, 4, 6, 2), (side, side, 2, 3)] * 2
   arrays = (np.asarray(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)) for shape in shapes)
   return tuple(array.astype(jnp.dtype(dtype)) for array in arrays)
 

@@ -15,9 +15,10 @@ from tests.runtime import derivatives
 def reference(x, kernel):
   """y[p] = sum over the window of kernel[i, j] x[p + (i, j) - 1], zeros outside: float64."""
   x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-  height, width = x.shape[1:3]
+  side = len(kernel)
+  height, width = (size + 3 - side for size in x.shape[1:3])
   padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-  return sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(3) for j in range(3))
+  return sum(padded[:, i : i + height, j : j + width] @ kernel[i, j] for i in range(side) for j in range(side))
 
 
 def enlarged(x):
@@ -29,15 +30,21 @@ CASES = {
   "up": lambda x, kernel: reference(enlarged(x), kernel),
   "down": lambda x, kernel: reference(x, kernel)[:, 1::2, 1::2],
   "down_symmetric": lambda x, kernel: reference(x, kernel)[:, ::2, ::2],
+  "4x4_down": lambda x, kernel: reference(x, kernel)[:, ::2, ::2],
+  "4x4": reference,
 }
 
 
+def shape_of_kernel(case, channels, features):
+  return (*((4, 4) if case.startswith("4x4") else (3, 3)), channels, features)
+
+
 @pytest.fixture(params=[(2, 6, 10, 3, 4), (1, 2, 4, 1, 2), (3, 8, 8, 4, 1)], ids=str)
-def arrays(request):
+def arrays(request, case):
   batch, height, width, channels, features = request.param
   keys = jax.random.split(jax.random.key(0), 4)
   x, dx = (jax.random.normal(key, (batch, height, width, channels)) for key in keys[:2])
-  kernel, dkernel = (jax.random.normal(key, (3, 3, channels, features)) for key in keys[2:])
+  kernel, dkernel = (jax.random.normal(key, shape_of_kernel(case, channels, features)) for key in keys[2:])
   return x, kernel, dx, dkernel
 
 
@@ -87,7 +94,8 @@ def test_derivatives_within_shard_map(resample, monkeypatch):
   monkeypatch.setattr(convolution, "_PIXELS_AT_ONCE", 32)  # so that there is a loop over parts of the batch
   mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
   keys = jax.random.split(jax.random.key(0), 3)
-  x, (kernel, dkernel) = jax.random.normal(keys[0], (8, 4, 4, 3)), jax.random.normal(keys[1], (2, 3, 3, 3, 5))
+  shape = shape_of_kernel(resample, 3, 5)
+  x, (kernel, dkernel) = jax.random.normal(keys[0], (8, 4, 4, 3)), jax.random.normal(keys[1], (2, *shape))
 
   def loss(kernel, x):
     return jnp.sum(jnp.square(convolve(x, kernel, resample)))
@@ -139,7 +147,7 @@ def test_a_sum_over_the_batch_is_not_forgotten():
 @pytest.mark.parametrize("resample", CASES)
 @pytest.mark.parametrize("by", [0, 1])
 def test_other_devices_than_cpus_get_the_plain_convolution(resample, by):
-  x, kernel = jnp.zeros((2, 4, 4, 3)), jnp.zeros((3, 3, 3, 5))
+  x, kernel = jnp.zeros((2, 4, 4, 3)), jnp.zeros(shape_of_kernel(resample, 3, 5))
 
   def gradient(x, kernel):
     return jax.grad(lambda *arrays: jnp.sum(convolve(*arrays, resample)), by)(x, kernel)
@@ -165,7 +173,7 @@ def test_the_precision_is_that_of_the_call_wherever_it_is_lowered(resample):
 
     return loss(x, kernel), jax.grad(loss, (0, 1))(x, kernel)
 
-  traced = jax.jit(gradients).trace(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 2, 2)))
+  traced = jax.jit(gradients).trace(jnp.ones((1, 4, 4, 2)), jnp.ones(shape_of_kernel(resample, 2, 2)))
   lines = traced.lower(lowering_platforms=("tpu",)).as_text().splitlines()
   convolutions = [line for line in lines if "stablehlo.convolution" in line]
   assert len(convolutions) >= 3 and all("HIGHEST" in line for line in convolutions)
@@ -173,7 +181,7 @@ def test_the_precision_is_that_of_the_call_wherever_it_is_lowered(resample):
 
 @pytest.mark.parametrize("resample", CASES)
 def test_without_jit_and_of_nothing(resample):
-  x, kernel = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), jnp.ones((3, 3, 3, 2))
+  x, kernel = jax.random.normal(jax.random.key(0), (2, 4, 4, 3)), jnp.ones(shape_of_kernel(resample, 3, 2))
   with jax.disable_jit():
     y = convolve(x, kernel, resample)
   np.testing.assert_allclose(y, convolve(x, kernel, resample), atol=1e-5)
@@ -187,7 +195,7 @@ def test_without_jit_and_of_nothing(resample):
 def test_a_gradient_in_parts_is_that_of_the_whole(resample, monkeypatch):
   """Few pixels at once: 6 images become parts of 3, 2 or 1."""
   keys = jax.random.split(jax.random.key(0), 2)
-  x, kernel = jax.random.normal(keys[0], (6, 4, 4, 3)), jax.random.normal(keys[1], (3, 3, 3, 5))
+  x, kernel = jax.random.normal(keys[0], (6, 4, 4, 3)), jax.random.normal(keys[1], shape_of_kernel(resample, 3, 5))
 
   def gradient():
     return jax.jit(lambda: jax.grad(lambda kernel: jnp.sum(convolve(x, kernel, resample) ** 2))(kernel))()
@@ -199,18 +207,24 @@ def test_a_gradient_in_parts_is_that_of_the_whole(resample, monkeypatch):
 
 
 def test_in_a_loop_each_convolution_is_one_that_xla_has_fast_code_for():
-  """XLA for CPUs puts convolutions in their usual form outside of loops alone; others are twenty times slower."""
-  x, kernel = jnp.ones((3, 2, 4, 4, 3)), jnp.ones((3, 3, 3, 3))
+  """XLA for CPUs puts convolutions in their usual form outside of loops alone; others are twenty times slower.
 
-  def total(kernel, x):
-    for resample in CASES:
-      x = convolve(x, kernel, resample)
+  Of images that are no smaller than the kernel: of others it exchanges the two.
+  """
+  x, kernels = jnp.ones((3, 2, 32, 32, 3)), {case: jnp.ones(shape_of_kernel(case, 3, 3)) for case in CASES}
+
+  def total(kernels, x):
+    for case in CASES:
+      x = convolve(x, kernels[case], case)
     return jnp.sum(x)
 
-  def gradients(kernel, x):
-    return jax.lax.scan(lambda sums, x: (sums + jax.grad(total)(kernel, x), None), jnp.zeros_like(kernel), x)[0]
+  def gradients(kernels, x):
+    def add(sums, x):
+      return jax.tree.map(jnp.add, sums, jax.grad(total)(kernels, x)), None
 
-  text = jax.jit(gradients).lower(kernel, x).compile().as_text()
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, kernels), x)[0]
+
+  text = jax.jit(gradients).lower(kernels, x).compile().as_text()
   kinds = set(re.findall(r" convolution\(.*dim_labels=(\S+?)[,\s]", text))
   assert kinds <= {"b01f_01io->b01f"}, kinds
   assert "lhs_dilate" not in text and "rhs_dilate" not in text

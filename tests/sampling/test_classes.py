@@ -110,7 +110,7 @@ def test_all_classes_in_turn_or_those_that_are_named(quick):
       {"guidance_scale": (2.0,), "guide_with": "raw"},
       [bad + 2 * (good - bad) for good, bad in zip(GREY, WORSE, strict=True)],
     ),
-    ({"guidance_scale": (2.0,), "guidance_interval": (1e3, 1e4)}, GREY),
+    ({"guidance_scale": (2.0,), "guidance_interval": (0.009, 0.02)}, GREY),  # the level of t = 1, and of no step
     ({"guidance_scale": (2.0,), "threshold": "static"}, [-1, -0.25, 0.75]),  # after guidance
   ],
   ids=str,
@@ -156,16 +156,29 @@ def test_tasks(quick, monkeypatch, task, changes):
         assert_shades(row, np.full(row.shape[:-3], guided(label)))
 
 
+def test_classes_that_were_not_there_in_training_are_drawn_only_if_they_are_named(greys, config):
+  """Those for which --num_classes leaves room; all, where no name is known."""
+  more = config_lib.override(greys.run.config, {"num_classes": 5})
+  roomy = greys._replace(run=greys.run._replace(config=more), guide=None)
+  assert classes_lib.wanted(config.sample, roomy).turn.tolist() == [0, 1, 2]
+  assert classes_lib.wanted(config.sample, roomy._replace(classes=())).turn.tolist() == [0, 1, 2, 3, 4]
+  named = dataclasses.replace(config.sample, classes=("4", "flags"))
+  assert classes_lib.wanted(named, roomy).turn.tolist() == [4, 2]
+
+
 def test_images_of_no_class(greys, config):
-  """Are told none, where the model knows that; else a class must be named."""
+  """Are told none, where the model knows that, and its guide; else a class must be named."""
   options, model = config.sample, greys.run.config.model
   assert classes_lib.of_given(options, greys, None).of(np.arange(2)).tolist() == [3, 3]
   without = greys._replace(
     run=greys.run._replace(config=config_lib.override(config, {"label_dropout": 0.0})), guide=None
   )
   assert model.label_dropout and without.run.null_label is None
-  with pytest.raises(UserError, match="classes: the model draws by class, and the images have none; name it with --cl"):
-    classes_lib.of_given(options, without, None)
+  for known in (without, greys._replace(guide=without)):
+    with pytest.raises(
+      UserError, match="classes: the model draws by class, and the images have none; name it with --cl"
+    ):
+      classes_lib.of_given(options, known, None)
   assert classes_lib.of_given(dataclasses.replace(options, classes=("2",)), without, None).turn.tolist() == [2]
 
 
@@ -296,12 +309,17 @@ def test_what_cannot_be_drawn(workdirs, tmp_path):
     ("without", two, r"guidance_scale: 2.0 has no effect, as the model was trained without --label_dropout; use 1, or"),
     ("conditional", {"guidance_scale": (1.0, 2.0)}, r"guidance_scale: 1.0,2.0 are several, which --mode=evaluate"),
     ("conditional", two | {"guide_with": "4"}, r"guide_with: 4: .*4"),
+    (
+      "conditional",
+      two | {"guidance_interval": (1e3, 1e4)},
+      r"guidance_interval: 1000.0,10000.0 holds none of the noise",
+    ),
     ("conditional", two | {"guide_with": "5"}, r"guide_with: 5: it is the model itself, which cannot guide itself; "),
     ("conditional", two | {"guide_with": path}, r"guide_with: .*: it is the model itself"),
     (
       "conditional",
       two | {"guide_with": str(tmp_path / "none")},
-      r"guide_with: .*none: there is no .*none; nothing is",
+      r"guide_with: there is no .*none; nothing is",
     ),
     (
       "plain",

@@ -39,6 +39,21 @@ def test_cosine_in_a_run_that_is_shorter_than_its_warm_up_and_anew_after_a_resta
   np.testing.assert_allclose([rate(n) for n in (690, 700, 750, 800, 1300)], [0, 0, 5e-4, 1e-3, 5e-4], atol=1e-9)
 
 
+def test_linear_anneals_as_guided_diffusion_does_after_any_warm_up():
+  """Its classifiers: the rate times 1 - n / N (Dhariwal and Nichol 2021, `classifier_train.py`), without a warm-up."""
+  config = OptimizerConfig(learning_rate=3e-4, lr_schedule="linear", warmup_steps=0)
+  n = np.arange(301)
+  np.testing.assert_allclose(learning_rate_schedule(config, 300)(n), 3e-4 * (1 - n / 300), atol=1e-10)
+  config = OptimizerConfig(learning_rate=1e-3, lr_schedule="linear", warmup_steps=100)
+  rate = learning_rate_schedule(config, 1100)
+  np.testing.assert_allclose([rate(n) for n in (50, 100, 350, 600, 1100)], [5e-4, 1e-3, 7.5e-4, 5e-4, 0], atol=1e-9)
+  rate = learning_rate_schedule(config, 40)  # a warm-up of 20
+  np.testing.assert_allclose([rate(n) for n in (10, 20, 30, 40)], [5e-4, 1e-3, 5e-4, 0], atol=1e-9)
+  rate = learning_rate_schedule(config, 1100 + 700, restart=700)
+  np.testing.assert_allclose([rate(n) for n in (700, 750, 800, 1050, 1800)], [0, 5e-4, 1e-3, 7.5e-4, 0], atol=1e-9)
+  assert decay_start(config, 1100) is None
+
+
 def test_constant_then_decay():
   """1 - sqrt over the last fifth, as a factor, so that a short warm-up or a short run are no other case."""
   config = OptimizerConfig(learning_rate=1e-3, lr_schedule="constant_then_decay", decay_fraction=0.2, warmup_steps=100)

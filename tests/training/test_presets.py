@@ -13,7 +13,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config
 from ddpm_jax.devices import make_mesh
-from ddpm_jax.models.build import num_params
+from ddpm_jax.models.build import build_autoencoder, build_discriminator, build_model, init_params, num_params
 from ddpm_jax.training.setup import build_run, make_train_step
 from tests.training.tiny import random_batch, tiny_config, tiny_run
 
@@ -37,6 +37,18 @@ PRESETS = {  # what the data set delivers, and the size of the network
   "lsun_church": ((256, 256, 3), PAPER_256),
   "lsun_cat": ((256, 256, 3), PAPER_256),
 }
+FIRST_STAGES = {  # and the shape of their latents
+  "emoji64_ae": ((64, 64, 3), 681_911, (16, 16, 4)),
+  "ldm_kl_f8": ((256, 256, 3), 83_653_863, (32, 32, 4)),
+  "ldm_vq_f4": ((256, 256, 3), 55_322_782, (64, 64, 3)),
+}
+SECOND_STAGES = {  # what the first one delivers, the number of classes, and the size of the network
+  "emoji64_ldm": ((16, 16, 4), 9, 7_405_316),
+  "ldm_celebahq256": ((64, 64, 3), 0, 274_056_163),
+  "ldm_church256": ((32, 32, 4), 0, 294_966_916),
+  "ldm_imagenet256": ((64, 64, 3), 1000, 263_905_347),  # not the published one, see its header
+}
+DISCRIMINATOR = 2_765_633  # of three strided convolutions
 
 
 def read(name, *overrides):
@@ -47,7 +59,7 @@ def read(name, *overrides):
 
 
 def test_all_presets_are_here():
-  assert {path.stem for path in EXPERIMENTS.glob("*.flags")} == set(PRESETS)
+  assert {path.stem for path in EXPERIMENTS.glob("*.flags")} == {*PRESETS, *FIRST_STAGES, *SECOND_STAGES}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,6 +69,30 @@ def test_builds(name):
   run = build_run(config, image_shape, make_mesh("pmap"))
   assert num_params(run.abstract_state.params) == size
   run.mesh.check_batch(run.config.data.batch_size)  # eight devices share it
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_builds_a_first_stage(name):
+  image_shape, size, latent_shape = FIRST_STAGES[name]
+  config = read(name)
+  network = build_autoencoder(config.model, config.autoencoder, image_shape)
+  assert num_params(jax.eval_shape(lambda: network.init(jax.random.key(0), image_shape))) == size
+  assert network.latent_shape(image_shape) == latent_shape
+  if config.autoencoder.discriminator_weight:
+    discriminator = build_discriminator(config.autoencoder.discriminator_layers, image_shape)
+    assert num_params(jax.eval_shape(lambda: discriminator.init(jax.random.key(0)))) == DISCRIMINATOR
+  assert config.data.batch_size % 8 == 0
+
+
+@pytest.mark.parametrize("name", SECOND_STAGES)
+def test_builds_a_second_stage(name):
+  latent_shape, classes, size = SECOND_STAGES[name]
+  first_stage = read(name).diffusion.first_stage.removeprefix("runs/")
+  assert latent_shape == FIRST_STAGES[first_stage][2]
+  config = config_lib.override(read(name), {"num_classes": classes})
+  network = build_model(config.model, latent_shape)
+  assert num_params(jax.eval_shape(lambda: init_params(network, jax.random.key(0), latent_shape))) == size
+  assert config.data.batch_size % 8 == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -94,6 +94,19 @@ def test_images_are_left_alone():
   np.testing.assert_array_equal(images, before)
 
 
+def test_names_of_classes_may_be_any_text_and_alike():
+  """Of several lines, without end, twice: each row is there, beside a name of bounded width."""
+  images = np.zeros((2, 8, 8, 1), np.uint8)
+  plain = grids.named_rows([("crane", images), ("crane", images)])
+  assert plain.shape[0] == 2 * (64 + 2) + 2
+  for name in ("a\nb", "\udcff", "\0", "日本語", ""):
+    assert grids.named_rows([(name, images)]).shape[0] == 64 + 4
+    assert grids.image_grid(images, captions=[name, name]).shape[:2] == (64 + 14 + 4, 2 * (64 + 2) + 2)
+  long = grids.named_rows([("x" * 1000, images)])
+  assert plain.shape[1] < long.shape[1] <= 240 + 9 + 2 * (64 + 2) + 2
+  assert (long[:, :240] < 255).any()  # as much of it as there is room for
+
+
 def test_captions_stand_above_their_pictures():
   left, right = pictures(2, 100, 150, 3)
   page = grids.captioned({"EMA weights": left, "raw weights": right})

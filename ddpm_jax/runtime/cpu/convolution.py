@@ -1,4 +1,4 @@
-"""3x3 convolutions as XLA is asked to compute them: the same numbers to rounding, in less time on CPUs.
+"""3x3 and 4x4 convolutions as XLA is asked to compute them: the same numbers to rounding, in less time on CPUs.
 
 Four things are slow there: the gradient by the kernel, which XLA takes for a convolution whose window is the whole
 image; copies of many times the image, which no cache holds; within a loop, such as that of `--grad_accum_steps`, the
@@ -31,7 +31,7 @@ _PIXELS_AT_ONCE = 6272  # of a gradient by the kernel: their moved copies fit in
 
 
 def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Array:
-  """Cross-correlation of x [B, H, W, C] with a kernel [3, 3, C, F], zeros around the image.
+  """Cross-correlation of x [B, H, W, C] with a kernel [3, 3, C, F], or [4, 4, C, F], zeros around the image.
 
   Derivatives of any order, forward and reverse, and batching by `jax.vmap` are made of the three primitives below. All
   of them have the precision that `jax.default_matmul_precision` says where this is called.
@@ -40,7 +40,9 @@ def convolve(x: jax.Array, kernel: jax.Array, resample: str = "none") -> jax.Arr
     x: of the type of the kernel.
     kernel: see above.
     resample: 'none' gives [B, H, W, F]; 'up', of the image with each pixel repeated 2 x 2, [B, 2H, 2W, F]; 'down', with
-      stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F]; 'down_symmetric' the same of rows 2r - 1 to 2r + 1.
+      stride 2, rows 2r to 2r + 2 for row r, [B, H/2, W/2, F]; 'down_symmetric' the same of rows 2r - 1 to 2r + 1. Of
+      4x4, '4x4' gives [B, H - 1, W - 1, F], rows r - 1 to r + 2 for row r; '4x4_down' with stride 2, of even H and W,
+      rows 2r - 1 to 2r + 2, [B, H/2, W/2, F].
 
   Raises:
     TypeError, ValueError: types or shapes do not fit, as `jax.lax.conv_general_dilated` says it.
@@ -190,6 +192,30 @@ def _shifted(x: jax.Array, axis: int, moves: list[int], size: int) -> jax.Array:
   return jax.lax.bitcast_convert_type(functools.reduce(jnp.bitwise_or, places), x.dtype)
 
 
+def _space_to_depth_inside(x: jax.Array) -> jax.Array:
+  """`_space_to_depth` with a pixel of zeros around the image: [B, H, W, C] -> [B, H/2 + 1, W/2 + 1, 4 C]."""
+  return _space_to_depth(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+
+
+def _depth_to_space_inside(x: jax.Array) -> jax.Array:
+  """The transpose of `_space_to_depth_inside`."""
+  return _depth_to_space(x)[:, 1:-1, 1:-1]
+
+
+def _quarter(kernel: jax.Array) -> jax.Array:
+  """[4, 4, C, F] -> [2, 2, 4 C, F]: the kernel of stride 2 over an image as `_space_to_depth` has it."""
+  channels, features = kernel.shape[2:]
+  quarters = kernel.reshape(2, 2, 2, 2, channels, features).transpose(0, 2, 1, 3, 4, 5)
+  return quarters.reshape(2, 2, 4 * channels, features)
+
+
+def _quarter_transposed(quarters: jax.Array) -> jax.Array:
+  """The inverse, and transpose, of `_quarter`."""
+  channels, features = quarters.shape[2] // 4, quarters.shape[3]
+  parts = quarters.reshape(2, 2, 2, 2, channels, features).transpose(0, 2, 1, 3, 4, 5)
+  return parts.reshape(4, 4, channels, features)
+
+
 def _same(x: jax.Array) -> jax.Array:
   return x
 
@@ -202,11 +228,12 @@ class _ConvPlan(NamedTuple):
   Attributes:
     size: n, of the kernel that slides on CPUs.
     before, after: zeros around pre(x).
-    expand: [3, 3, C, F] to the kernel that slides, with its transpose.
+    expand: [k, k, C, F] to the kernel that slides, with its transpose.
     pre, post: of images, each with its transpose.
     repeat: how often a row of x is repeated.
-    stride: of the 3x3 kernel.
-    above: rows of zeros above, and columns on the left, that the 3x3 kernel sees.
+    side: k, of the kernel itself.
+    stride: of that one.
+    above, below: rows of zeros above and below, and columns left and right, that it sees.
   """
 
   size: int
@@ -219,11 +246,13 @@ class _ConvPlan(NamedTuple):
   post: Callable[[jax.Array], jax.Array] = _same
   post_transposed: Callable[[jax.Array], jax.Array] = _same
   repeat: int = 1
+  side: int = 3
   stride: int = 1
   above: int = 1
+  below: int = 1
 
   def convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [B, H, W, C], kernel [3, 3, C, F] -> y."""
+    """x [B, H, W, C], kernel [k, k, C, F] -> y."""
     return self.post(_slide(self.pre(x), self.expand(kernel), self.before, self.after))
 
   def image_gradient(self, kernel: jax.Array, dy: jax.Array) -> jax.Array:
@@ -234,18 +263,18 @@ class _ConvPlan(NamedTuple):
     return self.pre_transposed(_slide(self.post_transposed(dy), turned, before, after))
 
   def kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
-    """The gradient [3, 3, C, F] of sum(dy * y) by the kernel."""
+    """The gradient [k, k, C, F] of sum(dy * y) by the kernel."""
     gradient = _product(self.pre(x), self.post_transposed(dy), self.size, self.before, self.after)
     return self.expand_transposed(gradient).astype(dy.dtype)
 
   def plain_convolve(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve` for other compilers."""
-    return _slide(_repeat(x, self.repeat), kernel, self.above, 3 - self.stride - self.above, self.stride)
+    return _slide(_repeat(x, self.repeat), kernel, self.above, self.below, self.stride)
 
   def plain_image_gradient(self, kernel: jax.Array, dy: jax.Array) -> jax.Array:
     """`image_gradient` for other compilers."""
     dx = jax.lax.conv_general_dilated(
-      *(dy, kernel[::-1, ::-1], (1, 1), [(2 - self.above, self.stride - 1 + self.above)] * 2),
+      *(dy, kernel[::-1, ::-1], (1, 1), [(self.side - 1 - self.above, self.side - 1 - self.below)] * 2),
       lhs_dilation=(self.stride, self.stride),
       dimension_numbers=("NHWC", "HWOI", "NHWC"),
     )
@@ -258,7 +287,7 @@ class _ConvPlan(NamedTuple):
   def plain_kernel_gradient(self, x: jax.Array, dy: jax.Array) -> jax.Array:
     """`kernel_gradient` for other compilers: dy slides over x, and the sum is over the batch."""
     return jax.lax.conv_general_dilated(
-      *(_repeat(x, self.repeat), dy, (1, 1), [(self.above, 3 - self.stride - self.above)] * 2),
+      *(_repeat(x, self.repeat), dy, (1, 1), [(self.above, self.below)] * 2),
       rhs_dilation=(self.stride, self.stride),
       dimension_numbers=("CHWN", "IHWO", "HWNC"),
     )
@@ -290,6 +319,17 @@ _PLANS = {
     expand_transposed=functools.partial(_pair_transposed, pairs=_LATER_PAIRS),
     pre=_space_to_depth,
     pre_transposed=_depth_to_space,
+    stride=2,
+    below=0,
+  ),
+  "4x4": _ConvPlan(4, 1, 1, side=4),
+  "4x4_down": _ConvPlan(
+    *(2, 0, 0),
+    expand=_quarter,
+    expand_transposed=_quarter_transposed,
+    pre=_space_to_depth_inside,
+    pre_transposed=_depth_to_space_inside,
+    side=4,
     stride=2,
   ),
 }

@@ -1,0 +1,172 @@
+"""A latent model: its first stage is read once, kept in the workdir, and must stay what it was."""
+
+import json
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import ddpm_jax
+from ddpm_jax import config as config_lib
+from ddpm_jax.data.sources import from_array
+from ddpm_jax.errors import UserError
+from ddpm_jax.runs import train as train_lib
+from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.weights import stage_folder
+from ddpm_jax.weights.initial import find_classifier
+from ddpm_jax.weights.load import load_weights
+from ddpm_jax.workdir import layout
+from ddpm_jax.workdir.arrays import load_arrays
+from tests.sampling.conftest import pictures
+from tests.training.tiny import host, tiny_config
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+SHAPE = (8, 8, 1)
+OF_AUTOENCODER = dict(stage="autoencoder", channels=4, attention_resolutions=(), latent_channels=2, num_steps=1)
+LITTLE = dict(channels=4, channel_multipliers=(1, 2), attention_resolutions=(), dropout=0.0, num_steps=4)
+
+
+def train(workdir, source=None, **changes):
+  source = source or from_array(pictures(40, SHAPE), "pictures", np.arange(40) % 3)
+  with StopRequest() as stop:
+    own = train_lib.Own(source=source)
+    train_lib.train(tiny_config(**changes), workdir, train_lib.Invocation(stop, clock=lambda: 0.0, own=own))
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+  """Nothing of an earlier test is in the cache."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+    yield
+
+
+@pytest.fixture(scope="module")
+def autoencoder(shared_programs, tmp_path_factory):
+  return train(tmp_path_factory.mktemp("first") / "stage", **OF_AUTOENCODER)
+
+
+@pytest.fixture(scope="module")
+def whole(shared_programs, autoencoder, home, tmp_path_factory):
+  """Four training steps in one go."""
+  return train(tmp_path_factory.mktemp("whole") / "run", **LITTLE, first_stage=str(autoencoder))
+
+
+def weights_of(workdir):
+  return load_weights(layout.load_config(workdir), workdir)
+
+
+def manifest_of(workdir, step):
+  return json.loads((workdir / "checkpoints" / str(step) / "manifest" / "metadata").read_text())
+
+
+def test_a_run_that_was_stopped_is_one_that_was_not_and_needs_its_workdir_alone(whole, autoencoder, tmp_path):
+  """To the bit; and to rounding where the images are encoded in each step. The autoencoder's workdir is gone then."""
+  elsewhere = shutil.copytree(autoencoder, tmp_path / "stage")
+  run, encoding = tmp_path / "run", tmp_path / "encoding"
+  options = LITTLE | {"first_stage": str(elsewhere)}
+  train(run, **options | {"num_steps": 2})
+  train(encoding, **options | {"num_steps": 2}, cache_gib=0.0)
+  shutil.rmtree(elsewhere)
+  train(run, **options)
+  train(encoding, **options, cache_gib=0.0)
+  ours, theirs, encoded = weights_of(run), weights_of(whole), weights_of(encoding)
+  assert ours.identity == theirs.identity
+  chex.assert_trees_all_equal(host(ours.run.frozen), host(theirs.run.frozen))
+  chex.assert_trees_all_close(host(encoded.params), host(theirs.params), rtol=1e-4, atol=1e-5)
+  shapes = jax.tree.map(np.shape, host(ours.params))
+  assert shapes["conv_in"]["kernel"] == (3, 3, 2, 4)
+  facts, settings = manifest_of(run, 4)["first_stage"], json.loads((run / "first_stage" / "settings.json").read_text())
+  assert facts == {name: settings[name] for name in ("sha256", "mean", "std")} == ours.run.first_stage_facts
+  arrays, _ = load_arrays(run / "first_stage" / "weights.safetensors")
+  kept = load_weights(layout.load_config(autoencoder), autoencoder).params["autoencoder"]
+  np.testing.assert_array_equal(arrays["autoencoder.decoder.conv_out.kernel"], kept["decoder"]["conv_out"]["kernel"])
+
+
+def test_images_become_latents_and_latents_images(whole):
+  model = ddpm_jax.load(whole)
+  images = pictures(40, SHAPE)
+  latents = model.encode(images)
+  assert (model.image_shape, model.latent_shape, latents.shape) == (SHAPE, (4, 4, 2), (40, 4, 4, 2))
+  # Of both orientations, which the statistics are of, with the posterior's own variance: so within, not at, 0 and 1.
+  both = np.concatenate([latents, model.encode(images[:, :, ::-1])])
+  assert np.abs(both.mean((0, 1, 2))).max() < 0.01 and both.std((0, 1, 2)).max() < 1.01
+  assert model.decode(latents).shape == (40, *SHAPE) and model.decode(latents).dtype == np.uint8
+  assert model.sample(2, sampler="dpmpp", steps=2).shape == (2, *SHAPE)
+  assert model.denoise(latents, 3).shape == latents.shape
+  for call, words in (
+    (lambda: model.encode(latents), "images: float32"),
+    (lambda: model.decode(images), "x0: "),
+    (lambda: model.denoise(images, 3), "x: "),
+  ):
+    with pytest.raises(UserError, match=words):
+      call()
+
+
+def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
+  """A line that names the field, and nothing written."""
+  pixels = train(tmp_path / "pixels", **LITTLE | {"num_steps": 1})
+  other = train(tmp_path / "other", **OF_AUTOENCODER, seed=1)
+  bare = tmp_path / "bare"
+  bare.mkdir()
+  large, colour = (from_array(pictures(20, shape), "others") for shape in ((16, 8, 1), (8, 8, 3)))
+  of = LITTLE | {"first_stage": str(autoencoder)}
+  cases = [
+    (of | {"first_stage": str(tmp_path / "nothing")}, None, "there is nothing"),
+    (of | {"first_stage": str(bare)}, None, "bare: "),
+    (of | {"first_stage": str(pixels)}, None, "holds a model of pixels"),
+    (of, large, "of images of 8x8x1, those of others are 16x8x1"),
+    (of, colour, "of images of 8x8x1, those of others are 8x8x3"),
+    (of | {"channel_multipliers": (1, 1, 1, 1)}, None, "is not divisible by 16, as the first stage"),
+  ]
+  for options, source, words in cases:
+    with pytest.raises(UserError) as caught:
+      train(tmp_path / "run", source, **options)
+    assert words in str(caught.value) and "\n" not in str(caught.value), (words, caught.value)
+    assert not (tmp_path / "run").exists(), words
+  run = shutil.copytree(whole, tmp_path / "latent")
+  kept = stage_folder.read_kept(run)
+  before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+
+  def refused(words, **changes):
+    with pytest.raises(UserError) as caught:
+      train(run, **of | {"num_steps": 5} | changes)
+    assert words in str(caught.value) and "\n" not in str(caught.value), (words, caught.value)
+
+  refused("than the run in", first_stage=str(other))
+  refused("first_stage: ", first_stage="")
+  assert before == {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+  with pytest.raises(UserError, match=r"^first_stage: "):
+    train(pixels, **of)
+  stage_folder.keep(run, kept._replace(std=2 * kept.std).fixed(SHAPE), {})
+  refused("latents of another mean and deviation")
+  changed = jax.tree.map(lambda leaf: leaf + np.float32(1), kept.params)
+  stage_folder.keep(run, kept._replace(params=changed).fixed(SHAPE), {})
+  refused("another first stage")
+  with pytest.raises(UserError, match="another first stage"):
+    weights_of(run)
+  settings = run / "first_stage" / "settings.json"
+  settings.write_text(settings.read_text().replace('"kl"', '"vq"'))
+  refused("does not go with weights.safetensors")
+  shutil.rmtree(run / "first_stage")
+  refused("is missing")
+
+
+def test_a_classifier_of_other_latents_does_not_guide(whole, autoencoder, tmp_path):
+  options = dict(stage="classifier", num_classes=3, channels=4, channel_multipliers=(1,), attention_resolutions=())
+  same = train(tmp_path / "same", **options, num_steps=1, first_stage=str(autoencoder))
+  pixels = train(tmp_path / "pixels", **options, num_steps=1)
+  weights = weights_of(whole)
+  assert find_classifier(str(same), weights).run.first_stage_facts == weights.run.first_stage_facts
+  with pytest.raises(UserError, match="its first stage is not that of the model"):
+    find_classifier(str(pixels), weights)
+
+
+def test_thresholds_of_pixels_are_none_of_latents(whole):
+  config = layout.load_config(whole)
+  for threshold in ("static", "dynamic"):
+    with pytest.raises(UserError, match=f"^threshold: {threshold} "):
+      config_lib.override(config, {"threshold": threshold})
