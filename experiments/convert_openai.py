@@ -21,6 +21,16 @@ guided-diffusion: the network is told the timestep, as the one for ImageNet 64 b
 the default there: it is told 1000 / T of it. Such a network would draw wrong images here, and is refused.
 
 Of a network with learned variances the half of the last layer that predicts them is left out.
+
+A U-Net of latent-diffusion sees latents. --first_stage is the autoencoder that they are of, such as a folder of
+diffusers, and goes into the file with it; --image_size is that of the images:
+
+  python experiments/convert_openai.py model.ckpt church.safetensors --qkv_order=legacy --preset=ldm_church256 \
+    --first_stage=PATH
+
+The scale_factor in a file of latent-diffusion takes the place of the scale of --first_stage. What else such a file
+holds, its own copy of the autoencoder among it, is left out, and said. Networks with spatial transformers, such as that
+of ImageNet, are refused.
 """
 
 from __future__ import annotations
@@ -37,8 +47,10 @@ from ddpm_jax import config as config_lib
 from ddpm_jax import flags
 from ddpm_jax.config import Config, ModelConfig
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.models.build import Params, fitted
 from ddpm_jax.weights import file
+from ddpm_jax.weights.first_stage import read_named
 from ddpm_jax.weights.names import from_flat, param_shapes
 from ddpm_jax.weights.tensors import read_tensors
 from ddpm_jax.workdir.arrays import UnusableError
@@ -65,6 +77,8 @@ PAPERS_TIMESTEPS = 1000  # to which --rescale_timesteps scales
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 # Of latent-diffusion, and of its moving average, whose names have no more dots.
 PREFIX, AVERAGE = "model.diffusion_model.", "model_ema.diffusion_model"
+SCALE = "scale_factor"  # by which latents are multiplied
+TRANSFORMER = ".transformer_blocks."
 
 
 def block_names(model: ModelConfig, height: int) -> Iterator[tuple[str, str]]:
@@ -123,16 +137,54 @@ def with_order(tensors: Mapping[str, np.ndarray], order: str, model: ModelConfig
   return {name: ordered(name, rows) for name, rows in tensors.items()}
 
 
-def convert(tensors: Mapping[str, np.ndarray], config: Config, qkv_order: str) -> tuple[Params, tuple[int, int, int]]:
-  """Their tensors as our tree, and the shape of the images [H, W, C]. Raises UserError, which lists what does not fit.
+def first_stage_of(tensors: Mapping[str, np.ndarray], config: Config) -> FixedStage | None:
+  """The autoencoder of --first_stage, with the scale of its latents; None for pixels. Raises UserError."""
+  if not config.diffusion.first_stage:
+    if any(name.startswith(PREFIX) for name in tensors):
+      raise UserError("first_stage: missing, as this U-Net sees latents; name the autoencoder that they are of")
+    return None
+  found = read_named(str(pathlib.Path(config.diffusion.first_stage).absolute()), config)
+  size = found.network.model.latent_channels
+  if SCALE in tensors:
+    scale = float(tensors[SCALE])
+    found = found._replace(mean=np.zeros(size, np.float32), std=np.full(size, 1 / scale, np.float32))
+  if found.mean is None or found.std is None:
+    raise UserError("first_stage: it does not say the scale of its latents, nor does the file; export it to diffusers")
+  height, width = config_lib.height_and_width(config.data.image_size)
+  return found.fixed((height, width, found.network.model.out_channels))
 
-  config: with the size of the images.
+
+def left_out(tensors: Mapping[str, np.ndarray]) -> str:
+  """What of a file of latent-diffusion is no part of the U-Net, by the first part of the names; or nothing."""
+  if not any(name.startswith(PREFIX) for name in tensors):
+    return ""
+  others = [name for name in tensors if not name.startswith((PREFIX, "model_ema.")) and name != SCALE]
+  parts = {first: sum(name.split(".")[0] == first for name in others) for first in (n.split(".")[0] for n in others)}
+  return ", ".join(f"{first} ({number} tensors)" for first, number in parts.items())
+
+
+def convert(
+  tensors: Mapping[str, np.ndarray], config: Config, qkv_order: str, latent_shape: tuple[int, int, int] | None = None
+) -> tuple[Params, tuple[int, int, int]]:
+  """Their tensors as our tree, and the shape of what it draws. Raises UserError, which lists what does not fit.
+
+  Args:
+    tensors: of the file.
+    config: with the size of the images.
+    qkv_order: 'legacy' or 'new'.
+    latent_shape: of the latents that the network sees; None: images.
   """
-  found = with_order(select(tensors), qkv_order, config.model)
+  found = select(tensors)
+  if transformers := sum(TRANSFORMER in name for name in found):
+    raise UserError(
+      f"{transformers} tensors are of spatial transformers (such as {next(n for n in found if TRANSFORMER in n)}), "
+      "which no network here has; --preset=ldm_imagenet256 trains one with an embedding of the class in their place"
+    )
+  found = with_order(found, qkv_order, config.model)
   if "input_blocks.0.0.weight" not in found:
     raise UserError("these are no weights of OpenAI's U-Net, as there is no input_blocks.0.0.weight; name another file")
   channels = found["input_blocks.0.0.weight"].shape[1]
-  image_shape = (*config_lib.height_and_width(config.data.image_size), channels)
+  image_shape = latent_shape or (*config_lib.height_and_width(config.data.image_size), channels)
   model = fitted(config.model, image_shape)
   blocks, shapes = dict(block_names(model, image_shape[0])), param_shapes(model, image_shape)
   names = {path: their_name(path, blocks) for path in shapes}
@@ -205,10 +257,15 @@ def main(arguments: list[str]) -> None:
     check_timesteps(config.diffusion.num_timesteps, own.rescale_timesteps)
     if not config.model.norm_groups:
       config = config_lib.override(config, {"norm_groups": NORM_GROUPS})
-    params, image_shape = convert(read(own.source), config, own.qkv_order)
-    file.write_file(own.target, {"config": file.settings_of_weights(config)}, image_shape, params)
+    tensors = read(own.source)
+    stage = first_stage_of(tensors, config)
+    params, image_shape = convert(tensors, config, own.qkv_order, stage.latents.latent_shape if stage else None)
+    facts = {"config": file.settings_of_weights(file.without_places(config))}
+    file.write_file(own.target, facts, stage.latents.image_shape if stage else image_shape, params, stage)
   except (UserError, OSError, absl_flags.Error) as error:
     sys.exit(str(error))
+  if others := left_out(tensors):
+    print(f"Left out: {others}")
   print(f"Written: {own.target}. Use it with --init_from={own.target}")
 
 

@@ -11,8 +11,9 @@ import safetensors.numpy
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
-from ddpm_jax.models.build import UNetNetwork, build_model
+from ddpm_jax.models.build import UNetNetwork, build_autoencoder, build_model
 from ddpm_jax.weights import file
+from ddpm_jax.weights.autoencoders import AutoencoderWeights, write_autoencoder_file
 from tests.models import reference
 
 
@@ -183,15 +184,54 @@ def test_timesteps_that_are_not_rescaled_may_be_of_any_number(tmp_path):
   assert converted(tmp_path, tensors("adm"), *options)[0].diffusion.num_timesteps == 4000
 
 
-def test_of_latent_diffusion_the_moving_average_is_taken(tmp_path):
+def first_stage(folder: pathlib.Path) -> pathlib.Path:
+  """A file of an autoencoder that makes latents of 8x8x3 of 16x16 pixels."""
+  sizes = {"stage": "autoencoder", "channels": 4, "channel_multipliers": (1, 2), "latent_channels": 3}
+  config, shape, path = config_lib.override(Config(), sizes), (16, 16, 3), folder / "autoencoder.safetensors"
+  network = build_autoencoder(config.model, config.autoencoder, shape)
+  shapes = jax.eval_shape(lambda: network.init(jax.random.key(0), shape))
+  params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), shapes)
+  weights = AutoencoderWeights(network, params, shape, np.ones(3, np.float32), np.full(3, 2, np.float32))
+  write_autoencoder_file(path, weights, {})
+  return path
+
+
+def of_latent_diffusion() -> dict[str, np.ndarray]:
+  """A file of theirs: the moving average beside weights of zeros, and what is no part of the U-Net."""
   state = tensors("ldm")
   theirs = {f"model.diffusion_model.{name}": np.zeros_like(tensor) for name, tensor in state.items()}
   theirs |= {f"model_ema.diffusion_model{name.replace('.', '')}": tensor for name, tensor in state.items()}
-  theirs |= {"first_stage_model.quant_conv.bias": np.zeros(3, np.float32), "betas": np.zeros(9, np.float32)}
-  plain, average = (
-    converted(tmp_path, each, "--block=ldm", "--num_heads=2", "--qkv_order=legacy")[2] for each in (state, theirs)
-  )
-  assert jax.tree.all(jax.tree.map(np.array_equal, plain, average))
+  return theirs | {"first_stage_model.quant_conv.bias": np.zeros(3, np.float32), "betas": np.zeros(9, np.float32)}
+
+
+def test_of_latent_diffusion_the_moving_average_is_taken_with_the_first_stage(tmp_path, capsys):
+  path, flags = first_stage(tmp_path), ["--block=ldm", "--num_heads=2", "--qkv_order=legacy"]
+  _, _, plain = converted(tmp_path, tensors("ldm"), *flags)
+  latent = [*flags, "--image_size=16", f"--first_stage={path}"]
+  for scale, mean, std in ((None, 1.0, 2.0), (0.25, 0.0, 4.0)):  # that of their file takes the place of the other
+    theirs = of_latent_diffusion() | ({} if scale is None else {"scale_factor": np.float32(scale)})
+    source, target = tmp_path / "theirs.safetensors", tmp_path / "latent.safetensors"
+    source.write_bytes(safetensors.numpy.save(theirs))
+    convert_openai.main([str(source), str(target), *FLAGS, *latent])
+    config, shape, _ = file.describe(target)
+    assert shape == (16, 16, 3) and config.diffusion.first_stage == path.name  # no folder of this machine
+    average, stage = file.read_params(target, config.model, (8, 8, 3)), file.read_first_stage(target)
+    assert jax.tree.all(jax.tree.map(np.array_equal, plain, average))
+    assert (stage.mean, stage.std) == (pytest.approx(np.full(3, mean)), pytest.approx(np.full(3, std)))
+    assert all((leaf == np.float32(0.1)).all() for leaf in jax.tree.leaves(stage.params))
+    assert "Left out: first_stage_model (1 tensors), betas (1 tensors)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("more", "part"),
+  [({}, "first_stage: missing"), ({"input_blocks.1.1.transformer_blocks.0.norm1.weight"}, "spatial transformers")],
+)
+def test_what_of_latent_diffusion_is_refused(tmp_path, more, part):
+  theirs = of_latent_diffusion() | {f"model.diffusion_model.{name}": np.zeros(8, np.float32) for name in more}
+  given = [f"--first_stage={first_stage(tmp_path)}"] if more else []
+  with pytest.raises(SystemExit, match=part) as caught:
+    converted(tmp_path, theirs, "--block=ldm", "--num_heads=2", "--qkv_order=legacy", "--image_size=16", *given)
+  assert "\n" not in str(caught.value) and not (tmp_path / "ours.safetensors").exists()
 
 
 @pytest.mark.parametrize(
