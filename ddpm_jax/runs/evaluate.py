@@ -119,9 +119,8 @@ def result_lines(result: Result) -> Iterator[str]:
     yield f"  {name:{width}} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
   classes = {} if scales else by_class(result)
   for name, found in list(classes.items())[:_CLASSES]:
-    yield f"  {f'class {console.one_line(name)}':{width}} " + ", ".join(
-      f"{title} {value:.5g}" for title, value in found.items()
-    )
+    shown = f"class {console.one_line(name)}"
+    yield f"  {shown:{width}} " + ", ".join(f"{title} {value:.5g}" for title, value in found.items())
   if len(classes) > _CLASSES:
     yield f"  and {len(classes) - _CLASSES} more classes, in the file"
   if any("given" in terms for kind in LIKELIHOODS for terms in result.get(kind, {}).values()):
