@@ -147,7 +147,7 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
     sentence += " Noise does better than that: here this measure says nothing."
   mean = others.get("mean_image", value)
   if mean != value and better == ("lower" if mean < value else "higher"):
-    sentence += " The mean image does better than that: nothing of an image is left in its reconstruction."
+    sentence += " The mean image does better: here reconstructions say nothing of their images."
   return sentence
 
 

@@ -172,7 +172,8 @@ def _figure(
   width, height = size
   figure = Figure(figsize=(width / 72, height / 72), dpi=72, facecolor=colours["card"])
   room = _LEFT / width, _BOTTOM / height, 1 - (_LEFT + _RIGHT) / width, 1 - (_TOP + _BOTTOM) / height
-  axes = figure.add_axes(room, frame_on=False, xmargin=0, ymargin=0.06)
+  labelled = any(part.labels for part in series)  # their text stands at the right of the points
+  axes = figure.add_axes(room, frame_on=False, xmargin=0.06 if labelled else 0, ymargin=0.1 if labelled else 0.06)
   for part in series:
     axes.plot(
       *zip(*part.points, strict=True),

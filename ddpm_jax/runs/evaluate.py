@@ -101,24 +101,26 @@ def _write_report(workdir: pathlib.Path, result: Result) -> list[pathlib.Path]:
 def result_lines(result: Result) -> Iterator[str]:
   """The numbers of a result, a line each, beside those of the data itself, of noise and of an untrained network."""
   beside, numbers, scales = yardsticks(result), _numbers(result), sweep(result)
+  width = max([28, *map(len, numbers)])
   if scales:
     columns = {scale: _numbers(one) for scale, one in scales.items()}
-    yield f"  {'guidance_scale':28}" + "".join(f" {f'{scale:g}':<10}" for scale in columns)
+    yield f"  {'guidance_scale':{width}}" + "".join(f" {f'{scale:g}':<10}" for scale in columns)
     for name in columns[next(iter(columns))]:
       values = {scale: column[name] for scale, column in columns.items()}
       better = {"lower": min, "higher": max}.get(direction(name))
       several = len(set(values.values())) > 1
       best = [f"best at {better(values, key=values.__getitem__):g}"] if better and several else []
-      line = f"  {name:28}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      line = (
+        f"  {name:{width}}" + "".join(f" {x:<10.5g}" for x in values.values()) + _remark(best, beside.get(name, {}))
+      )
       yield line.rstrip()
       numbers.pop(name, None)
   for name, value in numbers.items():
-    yield f"  {name:28} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
+    yield f"  {name:{width}} {value:<10.5g}{_remark([], beside.get(name, {}))}".rstrip()
   classes = {} if scales else by_class(result)
   for name, found in list(classes.items())[:_CLASSES]:
-    yield f"  {f'class {console.one_line(name)}':28} " + ", ".join(
-      f"{title} {value:.5g}" for title, value in found.items()
-    )
+    shown = f"class {console.one_line(name)}"
+    yield f"  {shown:{width}} " + ", ".join(f"{title} {value:.5g}" for title, value in found.items())
   if len(classes) > _CLASSES:
     yield f"  and {len(classes) - _CLASSES} more classes, in the file"
   if any("given" in terms for kind in LIKELIHOODS for terms in result.get(kind, {}).values()):

@@ -235,6 +235,7 @@ def test_the_result_in_words_and_columns(monkeypatch, tmp_path):
   found, pictures = measured(monkeypatch, tmp_path, Squares("kl"))
   results.write_result(tmp_path, found, pictures)
   found = results.read_result(tmp_path / "eval" / "5.json")
+  assert found and set(found["pictures"]) == {"reconstructions", "worst"}
   numbers = results.scalars(found)
   names = ("psnr", "ssim", "classifier_reconstruction_distance", "kl", "active_units")
   assert set(numbers) == {f"evaluation/{name}_{split}" for name in names for split in NUMBER}
@@ -247,9 +248,23 @@ def test_the_result_in_words_and_columns(monkeypatch, tmp_path):
   beside = summary.yardsticks(found)["psnr_train"]
   assert list(beside) == ["mean_image", "resized"]
   text = summary.in_words("PSNR", "psnr_train", 12.0, {"mean_image": 13.5})
-  assert text.endswith(" The mean image does better than that: nothing of an image is left in its reconstruction.")
+  assert text.endswith(" The mean image does better: here reconstructions say nothing of their images.")
   conditions = json.loads(columns["psnr_test"].conditions)
   assert conditions == {"weights": "ema", "reconstruction": {"examples": 23}}
+
+
+def test_another_evaluation_renews_what_belongs_together(monkeypatch, tmp_path):
+  """Distances of two kinds of features do not stand side by side; latents that were measured before stay."""
+  found, pictures = measured(monkeypatch, tmp_path, Squares("kl"))
+  results.write_result(tmp_path, found, pictures)
+  changes = dict(measures=("reconstruction",), likelihood_splits="test")
+  results.write_result(tmp_path, *measured(monkeypatch, tmp_path, Squares("kl"), **changes))
+  both = results.read_result(tmp_path / "eval" / "5.json")
+  assert both and list(both["reconstruction"]) == ["test"] and "features" not in both
+  assert both["latents"] == found["latents"]
+  results.write_result(tmp_path, *measured(monkeypatch, tmp_path, Squares("kl"), measures=("latents",)))
+  again = results.read_result(tmp_path / "eval" / "5.json")
+  assert again and again["reconstruction"] == both["reconstruction"] and again["pictures"] == both["pictures"]
 
 
 @pytest.mark.parametrize(

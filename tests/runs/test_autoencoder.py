@@ -49,7 +49,9 @@ def test_an_autoencoder_is_trained_and_resumed_exactly(whole, tmp_path, capsys):
   assert "--first_stage=" in said.out + said.err
   assert found.identity == weights.identity
   assert set(found.params) == {"autoencoder", "discriminator"}
-  of_both = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (finished, folder)]
+  of_both = [
+    [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (finished, folder)
+  ]
   for one, other in zip(*of_both, strict=True):
     same = {name for name in one if name.startswith(("loss", "mean", "combined", "grad"))}
     assert {name: one[name] for name in same} == {name: other[name] for name in same}
