@@ -209,7 +209,7 @@ def test_of_latent_diffusion_the_moving_average_is_taken_with_the_first_stage(tm
   _, _, plain = converted(tmp_path, tensors("ldm"), *flags)
   latent = [*flags, "--image_size=16", f"--first_stage={path}"]
   for scale, mean, std in ((None, 1.0, 2.0), (0.25, 0.0, 4.0)):  # that of their file takes the place of the other
-    theirs = of_latent_diffusion() | ({} if scale is None else {"scale_factor": np.float32(scale)})
+    theirs = of_latent_diffusion() | ({} if scale is None else {"scale_factor": np.array(scale, np.float32)})
     source, target = tmp_path / "theirs.safetensors", tmp_path / "latent.safetensors"
     source.write_bytes(safetensors.numpy.save(theirs))
     convert_openai.main([str(source), str(target), *FLAGS, *latent])

@@ -53,6 +53,7 @@ UNET = {
   "channel_multipliers": (1, 2),
   "attention_resolutions": (4,),
   "block": "ldm",
+  "norm_groups": 4,
   "head_channels": 8,
   "prediction": "v",
   "num_timesteps": 200,
@@ -128,7 +129,10 @@ def decoded(latents: Latents, params, x):
 def drawn_by_us(run: Run, denoise, stage_params, x: np.ndarray, timesteps) -> np.ndarray:
   """DDIM without noise from x at their timesteps."""
   times = np.append(np.asarray(timesteps) + 1, 0)
-  table, step = steps_table(run.schedule, "ddim", times[:-1], times[1:], eta=0.0), jax.jit(denoise)
+  table, step = (
+    steps_table(run.schedule, "ddim", times[:-1], times[1:], eta=0.0, variance="fixed_large"),
+    jax.jit(denoise),
+  )
   for t, c_xt, c_x0 in zip(table.t, table.c_xt, table.c_x0, strict=True):
     x = (c_xt * x + c_x0 * np.asarray(step(x, run.schedule.level(int(t))).x0)).astype(np.float32)
   assert isinstance(run.first_stage, Latents)
