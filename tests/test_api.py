@@ -293,7 +293,7 @@ X = np.zeros((2, *IMAGE_SHAPE), np.float32)
     (lambda model: model.denoise(X[0], 1), ["x: [8, 8, 1] is not [B, 8, 8, 1]"]),
     (lambda model: model.denoise(X[:0], 1), ["x: [0, 8, 8, 1] is not [B, 8, 8, 1]"]),
     (lambda model: model.eps(X[:, :4], 1), ["x: [2, 4, 8, 1]"]),
-    (lambda model: model.denoise(X.astype(np.uint8), 1), ["x: uint8", "to_float"]),
+    (lambda model: model.denoise(X.astype(np.uint8), 1), ["x: uint8", "encode"]),
     (lambda model: model.denoise(X, 0), ["t: 0 to 0 is not in 1..200"]),
     (lambda model: model.eps(X, [3, 201]), ["t: 3 to 201 is not in 1..200"]),
     (lambda model: model.denoise(X, [3]), ["t: int64 [1]", "[2]"]),
