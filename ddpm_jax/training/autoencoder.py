@@ -29,10 +29,8 @@ from ddpm_jax.models.build import (
 )
 from ddpm_jax.training.objective import Batch, PerExample, Terms
 
-COMMITMENT, CODEBOOK = (
-  1.0,
-  0.25,
-)  # weights of the two terms of eq. 4 of Esser et al. 2021, as its released code has them
+# Weights of the two terms of eq. 4 of Esser et al. 2021, as its released code has them.
+COMMITMENT, CODEBOOK = 1.0, 0.25
 LARGEST_WEIGHT, EPSILON = 1e4, 1e-4  # of the adaptive weight
 USE_DECAY = 0.99  # of the average use of each code
 
