@@ -118,8 +118,7 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
       _check_one_by_one(run, given)
     raise
   if rules.change is Change.USED:
-    kept = run.config.diffusion.first_stage if run else ""
-    if kept and given.get("first_stage", kept) != kept:
+    if run and (kept := run.config.diffusion.first_stage) and given.get("first_stage", kept) != kept:
       raise UserError(f"first_stage: {run.folder} has its own, in first_stage/; leave --first_stage out")
     runs_network = mode != "export" or config.exchange.export_format == "jax"  # else parameters are only written
     if run:
