@@ -16,13 +16,14 @@ from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.sources import Source
 from ddpm_jax.devices.batched import BatchedFn
 from ddpm_jax.devices.hosts import all_gather_host
-from ddpm_jax.diffusion.guidance import classifier_gradient, within
+from ddpm_jax.diffusion.guidance import classifier_gradient
 from ddpm_jax.diffusion.likelihood import ode_evaluations
 from ddpm_jax.evaluation import likelihood
 from ddpm_jax.evaluation.features import Features
 from ddpm_jax.evaluation.summary import LIKELIHOODS, duration, finite, part
 from ddpm_jax.evaluation.yardsticks import DRAWN, MOST
 from ddpm_jax.models.build import Params, UNetNetwork, build_model
+from ddpm_jax.sampling.classes import number_within
 from ddpm_jax.sampling.draw import fit_batch, table_of
 from ddpm_jax.weights.load import Weights
 
@@ -251,8 +252,7 @@ def _evaluations(config: Config, weights: Weights) -> int:
 def _guided(config: Config, weights: Weights) -> int:
   """How many of these are two passes where there is guidance: those at a noise level in `--guidance_interval`."""
   level = table_of(config.sample, weights.run.schedule, config.diffusion.variance).level
-  low, high = config.sample.guidance_interval or (0.0, np.inf)
-  return int(within(level, (low, high)).sum())
+  return number_within(config.sample.guidance_interval, level)
 
 
 def _passes(config: Config, weights: Weights) -> int:

@@ -165,8 +165,7 @@ def _headline(config: Config, weights: Weights, what: str, table: SamplerTable |
   if config_lib.guided(options):
     how = f"guided by {one_scale(options):g}"
     if table and options.guidance_interval:
-      sigma = np.asarray(table.level.sigma) / np.asarray(table.level.alpha)
-      how = f"{number_within(options.guidance_interval, sigma)} of them {how}"
+      how = f"{number_within(options.guidance_interval, table.level)} of them {how}"
     each += f", {how}"
   if weights.classifier:
     each += f", guided by a classifier, scale {options.classifier_scale:g}"

@@ -12,6 +12,8 @@ from ddpm_jax.config import SampleConfig, flag_text
 from ddpm_jax.data.encoded import NoLabels
 from ddpm_jax.data.labels import number_of
 from ddpm_jax.data.sources import Source
+from ddpm_jax.diffusion.guidance import within
+from ddpm_jax.diffusion.schedules import Level
 from ddpm_jax.errors import UserError
 from ddpm_jax.weights.load import Weights
 
@@ -149,7 +151,8 @@ def check_guidance(options: SampleConfig, weights: Weights) -> None:
   if scale is None:
     return
   sigma = np.sqrt(1 / weights.run.schedule.alpha_bar[1:] - 1)
-  if options.guidance_interval and not number_within(options.guidance_interval, sigma):
+  levels = Level(alpha=np.ones_like(sigma), sigma=sigma, time=0)
+  if options.guidance_interval and not number_within(options.guidance_interval, levels):
     raise UserError(
       f"guidance_interval: {flag_text(options.guidance_interval)} holds none of the noise levels of this model, "
       f"{sigma[0]:.4g} to {sigma[-1]:.4g}; write two of these"
@@ -162,10 +165,10 @@ def check_guidance(options: SampleConfig, weights: Weights) -> None:
   )
 
 
-def number_within(interval: Sequence[float], sigma: np.ndarray) -> int:
-  """How many noise levels are above the first number of --guidance_interval and at most the second."""
+def number_within(interval: Sequence[float], levels: Level) -> int:
+  """How many of the levels, arrays [N], are in `--guidance_interval`; all of them where it is empty."""
   low, high = interval or (0.0, np.inf)
-  return int(((sigma > low) & (sigma <= high)).sum())
+  return int(np.sum(within(levels, (low, high))))
 
 
 def one_scale(options: SampleConfig) -> float:
