@@ -15,6 +15,7 @@ from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.diffusion.samplers import make_sampler, sample
 from ddpm_jax.diffusion.schedules import at, make_schedule
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.pixels import Pixels
 from ddpm_jax.keys import indexed_keys, stream_key
 
 SCHEDULE = make_schedule("linear", 30, beta_start=0.003, beta_end=0.6)
@@ -30,7 +31,11 @@ def network(params, xt, time, cond):
 @pytest.fixture
 def model(monkeypatch):
   run = types.SimpleNamespace(
-    denoiser=Denoiser(network, PARAMETERIZATIONS["eps"]), schedule=SCHEDULE, image_shape=SHAPE, conditional=False
+    denoiser=Denoiser(network, PARAMETERIZATIONS["eps"]),
+    schedule=SCHEDULE,
+    first_stage=Pixels(SHAPE),
+    image_shape=SHAPE,
+    conditional=False,
   )
   config = config_lib.override(Config(), {"num_timesteps": 30, "threshold": "none", "preview_steps": 5})
   data = (127.5 + 64 * np.random.default_rng(0).standard_normal((200, *SHAPE))).clip(0, 255).astype(np.uint8)
