@@ -96,8 +96,13 @@ def test_eight_devices_are_one(mode, kind, changes):
   assert run.mesh.num_devices == 8
   np.testing.assert_allclose(rows, one_rows, rtol=2e-5)
   # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.
-  for mine, theirs in zip(jax.tree.leaves(host(state.params)), jax.tree.leaves(one_state.params), strict=True):
-    assert np.mean(np.abs(mine - theirs) > 1e-4) < 0.02
+  for (path, mine), theirs in zip(
+    jax.tree.leaves_with_path(host(state.params)), jax.tree.leaves(one_state.params), strict=True
+  ):
+    differs = np.abs(mine - theirs) > 1e-4
+    if jax.tree_util.keystr(path).endswith("['qkv']['bias']"):  # softmax does not see a bias of the keys
+      differs = np.delete(np.split(differs, 3), 1, axis=0)
+    assert np.mean(differs) < 0.02, path
     np.testing.assert_allclose(mine, theirs, atol=STEPS * 2e-3)
   assert int(state.step) == STEPS
 
