@@ -28,6 +28,12 @@ class Latents:
   Attributes:
     network: the autoencoder.
     image_shape: H, W, C of an image.
+
+  >>> from ddpm_jax.config import AutoencoderConfig, ModelConfig
+  >>> from ddpm_jax.models.build import build_autoencoder
+  >>> network = build_autoencoder(ModelConfig(channel_multipliers=(1, 2, 2)), AutoencoderConfig(), (32, 32, 3))
+  >>> Latents(network, (32, 32, 3)).latent_shape
+  (8, 8, 4)
   """
 
   network: AutoencoderNetwork

@@ -64,6 +64,13 @@ def standard(latents: Latents, moments: Iterable[np.ndarray]) -> tuple[np.ndarra
   for all channels, as distances between its vectors must stay what they are.
 
   moments: [.., h, w, ..], in parts of any size.
+
+  >>> from ddpm_jax.config import AutoencoderConfig, ModelConfig
+  >>> from ddpm_jax.models.build import build_autoencoder
+  >>> network = build_autoencoder(ModelConfig(), AutoencoderConfig(latent_channels=1), (4, 4, 1))
+  >>> mean, std = standard(Latents(network, (4, 4, 1)), [np.zeros((3, 2, 2, 2))])  # means 0, log-variances 0
+  >>> mean.tolist(), std.tolist()
+  ([0.0], [1.0])
   """
   centres, spreads, counts = [], [], []
   for part in moments:
