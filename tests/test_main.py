@@ -532,8 +532,6 @@ def test_what_was_trained_is_said_before_what_it_would_mean_beside_the_rest(tmp_
   cases = [
     ("train", "by_class", "conditioning", "none"),
     ("sample", "by_class", "conditioning", "none"),
-    ("train", "by_class", "stage", "classifier"),
-    ("train", "classifier", "stage", "denoiser"),
     ("train", "classifier", "conditioning", "class"),
     ("evaluate", "plain", "label_dropout", 0.1),
   ]
