@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -286,6 +287,6 @@ def test_what_is_refused(tmp_path, monkeypatch, changes, message):
 
   monkeypatch.setattr(evaluate_lib, "open_source", open_split)
   with pytest.raises(UserError) as caught:
-    check(config_of(**changes), tmp_path, source_of())
+    check(config_of(**changes), tmp_path, source_of(), cast(Weights, None))
   assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
   assert not list(tmp_path.iterdir())

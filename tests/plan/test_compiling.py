@@ -171,7 +171,7 @@ def run_elsewhere(outcome, platform):
   mesh = types.SimpleNamespace(
     abstract_inputs=run.mesh.abstract_inputs,
     wrap_loss=run.mesh.wrap_loss,
-    compile=lambda *_: Elsewhere(outcome),
+    compile=lambda *_, **__: Elsewhere(outcome),
     num_devices=8,
     platform=platform,
   )

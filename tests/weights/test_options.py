@@ -257,8 +257,8 @@ def test_the_betas_of_a_sigmoid_are_found(kind):
   [
     {"threshold": "dynamic", "threshold_quantile": 0.9},
     {"threshold": "none", "prediction": "v", "variance": "fixed_small"},
-    {"beta_schedule": "cosine", "prediction": "x0"},
-    {"beta_schedule": "sigmoid", "beta_start": 0.001, "beta_end": 0.5, "num_timesteps": 77},
+    {"threshold": "static", "beta_schedule": "cosine", "prediction": "x0"},
+    {"threshold": "static", "beta_schedule": "sigmoid", "beta_start": 0.001, "beta_end": 0.5, "num_timesteps": 77},
   ],
   ids=str,
 )
