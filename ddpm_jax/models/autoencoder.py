@@ -34,6 +34,7 @@ class Half(nn.Module):
   """What encoder and decoder share.
 
   Attributes:
+    features: channels of the result.
     channels: at the full resolution.
     channel_multipliers: channels of each level as multiples of `channels`; each level but the first halves the image.
     num_res_blocks: residual blocks of each level.
@@ -45,6 +46,7 @@ class Half(nn.Module):
     middle_attention: whether there is attention between the two residual blocks of the lowest level.
   """
 
+  features: int
   channels: int
   channel_multipliers: tuple[int, ...]
   num_res_blocks: int
@@ -106,13 +108,7 @@ class Half(nn.Module):
 
 
 class Encoder(Half):
-  """Images -> what the latents are drawn from.
-
-  Attributes:
-    features: channels of the result; beside those of `Half`.
-  """
-
-  features: int = 0
+  """Images -> what the latents are drawn from."""
 
   @nn.compact
   def __call__(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
@@ -127,13 +123,7 @@ class Encoder(Half):
 
 
 class Decoder(Half):
-  """Latents -> images.
-
-  Attributes:
-    features: channels of the image; beside those of `Half`.
-  """
-
-  features: int = 0
+  """Latents -> images."""
 
   @nn.compact
   def __call__(self, z: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
