@@ -35,7 +35,7 @@ def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray], facts: M
 
 
 def read_tensors(path: pathlib.Path) -> Tensors:
-  """All tensors of a file as float32; half precision is widened. A digest is compared where there is one.
+  """All tensors of a file as float32, by name; half precision is widened. A digest is compared where there is one.
 
   Raises:
     UnusableError: if it cannot be read, is not whole, or not what was written; or a tensor is of another type, or holds
@@ -47,7 +47,7 @@ def read_tensors(path: pathlib.Path) -> Tensors:
     raise UnusableError(f"cannot be read ({error.strerror})") from error
   _refuse_pickles(contents[:9])
   try:
-    found = safetensors.deserialize(contents)
+    found = sorted(safetensors.deserialize(contents), key=lambda entry: entry[0])  # which gives them in any order
   except safetensors.SafetensorError as error:
     raise UnusableError(f"is no whole safetensors file ({str(error).splitlines()[0]})") from error
   arrays = {name: _float32(name, tensor) for name, tensor in found}
