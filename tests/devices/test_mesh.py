@@ -30,8 +30,8 @@ from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, ti
 STEPS = 10
 CLASSIFIER = dict(stage="classifier", num_classes=3, weight_decay=0.05, lr_schedule="linear", num_steps=20)
 OF_KIND = {"plain": {}, "conditional": CONDITIONAL, "classifier": CLASSIFIER}
-OF_KIND |= {"latents": CONDITIONAL, "cached latents": CONDITIONAL}
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
+OF_KIND |= dict.fromkeys(("latents", "cached latents"), CONDITIONAL | LITTLE)
 ROOT = pathlib.Path(__file__).parents[2]
 
 

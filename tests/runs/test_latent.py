@@ -17,7 +17,7 @@ from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
-from ddpm_jax.weights import stage_folder
+from ddpm_jax.weights import first_stage, stage_folder
 from ddpm_jax.weights.initial import find_classifier
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
@@ -185,6 +185,15 @@ def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
   refused("does not go with weights.safetensors")
   shutil.rmtree(run / "first_stage")
   refused("is missing")
+
+
+def test_a_first_stage_that_one_host_has_no_longer_is_read_by_none(whole, monkeypatch):
+  """Reading is done together: who alone began would wait for ever."""
+  asked = []
+  monkeypatch.setattr(first_stage, "any_host", lambda lacks: asked.append(lacks) or True)
+  monkeypatch.setattr(first_stage, "read_named", lambda *_: pytest.fail("read by this host alone"))
+  found = first_stage.find(layout.load_config(whole), whole, given=True)
+  assert found and found.sha256 == stage_folder.read_kept(whole).sha256 and asked == [False]
 
 
 def test_a_classifier_of_other_latents_does_not_guide(whole, autoencoder, tmp_path):
