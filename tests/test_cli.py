@@ -142,37 +142,6 @@ def test_two_processes_are_one(folder, uninterrupted):
 
 
 @pytest.mark.slow
-def test_both_stages_of_two_processes_are_those_of_one(folder):
-  """An autoencoder with its discriminator, then a model of its latents by class, whose images two processes encode
-  before they begin, and after a stop in each step; they find no statistics of latents that one process has measured."""
-  stage = [
-    *("--stage=autoencoder", "--loss=l1", "--channel_multipliers=1,2", "--num_res_blocks=1", "--latent_channels=2"),
-    *("--discriminator_weight=0.5", "--discriminator_layers=1", "--discriminator_start=4", "--num_steps=8"),
-  ]
-  latent = [f"--first_stage={folder / 'stage'}", "--conditioning=class", "--label_dropout=0.2", "--num_steps=8"]
-  home = {"XDG_CACHE_HOME": str(folder / "home_of_two")}
-  for name, flags, parts in (
-    ("stage", stage, [["--parallel=fsdp"]]),
-    ("latent", latent, [["--num_steps=4"], ["--parallel=fsdp", "--cache_gib=0"]]),
-  ):
-    finish(start(folder, name, *flags))
-    for part in parts:
-      for process in start_job(folder, f"two_{name}", *flags, *part, **home):
-        finish(process)
-    one, two = (metrics(folder / of) for of in (name, f"two_{name}"))
-    assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4, 6, 8]
-    for found, wanted in zip(two, one, strict=True):
-      told = [key for key in wanted if key.startswith(("loss", "grad_norm", "combined", "mean"))]
-      np.testing.assert_allclose([found[key] for key in told], [wanted[key] for key in told], rtol=1e-3, err_msg=told)
-  assert one[-1].keys() >= {"loss", "grad_norm"} and metrics(folder / "stage")[-1]["combined/adversarial_weight"] > 0
-  settings = [
-    json.loads((folder / of / "first_stage" / "settings.json").read_text()) for of in ("latent", "two_latent")
-  ]
-  for key in ("mean", "std"):
-    np.testing.assert_allclose(*(each[key] for each in settings), rtol=1e-5)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(folder, number):
   workdir = folder / f"stopped{number}"
