@@ -41,7 +41,7 @@ HANGS = 1800  # seconds after which a run that nothing happens to is taken to ha
 AUTOENCODER = [
   *("--stage=autoencoder", "--loss=l1", "--channel_multipliers=1,2", "--num_res_blocks=1", "--latent_channels=2")
 ]
-FEWER = 300  # training steps where fewer kills are meant to meet a run
+FEWER = 1000  # training steps where fewer kills are meant to meet a run
 # What runs in a folder of this name are given beside those.
 OF_FOLDER = {
   "autoencoder": [
