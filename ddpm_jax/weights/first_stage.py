@@ -18,7 +18,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
-from ddpm_jax.devices.hosts import all_gather_host, gather
+from ddpm_jax.devices.hosts import all_gather_host, any_host, gather
 from ddpm_jax.errors import UserError
 from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.statistics import Encoded, cached_bytes, encoded, standard
@@ -61,7 +61,8 @@ def find(config: Config, workdir: pathlib.Path, *, given: bool = False) -> Autoe
     return named if path == config.exchange.init_from else named._replace(mean=None, std=None)
   kept = read_kept(workdir)
   other = path != layout.load_config(workdir).diffusion.first_stage
-  if other or (given and pathlib.Path(path).exists()):
+  # Where a host has it no longer, none reads it: those that did would wait for that one's part in it.
+  if other or (given and not any_host(not pathlib.Path(path).exists())):
     named = read_named(path, config)
     if named.sha256 != kept.sha256:
       raise UserError(

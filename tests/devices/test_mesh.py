@@ -17,27 +17,34 @@ import numpy as np
 import optax
 import pytest
 
+from ddpm_jax.data.sources import from_array
 from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import to_host
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.statistics import as_source, encoded
 from ddpm_jax.training.setup import build_run, make_train_step
 from ddpm_jax.training.state import create_state
 from ddpm_jax.training.step import abstract_batch, train_step
-from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run
+from tests.training.tiny import CONDITIONAL, IMAGE_SHAPE, host, random_batch, tiny_config, tiny_run, tiny_stage
 
 STEPS = 10
 CLASSIFIER = dict(stage="classifier", num_classes=3, weight_decay=0.05, lr_schedule="linear", num_steps=20)
+OF_KIND = {"plain": {}, "conditional": CONDITIONAL, "classifier": CLASSIFIER}
 LITTLE = dict(channels=4, channel_multipliers=(1,), attention_resolutions=())  # where it does not matter which
+OF_KIND |= dict.fromkeys(("latents", "cached latents"), CONDITIONAL | LITTLE)
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def train(mode, **changes):
-  """Ten training steps with dropout and flips: (final state, losses, gradient norms, run, step)."""
-  run = tiny_run(tiny_config(parallel=mode, **changes))
+def train(mode, kind, **changes):
+  """Ten training steps with dropout and flips: (final state, losses and gradient norms, run)."""
+  run = tiny_run(tiny_config(parallel=mode, **OF_KIND[kind] | changes), _stage(kind))
+  batches = [random_batch(seed=i, classes=run.config.model.num_classes) for i in range(STEPS)]
+  if kind == "cached latents":
+    batches = _with_moments(run, batches)
   state, rows = run.initial_state(), []
-  step = run.mesh.compile(make_train_step(run), run.abstract_state)
+  step = run.mesh.compile(make_train_step(run), run.abstract_state, arguments={"frozen": run.frozen})
   for i in range(STEPS):
-    batch = run.mesh.put_batches([random_batch(seed=i, classes=run.config.model.num_classes)])
+    batch = run.mesh.put_batches([batches[i]])
     # As if one process, of this device, had asked to stop before the last training step.
     stop = [0, 0, 0, i == STEPS - 1, 0, 0, 0, 0]
     command = jax.device_put(np.asarray([[1, vote] for vote in stop], np.int32), run.mesh.split)
@@ -48,15 +55,29 @@ def train(mode, **changes):
   return state, np.asarray(rows), run
 
 
+def _stage(kind):
+  return tiny_stage() if kind.endswith("latents") else None
+
+
+def _with_moments(run, batches):
+  """The batches as a run has them that encodes all its images before it begins, a part at a time."""
+  source, rows = from_array(np.concatenate([batch["image"] for batch in batches])), np.arange(16)
+  (everything,) = encoded(run.first_stage, run.frozen, source, run.mesh, flips=True)
+  cached = as_source(source, everything)
+  without = [{name: column for name, column in batch.items() if name != "image"} for batch in batches]
+  return [batch | {"moments": cached.read(16 * i + rows).images} for i, batch in enumerate(without)]
+
+
 def _told(run):
   return ("loss", "grad_norm", *(("mean/accuracy",) if run.config.model.stage == "classifier" else ()))
 
 
 @functools.cache
 def one_device(kind):
-  run = tiny_run(tiny_config(**{"plain": {}, "conditional": CONDITIONAL, "classifier": CLASSIFIER}[kind]))
-  device = jax.devices()[0]
-  state, step, rows = jax.device_put(host(run.initial_state()), device), jax.jit(make_train_step(run)), []
+  """Where there are latents, the images are encoded in each step."""
+  run, device = tiny_run(tiny_config(**OF_KIND[kind]), _stage(kind)), jax.devices()[0]
+  state, frozen = jax.device_put((host(run.initial_state()), host(run.frozen)), device)
+  step, rows = jax.jit(functools.partial(make_train_step(run), frozen=frozen)), []
   for i in range(STEPS):
     batch = random_batch(seed=i, classes=run.config.model.num_classes)
     state, metrics = step(state, jax.device_put(batch, device))
@@ -83,16 +104,20 @@ def test_what_computes_attention_follows_from_the_devices(platform, capability, 
   ("mode", "kind", "changes"),
   [
     ("pmap", "plain", {}),
-    ("fsdp", "conditional", CONDITIONAL),
-    ("pmap", "conditional", CONDITIONAL | {"grad_accum_steps": 2}),
+    ("fsdp", "conditional", {}),
+    ("pmap", "conditional", {"grad_accum_steps": 2}),
     ("fsdp", "plain", {"grad_accum_steps": 2}),
-    ("pmap", "classifier", CLASSIFIER | {"grad_accum_steps": 2}),
-    ("fsdp", "classifier", CLASSIFIER),
+    ("pmap", "classifier", {"grad_accum_steps": 2}),
+    ("fsdp", "classifier", {}),
+    ("pmap", "latents", {}),
+    ("fsdp", "latents", {"grad_accum_steps": 2}),
+    ("pmap", "cached latents", {"grad_accum_steps": 2}),
+    ("fsdp", "cached latents", {}),
   ],
 )
 def test_eight_devices_are_one(mode, kind, changes):
-  state, rows, run = train(mode, **changes)
-  one_state, one_rows = one_device(kind)
+  state, rows, run = train(mode, kind, **changes)
+  one_state, one_rows = one_device(kind.removeprefix("cached "))
   assert run.mesh.num_devices == 8
   np.testing.assert_allclose(rows, one_rows, rtol=2e-5)
   # Where a gradient is 0 but for rounding, Adam's normalised update is rounding too: compare the rest.

@@ -37,13 +37,21 @@ FLAGS = [
   "--keep_checkpoints=3",
 ]
 
+HANGS = 1800  # seconds after which a run that nothing happens to is taken to hang
+AUTOENCODER = [
+  *("--stage=autoencoder", "--loss=l1", "--channel_multipliers=1,2", "--num_res_blocks=1", "--latent_channels=2")
+]
+FEWER = 1000  # training steps where fewer kills are meant to meet a run
 # What runs in a folder of this name are given beside those.
 OF_FOLDER = {
   "autoencoder": [
-    *("--stage=autoencoder", "--loss=l1", "--channel_multipliers=1,2", "--num_res_blocks=1", "--latent_channels=2"),
+    *(*AUTOENCODER, f"--num_steps={FEWER}", f"--discriminator_start={FEWER // 2}"),
     *("--regularizer=vq", "--codebook_size=16", "--discriminator_weight=0.5", "--discriminator_layers=1"),
-    *(f"--discriminator_start={STEPS // 2}", f"--discriminator_warmup={STEPS // 4}"),
-  ]
+    f"--discriminator_warmup={FEWER // 4}",
+  ],
+  # Draws for labels, flips, posterior, timestep, noise and dropout.
+  "latent": [*(f"--num_steps={FEWER}", "--first_stage={folder}/stage", "--conditioning=class", "--label_dropout=0.2")],
+  "classifier": ["--stage=classifier", "--weight_decay=0.05", f"--num_steps={FEWER}"],
 }
 
 
@@ -57,15 +65,16 @@ def expect(fact: bool, *what: object) -> None:
 
 
 def start(folder: pathlib.Path, name: str, *flags: str, **options) -> subprocess.Popen:
-  return command.start(folder, name, *FLAGS, *OF_FOLDER.get(folder.name, ()), *flags, devices=1, **options)
+  own = [flag.format(folder=folder) for flag in OF_FOLDER.get(folder.name, ())]
+  return command.start(folder, name, *FLAGS, *own, *flags, devices=1, **options)
 
 
 @functools.cache
 def uninterrupted(folder: pathlib.Path) -> tuple[pathlib.Path, float]:
   """The run that nothing happens to; and how long another one takes to its first checkpoint, in seconds."""
-  command.finish(start(folder, "whole"), timeout=600)
+  command.finish(start(folder, "whole"), timeout=HANGS)
   began, process = time.monotonic(), start(folder, "again")
-  command.wait_for(lambda: command.checkpoints(folder / "again"), process)
+  command.wait_for(lambda: command.checkpoints(folder / "again"), process, seconds=HANGS)
   seconds = time.monotonic() - began
   process.kill()
   process.communicate()
@@ -83,9 +92,10 @@ def kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
   """SIGKILL at random moments of the real command, which is started again each time."""
   workdir, done, most_left, restarts = folder / "killed", 0, 0, 0
   _, first = uninterrupted(folder)
+  longest = 1.5 * first
   while done < number:
-    process = start(folder, "killed")
-    wait = generator.uniform(0.05, 1.5 * first)
+    began, process = time.monotonic(), start(folder, "killed")
+    wait = generator.uniform(0.05, longest)
     try:
       code = process.wait(timeout=wait)
     except subprocess.TimeoutExpired:
@@ -96,12 +106,13 @@ def kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
       _, err = process.communicate()
       expect(code == 0, "a start failed with", code, err)
       restarts += 1
+      longest = min(longest, time.monotonic() - began)  # where the machine has less other work than it had before
       shutil.rmtree(workdir)  # finished before the kills were over: once more
       continue
     left = list((workdir / "checkpoints").glob("*orbax-checkpoint-tmp*")) if workdir.exists() else []
     most_left = max(most_left, len(left))
     print(f"  kill {done} after {wait:.1f} s: checkpoints {command.checkpoints(workdir)[-1:]}", flush=True)
-  command.finish(start(folder, "killed"), timeout=600)
+  command.finish(start(folder, "killed"), timeout=HANGS)
   expect_same(folder, workdir)
   expect(most_left <= 1, "temporary folders left behind:", most_left)
   return f"{done} kills, {restarts} whole runs in between; final state and metrics equal; at most {most_left} leftover"
@@ -125,7 +136,7 @@ def stops(folder: pathlib.Path, number: int, generator: random.Random) -> str:
     seconds.append(time.monotonic() - began)
     expect(process.returncode == 0, "exit code", process.returncode, out, err)
     print(f"  stop {len(seconds)}: ended after {seconds[-1]:.1f} s, {out.strip().splitlines()[-1:]}", flush=True)
-  command.finish(start(folder, "stopped"), timeout=600)
+  command.finish(start(folder, "stopped"), timeout=HANGS)
   expect_same(folder, workdir)
   return f"{number} stops, all exit code 0; slowest {max(seconds):.1f} s; final state and metrics equal"
 
@@ -152,6 +163,22 @@ def autoencoder_kills(folder: pathlib.Path, number: int, generator: random.Rando
   """SIGKILL at random moments of a run that trains an autoencoder, the last half of it with its discriminator."""
   (folder / "autoencoder").mkdir()
   return kills(folder / "autoencoder", number, generator)
+
+
+def latent_kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
+  """SIGKILL at random moments of a run of latents, by class, also while its images are encoded at its first start."""
+  folder = folder / "latent"
+  folder.mkdir()
+  command.run(folder, "stage", *AUTOENCODER, "--num_steps=20", devices=1)
+  uninterrupted(folder)
+  shutil.rmtree(pathlib.Path(os.environ["XDG_CACHE_HOME"], "ddpm_jax", "latents"))
+  return kills(folder, number, generator)
+
+
+def classifier_kills(folder: pathlib.Path, number: int, generator: random.Random) -> str:
+  """SIGKILL at random moments of a run that trains a classifier of noisy images."""
+  (folder / "classifier").mkdir()
+  return kills(folder / "classifier", number, generator)
 
 
 def strikes(folder: pathlib.Path, *_) -> str:
@@ -185,7 +212,7 @@ def full_disk(folder: pathlib.Path, *_) -> str:
     expect(err.strip().splitlines()[-1].startswith("error: "), err)
     before = command.checkpoints(small / "full")
     (small / "ballast").unlink(missing_ok=True)
-    command.finish(start(small, "full"), timeout=600)
+    command.finish(start(small, "full"), timeout=HANGS)
     expect_same(folder, small / "full")
   finally:
     process.kill()
@@ -228,6 +255,8 @@ def pairs(folder: pathlib.Path, number: int, generator: random.Random) -> str:
 ATTACKS: dict[str, tuple[Callable, int]] = {
   "kills": (kills, 50),
   "autoencoder_kills": (autoencoder_kills, 20),
+  "latent_kills": (latent_kills, 20),
+  "classifier_kills": (classifier_kills, 5),
   "stops": (stops, 25),
   "flips": (flips, 300),
   "strikes": (strikes, 1),
@@ -246,8 +275,10 @@ def main() -> int:
   terminal.quiet()
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(command.ROOT / ".cache" / "xla"))
   os.environ["JAX_PLATFORMS"] = "cpu"
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
   rows, broken = [], 0
   with tempfile.TemporaryDirectory() as folder:
+    os.environ["XDG_CACHE_HOME"] = str(pathlib.Path(folder, "home"))
     for name, (attack, _) in ATTACKS.items():
       if not options[name]:
         continue

@@ -1,9 +1,11 @@
 """Two processes of the real command: what happens to one is known to the other, and nothing is lost."""
 
+import json
 import shutil
 import signal
 import subprocess
 
+import numpy as np
 import pytest
 
 from tests import command
@@ -94,3 +96,31 @@ def test_hosts_with_other_flags_are_refused(folder):
     _, err = command.finish(process, code=2)
     assert "error: distributed: the flags of process" in err and err.count("\n") == 1, err
   assert not (folder / "other").exists()
+
+
+def test_both_stages_of_two_processes_are_those_of_one(tmp_path):
+  """An autoencoder with its discriminator, then a model of its latents by class, whose images two processes encode
+  before they begin, and after a stop in each step; they find no statistics of latents that one process has measured."""
+  stage = [
+    *("--stage=autoencoder", "--loss=l1", "--channel_multipliers=1,2", "--num_res_blocks=1", "--latent_channels=2"),
+    *("--discriminator_weight=0.5", "--discriminator_layers=1", "--discriminator_start=4", "--num_steps=8"),
+  ]
+  latent = [f"--first_stage={tmp_path / 'stage'}", "--conditioning=class", "--label_dropout=0.2", "--num_steps=8"]
+  home = {"XDG_CACHE_HOME": str(tmp_path / "home_of_two")}
+  for name, flags, parts in (
+    ("stage", stage, [["--parallel=fsdp"]]),
+    ("latent", latent, [["--num_steps=4"], ["--parallel=fsdp", "--cache_gib=0"]]),
+  ):
+    command.finish(command.start(tmp_path, name, *flags))
+    for part in parts:
+      for process in command.start_job(tmp_path, f"two_{name}", *flags, *part, **home):
+        command.finish(process)
+    one, two = (command.metrics(tmp_path / of) for of in (name, f"two_{name}"))
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [2, 4, 6, 8]
+    for found, wanted in zip(two, one, strict=True):
+      told = [key for key in wanted if key.startswith(("loss", "grad_norm", "combined", "mean"))]
+      np.testing.assert_allclose([found[key] for key in told], [wanted[key] for key in told], rtol=1e-3, err_msg=told)
+  assert command.metrics(tmp_path / "stage")[-1]["combined/adversarial_weight"] > 0
+  kept = [json.loads((tmp_path / name / "first_stage/settings.json").read_text()) for name in ("latent", "two_latent")]
+  for key in ("mean", "std"):
+    np.testing.assert_allclose(*(settings[key] for settings in kept), rtol=1e-5)

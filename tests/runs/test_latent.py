@@ -10,21 +10,26 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
+from ddpm_jax.config import AutoencoderConfig
 from ddpm_jax.data.sources import from_array
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.pixels import to_float
+from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
-from ddpm_jax.weights import stage_folder
+from ddpm_jax.weights import first_stage, stage_folder
 from ddpm_jax.weights.initial import find_classifier
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import load_arrays
+from tests.command import metrics
 from tests.sampling.conftest import pictures
 from tests.training.tiny import host, tiny_config
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 SHAPE = (8, 8, 1)
 OF_AUTOENCODER = dict(stage="autoencoder", channels=4, attention_resolutions=(), latent_channels=2, num_steps=1)
+AUTOENCODER = AutoencoderConfig(latent_channels=2)
 LITTLE = dict(channels=4, channel_multipliers=(1, 2), attention_resolutions=(), dropout=0.0, num_steps=4)
 
 
@@ -84,6 +89,33 @@ def test_a_run_that_was_stopped_is_one_that_was_not_and_needs_its_workdir_alone(
   arrays, _ = load_arrays(run / "first_stage" / "weights.safetensors")
   kept = load_weights(layout.load_config(autoencoder), autoencoder).params["autoencoder"]
   np.testing.assert_array_equal(arrays["autoencoder.decoder.conv_out.kernel"], kept["decoder"]["conv_out"]["kernel"])
+
+
+def test_stages_of_bfloat16_learn_what_those_of_float32_do_and_images_are_encoded_in_float32(
+  whole, autoencoder, tmp_path
+):
+  """Whatever the type of either run; and the losses are those of float32 to the rounding of bfloat16, but not those."""
+  stage = train(tmp_path / "stage", **OF_AUTOENCODER, dtype="bfloat16")
+  run = train(tmp_path / "run", **LITTLE, dtype="bfloat16", first_stage=str(stage))
+  for narrow, wide in ((stage, autoencoder), (run, whole)):
+    ours, theirs = (np.asarray([row["loss"] for row in metrics(workdir)]) for workdir in (narrow, wide))
+    np.testing.assert_allclose(ours, theirs, rtol=0.05)
+    assert np.all(ours != theirs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(host(weights_of(narrow).params))} == {np.dtype(np.float32)}
+  of_run = weights_of(run).run
+  params, images = host(of_run.frozen), pictures(3, SHAPE)
+  of_stage = weights_of(stage)
+  assert of_stage.run.config.model.dtype == of_run.config.model.dtype == "bfloat16"
+  both = lambda params, images: of_run.first_stage.decode(  # noqa: E731
+    params, of_run.first_stage.x0(params, of_run.first_stage.moments(params, images))
+  )
+  assert "bf16" not in str(jax.make_jaxpr(both)(params, images))
+  xt, time = np.zeros((3, 4, 4, 2), np.float32), np.zeros(3, np.float32)
+  network = of_run.denoiser.network
+  assert "bf16" in str(jax.make_jaxpr(lambda params: network(params, xt, time))(host(weights_of(run).params)))
+  wide = build_autoencoder(config_lib.override(of_stage.run.config, {"dtype": "float32"}).model, AUTOENCODER, SHAPE)
+  moments = wide.moments(params["autoencoder"], to_float(images))
+  np.testing.assert_allclose(of_run.first_stage.moments(params, images), moments, rtol=1e-6, atol=1e-6)
 
 
 def test_images_become_latents_and_latents_images(whole):
@@ -153,6 +185,15 @@ def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
   refused("does not go with weights.safetensors")
   shutil.rmtree(run / "first_stage")
   refused("is missing")
+
+
+def test_a_first_stage_that_one_host_has_no_longer_is_read_by_none(whole, monkeypatch):
+  """Reading is done together: who alone began would wait for ever."""
+  asked = []
+  monkeypatch.setattr(first_stage, "any_host", lambda lacks: asked.append(lacks) or True)
+  monkeypatch.setattr(first_stage, "read_named", lambda *_: pytest.fail("read by this host alone"))
+  found = first_stage.find(layout.load_config(whole), whole, given=True)
+  assert found and found.sha256 == stage_folder.read_kept(whole).sha256 and asked == [False]
 
 
 def test_a_classifier_of_other_latents_does_not_guide(whole, autoencoder, tmp_path):

@@ -6,9 +6,12 @@ import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import Config
+from ddpm_jax.config import AutoencoderConfig, Config, ModelConfig
 from ddpm_jax.devices import make_mesh
+from ddpm_jax.first_stage.latents import FixedStage
+from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.training.setup import Run, build_run
+from ddpm_jax.weights.stage_folder import Autoencoder
 
 IMAGE_SHAPE = (8, 8, 1)
 CONDITIONAL = dict(conditioning="class", num_classes=3, label_dropout=0.3)
@@ -36,8 +39,17 @@ def tiny_config(**changes) -> Config:
   return config_lib.override(Config(), defaults | changes)
 
 
-def tiny_run(config: Config) -> Run:
-  return build_run(config, IMAGE_SHAPE, make_mesh(config.train.parallel))
+def tiny_run(config: Config, stage: FixedStage | None = None) -> Run:
+  return build_run(config, IMAGE_SHAPE, make_mesh(config.train.parallel), stage=stage)
+
+
+def tiny_stage() -> FixedStage:
+  """An autoencoder of `IMAGE_SHAPE` with random weights, and statistics as if of some images; latents of 4x4x2."""
+  model = ModelConfig(channels=4, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=())
+  network = build_autoencoder(model, AutoencoderConfig(latent_channels=2), IMAGE_SHAPE)
+  params = host(jax.jit(lambda key: network.init(key, IMAGE_SHAPE))(jax.random.key(3)))
+  mean, std = np.asarray([0.1, -0.3], np.float32), np.asarray([0.5, 2.0], np.float32)
+  return Autoencoder(network, params, IMAGE_SHAPE, mean, std).fixed(IMAGE_SHAPE)
 
 
 def random_batch(size: int = 16, seed: int = 0, classes: int = 0) -> dict[str, np.ndarray]:
