@@ -21,7 +21,7 @@ from ddpm_jax.first_stage.latents import FixedStage, Latents
 from ddpm_jax.models.build import AutoencoderNetwork, build_autoencoder, lpips
 from ddpm_jax.models.lpips import abstract_params as lpips_shapes
 from ddpm_jax.plan import report, topology
-from ddpm_jax.plan.batches import Largest, largest
+from ddpm_jax.plan.batches import COMPILATIONS, Largest, largest
 from ddpm_jax.plan.compiling import CompiledStep, compile_step
 from ddpm_jax.plan.hardware import peaks
 from ddpm_jax.plan.roofline import roofline
@@ -127,6 +127,7 @@ def _say_largest(run: Run, target: Topology, limit: int, step: CompiledStep | Ou
     known[size] = _bytes_of(_compile(run, size))
     return known[size]
 
+  console.note(f"the largest batch that fits takes up to {COMPILATIONS} compilations more; Ctrl-C leaves it out")
   found: Largest = largest(dict(known), fixed, memory, unit=devices * parts, limit=limit)
   console.say(report.largest_text(found, devices, known, limit))
 
