@@ -99,7 +99,7 @@ def _run(command: Command, config: Config, stop: StopRequest, job: Job, chosen: 
 
       if chosen:
         console.say(chosen)
-      plan.plan(config)
+      plan.plan(config, folder)
       return 0
     case "export":
       from ddpm_jax.runs import export

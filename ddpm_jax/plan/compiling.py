@@ -20,13 +20,14 @@ class Memory(NamedTuple):
 
   Attributes:
     parameters, average, optimizer: of the state. It is donated: the new state takes the place of the old one.
-    counters: the number of training steps, and what went wrong in them.
+    counters: the number of training steps, what went wrong in them, and what a loss keeps.
     batch: images, their indices, and the command: how many steps to make.
     padding: what the device's layout adds to all of these.
     temporaries: activations, gradients and whatever else lives within a step.
     outputs: the metrics.
     program: the compiled code.
-    frozen: parameters of networks that do not train: a first stage, a perceptual network.
+    frozen: parameters of networks that do not train: a first stage, also its decoder, which no step reads but the
+      sample grids do; a perceptual network.
   """
 
   parameters: int
@@ -96,7 +97,7 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
   has_caches = run.mesh.platform == "cpu"
   return CompiledStep(
     batch_size=batch_size,
-    memory=_memory(run, (batch, command), stats),
+    memory=_memory(run, (batch, command), stats, _not_read(run, compiled)),
     flops=(
       _operations(run, batch_size, parts=1) / run.mesh.num_devices
       if has_caches
@@ -109,23 +110,31 @@ def compile_step(run: Run, batch_size: int) -> CompiledStep | OutOfMemory:
   )
 
 
-def _memory(run: Run, inputs: Any, stats: Any) -> Memory:
+def _memory(run: Run, inputs: Any, stats: Any, not_read: int = 0) -> Memory:
+  """not_read: bytes of `run.frozen` that lie on the device and are no argument of the program."""
   state = run.abstract_state
   parts = {
     "parameters": _bytes(state.params),
     "average": _bytes(state.ema),
     "optimizer": _bytes(state.opt_state),
-    "counters": _bytes((state.step, state.counts)),
+    "counters": _bytes((state.step, state.counts, state.extra)),
     "batch": _bytes(inputs),
     "frozen": _bytes(run.frozen),
   }
   return Memory(
     **parts,
-    padding=stats.argument_size_in_bytes - sum(parts.values()),
+    padding=stats.argument_size_in_bytes + not_read - sum(parts.values()),
     temporaries=stats.temp_size_in_bytes,
     outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
     program=stats.generated_code_size_in_bytes,
   )
+
+
+def _not_read(run: Run, compiled: Any) -> int:
+  """Of `run.frozen`, on one device: JAX leaves out what a program does not read, and has no sharding for it."""
+  ((*_, further), _) = compiled.input_shardings
+  read = jax.tree.leaves(further["frozen"], is_leaf=lambda leaf: leaf is None)
+  return _bytes([leaf for leaf, sharding in zip(jax.tree.leaves(run.frozen), read, strict=True) if sharding is None])
 
 
 def _bytes(tree: Any) -> int:

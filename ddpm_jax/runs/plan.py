@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
+import threading
 import time
+from collections.abc import Iterator
 
 import jax
 
@@ -13,11 +16,12 @@ from ddpm_jax import flags, presets
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import class_count, image_shape
 from ddpm_jax.devices import make_mesh
+from ddpm_jax.errors import UserError
 from ddpm_jax.first_stage.latents import FixedStage, Latents
-from ddpm_jax.models.build import build_autoencoder, lpips
+from ddpm_jax.models.build import AutoencoderNetwork, build_autoencoder, lpips
 from ddpm_jax.models.lpips import abstract_params as lpips_shapes
 from ddpm_jax.plan import report, topology
-from ddpm_jax.plan.batches import Largest, largest
+from ddpm_jax.plan.batches import COMPILATIONS, Largest, largest
 from ddpm_jax.plan.compiling import CompiledStep, compile_step
 from ddpm_jax.plan.hardware import peaks
 from ddpm_jax.plan.roofline import roofline
@@ -26,11 +30,18 @@ from ddpm_jax.runtime import console
 from ddpm_jax.training.autoencoder import Perceptual
 from ddpm_jax.training.setup import Run, build_run
 from ddpm_jax.weights import first_stage as stages
-from ddpm_jax.weights.stage_folder import abstract_params, as_used
+from ddpm_jax.weights.stage_folder import abstract_params, as_used, is_kept, read_kept
+from ddpm_jax.workdir import layout
+
+_TICK_S = 30.0  # between two signs of life of a compilation
 
 
-def plan(config: Config) -> None:
+def plan(config: Config, folder: pathlib.Path | None = None) -> None:
   """Prints the plan of a run on `config.plan.topology`. Trains nothing and writes no file.
+
+  Args:
+    config: of the run.
+    folder: its workdir, where the command names one; may not exist.
 
   Raises:
     UserError: an unknown topology, libtpu is missing, or the command does not fit the devices or the data.
@@ -42,7 +53,7 @@ def plan(config: Config) -> None:
   shape = image_shape(config.data)
   if config_lib.reads_classes(config) and not config.model.num_classes:
     config = config_lib.override(config, {"num_classes": class_count(config.data)})
-  run = build_run(config, shape, mesh, stage=_first_stage(config, shape)).with_perceptual(_perceptual(config))
+  run = build_run(config, shape, mesh, stage=_first_stage(config, shape, folder)).with_perceptual(_perceptual(config))
   best = peaks(target)
   console.say(report.headline(run, target, best))
   size = config.data.batch_size
@@ -59,28 +70,42 @@ def plan(config: Config) -> None:
     _say_largest(run, target, target.memory, step)
 
 
-def _first_stage(config: Config, image_shape: tuple[int, int, int]) -> FixedStage | None:
+def _first_stage(
+  config: Config, image_shape: tuple[int, int, int], folder: pathlib.Path | None = None
+) -> FixedStage | None:
   """The first stage of a latent model, as shapes; None for pixels.
 
-  Where nothing is at --first_stage yet, one that is called as a preset of a first stage is that of the preset: so is
-  what a preset of a latent model names.
+  It is the copy that a workdir keeps, or what --first_stage names. Where nothing is there yet, and its last name is a
+  preset of a first stage, it is that of the preset: so the presets of latent models name theirs.
 
   Raises:
-    UserError: there is nothing, or it is not of such images.
+    UserError: there is nothing, and no such preset, or it is not of such images.
   """
   path = config.diffusion.first_stage
   if not path:
     return None
-  name, known = pathlib.PurePath(path).name, {}
-  if not pathlib.Path(path).exists() and name in presets.names():
-    known = flags.of_preset(name)
-  if known.get("stage") == "autoencoder":
-    theirs = config_lib.override(Config(), known)
-    network = as_used(build_autoencoder(theirs.model, theirs.autoencoder, image_shape))
-    console.note(f"there is no {path} yet: planned with the first stage of --preset={name}")
+  kept = folder if folder and is_kept(folder) and path == layout.load_config(folder).diffusion.first_stage else None
+  if kept or pathlib.Path(path).exists():
+    stage = read_kept(kept) if kept else stages.read_named(path, config)
+    network = stages.fixed_for(stage, image_shape, config.data.dataset).latents.network
   else:
-    network = stages.fixed_for(stages.read_named(path, config), image_shape, config.data.dataset).latents.network
+    network = _not_trained_yet(path, image_shape)
   return FixedStage(Latents(network, image_shape), abstract_params(network, image_shape), "")
+
+
+def _not_trained_yet(path: str, image_shape: tuple[int, int, int]) -> AutoencoderNetwork:
+  """The network of the preset that a path ends in. Raises UserError if it is none of a first stage."""
+  known = {name: flags.of_preset(name) for name in presets.names()}
+  known = {name: options for name, options in known.items() if options.get("stage") == "autoencoder"}
+  name = pathlib.PurePath(path).name
+  if name not in known:
+    raise UserError(
+      f"first_stage: there is nothing at {path}; to plan with a first stage that is not trained yet, end the path in "
+      f"the name of its preset: {', '.join(known)}"
+    )
+  theirs = config_lib.override(Config(), known[name])
+  console.note(f"there is no {path} yet: planned with the first stage of --preset={name}")
+  return as_used(build_autoencoder(theirs.model, theirs.autoencoder, image_shape))
 
 
 def _perceptual(config: Config) -> Perceptual | None:
@@ -102,6 +127,7 @@ def _say_largest(run: Run, target: Topology, limit: int, step: CompiledStep | Ou
     known[size] = _bytes_of(_compile(run, size))
     return known[size]
 
+  console.note(f"the largest batch that fits takes up to {COMPILATIONS} compilations more; Ctrl-C leaves it out")
   found: Largest = largest(dict(known), fixed, memory, unit=devices * parts, limit=limit)
   console.say(report.largest_text(found, devices, known, limit))
 
@@ -117,6 +143,25 @@ def _compile(run: Run, size: int) -> CompiledStep | OutOfMemory:
   """Compiles, and says so where a person waits: this takes minutes for a large network."""
   console.note(f"compiling the step for a batch of {size} ...", end=" ")
   start = time.monotonic()
-  step = compile_step(run, size)
+  with _signs_of_life(start):
+    step = compile_step(run, size)
   console.note(f"{time.monotonic() - start:.0f} s")
   return step
+
+
+@contextlib.contextmanager
+def _signs_of_life(start: float) -> Iterator[None]:
+  """Adds to the line, now and then, for how long it has been."""
+  over = threading.Event()
+
+  def tick() -> None:
+    while not over.wait(_TICK_S):
+      console.note(f"{time.monotonic() - start:.0f} s ...", end=" ")
+
+  thread = threading.Thread(target=tick, name="compiling", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    over.set()
+    thread.join()

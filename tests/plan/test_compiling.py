@@ -4,19 +4,25 @@ import functools
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ddpm_jax.config import AutoencoderConfig, ModelConfig
 from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.pipeline import batches
 from ddpm_jax.data.sources import Source
-from ddpm_jax.models.build import num_params
+from ddpm_jax.devices import make_mesh
+from ddpm_jax.first_stage.latents import FixedStage, Latents
+from ddpm_jax.models.build import build_autoencoder, num_params
 from ddpm_jax.plan import compiling
 from ddpm_jax.plan.collectives import Collective
 from ddpm_jax.plan.compiling import CompiledStep, Memory, compile_step
 from ddpm_jax.plan.topology import OutOfMemory
-from ddpm_jax.training.setup import make_train_step
+from ddpm_jax.training.autoencoder import Perceptual
+from ddpm_jax.training.setup import build_run, make_train_step
 from ddpm_jax.training.step import abstract_batch, inputs_of
+from ddpm_jax.weights.stage_folder import abstract_params
 from tests.training.tiny import IMAGE_SHAPE, random_batch, tiny_config, tiny_run
 
 ONE_LEVEL = dict(channel_multipliers=(1,), attention_resolutions=(), dropout=0.0)
@@ -60,9 +66,6 @@ def test_memory_by_kind_is_that_of_the_arrays(mode):
   step, run = planned(mode)
   state = run.initial_state()
 
-  def on_one(tree):
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-
   memory = step.memory
   assert memory.parameters == on_one(state.params) > 0
   assert memory.average == memory.parameters
@@ -74,6 +77,58 @@ def test_memory_by_kind_is_that_of_the_arrays(mode):
   assert memory.parameters == whole if mode == "pmap" else memory.parameters < whole / 7
   assert memory.total == sum(memory) and memory.fixed == memory.total - memory.temporaries - memory.batch
   assert memory.temporaries > whole and 0 < memory.outputs < 10_000  # gradients; metrics
+
+
+def on_one(tree) -> int:
+  """Bytes of placed arrays on one device."""
+  return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("mode", "regularizer"), [("pmap", "vq"), ("fsdp", "kl")])
+def test_the_second_stage_has_the_first_in_memory_and_operations(mode, regularizer):
+  """Whole, also the decoder, which no step reads; and no optimiser and no average of it."""
+  model = ModelConfig(channels=16, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=())
+  options = AutoencoderConfig(regularizer=regularizer, latent_channels=2, codebook_size=8 * (regularizer == "vq"))
+  latents = Latents(build_autoencoder(model, options, IMAGE_SHAPE), IMAGE_SHAPE)
+  config, mesh = tiny_config(parallel=mode, **ONE_LEVEL), make_mesh(mode)
+  run = build_run(
+    config, IMAGE_SHAPE, mesh, stage=FixedStage(latents, abstract_params(latents.network, IMAGE_SHAPE), "")
+  )
+  step = compile_step(run, 16)
+  assert isinstance(step, CompiledStep)
+
+  params = latents.network.init(jax.random.key(0), IMAGE_SHAPE)
+  placed = mesh.place(jax.tree.map(np.asarray, {"autoencoder": params, "mean": np.zeros(2, np.float32)}))
+  memory, state = step.memory, run.initial_state()
+  assert memory.frozen == on_one(placed) + 8  # the deviations
+  assert mode == "fsdp" or memory.frozen == 4 * (num_params(params) + 4)
+  assert memory.parameters == memory.average == on_one(state.params)
+  assert memory.optimizer == on_one(state.opt_state) < 2.1 * memory.parameters + 100
+  assert (memory.padding, memory.counters) == (0, 16)
+  assert memory.batch == 2 * (64 + 4 + 1) + 12  # images, no latents
+
+  of_latents = build_run(config, latents.latent_shape, mesh)  # the same network, of images like these
+  alone = compiling._operations(of_latents, 16, parts=1) / 8
+  images = jax.ShapeDtypeStruct((2, *IMAGE_SHAPE), jnp.uint8)
+  cost = jax.jit(latents.moments).trace({"autoencoder": params}, images).lower(lowering_platforms=("tpu",))
+  encoding = cost.cost_analysis()["flops"]
+  assert encoding > 0.2 * alone
+  assert step.flops == pytest.approx(alone + encoding, rel=0.03)
+
+
+def test_a_first_stage_in_training_has_two_networks_and_what_its_loss_keeps_and_reads():
+  options = dict(regularizer="vq", codebook_size=8, latent_channels=2, discriminator_weight=0.5, discriminator_layers=1)
+  run = tiny_run(tiny_config(stage="autoencoder", channels=4, num_res_blocks=1, attention_resolutions=(), **options))
+  shapes = {name: jax.ShapeDtypeStruct((size,), jnp.float32) for name, size in (("read", 1), ("not", 5))}
+  distance = lambda params, x_hat, x: jnp.mean(params["read"] * (x_hat - x) ** 2, axis=(1, 2, 3))  # noqa: E731
+  step = compile_step(run.with_perceptual(Perceptual(distance, shapes, "")), 16)
+  assert isinstance(step, CompiledStep)
+  memory, state = step.memory, run.initial_state()
+  networks = [num_params(state.params[name]) for name in ("autoencoder", "discriminator")]
+  assert memory.parameters == memory.average == 4 * sum(networks) and min(networks) > 500
+  assert memory.optimizer == on_one(state.opt_state) and 0 <= memory.optimizer - 8 * sum(networks) < 50
+  assert memory.counters == 16 + 4 + 4 * 8  # steps of the discriminator, use of the codes
+  assert (memory.frozen, memory.padding) == (4 * 6, 0)
 
 
 def test_all_memory_is_that_of_the_compiler():
@@ -195,7 +250,10 @@ def test_the_bytes_of_a_tpu_are_those_of_its_program():
     generated_code_size_in_bytes=0,
   )
   program = types.SimpleNamespace(
-    as_text=lambda: text, memory_analysis=lambda: stats, cost_analysis=lambda: {"flops": 8.0}
+    as_text=lambda: text,
+    memory_analysis=lambda: stats,
+    cost_analysis=lambda: {"flops": 8.0},
+    input_shardings=(({}, {}, {}, {"frozen": {}}), {}),
   )
   step = compile_step(run_elsewhere(program, "tpu"), 16)
   assert isinstance(step, CompiledStep) and (step.bytes, step.flops, step.batch_size) == (64, 8.0, 16)

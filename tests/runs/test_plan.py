@@ -2,17 +2,23 @@
 
 import importlib.util
 import re
+import time
 import types
 
 import jax
+import numpy as np
 import pytest
 
+from ddpm_jax.config import AutoencoderConfig, ModelConfig
 from ddpm_jax.data import sources
 from ddpm_jax.errors import UserError
+from ddpm_jax.models.build import build_autoencoder, num_params
 from ddpm_jax.plan.compiling import CompiledStep, Memory
 from ddpm_jax.plan.hardware import Peaks
 from ddpm_jax.plan.topology import OutOfMemory, Topology
 from ddpm_jax.runs import plan as plan_run
+from ddpm_jax.weights import stage_folder
+from ddpm_jax.workdir import layout
 from tests.training.tiny import tiny_config
 
 
@@ -92,6 +98,62 @@ def test_the_labels_of_a_conditional_run(here, compiled, monkeypatch, changes, r
   plan_run.plan(tiny_config(data_dir=str(here / "data"), conditioning="class", attention_resolutions=(), **changes))
   assert planned[0].abstract_state.params["label_embedding"]["embedding"].shape == (rows, 32)
   assert list(here.iterdir()) == []
+
+
+LATENT = dict(dataset="folder:nowhere", image_size=64, attention_resolutions=())
+
+
+def test_a_first_stage_that_is_not_trained_yet_is_that_of_the_preset_which_its_path_ends_in(here, compiled, capsys):
+  """With its parameters, as the preset's header counts them; another path is refused with the names that can be."""
+  plan_run.plan(tiny_config(first_stage="runs/emoji64_ae", **LATENT))
+  out, err = capsys.readouterr()
+  assert "there is no runs/emoji64_ae yet: planned with the first stage of --preset=emoji64_ae\n" in err
+  assert "first stage  autoencoder of 681,911 parameters, latents 16x16x4, encoded in\n" in out
+  for path in ("runs/mine", "runs/cifar10"):
+    with pytest.raises(UserError, match=f"nothing at {path}; .*: emoji64_ae, ldm_kl_f8, ldm_vq_f4$") as caught:
+      plan_run.plan(tiny_config(first_stage=path, **LATENT))
+    assert "\n" not in str(caught.value)
+  with pytest.raises(UserError, match="is not divisible by 4"):
+    plan_run.plan(tiny_config(first_stage="emoji64_ae", **LATENT | {"image_size": 66}))
+  assert list(here.iterdir()) == []
+
+
+def test_a_workdir_is_planned_with_the_first_stage_that_it_keeps(here, compiled, capsys):
+  """Whose own workdir may be gone, or hold another one by now; unless the command names another."""
+  network = build_autoencoder(
+    ModelConfig(channels=4, channel_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), norm_groups=2),
+    AutoencoderConfig(latent_channels=2),
+    (64, 64, 3),
+  )
+  params = jax.tree.map(np.asarray, network.init(jax.random.key(0), (64, 64, 3)))
+  kept = stage_folder.Autoencoder(network, params, (64, 64, 3), np.zeros(2, np.float32), np.ones(2, np.float32))
+  config = tiny_config(first_stage=str(here / "gone"), **LATENT)
+  layout.create(here / "run", config)
+  stage_folder.keep(here / "run", kept.fixed((64, 64, 3)), {})
+  before = sorted(here.rglob("*"))
+  plan_run.plan(config, here / "run")
+  assert f"autoencoder of {num_params(params):,} parameters, latents 32x32x2" in capsys.readouterr().out
+  plan_run.plan(tiny_config(first_stage="emoji64_ae", **LATENT), here / "run")
+  assert "autoencoder of 681,911 parameters" in capsys.readouterr().out
+  assert sorted(here.rglob("*")) == before
+
+
+def test_an_autoencoder_is_planned_with_its_discriminator_and_what_judges_it(here, compiled, capsys):
+  """Of the discriminator of Rombach et al. 2022 the number of parameters; the network of LPIPS needs no file."""
+  options = dict(stage="autoencoder", perceptual="lpips", lpips_weights=str(here / "no"), discriminator_weight=0.5)
+  plan_run.plan(tiny_config(**LATENT, **options))
+  assert re.search(r"autoencoder of [\d,]+ parameters, discriminator of 2,765,633,", capsys.readouterr().out)
+  plan_run.plan(tiny_config(**LATENT, **options | {"perceptual": "features", "lpips_weights": ""}))
+  out, err = capsys.readouterr()
+  assert "--perceptual=features is left out" in err and "first stage " not in out
+
+
+def test_a_long_compilation_shows_that_it_lives(here, compiled, capsys, monkeypatch):
+  monkeypatch.setattr(plan_run, "_TICK_S", 0.01)
+  real = plan_run.compile_step
+  monkeypatch.setattr(plan_run, "compile_step", lambda *of: time.sleep(0.3) or real(*of))
+  plan_run.plan(tiny_config())
+  assert re.search(r"batch of 16 \.\.\. (0 s \.\.\. ){2,}0 s\n", capsys.readouterr().err)
 
 
 def test_sizes_are_those_that_the_devices_and_the_parts_divide(here, compiled):
