@@ -56,9 +56,7 @@ def find(config: Config, workdir: pathlib.Path, *, given: bool = False) -> Autoe
   if not is_kept(workdir):
     if layout.has_checkpoints(workdir, ["checkpoints"]):
       return read_kept(workdir)  # which says what is missing
-    named = read_named(path, config)
-    # The statistics are of the images of a run; weights that go on being trained go on with theirs.
-    return named if path == config.exchange.init_from else named._replace(mean=None, std=None)
+    return read_named(path, config)._replace(mean=None, std=None)  # of the images of another run, if there are any
   kept = read_kept(workdir)
   other = path != layout.load_config(workdir).diffusion.first_stage
   if other or (given and pathlib.Path(path).exists()):

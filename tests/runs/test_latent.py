@@ -12,10 +12,11 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import from_array
 from ddpm_jax.errors import UserError
+from ddpm_jax.runs import export as export_lib
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.weights import stage_folder
-from ddpm_jax.weights.initial import find_classifier
+from ddpm_jax.weights.initial import find_classifier, find_weights
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import load_arrays
@@ -153,6 +154,53 @@ def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
   refused("does not go with weights.safetensors")
   shutil.rmtree(run / "first_stage")
   refused("is missing")
+
+
+def test_weights_go_on_with_their_first_stage_alone(whole, autoencoder, tmp_path):
+  """From a workdir, a file or a folder of diffusers: theirs with its statistics, on other images too; no other one."""
+  other = train(tmp_path / "other", **OF_AUTOENCODER, seed=1)
+  pixels = train(tmp_path / "pixels", **LITTLE | {"num_steps": 1})
+  config = layout.load_config(whole)
+  for form in ("diffusers", "safetensors"):
+    how = {"export_format": form, "export_dir": str(tmp_path / form)}
+    export_lib.export(config_lib.override(config, how), whole)
+  folder, file = str(tmp_path / "diffusers"), str(tmp_path / "safetensors" / "model.safetensors")
+  few, ours = from_array(pictures(20, SHAPE), "few"), stage_folder.read_kept(whole)
+  for i, (path, stage) in enumerate(
+    [(str(whole), str(whole)), (str(whole), str(autoencoder)), (file, file), (file, str(autoencoder))]
+  ):
+    begun = train(tmp_path / f"begun{i}", few, **LITTLE | {"num_steps": 1}, init_from=path, first_stage=stage)
+    kept = stage_folder.read_kept(begun)
+    assert kept.sha256 == ours.sha256
+    np.testing.assert_array_equal([kept.mean, kept.std], [ours.mean, ours.std])
+    # A workdir is its own, wherever its first weights came from.
+    assert weights_of(train(begun, few, **LITTLE, init_from=path, first_stage=stage)).step == 4
+  found = find_weights(config_lib.override(config, {"init_from": folder, "first_stage": folder}), None)
+  np.testing.assert_allclose(found.run.first_stage_facts["std"], 1.0)  # folded into its layers
+  for path in (str(whole), file, folder):
+    for stage, words in ((str(other), "another first stage, "), ("", "are of latents, and no pixels")):
+      options = LITTLE | {"init_from": path, "first_stage": stage}
+      for call in (
+        lambda options=options: train(tmp_path / "run", **options),
+        lambda options=options: find_weights(tiny_config(**options), None),
+      ):
+        with pytest.raises(UserError, match=r"^first_stage: ") as caught:
+          call()
+        assert words in str(caught.value) and "\n" not in str(caught.value), (path, stage, caught.value)
+  with pytest.raises(UserError, match=r"^first_stage: the weights of \S+ are of pixels, not of the latents of "):
+    train(tmp_path / "run", **LITTLE, init_from=str(pixels), first_stage=str(autoencoder))
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_takes_long_comes_after_what_is_trained(autoencoder, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+  train(tmp_path / "run", **LITTLE | {"num_steps": 1}, first_stage=str(autoencoder))
+  said = capsys.readouterr().out
+  places = [said.index(words) for words in ("U-Net of ", "  classes: ", "encoding the 40 images", "a new run: ")]
+  assert places == sorted(places) and said.count("U-Net of ") == 1
+  train(tmp_path / "run", **LITTLE | {"num_steps": 2}, first_stage=str(autoencoder))
+  said = capsys.readouterr().out
+  assert said.index("U-Net of ") < said.index("resuming ") and "encoding" not in said
 
 
 def test_a_classifier_of_other_latents_does_not_guide(whole, autoencoder, tmp_path):

@@ -134,6 +134,22 @@ def test_before_its_start_no_trace_of_the_discriminator_is_in_the_autoencoder():
     np.testing.assert_array_equal(before, after)
 
 
+def test_the_start_counts_the_steps_of_the_learning_rate():
+  """Not those that were left out; of these nothing stays, in the discriminator and its optimiser neither."""
+  run = tiny_run(tiny_config(**ADVERSARIAL | dict(warmup_steps=2)))
+  objective = ae.make_objective(run.pair, run.config, lambda params, x_hat, x: params * jnp.mean((x_hat - x) ** 2))
+  step, state = jax.jit(make_train_step(run, objective)), run.initial_state()
+  for i, scale in enumerate((np.nan, 1.0, np.inf, 1.0)):
+    before = host(state)
+    state, metrics = step(state, random_batch(seed=i), frozen={"perceptual": jnp.float32(scale)})
+    applied = np.isfinite(scale)
+    same = jax.tree.map(np.array_equal, before.replace(step=0, counts=0), host(state).replace(step=0, counts=0))
+    assert all(jax.tree.leaves(same)) != applied
+    assert int(state.step) == i + 1 and int(state.extra["steps"]) == (i + 1) // 2
+    assert float(metrics["learning_rate"]) == pytest.approx(run.config.optimizer.learning_rate * (1 + i // 2) / 2)
+    assert not applied or (metrics["combined/adversarial_weight"] > 0) == (i == 3)
+
+
 @pytest.mark.parametrize(
   ("mode", "changes"),
   [
