@@ -5,6 +5,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,8 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.data.sources import from_array
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.pixels import to_float
+from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.runs import export as export_lib
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
@@ -105,6 +108,22 @@ def test_images_become_latents_and_latents_images(whole):
   ):
     with pytest.raises(UserError, match=words):
       call()
+
+
+def test_a_first_stage_is_of_float32_whatever_it_was_trained_in():
+  """To the bit the network of float32, without dropout."""
+  of = dict(stage="autoencoder", channels=4, channel_multipliers=(1, 2), attention_resolutions=())
+  built = []
+  for changes in ({}, dict(dtype="bfloat16", dropout=0.5, remat="blocks")):
+    config = tiny_config(**of | dict(dropout=0.0) | changes)
+    built.append(build_autoencoder(config.model, config.autoencoder, SHAPE))
+  plain, trained = built
+  params = plain.init(jax.random.key(0), SHAPE)
+  stage = stage_folder.Autoencoder(trained, params).fixed(SHAPE)
+  images = jnp.asarray(pictures(2, SHAPE))
+  moments = stage.latents.moments(stage.params, images)
+  np.testing.assert_array_equal(moments, plain.moments(params, to_float(images)))
+  assert np.abs(moments - trained.moments(params, to_float(images))).max() > 1e-4
 
 
 def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
