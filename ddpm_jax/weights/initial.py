@@ -264,7 +264,7 @@ def find_first_stage(config: Config, workdir: pathlib.Path | None, *, given: boo
   if not own:
     raise UserError(f"first_stage: the weights of {path} are of pixels, not of the latents of {named}; leave it out")
   if not named:
-    raise UserError(f"first_stage: the weights of {path} are of latents, and no pixels; leave --first_stage out")
+    raise UserError(f"first_stage: empty, but the weights of {path} are of latents; use --first_stage={path}")
   theirs = stages.read_named(own, config)
   other = theirs if named == own else stages.read_named(named, config)
   if other.sha256 != theirs.sha256:

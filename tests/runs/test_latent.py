@@ -197,7 +197,7 @@ def test_weights_go_on_with_their_first_stage_alone(whole, autoencoder, tmp_path
   found = find_weights(config_lib.override(config, {"init_from": folder, "first_stage": folder}), None)
   np.testing.assert_allclose(found.run.first_stage_facts["std"], 1.0)  # folded into its layers
   for path in (str(whole), file, folder):
-    for stage, words in ((str(other), "another first stage, "), ("", "are of latents, and no pixels")):
+    for stage, words in ((str(other), "another first stage, "), ("", "are of latents; use --first_stage=")):
       options = LITTLE | {"init_from": path, "first_stage": stage}
       for call in (
         lambda options=options: train(tmp_path / "run", **options),
