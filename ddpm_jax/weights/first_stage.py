@@ -74,7 +74,8 @@ def read_named(path: str, config: Config) -> Autoencoder:
   try:
     found = _read(pathlib.Path(path), config)
   except UserError as error:
-    raise UserError(f"first_stage: {path}: {str(error).removeprefix('first_stage: ')}") from None
+    message = str(error).removeprefix("first_stage: ")
+    raise UserError(f"first_stage: {message}" if path in message else f"first_stage: {path}: {message}") from None
   except OSError as error:
     raise UserError(f"first_stage: {error.filename or path} cannot be read ({error.strerror}); name another") from error
   digest = np.frombuffer(bytes.fromhex(found.sha256), np.uint8)

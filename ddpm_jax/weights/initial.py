@@ -351,7 +351,7 @@ def find_classifier(text: str, weights: Weights) -> Weights:
       raise UserError("there is no run; name the workdir of a classifier, see --stage")
     config = layout.load_config(place)
     if config.model.stage != "classifier":
-      raise UserError("it holds a model to draw with; name the workdir of a classifier, see --stage")
+      raise UserError("it holds no classifier; name the workdir of one, see --stage")
     newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
     parallel = {"parallel": weights.run.config.train.parallel}
     classifier = load_weights(config_lib.override(config, newest | parallel), place)

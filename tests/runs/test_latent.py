@@ -132,11 +132,14 @@ def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
   other = train(tmp_path / "other", **OF_AUTOENCODER, seed=1)
   bare = tmp_path / "bare"
   bare.mkdir()
+  text = tmp_path / "text.safetensors"
+  text.write_text("none")
   large, colour = (from_array(pictures(20, shape), "others") for shape in ((16, 8, 1), (8, 8, 3)))
   of = LITTLE | {"first_stage": str(autoencoder)}
   cases = [
     (of | {"first_stage": str(tmp_path / "nothing")}, None, "there is nothing"),
-    (of | {"first_stage": str(bare)}, None, "bare: "),
+    (of | {"first_stage": str(bare)}, None, f"first_stage: {bare} holds no autoencoder: "),
+    (of | {"first_stage": str(text)}, None, f"first_stage: {text} is no whole safetensors file"),
     (of | {"first_stage": str(pixels)}, None, "holds a model of pixels"),
     (of, large, "of images of 8x8x1, those of others are 16x8x1"),
     (of, colour, "of images of 8x8x1, those of others are 8x8x3"),

@@ -146,7 +146,7 @@ def test_the_start_counts_the_steps_of_the_learning_rate():
     same = jax.tree.map(np.array_equal, before.replace(step=0, counts=0), host(state).replace(step=0, counts=0))
     assert all(jax.tree.leaves(same)) != applied
     assert int(state.step) == i + 1 and int(state.extra["steps"]) == (i + 1) // 2
-    assert float(metrics["learning_rate"]) == pytest.approx(run.config.optimizer.learning_rate * (1 + i // 2) / 2)
+    assert float(metrics["learning_rate"]) == pytest.approx(run.config.optimizer.learning_rate * (i // 2) / 2)
     assert not applied or (metrics["combined/adversarial_weight"] > 0) == (i == 3)
 
 
