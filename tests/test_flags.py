@@ -182,6 +182,7 @@ def test_places_of_data_are_absolute(registry, tmp_path, monkeypatch):
     "dataset": "lsun/bedroom",
     "data_dir": "gs://bucket",
     "inception_weights": "",
+    "lpips_weights": "",  # of the parse before
   }
   with pytest.raises(UserError, match="dataset: '~nobody_here/x' begins with the home of nobody"):
     parse(registry, "--dataset=folder:~nobody_here/x")
