@@ -173,7 +173,13 @@ def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
     weights_of(run)
   settings = run / "first_stage" / "settings.json"
   settings.write_text(settings.read_text().replace('"kl"', '"vq"'))
-  refused("does not go with weights.safetensors")
+  refused("weights.safetensors does not go with settings.json")
+  settings.write_text("none")
+  refused("settings.json cannot be read")
+  stage_folder.keep(run, kept.fixed(SHAPE), {})
+  weights = run / "first_stage" / "weights.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-9])
+  refused("weights.safetensors is no whole safetensors file")
   shutil.rmtree(run / "first_stage")
   refused("is missing")
 
