@@ -224,7 +224,7 @@ def test_what_takes_long_comes_after_what_is_trained(autoencoder, tmp_path, monk
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
   train(tmp_path / "run", **LITTLE | {"num_steps": 1}, first_stage=str(autoencoder))
   said = capsys.readouterr().out
-  places = [said.index(words) for words in ("U-Net of ", "  classes: ", "encoding the 40 images", "a new run: ")]
+  places = [said.index(words) for words in ("U-Net of ", "data: ", "encoding the 40 images", "a new run: ")]
   assert places == sorted(places) and said.count("U-Net of ") == 1
   train(tmp_path / "run", **LITTLE | {"num_steps": 2}, first_stage=str(autoencoder))
   said = capsys.readouterr().out
