@@ -211,7 +211,7 @@ def _meant_by(word: str) -> list[str]:
 
 
 # Where the data of a run lie: kept in its workdir, and looked for again by commands from other working directories.
-_PLACES = ("data_dir", "manual_dir", "inception_weights", "reference_stats")
+_PLACES = ("data_dir", "manual_dir", "inception_weights", "lpips_weights", "reference_stats")
 
 
 def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:

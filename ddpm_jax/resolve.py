@@ -99,6 +99,8 @@ def resolve_config(mode: str, given: dict[str, Any], folder: pathlib.Path | None
       f"model, and this one as --{option}{measured}"
     )
   given = _settled(given, run)
+  if (trained := given.get("stage", stage)) != "denoiser" and given.get("init_from"):  # before its settings say more
+    raise UserError(f"init_from: {given['init_from']} has no effect with stage={trained}; leave it out")
   base = _base(rules, given, run)
   if mode != "evaluate" and given.get("write_reference"):
     raise UserError("write_reference: is for --mode=evaluate; add that")

@@ -161,6 +161,9 @@ def test_every_default_survives_its_own_text(registry):
   assert given == config_lib.values(Config())
 
 
+PLACES = ("data_dir", "inception_weights", "lpips_weights")
+
+
 def test_places_of_data_are_absolute(registry, tmp_path, monkeypatch):
   """A later command may come from another working directory."""
   monkeypatch.chdir(tmp_path)
@@ -170,8 +173,8 @@ def test_places_of_data_are_absolute(registry, tmp_path, monkeypatch):
     *(("/data//pics/.", "/data/pics"), ("~/pics", "/home/me/pics"), ("a: b", f"{tmp_path}/a: b"), ("", "")),
   ]:
     for kind in ("folder", "zip", "webdataset", "parquet"):
-      given = parse(registry, f"--dataset={kind}:{text}", f"--data_dir={text}", f"--inception_weights={text}")
-      assert given == {"dataset": f"{kind}:{path}", "data_dir": path, "inception_weights": path}
+      given = parse(registry, f"--dataset={kind}:{text}", *(f"--{name}={text}" for name in PLACES))
+      assert given == {"dataset": f"{kind}:{path}"} | dict.fromkeys(PLACES, path)
   (tmp_path / "far" / "away").mkdir(parents=True)
   (tmp_path / "link").symlink_to("far/away")  # so link/.. is far
   assert parse(registry, "--data_dir=./link/../pics/")["data_dir"] == f"{tmp_path}/link/../pics"
@@ -179,6 +182,7 @@ def test_places_of_data_are_absolute(registry, tmp_path, monkeypatch):
     "dataset": "lsun/bedroom",
     "data_dir": "gs://bucket",
     "inception_weights": "",
+    "lpips_weights": "",  # of the parse before
   }
   with pytest.raises(UserError, match="dataset: '~nobody_here/x' begins with the home of nobody"):
     parse(registry, "--dataset=folder:~nobody_here/x")

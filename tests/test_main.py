@@ -436,6 +436,13 @@ def test_a_path_is_kept_as_an_absolute_one(model, tmp_path, monkeypatch):
       assert kept.sample.guide_with == text
 
 
+def test_only_models_that_draw_begin_with_weights_of_elsewhere(model, tmp_path):
+  """Said of the option that was given, and not of a setting that comes with it."""
+  for stage in ("autoencoder", "classifier"):
+    with pytest.raises(UserError, match=rf"^init_from: {model} has no effect with stage={stage}; leave it out$"):
+      resolve.resolve_config("train", {"init_from": model, "stage": stage, "channels": 96}, tmp_path / "run")
+
+
 def test_a_run_goes_on_where_its_first_weights_are_gone(model, tmp_path):
   config = resolve.resolve_config("train", {"init_from": model, "channels": 96}, tmp_path / "run")
   layout.create(tmp_path / "run", config)

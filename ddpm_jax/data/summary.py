@@ -34,4 +34,4 @@ def two_lines(source: Source, data: DataConfig) -> str:
   stored = f"{source.stored or 'images'}, {'grey' if channels == 1 else 'colour'}"
   became = f" -> {height}x{width}{f' ({way})' * bool(way)}" if source.stored != f"{height}x{width}" or way else ""
   labels = f"  classes: {classes_text(known.names, known.counts, 10)}" if known.names else "  no classes"
-  return f"data: {stored}{became}\n{labels}\n"
+  return f"data: {stored}{became}\n{labels}"

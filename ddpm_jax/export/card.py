@@ -9,7 +9,7 @@ import ddpm_jax
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation.results import read_result, scalars
-from ddpm_jax.evaluation.summary import yardsticks
+from ddpm_jax.evaluation.summary import YARDSTICKS, yardsticks
 from ddpm_jax.first_stage.latents import Latents
 from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.models.build import num_params
@@ -255,7 +255,8 @@ def _measures(workdir: pathlib.Path, weights: Weights) -> str:
   result = read_result(workdir / "eval" / f"{weights.step}.json")
   if result is None or result.get("weights") != weights.which:
     return "## Measures\n\nNot measured.\n"
-  beside, kinds, rows = yardsticks(result), ("data", "noise", "untrained"), []
+  beside, rows = yardsticks(result), []
+  kinds = [kind for kind in YARDSTICKS if any(kind in others for others in beside.values())]
   for name, value in scalars(result).items():
     name = name.removeprefix("evaluation/")
     others = beside.get(name, {})
@@ -264,7 +265,7 @@ def _measures(workdir: pathlib.Path, weights: Weights) -> str:
   how = (
     f"Of {samples['number']:,} samples, {samples['sampler']} with {samples['evaluations']} steps." if samples else ""
   )
-  head = ("measure", "value", "the data itself", "pure noise", "an untrained network")
+  head = ("measure", "value", *(YARDSTICKS[kind][1] for kind in kinds))
   return f"## Measures\n\n{_table(head, rows)}\n{how}\n"
 
 

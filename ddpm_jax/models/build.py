@@ -296,11 +296,13 @@ def autoencoder_of_settings(settings: Any, image_shape: tuple[int, int, int]) ->
   tuples = {name: tuple(settings[name]) for name, kind in _SETTINGS.items() if kind is list}
   network = AutoencoderNetwork(Autoencoder(**settings | tuples, dtype=jnp.dtype("float32")))
   height, width, channels = image_shape
-  if height % network.factor or width % network.factor or channels != network.model.out_channels:
+  if height % network.factor or width % network.factor:
     raise UserError(
-      f"images of {height}x{width} pixels and {channels} channels do not fit an autoencoder that makes one of "
-      f"{network.factor}x{network.factor} pixels, of {network.model.out_channels} channels"
+      f"images of {height}x{width} pixels are not divisible by {network.factor}, as its levels need; use another "
+      "--image_size"
     )
+  if channels != network.model.out_channels:
+    raise UserError(f"out_channels: {network.model.out_channels} of the network, and {channels} of its images")
   return network
 
 

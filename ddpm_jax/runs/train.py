@@ -111,7 +111,8 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
   config = run.config
   autoencoder = stage.latents.network if stage else None
   params, classes = None, class_names(source, config.model.num_classes) if run.conditional else ()
-  if config.exchange.init_from and not layout.has_checkpoints(workdir, ["checkpoints"]):
+  trained = layout.has_checkpoints(workdir, ["checkpoints"])
+  if config.exchange.init_from and not trained:
     params, _ = initial.read_params(config, run.image_shape, classes, autoencoder)
 
   with contextlib.ExitStack() as cleanup:
@@ -127,6 +128,8 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     )
     cleanup.enter_context(contextlib.closing(checkpoints))
 
+    if not trained:  # what may be wrong with checkpoints is a line on its own; here it is the images that take long
+      workdirs.say_what(run, source, job)
     all_encoded = functools.cache(functools.partial(_encode_all, run, stage, source, watchdog.beat))
     if stage:
       run = first_stage.settle(run, stage, workdir, source, all_encoded, beat=watchdog.beat)
@@ -145,7 +148,9 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     run = run._replace(lr_restart=restarts[-1] if restarts else 0)
 
     finished = start.step >= total and not evaluation_missing(config, workdir, start.step)
-    workdirs.say_headline(run, source, workdir, start, job, finished, moved)
+    if trained:
+      workdirs.say_what(run, source, job)
+    workdirs.say_start(run, workdir, start.step, job, finished=finished, moved=moved)
     if finished:
       return True
     if lock:
@@ -194,7 +199,7 @@ def prepare(
   mesh.check_batch(config.data.batch_size, config.train.grad_accum_steps, fixed=fixed)
   layout.check(workdir, config)
   loggers.find(config_lib.writer_names(config.train.writers))
-  autoencoder = first_stage.find(config, workdir, given="first_stage" in given)
+  autoencoder = initial.find_first_stage(config, workdir, given="first_stage" in given)
   accept = functools.partial(check_size, config.model, shrinks=autoencoder.network.factor if autoencoder else 1)
   source = own.source or (open_source(config.data) if own.network else open_source(config.data, accept))
   resume.check_size(source, workdir)

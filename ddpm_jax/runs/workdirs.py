@@ -117,32 +117,41 @@ def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -
   layout.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + for_good + leaving)
 
 
-def say_headline(
-  run: Run, source: Source, workdir: pathlib.Path, start: Start, job: Job, finished: bool, moved: pathlib.Path | None
-) -> None:
-  """Says, in the first process, what is going to happen.
+def say_what(run: Run, source: Source, job: Job) -> None:
+  """Says, in the first process, what is trained, on which images and machine."""
+  height, width, channels = run.image_shape
+  stage = run.config.model.stage
+  usual = "U-Net" if stage == "denoiser" else stage
+  networks, params = (run.own or {}).get("network", usual), run.abstract_state.params
+  if run.pair and run.pair.discriminator:
+    beside = f", discriminator of {num_params(params['discriminator']):,}"
+    params = params["autoencoder"]
+  else:
+    beside = ""
+  if job.process == 0:
+    console.say(
+      f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {networks} of "
+      f"{num_params(params):,} parameters{beside}, {numerics.machine()} ({run.mesh.strategy})\n"
+      f"{job.text}\n{summary.two_lines(source, run.config.data)}"
+    )
 
+
+def say_start(
+  run: Run, workdir: pathlib.Path, start: int, job: Job, *, finished: bool, moved: pathlib.Path | None
+) -> None:
+  """Says, in the first process, where the run begins or goes on.
+
+  start: the number of training steps made.
   moved: where the end of a shorter run is now, from which this one does not go on.
   """
   if job.process == 0:
-    console.say(_headline(run, source, workdir, start.step, job, finished, moved))
+    console.say(_start(run, workdir, start, finished=finished, moved=moved))
 
 
-def _headline(
-  run: Run, source: Source, workdir: pathlib.Path, start: int, job: Job, finished: bool, moved: pathlib.Path | None
-) -> str:
-  height, width, channels = run.image_shape
-  total = run.config.train.num_steps
-  stage = run.config.model.stage
-  usual = "U-Net" if stage == "denoiser" else stage
-  network = (run.own or {}).get("network", usual)
-  what = (
-    f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {network} of "
-    f"{num_params(run.abstract_state.params):,} parameters, {numerics.machine()} "
-    f"({run.mesh.strategy})\n{job.text}\n{summary.two_lines(source, run.config.data)}"
-  )
+def _start(run: Run, workdir: pathlib.Path, start: int, *, finished: bool, moved: pathlib.Path | None) -> str:
+  total, what = run.config.train.num_steps, ""
   if finished:
-    return what + f"{workdir} already holds all {total} steps: nothing to do; raise --num_steps to train longer"
+    return f"{workdir} already holds all {total} steps: nothing to do; raise --num_steps to train longer"
   if moved:
     what += (
       f"going back to step {start}, after which the learning rate decayed toward another --num_steps; later "

@@ -82,7 +82,10 @@ def build_pair(config: Config, image_shape: Shape) -> Pair:
 
 
 def initial_extra(config: AutoencoderConfig) -> dict[str, jax.Array]:
-  """What the loss keeps, before the first step: the number of steps, and the average share of each code."""
+  """What the loss keeps, before the first step: the number of steps, and the average share of each code.
+
+  Steps are counted as the learning rate counts them: those that are left out, as their loss is not finite, are not.
+  """
   extra = {"steps": jnp.zeros((), jnp.int32)} if config.discriminator_weight else {}
   if config.regularizer == "vq":
     extra["use"] = jnp.full(config.codebook_size, 1.0 / config.codebook_size, jnp.float32)

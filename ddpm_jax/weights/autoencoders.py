@@ -371,7 +371,7 @@ def _read_file(path: pathlib.Path, size: tuple[int, int] | None) -> AutoencoderW
       )
     arrays = read_tensors(path).arrays
   except UnusableError as error:
-    raise UserError(f"{path} {error}") from error
+    raise UserError(f"{path} {error}; name an autoencoder that was exported, or a folder of diffusers") from error
   try:
     shape = facts.get("image_shape")
     if not isinstance(shape, list) or len(shape) != 3 or any(type(side) is not int or side < 1 for side in shape):

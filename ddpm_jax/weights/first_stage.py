@@ -56,9 +56,7 @@ def find(config: Config, workdir: pathlib.Path, *, given: bool = False) -> Autoe
   if not is_kept(workdir):
     if layout.has_checkpoints(workdir, ["checkpoints"]):
       return read_kept(workdir)  # which says what is missing
-    named = read_named(path, config)
-    # The statistics are of the images of a run; weights that go on being trained go on with theirs.
-    return named if path == config.exchange.init_from else named._replace(mean=None, std=None)
+    return read_named(path, config)._replace(mean=None, std=None)  # of the images of another run, if there are any
   kept = read_kept(workdir)
   other = path != layout.load_config(workdir).diffusion.first_stage
   # Where a host has it no longer, none reads it: those that did would wait for that one's part in it.
@@ -77,7 +75,8 @@ def read_named(path: str, config: Config) -> Autoencoder:
   try:
     found = _read(pathlib.Path(path), config)
   except UserError as error:
-    raise UserError(f"first_stage: {path}: {str(error).removeprefix('first_stage: ')}") from None
+    message = str(error).removeprefix("first_stage: ")
+    raise UserError(f"first_stage: {message}" if path in message else f"first_stage: {path}: {message}") from None
   except OSError as error:
     raise UserError(f"first_stage: {error.filename or path} cannot be read ({error.strerror}); name another") from error
   digest = np.frombuffer(bytes.fromhex(found.sha256), np.uint8)

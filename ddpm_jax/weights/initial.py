@@ -25,10 +25,11 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.models.build import AutoencoderNetwork, Params, TrainableNetwork, null_label
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import build_run
-from ddpm_jax.weights import diffusers, file
+from ddpm_jax.weights import diffusers, file, stage_folder
 from ddpm_jax.weights import first_stage as stages
 from ddpm_jax.weights.load import Weights, identity_of, load_weights
 from ddpm_jax.weights.names import from_flat, to_flat
+from ddpm_jax.weights.stage_folder import Autoencoder
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import arrays_sha256
 
@@ -237,6 +238,43 @@ def _weights_of_workdir(config: Config, workdir: pathlib.Path) -> Weights:
   return load_weights(config_lib.override(layout.load_config(workdir), given), workdir)
 
 
+def find_first_stage(config: Config, workdir: pathlib.Path | None, *, given: bool = False) -> Autoencoder | None:
+  """The first stage of a command, see `first_stage.find`; of weights of elsewhere theirs, with its statistics.
+
+  All processes must call it.
+
+  Args:
+    config: of the run.
+    workdir: its folder; may not exist yet. None: there is none.
+    given: whether the command names the first stage.
+
+  Raises:
+    UserError: there is none, or it is not the one that the run, or the weights of --init_from, began with.
+  """
+  path, named = config.exchange.init_from, config.diffusion.first_stage
+  begun = workdir is not None and (stage_folder.is_kept(workdir) or layout.has_checkpoints(workdir, ["checkpoints"]))
+  if workdir is not None and (begun or not path):
+    return stages.find(config, workdir, given=given)
+  try:
+    own = inspect_source(path).settings.get("first_stage", "")
+  except UserError as error:
+    raise UserError(f"init_from: {error}") from None
+  if not named and not own:
+    return None
+  if not own:
+    raise UserError(f"first_stage: the weights of {path} are of pixels, not of the latents of {named}; leave it out")
+  if not named:
+    raise UserError(f"first_stage: empty, but the weights of {path} are of latents; use --first_stage={path}")
+  theirs = stages.read_named(own, config)
+  other = theirs if named == own else stages.read_named(named, config)
+  if other.sha256 != theirs.sha256:
+    raise UserError(
+      f"first_stage: {named} holds another first stage, {other.sha256[:12]}, than the weights of {path} were trained "
+      f"with, {theirs.sha256[:12]}; leave --first_stage out to go on with that"
+    )
+  return theirs  # with the mean and deviation that the weights know
+
+
 def find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
   """The weights that a command means: of the workdir's checkpoints, or, where it has none, those of --init_from.
 
@@ -259,8 +297,7 @@ def find_weights(config: Config, workdir: pathlib.Path | None, network: Trainabl
 def _find_weights(config: Config, workdir: pathlib.Path | None, network: TrainableNetwork | None = None) -> Weights:
   if workdir is not None and (not config.exchange.init_from or layout.has_checkpoints(workdir)):
     return load_weights(config, workdir, network)
-  named = config.diffusion.first_stage
-  theirs = stages.read_named(named, config) if named else None
+  theirs = find_first_stage(config, None)
   params, image_shape = read_params(config, first_stage=theirs and theirs.network)
   mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   run = build_run(config, image_shape, mesh, stage=theirs and theirs.fixed(image_shape))
@@ -314,7 +351,7 @@ def find_classifier(text: str, weights: Weights) -> Weights:
       raise UserError("there is no run; name the workdir of a classifier, see --stage")
     config = layout.load_config(place)
     if config.model.stage != "classifier":
-      raise UserError("it holds a model to draw with; name the workdir of a classifier, see --stage")
+      raise UserError("it holds no classifier; name the workdir of one, see --stage")
     newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
     parallel = {"parallel": weights.run.config.train.parallel}
     classifier = load_weights(config_lib.override(config, newest | parallel), place)

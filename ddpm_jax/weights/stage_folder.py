@@ -105,7 +105,7 @@ def read_kept(workdir: pathlib.Path) -> Autoencoder:
       )
     arrays, facts = read_tensors(folder / _WEIGHTS)
     if facts != settings:
-      raise UnusableError(f"does not go with {_WEIGHTS} beside it")
+      raise UnusableError(f"does not go with {_SETTINGS} beside it")
     height, width, channels = settings["image_shape"]
     network = autoencoder_of_settings(settings["network"], (height, width, channels))
     params = from_flat_as(arrays, abstract_params(network, (height, width, channels)))
@@ -113,8 +113,10 @@ def read_kept(workdir: pathlib.Path) -> Autoencoder:
     raise UserError(
       f"first_stage: {error.filename} is missing, without which nothing can be drawn; restore it"
     ) from None
-  except (OSError, ValueError, KeyError, TypeError, UnusableError) as error:
-    raise UserError(f"first_stage: {folder / _SETTINGS} {_reason(error)}; restore {folder}") from error
+  except UnusableError as error:
+    raise UserError(f"first_stage: {folder / _WEIGHTS} {error}; restore {folder}") from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"first_stage: {folder / _SETTINGS} cannot be read ({error}); restore {folder}") from error
   except UserError as error:
     raise UserError(f"first_stage: {folder}: {str(error).removeprefix('first_stage: ')}") from None
   return Autoencoder(network, params["autoencoder"], (height, width, channels), params["mean"], params["std"])
@@ -126,7 +128,3 @@ def abstract_params(network: AutoencoderNetwork, image_shape: ImageShape) -> Par
   of_channels = jax.ShapeDtypeStruct((z,), np.float32)
   params = jax.eval_shape(lambda: network.init(stream_key(0, "init"), image_shape))
   return {"autoencoder": params, "mean": of_channels, "std": of_channels}
-
-
-def _reason(error: Exception) -> str:
-  return str(error) if isinstance(error, UnusableError) else f"cannot be read ({error})"

@@ -177,7 +177,7 @@ def test_training_says_it_in_two_lines(tmp_path):
   for kind in ("folder", "zip"):
     data = DataConfig(dataset=write(kind, tmp_path, files), image_size="4x6", random_flip=True)
     assert summary.two_lines(sources.open_source(data), data) == (
-      "data: 8x8, colour -> 4x6 (--resize=crop --crop=center --resample=bicubic, mirrored at random)\n" + said + "\n"
+      "data: 8x8, colour -> 4x6 (--resize=crop --crop=center --resample=bicubic, mirrored at random)\n" + said
     )
   digits = DataConfig(split="train[:20]")
   first, second = summary.two_lines(sources.open_source(digits), digits).splitlines()

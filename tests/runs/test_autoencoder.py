@@ -10,10 +10,13 @@ import pytest
 from ddpm_jax import config as config_lib
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation import perceptual
+from ddpm_jax.evaluation.results import write_result
 from ddpm_jax.resolve import resolve_config
+from ddpm_jax.runs import export as export_lib
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runs.alarms import Alarms
 from ddpm_jax.runtime.stop import StopRequest
+from ddpm_jax.weights.autoencoders import read_autoencoder
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import load_arrays, save_arrays
@@ -81,6 +84,27 @@ def test_the_distance_of_features_is_0_for_equal_images_and_has_a_gradient(whole
   np.testing.assert_allclose(distance(params, x, y), distance(params, y, x), rtol=1e-6)
   gradient = jax.grad(lambda y: distance(params, x, y).sum())(y)
   assert np.all(np.isfinite(gradient)) and np.abs(gradient).max() > 0
+
+
+def test_what_is_exported_says_what_it_was_measured_beside(whole, tmp_path):
+  folder, weights = whole
+  beside = {"mean_image": {"psnr": 12.5}, "resized": {"psnr": 25.75}}
+  of = {"train": {"examples": 9, "psnr": 20.0, "psnr_standard_error": 0.5, "yardsticks": beside}}
+  write_result(folder, {"step": 4, "weights": "ema", "reconstruction": of}, {})
+  export_lib.export(config_lib.override(layout.load_config(folder), {"export_dir": str(tmp_path / "out")}), folder)
+  card = (tmp_path / "out" / "README.md").read_text()
+  for line in (
+    "| measure | value | the mean image | images shrunk to the latents' size |\n",
+    "| psnr_train | 20 | 12.5 | 25.8 |\n",
+    "latents of 2 channels that a codebook of 8 vectors bounds",
+    "VQModel.from_pretrained",
+  ):
+    assert line in card, line
+  assert (tmp_path / "out" / "samples.png").exists()
+  found = read_autoencoder(tmp_path / "out")
+  np.testing.assert_array_equal(
+    found.params["codebook"]["embedding"], weights.params["autoencoder"]["codebook"]["embedding"]
+  )
 
 
 def test_its_workdir_is_none_to_draw_from(whole):

@@ -189,7 +189,7 @@ def test_the_model_card(trained, tmp_path):
   for part in (
     "`folder:data`, split `train`",
     "training steps: 5 of batches of 16 images",
-    "| measure | value | the data itself | pure noise | an untrained network |",
+    "| measure | value | the data itself | pure noise | untrained network |",
     "| classifier_distance | 12.25 | 0.5 | 99 | 77.5 |",
     "| bits_per_dim_train | 3.75 |  | 8 | 7.25 |",
     "2,000 samples, dpmpp with 20 steps",

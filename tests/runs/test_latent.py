@@ -5,6 +5,7 @@ import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,10 +16,11 @@ from ddpm_jax.data.sources import from_array
 from ddpm_jax.errors import UserError
 from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.models.build import build_autoencoder
+from ddpm_jax.runs import export as export_lib
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.weights import first_stage, stage_folder
-from ddpm_jax.weights.initial import find_classifier
+from ddpm_jax.weights.initial import find_classifier, find_weights
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import load_arrays
@@ -138,17 +140,36 @@ def test_images_become_latents_and_latents_images(whole):
       call()
 
 
+def test_a_first_stage_is_of_float32_whatever_it_was_trained_in():
+  """To the bit the network of float32, without dropout."""
+  of = dict(stage="autoencoder", channels=4, channel_multipliers=(1, 2), attention_resolutions=())
+  built = []
+  for changes in ({}, dict(dtype="bfloat16", dropout=0.5, remat="blocks")):
+    config = tiny_config(**of | dict(dropout=0.0) | changes)
+    built.append(build_autoencoder(config.model, config.autoencoder, SHAPE))
+  plain, trained = built
+  params = plain.init(jax.random.key(0), SHAPE)
+  stage = stage_folder.Autoencoder(trained, params).fixed(SHAPE)
+  images = jnp.asarray(pictures(2, SHAPE))
+  moments = stage.latents.moments(stage.params, images)
+  np.testing.assert_array_equal(moments, plain.moments(params, to_float(images)))
+  assert np.abs(moments - trained.moments(params, to_float(images))).max() > 1e-4
+
+
 def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
   """A line that names the field, and nothing written."""
   pixels = train(tmp_path / "pixels", **LITTLE | {"num_steps": 1})
   other = train(tmp_path / "other", **OF_AUTOENCODER, seed=1)
   bare = tmp_path / "bare"
   bare.mkdir()
+  text = tmp_path / "text.safetensors"
+  text.write_text("none")
   large, colour = (from_array(pictures(20, shape), "others") for shape in ((16, 8, 1), (8, 8, 3)))
   of = LITTLE | {"first_stage": str(autoencoder)}
   cases = [
     (of | {"first_stage": str(tmp_path / "nothing")}, None, "there is nothing"),
-    (of | {"first_stage": str(bare)}, None, "bare: "),
+    (of | {"first_stage": str(bare)}, None, f"first_stage: {bare} holds no autoencoder: "),
+    (of | {"first_stage": str(text)}, None, f"first_stage: {text} is no whole safetensors file"),
     (of | {"first_stage": str(pixels)}, None, "holds a model of pixels"),
     (of, large, "of images of 8x8x1, those of others are 16x8x1"),
     (of, colour, "of images of 8x8x1, those of others are 8x8x3"),
@@ -182,7 +203,13 @@ def test_other_first_stages_are_refused(whole, autoencoder, tmp_path):
     weights_of(run)
   settings = run / "first_stage" / "settings.json"
   settings.write_text(settings.read_text().replace('"kl"', '"vq"'))
-  refused("does not go with weights.safetensors")
+  refused("weights.safetensors does not go with settings.json")
+  settings.write_text("none")
+  refused("settings.json cannot be read")
+  stage_folder.keep(run, kept.fixed(SHAPE), {})
+  weights = run / "first_stage" / "weights.safetensors"
+  weights.write_bytes(weights.read_bytes()[:-9])
+  refused("weights.safetensors is no whole safetensors file")
   shutil.rmtree(run / "first_stage")
   refused("is missing")
 
@@ -194,6 +221,53 @@ def test_a_first_stage_that_one_host_has_no_longer_is_read_by_none(whole, monkey
   monkeypatch.setattr(first_stage, "read_named", lambda *_: pytest.fail("read by this host alone"))
   found = first_stage.find(layout.load_config(whole), whole, given=True)
   assert found and found.sha256 == stage_folder.read_kept(whole).sha256 and asked == [False]
+
+
+def test_weights_go_on_with_their_first_stage_alone(whole, autoencoder, tmp_path):
+  """From a workdir, a file or a folder of diffusers: theirs with its statistics, on other images too; no other one."""
+  other = train(tmp_path / "other", **OF_AUTOENCODER, seed=1)
+  pixels = train(tmp_path / "pixels", **LITTLE | {"num_steps": 1})
+  config = layout.load_config(whole)
+  for form in ("diffusers", "safetensors"):
+    how = {"export_format": form, "export_dir": str(tmp_path / form)}
+    export_lib.export(config_lib.override(config, how), whole)
+  folder, file = str(tmp_path / "diffusers"), str(tmp_path / "safetensors" / "model.safetensors")
+  few, ours = from_array(pictures(20, SHAPE), "few"), stage_folder.read_kept(whole)
+  for i, (path, stage) in enumerate(
+    [(str(whole), str(whole)), (str(whole), str(autoencoder)), (file, file), (file, str(autoencoder))]
+  ):
+    begun = train(tmp_path / f"begun{i}", few, **LITTLE | {"num_steps": 1}, init_from=path, first_stage=stage)
+    kept = stage_folder.read_kept(begun)
+    assert kept.sha256 == ours.sha256
+    np.testing.assert_array_equal([kept.mean, kept.std], [ours.mean, ours.std])
+    # A workdir is its own, wherever its first weights came from.
+    assert weights_of(train(begun, few, **LITTLE, init_from=path, first_stage=stage)).step == 4
+  found = find_weights(config_lib.override(config, {"init_from": folder, "first_stage": folder}), None)
+  np.testing.assert_allclose(found.run.first_stage_facts["std"], 1.0)  # folded into its layers
+  for path in (str(whole), file, folder):
+    for stage, words in ((str(other), "another first stage, "), ("", "are of latents; use --first_stage=")):
+      options = LITTLE | {"init_from": path, "first_stage": stage}
+      for call in (
+        lambda options=options: train(tmp_path / "run", **options),
+        lambda options=options: find_weights(tiny_config(**options), None),
+      ):
+        with pytest.raises(UserError, match=r"^first_stage: ") as caught:
+          call()
+        assert words in str(caught.value) and "\n" not in str(caught.value), (path, stage, caught.value)
+  with pytest.raises(UserError, match=r"^first_stage: the weights of \S+ are of pixels, not of the latents of "):
+    train(tmp_path / "run", **LITTLE, init_from=str(pixels), first_stage=str(autoencoder))
+  assert not (tmp_path / "run").exists()
+
+
+def test_what_takes_long_comes_after_what_is_trained(autoencoder, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+  train(tmp_path / "run", **LITTLE | {"num_steps": 1}, first_stage=str(autoencoder))
+  said = capsys.readouterr().out
+  places = [said.index(words) for words in ("U-Net of ", "data: ", "encoding the 40 images", "a new run: ")]
+  assert places == sorted(places) and said.count("U-Net of ") == 1
+  train(tmp_path / "run", **LITTLE | {"num_steps": 2}, first_stage=str(autoencoder))
+  said = capsys.readouterr().out
+  assert said.index("U-Net of ") < said.index("resuming ") and "encoding" not in said
 
 
 def test_a_classifier_of_other_latents_does_not_guide(whole, autoencoder, tmp_path):

@@ -195,7 +195,7 @@ def test_classifiers_that_do_not_fit_are_refused(folder, weights, original, tmp_
   conditional = config_lib.override(config, {"conditioning": "class", "num_classes": 2})
   cases = [
     (str(tmp_path), weights, "no run"),
-    (str(original.path), weights, "holds a model to draw with"),
+    (str(original.path), weights, "it holds no classifier; name the workdir of one"),
     (str(folder), other(schedule=dataclasses.replace(run.schedule, betas=run.schedule.betas / 2)), "noise schedule"),
     (str(folder), other(first_stage=dataclasses.replace(run.first_stage, image_shape=(8, 8, 3))), "8x8x3"),
     (str(folder), other(config=conditional)._replace(classes=("bright", "blue")), "bright, blue"),

@@ -134,6 +134,22 @@ def test_before_its_start_no_trace_of_the_discriminator_is_in_the_autoencoder():
     np.testing.assert_array_equal(before, after)
 
 
+def test_the_start_counts_the_steps_of_the_learning_rate():
+  """Not those that were left out; of these nothing stays, in the discriminator and its optimiser neither."""
+  run = tiny_run(tiny_config(**ADVERSARIAL | dict(warmup_steps=2)))
+  objective = ae.make_objective(run.pair, run.config, lambda params, x_hat, x: params * jnp.mean((x_hat - x) ** 2))
+  step, state = jax.jit(make_train_step(run, objective)), run.initial_state()
+  for i, scale in enumerate((np.nan, 1.0, np.inf, 1.0)):
+    before = host(state)
+    state, metrics = step(state, random_batch(seed=i), frozen={"perceptual": jnp.float32(scale)})
+    applied = np.isfinite(scale)
+    same = jax.tree.map(np.array_equal, before.replace(step=0, counts=0), host(state).replace(step=0, counts=0))
+    assert all(jax.tree.leaves(same)) != applied
+    assert int(state.step) == i + 1 and int(state.extra["steps"]) == (i + 1) // 2
+    assert float(metrics["learning_rate"]) == pytest.approx(run.config.optimizer.learning_rate * (i // 2) / 2)
+    assert not applied or (metrics["combined/adversarial_weight"] > 0) == (i == 3)
+
+
 @pytest.mark.parametrize(
   ("mode", "changes"),
   [
@@ -168,9 +184,13 @@ def test_eight_devices_and_microbatches_are_one(mode, changes):
 
 
 def test_gradients_of_a_step_are_those_of_its_published_form():
-  """Reconstruction, codebook loss and straight-through estimator written out; each network is clipped on its own."""
+  """Reconstruction, distance, codebook loss, straight-through estimator written out; each network is clipped alone."""
   changes = dict(discriminator_start=0, dropout=0.0, random_flip=False, codebook_size=64)
-  run = tiny_run(tiny_config(**ADVERSARIAL | VQ | changes))
+  run = tiny_run(tiny_config(**ADVERSARIAL | VQ | changes, perceptual="features", perceptual_weight=0.7))
+
+  def distance(scale, x_hat, x):  # [B]
+    return scale * jnp.mean((jnp.sin(3 * x_hat) - x) ** 2, axis=(1, 2, 3))
+
   state, batch = run.initial_state(), jax.tree.map(jnp.asarray, random_batch())
   pair, params = run.pair, state.params
   x, sg = jnp.asarray(batch["image"], jnp.float32) / 127.5 - 1, jax.lax.stop_gradient
@@ -183,7 +203,7 @@ def test_gradients_of_a_step_are_those_of_its_published_form():
 
   def nll(p):
     x_hat, codebook, _ = forward(p)
-    return jnp.mean(jnp.abs(x - x_hat)) + codebook
+    return jnp.mean(jnp.abs(x - x_hat)) + 0.7 * jnp.mean(distance(2.0, x_hat, x)) + codebook
 
   def deceit(p):
     return -jnp.mean(pair.discriminator(params["discriminator"], forward(p)[0]))
@@ -202,7 +222,8 @@ def test_gradients_of_a_step_are_those_of_its_published_form():
     return {"autoencoder": autoencoder, "discriminator": d["discriminator"]}, weight, forward(params)[2]
 
   wanted, weight, codes = by_hand(params)
-  new, metrics = jax.jit(make_train_step(run))(state, batch)
+  step = jax.jit(make_train_step(run, ae.make_objective(pair, run.config, distance)))
+  new, metrics = step(state, batch, frozen={"perceptual": jnp.float32(2)})
   np.testing.assert_allclose(metrics["combined/adversarial_weight"], weight, rtol=1e-3)
   for part, gradient in host(wanted).items():  # of each the first moment is (1 - b1) times the clipped gradient
     clip = min(1.0, 1.0 / np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradient))))
