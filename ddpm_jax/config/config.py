@@ -354,7 +354,7 @@ def _check_autoencoder(config: Config) -> None:
     if not has_effect:
       raise UserError(
         f"{name}: {flag_text(getattr(now, name))} has no effect with {option}={flag_text(getattr(now, option))}; use "
-        f"--{option}={value}, or leave it out"
+        f"--{option}={value}, or --{name}={flag_text(getattr(defaults, name))} as by default"
       )
   if now.perceptual == "lpips" and not now.lpips_weights:
     raise UserError(
