@@ -213,7 +213,8 @@ def _terms_of_the_loss(run: RunFiles) -> list[Chart | None]:
   for name in names:
     kind, slash, what = name.partition("/")
     if slash and kind in remarks:
-      drawn.append(line_chart(title_of(what), smoothed("logged", run.points(name)), remark=remarks[kind]))
+      remark = "share of the codebook" if what == "codes_used" else remarks[kind]
+      drawn.append(line_chart(title_of(what), smoothed("logged", run.points(name)), remark=remark))
   return drawn[:_MOST_TERMS]
 
 
