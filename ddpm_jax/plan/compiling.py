@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.plan import hlo, traffic
 from ddpm_jax.plan.collectives import Collective, collectives
 from ddpm_jax.plan.topology import OutOfMemory, out_of_memory
@@ -153,7 +154,9 @@ def _parts_not_counted(run: Run, batch_size: int) -> float:
 
 def _operations(run: Run, batch_size: int, *, parts: int) -> float:
   """XLA's count for the step before it is compiled, on one device, with `parts` for --grad_accum_steps; loops once."""
-  run = run._replace(config=config_lib.override(run.config, {"grad_accum_steps": parts}))
+  config = config_lib.override(run.config, {"grad_accum_steps": parts})
+  # fsdp divides the loss among its devices, and of that XLA would count the part of one.
+  run = run._replace(config=config, mesh=make_mesh("pmap", run.mesh.jax_mesh.devices[:1]))
   state, frozen = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (run.abstract_state, run.frozen)
   )

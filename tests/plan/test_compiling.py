@@ -120,7 +120,7 @@ def test_a_first_stage_in_training_has_two_networks_and_what_its_loss_keeps_and_
   options = dict(regularizer="vq", codebook_size=8, latent_channels=2, discriminator_weight=0.5, discriminator_layers=1)
   run = tiny_run(tiny_config(stage="autoencoder", channels=4, num_res_blocks=1, attention_resolutions=(), **options))
   shapes = {name: jax.ShapeDtypeStruct((size,), jnp.float32) for name, size in (("read", 1), ("not", 5))}
-  distance = lambda params, x_hat, x: jnp.mean(params["read"] * (x_hat - x) ** 2, axis=(1, 2, 3))  # noqa: E731
+  distance = lambda params, x_hat, x: params["read"][0] * jnp.mean((x_hat - x) ** 2, axis=(1, 2, 3))  # noqa: E731
   step = compile_step(run.with_perceptual(Perceptual(distance, shapes, "")), 16)
   assert isinstance(step, CompiledStep)
   memory, state = step.memory, run.initial_state()
