@@ -45,7 +45,7 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   monkeypatch.setattr(ddpm_jax.runs, "sample", types.SimpleNamespace(sample=run("sample")), raising=False)
   measured = types.SimpleNamespace(evaluate=run("evaluate"))
   monkeypatch.setattr(ddpm_jax.runs, "evaluate", measured, raising=False)
-  planned = types.SimpleNamespace(plan=lambda config: run("plan")(config, None))
+  planned = types.SimpleNamespace(plan=lambda config, folder: run("plan")(config, folder))
   monkeypatch.setattr(ddpm_jax.runs, "plan", planned, raising=False)
   monkeypatch.setattr(ddpm_jax.runs, "export", types.SimpleNamespace(export=run("export")), raising=False)
   monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another
@@ -140,7 +140,7 @@ def test_a_plan_needs_no_workdir_joins_no_job_and_writes_nothing(runs, command, 
   expected = config_lib.override(Config(), {"channels": 64, "topology": "v5e:4x4"})
   assert runs.calls == [("distributed", "off", 100), ("plan", expected, None)]
   assert command("--mode=plan", f"--workdir={tmp_path / 'later'}", "--channels=64", "--topology=v5e:4x4") == 0
-  assert runs.calls[-1] == ("plan", expected, None)
+  assert runs.calls[-1] == ("plan", expected, tmp_path / "later")
   assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_a_plan_of_a_run_may_change_all_of_it(runs, command, tmp_path):
   layout.create(tmp_path, stored)
   before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
   assert command("--mode=plan", f"--workdir={tmp_path}", "--batch_size=256", "--dtype=bfloat16") == 0
-  assert runs.calls[-1] == ("plan", config_lib.override(stored, {"batch_size": 256, "dtype": "bfloat16"}), None)
+  assert runs.calls[-1] == ("plan", config_lib.override(stored, {"batch_size": 256, "dtype": "bfloat16"}), tmp_path)
   assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
