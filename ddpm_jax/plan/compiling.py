@@ -156,7 +156,7 @@ def _operations(run: Run, batch_size: int, *, parts: int) -> float:
   """XLA's count for the step before it is compiled, on one device, with `parts` for --grad_accum_steps; loops once."""
   config = config_lib.override(run.config, {"grad_accum_steps": parts})
   # fsdp divides the loss among its devices, and of that XLA would count the part of one.
-  run = run._replace(config=config, mesh=make_mesh("pmap", run.mesh.jax_mesh.devices[:1]))
+  run = run._replace(config=config, mesh=make_mesh("pmap", list(run.mesh.jax_mesh.devices[:1])))
   state, frozen = jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (run.abstract_state, run.frozen)
   )
