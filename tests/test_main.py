@@ -45,7 +45,7 @@ def runs(monkeypatch) -> types.SimpleNamespace:
   monkeypatch.setattr(ddpm_jax.runs, "sample", types.SimpleNamespace(sample=run("sample")), raising=False)
   measured = types.SimpleNamespace(evaluate=run("evaluate"))
   monkeypatch.setattr(ddpm_jax.runs, "evaluate", measured, raising=False)
-  planned = types.SimpleNamespace(plan=lambda config, folder: run("plan")(config, folder))
+  planned = types.SimpleNamespace(plan=run("plan"))
   monkeypatch.setattr(ddpm_jax.runs, "plan", planned, raising=False)
   monkeypatch.setattr(ddpm_jax.runs, "export", types.SimpleNamespace(export=run("export")), raising=False)
   monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # main sets another

@@ -44,5 +44,6 @@ class Alarms:
       yield (
         "discriminator",
         f"step {step}: the discriminator's loss is at 1.0 since step {since}, it tells nothing apart; in a new run, "
-        "use a later --discriminator_start with a --discriminator_warmup, or another --discriminator_layers",
+        "use --adam_b1=0.5 --adam_b2=0.9, a later --discriminator_start with a --discriminator_warmup, or another "
+        "--discriminator_layers",
       )

@@ -191,6 +191,7 @@ def test_operations_do_not_depend_on_the_parts(mode):
   """XLA counts a loop once; a batch in two parts is as much work as in one."""
   whole = planned(mode)[0].flops
   assert whole > 5e5
+  assert whole == pytest.approx(planned("pmap")[0].flops, rel=0.01)  # and not on who has which part of the state
   assert planned(mode, grad_accum_steps=2)[0].flops == pytest.approx(whole, rel=0.2)
 
 
