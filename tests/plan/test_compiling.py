@@ -229,6 +229,7 @@ def run_elsewhere(outcome, platform):
     wrap_loss=run.mesh.wrap_loss,
     compile=lambda *_, **__: Elsewhere(outcome),
     num_devices=8,
+    jax_mesh=run.mesh.jax_mesh,
     platform=platform,
   )
   return run._replace(mesh=mesh)
