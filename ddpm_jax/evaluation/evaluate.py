@@ -608,6 +608,7 @@ def _likelihood(name: str, config: Config, weights: Weights, source: Source, aro
   return (
     found
     | ({"given": "class"} if run.conditional else {})
+    | ({"first_stage": run.first_stage_facts} if run.first_stage_facts else {})
     | {
       "dtype": exact.dtype,
       "matmul_precision": likelihood.PRECISION,

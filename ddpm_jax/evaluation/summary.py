@@ -68,7 +68,10 @@ _OF_LIKELIHOOD = {
   "bits_per_dim": ("bound", ("examples", "timesteps_per_example", *ARITHMETIC)),
   "ode_bits_per_dim": ("ODE", ("examples", "steps", "probes", *ARITHMETIC)),
 }
-_OF_LIKELIHOOD |= {kind.replace("bits", "latent_bits"): facts for kind, facts in _OF_LIKELIHOOD.items()}
+_OF_LIKELIHOOD |= {
+  kind.replace("bits", "latent_bits"): (remark, (*facts, "first_stage"))
+  for kind, (remark, facts) in _OF_LIKELIHOOD.items()
+}
 
 
 def part(result: Any, *names: str) -> dict[str, Any]:

@@ -148,10 +148,11 @@ def _svg(drawn: Sequence[Series], x_label: str, log_x: bool, log_y: bool, size: 
 def loss_png(points: Points) -> bytes:
   """The losses over the training steps, and their moving average, as a PNG file.
 
-  A logged loss is noisy, above all because some timesteps are much harder than others.
+  A logged loss is noisy, above all because some timesteps are much harder than others. The axis is logarithmic unless
+  a loss is not positive, as that of an autoencoder beside its discriminator may be.
   """
-  series = smoothed("logged", [(x, y) for x, y in points if y > 0])
-  return chart_png("loss", series, "training steps", log_y=True)
+  log_y = all(y > 0 for _, y in points)
+  return chart_png("loss", smoothed("logged", points), "training steps", log_y=log_y)
 
 
 def chart_png(title: str, series: Sequence[Series], x_label: str, *, log_y: bool) -> bytes:

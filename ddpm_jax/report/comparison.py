@@ -18,6 +18,8 @@ from ddpm_jax.workdir.metrics import training_seconds
 # Settings without which a loss is of something else.
 _OF_LOSS = ("dataset", "split", "image_size", "resize", "crop", "resample")
 _OF_LOSS += ("num_timesteps", "beta_schedule", "beta_start", "beta_end", "prediction", "loss", "loss_weighting")
+_OF_LOSS += ("variance", "stage", "regularizer", "latent_channels", "codebook_size", "kl_weight", "perceptual")
+_OF_LOSS += ("perceptual_weight", "discriminator_weight", "discriminator_start", "discriminator_warmup")
 _Runs = dict[str, RunFiles]  # by what the page calls them
 
 
@@ -36,7 +38,7 @@ def write_comparison(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> Non
     "names": list(runs),
     "runs": Table([Cell(text) for text in _OVERVIEW], [_overview(runs, name) for name in runs]),
     "curves": _curves(runs),
-    "differing": [name for name in _OF_LOSS if len({str(_value(run, name)) for run in runs.values()}) > 1],
+    "differing": _differing(runs),
     **_grids(runs),
     "measures": _measures(runs),
     "settings": _settings(runs),
@@ -46,6 +48,13 @@ def write_comparison(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> Non
     write_page(out, "comparison.html", notes=notes, **values)
   except OSError as error:
     raise UserError(f"out: cannot write {out} ({error.strerror}); name another file") from error
+
+
+def _differing(runs: _Runs) -> list[str]:
+  """What makes the losses of the runs different things."""
+  values = {name: {str(_value(run, name)) for run in runs.values()} for name in _OF_LOSS}
+  values["first_stage"] = {run.first_stage for run in runs.values()}
+  return [name for name, found in values.items() if len(found) > 1]
 
 
 def _names(workdirs: Sequence[pathlib.Path]) -> list[str]:

@@ -71,6 +71,13 @@ class RunFiles:
     return max((*(int(step) for step, _ in self.points("step")), *self.results), default=0)
 
   @property
+  def first_stage(self) -> str:
+    """What tells the first stages of runs of latents apart; '' for pixels."""
+    if self.config is None or not self.config.diffusion.first_stage:
+      return ""
+    return self.text("first_stage/settings.json") or self.config.diffusion.first_stage
+
+  @property
   def newest_checkpoint(self) -> int:
     """Its step; 0 if there is none."""
     names = [path.name for path in (self.workdir / "checkpoints").glob("[0-9]*")]

@@ -230,6 +230,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
     parts: what to draw with; of the samplers ddpm or ddim.
     given: uint8 [N, H, W, C].
     mask: bool [H, W], true where pixels are drawn; of latents, those that have such pixels are.
+
+  What is hidden has no part in the draw: before images are encoded, the mean of the known pixels stands for it.
   """
   run, schedule, options = parts.run, parts.run.schedule, parts.options
   times = sampler_grid(schedule, options.sampler, num_steps=options.sampling_steps, grid=options.time_grid)
@@ -237,6 +239,7 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   variance = parts.config.diffusion.variance
   table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
   drawn_here = mask[:, :, None]
+  seen = given if run.first_stage.identity else _without(given, mask)
   mask_of_x0 = jnp.asarray(shrunk(mask, parts.shape[:2]), jnp.float32)[None, :, :, None]
 
   def rows(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
@@ -253,7 +256,7 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
 
   index = np.arange(len(given) * _VERSIONS, dtype=np.int32)
   image = index // _VERSIONS
-  drawn = parts.draw(table, rows, index, given[image], image=image)
+  drawn = parts.draw(table, rows, index, seen[image], image=image)
   if not run.first_stage.identity:  # which gives what is known back to no more than its precision
     drawn = np.where(drawn_here, drawn, given[image])
   drawn = drawn.reshape(-1, _VERSIONS, *run.image_shape)
@@ -262,6 +265,13 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
   picture = grids.image_rows(row, apart=(1,))
   facts = {"network_evaluations": len(table.t)}
   return Outcome({"images": drawn, "given": given, "mask": mask.astype(np.uint8)}, picture, [], facts)
+
+
+def _without(given: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """The images uint8 [N, H, W, C] with the mean of the others for each pixel of the mask; grey if there are none."""
+  known = given[:, ~mask]
+  colour = known.mean(1).round().astype(np.uint8) if known.shape[1] else np.full_like(given[:, 0, 0], 128)
+  return np.where(mask[:, :, None], colour[:, None, None], given)
 
 
 def shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from ddpm_jax.training.objective import Batch, PerExample, Terms
 
 # Weights of the two terms of eq. 4 of Esser et al. 2021, as its released code has them.
 COMMITMENT, CODEBOOK = 1.0, 0.25
-LARGEST_WEIGHT, EPSILON = 1e4, 1e-4  # of the adaptive weight
+LARGEST_WEIGHT, EPSILON = 1e4, 1e-4  # of the adaptive weight, beside a loss as the released code has it
 USE_DECAY = 0.99  # of the average use of each code
 
 # (parameters, x_hat, x: float [B, H, W, C] in [-1, 1]) -> [B]
@@ -120,12 +121,26 @@ def discriminator_loss(real: jax.Array, reconstructed: jax.Array) -> jax.Array:
   return 0.5 * (jnp.mean(jax.nn.relu(1.0 - real)) + jnp.mean(jax.nn.relu(1.0 + reconstructed)))
 
 
-def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array) -> jax.Array:
+def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array, largest: float) -> jax.Array:
   """By how much an adversarial loss weighs as much as the reconstruction in the last layer (Esser et al. 2021, eq. 7).
 
-  reconstruction, adversarial: gradients of both losses by the kernel of the last layer.
+  Args:
+    reconstruction: the gradient of this loss by the kernel of the last layer.
+    adversarial: of that loss.
+    largest: that the weight is, see `largest_weight`.
   """
-  return jnp.clip(optax.tree.norm(reconstruction) / (optax.tree.norm(adversarial) + EPSILON), 0.0, LARGEST_WEIGHT)
+  return jnp.clip(optax.tree.norm(reconstruction) / (optax.tree.norm(adversarial) + EPSILON), 0.0, largest)
+
+
+def largest_weight(regularizer: str, image_shape: Shape) -> float:
+  """The bound of the adaptive weight: 10^4 where the released code has means, as ours, over an image; for KL its sums.
+
+  >>> largest_weight("vq", (256, 256, 3))
+  10000.0
+  >>> round(largest_weight("kl", (256, 256, 3)), 4)
+  0.0509
+  """
+  return LARGEST_WEIGHT / (math.prod(image_shape) if regularizer == "kl" else 1)
 
 
 def with_gradient(value: jax.Array, gradient: Any, at: Any) -> jax.Array:
@@ -238,7 +253,13 @@ class AutoencoderObjective:
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialObjective(AutoencoderObjective):
-  """The same with a discriminator: the adversarial term has a weight that follows from the gradients of both."""
+  """The same with a discriminator: the adversarial term has a weight that follows from the gradients of both.
+
+  Attributes:
+    largest: bound of the adaptive weight, before it is multiplied by `config.discriminator_weight`.
+  """
+
+  largest: float = LARGEST_WEIGHT
 
   def apart(self, extra: Any) -> dict[str, jax.Array]:
     """'adversarial', from `discriminator_start` on."""
@@ -248,13 +269,18 @@ class AdversarialObjective(AutoencoderObjective):
     """The sum, with the adaptive weight; before `discriminator_start` without a trace of the discriminator."""
     together, adversarial = gradients["together"], gradients["adversarial"]
     last = [tree["autoencoder"]["decoder"]["conv_out"]["kernel"] for tree in (together, adversarial)]
-    weight = jnp.where(self.started(extra["steps"]), self.config.discriminator_weight * adaptive_weight(*last), 0.0)
+    weight = self.config.discriminator_weight * adaptive_weight(*last, self.largest)
+    weight = jnp.where(self.started(extra["steps"]), weight, 0.0)
     add = lambda one, other: jnp.where(weight > 0.0, one + weight * other, one)  # noqa: E731
     gradient = together | {"autoencoder": jax.tree.map(add, together["autoencoder"], adversarial["autoencoder"])}
     return gradient, {"adversarial_weight": weight}
 
 
-def make_objective(pair: Pair, config: Config, distance: Distance | None = None) -> AutoencoderObjective:
-  """That of the settings."""
-  kind = AdversarialObjective if pair.discriminator else AutoencoderObjective
-  return kind(pair, config.autoencoder, config.diffusion.loss, config.data.random_flip, distance)
+def make_objective(
+  pair: Pair, config: Config, image_shape: Shape, distance: Distance | None = None
+) -> AutoencoderObjective:
+  """That of the settings, for images of this shape."""
+  options = pair, config.autoencoder, config.diffusion.loss, config.data.random_flip, distance
+  if not pair.discriminator:
+    return AutoencoderObjective(*options)
+  return AdversarialObjective(*options, largest_weight(config.autoencoder.regularizer, image_shape))

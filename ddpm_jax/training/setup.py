@@ -234,7 +234,8 @@ def make_train_step(run: Run, objective: Objective | None = None) -> Callable[..
 def _objective(run: Run) -> Objective:
   """That of the settings."""
   if run.pair:
-    return autoencoder.make_objective(run.pair, run.config, run.perceptual and run.perceptual.distance)
+    distance = run.perceptual and run.perceptual.distance
+    return autoencoder.make_objective(run.pair, run.config, run.image_shape, distance)
   if run.config.model.stage == "classifier":
     return ClassifierObjective(run.denoiser.network, run.schedule, run.first_stage, run.config.data.random_flip)
   return make_objective(run)

@@ -78,6 +78,9 @@ def test_loss_png():
   assert len(left) > 0 and len(right) > 0
   assert left.min() + 150 < right.max()  # rows count downwards: the curve falls
   assert len(blue(loss_png([(1.0, 0.5)]))) > 10 and len(blue(loss_png([]))) == 0
+  # Losses that are not positive are drawn too.
+  found = blue(loss_png([(10.0 * i, loss) for i, loss in enumerate(np.linspace(1.0, -1.0, 60))]))
+  assert found[found[:, 1] > 750, 0].min() > found[found[:, 1] < 150, 0].max()
 
 
 def test_steps_without_a_loss_are_left_out(tmp_path):

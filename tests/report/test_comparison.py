@@ -1,5 +1,6 @@
 """Several runs on one page: the numbers of each, and only what can be compared in one column."""
 
+import json
 import re
 
 import pytest
@@ -61,6 +62,28 @@ def test_curves_over_steps_images_and_time(tmp_path):
   assert "cannot be compared" not in page.text and "script" not in page.source
   other = page_of(tmp_path, new, make(tmp_path / "v", lines((10,), 1.0), prediction="v"))
   assert "The runs differ in prediction: their losses are of different things, and cannot be compared." in other.text
+
+
+def test_losses_of_other_stages_and_their_likelihoods_are_set_apart(tmp_path):
+  """Latents of two autoencoders are other numbers; so are the sums of two autoencoders' terms."""
+  a, b, again = (
+    make(tmp_path / name, lines((10, 20), 5.0), first_stage=f"/runs/{name}", image_size=8) for name in ("a", "b", "c")
+  )
+  for workdir, digest, total in ((a, "1", 1.5), (b, "2", -3.0), (again, "1", 1.4)):
+    (workdir / "first_stage").mkdir()
+    (workdir / "first_stage/settings.json").write_text(json.dumps({"sha256": digest}))
+    bound = {"train": {"total": total, "standard_error": 0.1, "examples": 9, "first_stage": {"sha256": digest}}}
+    (workdir / "eval").mkdir()
+    (workdir / "eval/20.json").write_text(json.dumps({"step": 20, "weights": "ema", "latent_bits_per_dim": bound}))
+  assert "differ in first_stage: their losses" in page_of(tmp_path, a, b).text
+  assert "cannot be compared" not in page_of(tmp_path, a, again).text
+  for others, measured in ((b, 2), (again, 1)):
+    head = rows_of(page_of(tmp_path, a, others), "Measures")[0]
+    assert sum("Latent bits/dim" in cell for cell in head) == measured, head
+  changes = {"d": dict(discriminator_weight=0.5), "e": dict(regularizer="vq")}
+  made = (make(tmp_path / name, lines((10,), 1.0), stage="autoencoder", **of) for name, of in changes.items())
+  text = page_of(tmp_path, *made).text
+  assert "differ in regularizer, discriminator_weight: their losses" in text
 
 
 def test_grids_of_the_latest_step_that_all_have(tmp_path):

@@ -111,6 +111,29 @@ def test_a_mask_of_pixels_is_shrunk_to_latents(weights):
   assert (drawn[1, 0][mask] != IMAGES[5][mask]).any()
 
 
+def test_what_is_hidden_is_not_encoded(weights, monkeypatch):
+  """Known latents see beyond their own pixels: an encoder that mixes them all must not be given the hidden ones."""
+  mask = np.zeros(SHAPE[:2], bool)
+  mask[2:5, 4:7] = True
+  given = [IMAGES[:2], np.where(mask[:, :, None], 255 - IMAGES[:2], IMAGES[:2])]
+  seen = []
+
+  def draw(self, table, rows, index, images, image=None):
+    seen.append(images)
+    return images
+
+  monkeypatch.setattr(Parts, "draw", draw)
+  for images in given:
+    tasks.inpaint(parts_of(weights, sample_task="inpaint", sampler="ddpm"), images, mask)
+  np.testing.assert_array_equal(*seen)
+  known = seen[0].reshape(2, 4, *SHAPE)[:, 0]
+  np.testing.assert_array_equal(known[:, ~mask], IMAGES[:2][:, ~mask])
+  mean = IMAGES[:2][:, ~mask].mean(1).round()
+  np.testing.assert_array_equal(known[:, mask], np.broadcast_to(mean[:, None], known[:, mask].shape))
+  tasks.inpaint(parts_of(weights, sample_task="inpaint", sampler="ddpm"), IMAGES[:1], np.ones_like(mask))
+  assert np.all(seen[-1] == 128)
+
+
 def test_likelihoods_of_latents_are_densities(weights):
   """Of latents N(mean, std^2), for a network that knows them, it is their differential entropy in bits."""
   run, mean = weights.run, np.asarray(weights.params["mean"])

@@ -1,5 +1,6 @@
 """The training step of an autoencoder with its discriminator: one state, one forward pass, any number of devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -73,11 +74,14 @@ def test_the_adaptive_weight_by_hand():
     jax.grad(lambda w: jnp.mean(jax.vmap(functools.partial(pointwise_loss, "l1"))(jnp.asarray(z) @ w, jnp.asarray(x)))),
     jax.grad(lambda w: -jnp.mean(jnp.asarray(z) @ w @ jnp.asarray(v))),
   ]
-  weight = ae.adaptive_weight(*(gradient(jnp.asarray(w)) for gradient in gradients))
+  weight = ae.adaptive_weight(*(gradient(jnp.asarray(w)) for gradient in gradients), 1e4)
   np.testing.assert_allclose(weight, wanted, rtol=1e-5)
-  assert float(ae.adaptive_weight(jnp.ones(2), jnp.zeros(2))) == pytest.approx(2**0.5 / 1e-4, abs=1e4)
-  assert float(ae.adaptive_weight(jnp.full(2, 9.0), jnp.zeros(2))) == 1e4
-  objective = ae.AdversarialObjective(None, AutoencoderConfig(discriminator_weight=0.5), "l1", False)  # type: ignore
+  assert float(ae.adaptive_weight(jnp.full(2, 1e-5), jnp.zeros(2), 1e4)) == pytest.approx(2**0.5 / 10)
+  assert float(ae.adaptive_weight(jnp.full(2, 9.0), jnp.zeros(2), 1e4)) == 1e4
+  # Against the sums over an image of the released code of KL models, whose bound is of the ratio of those.
+  assert ae.largest_weight("kl", (4, 5, 3)) == 1e4 / 60 and ae.largest_weight("vq", (4, 5, 3)) == 1e4
+  options = AutoencoderConfig(discriminator_weight=0.5)
+  objective = ae.AdversarialObjective(None, options, "l1", False, largest=10 * wanted)  # type: ignore
   tree = lambda kernel, other: {  # noqa: E731
     "autoencoder": {"decoder": {"conv_out": {"kernel": kernel}}, "encoder": other},
     "discriminator": jnp.asarray(2.0),
@@ -87,6 +91,10 @@ def test_the_adaptive_weight_by_hand():
   np.testing.assert_allclose(said["adversarial_weight"], 0.5 * wanted, rtol=1e-5)
   np.testing.assert_allclose(gradient["autoencoder"]["encoder"], 1 + 0.5 * wanted, rtol=1e-5)
   assert float(gradient["discriminator"]) == 2
+  bounded = dataclasses.replace(objective, largest=0.25 * wanted)
+  np.testing.assert_allclose(
+    bounded.combine(parts, {"steps": jnp.asarray(0)})[1]["adversarial_weight"], 0.125 * wanted, rtol=1e-6
+  )
 
 
 def trained(run, *, scale=1.0, steps=STEPS):
@@ -137,7 +145,9 @@ def test_before_its_start_no_trace_of_the_discriminator_is_in_the_autoencoder():
 def test_the_start_counts_the_steps_of_the_learning_rate():
   """Not those that were left out; of these nothing stays, in the discriminator and its optimiser neither."""
   run = tiny_run(tiny_config(**ADVERSARIAL | dict(warmup_steps=2)))
-  objective = ae.make_objective(run.pair, run.config, lambda params, x_hat, x: params * jnp.mean((x_hat - x) ** 2))
+  objective = ae.make_objective(
+    run.pair, run.config, run.image_shape, lambda params, x_hat, x: params * jnp.mean((x_hat - x) ** 2)
+  )
   step, state = jax.jit(make_train_step(run, objective)), run.initial_state()
   for i, scale in enumerate((np.nan, 1.0, np.inf, 1.0)):
     before = host(state)
@@ -222,7 +232,7 @@ def test_gradients_of_a_step_are_those_of_its_published_form():
     return {"autoencoder": autoencoder, "discriminator": d["discriminator"]}, weight, forward(params)[2]
 
   wanted, weight, codes = by_hand(params)
-  step = jax.jit(make_train_step(run, ae.make_objective(pair, run.config, distance)))
+  step = jax.jit(make_train_step(run, ae.make_objective(pair, run.config, run.image_shape, distance)))
   new, metrics = step(state, batch, frozen={"perceptual": jnp.float32(2)})
   np.testing.assert_allclose(metrics["combined/adversarial_weight"], weight, rtol=1e-3)
   for part, gradient in host(wanted).items():  # of each the first moment is (1 - b1) times the clipped gradient
