@@ -311,7 +311,7 @@ def reads_classes(config: Config) -> bool:
 
 
 # Options that a stage has no use for.
-_WITHOUT_USE = {
+WITHOUT_USE = {
   "denoiser": (),
   "classifier": (
     *("conditioning", "label_dropout", "prediction", "loss", "loss_weighting", "evaluate_every", "init_from"),
@@ -325,7 +325,7 @@ _WITHOUT_USE = {
 
 def _check_conditioning(config: Config) -> None:
   stage = config.model.stage
-  for field, value in [(field, value) for _, field, value in options(config) if field.name in _WITHOUT_USE[stage]]:
+  for field, value in [(field, value) for _, field, value in options(config) if field.name in WITHOUT_USE[stage]]:
     if value != field.default:
       raise UserError(f"{field.name}: {flag_text(value)} has no effect with stage={stage}; leave it out")
   if stage == "denoiser" and config.data.conditioning == "none":
