@@ -13,6 +13,7 @@ from ddpm_jax.config.config import (
   changed,
   check_size,
   check_variance,
+  conditioning_text,
   draws_by_class,
   guided,
   measures,
@@ -24,6 +25,7 @@ from ddpm_jax.config.config import (
   reset_weight_selectors,
   threshold_of,
   values,
+  without_effect,
   without_one_time_options,
   writer_names,
 )
@@ -69,6 +71,7 @@ __all__ = [
   "changed",
   "check_size",
   "check_variance",
+  "conditioning_text",
   "draws_by_class",
   "flag_text",
   "from_json",
@@ -88,6 +91,7 @@ __all__ = [
   "to_json",
   "to_tree",
   "values",
+  "without_effect",
   "without_one_time_options",
   "writer_names",
 ]

@@ -10,6 +10,7 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation.results import read_result, scalars
 from ddpm_jax.evaluation.summary import YARDSTICKS, yardsticks
+from ddpm_jax.first_stage.facts import StageFacts
 from ddpm_jax.first_stage.latents import Latents
 from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.models.build import num_params
@@ -151,16 +152,15 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
   stage = weights.run.first_stage
   kind = "Latent diffusion model" if isinstance(stage, Latents) else "DDPM"
   title = f"{kind} of {_code(shown.data.dataset)}" if workdir is not None else kind
-  by_class = " by class" if weights.run.conditional else ""
-  size = f"{height}x{width}x{channels}{by_class}"
+  by_class = config_lib.conditioning_text(weights.run.config)
+  size = " ".join(filter(None, (f"{height}x{width}x{channels}", by_class)))
   unet = f"a U-Net of {num_params(weights.params):,} parameters, T = {config.diffusion.num_timesteps:,}"
   if isinstance(stage, Latents):
-    latents = "x".join(map(str, stage.latent_shape))
-    first = f"{num_params(weights.run.frozen['autoencoder']):,}"
+    facts, first = _facts(weights, stage), f"{num_params(weights.run.frozen['autoencoder']):,}"
     what = (
       "A latent diffusion model ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752)) that draws images of "
-      f"{size}: {unet}, draws latents of {latents}, and an autoencoder of {first} parameters decodes them. Mean and "
-      "deviation of the latents are folded into the autoencoder, so that its latents are standard ones."
+      f"{size}: {unet}, draws latents of {facts.shape}, and a {facts.kind}, of {first} parameters, decodes them. Mean "
+      "and deviation of the latents are folded into the autoencoder, so that its latents are standard ones."
     )
   else:
     what = (
@@ -179,7 +179,9 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
     )
   parts.append(_use_by_class(weights) if weights.run.conditional else _use(config, stage))
   if workdir is not None:
-    parts += [_training(shown, config.exchange.init_from, weights), _measures(workdir, weights), _settings(shown)]
+    parts += [_training(shown, config.exchange.init_from, weights), _measures(workdir, weights)]
+    parts += [_first_stage(_facts(weights, stage))] if isinstance(stage, Latents) else []
+    parts.append(_settings(shown))
   parts.append(f"Written by ddpm_jax {ddpm_jax.__version__}.\n")
   return "\n".join(parts)
 
@@ -269,11 +271,24 @@ def _measures(workdir: pathlib.Path, weights: Weights) -> str:
   return f"## Measures\n\n{_table(head, rows)}\n{how}\n"
 
 
+def _facts(weights: Weights, stage: Latents) -> StageFacts:
+  return stage.facts((weights.run.first_stage_facts or {}).get("sha256", ""))
+
+
+def _first_stage(facts: StageFacts) -> str:
+  rows = [("kind", facts.kind), ("latents", facts.shape), ("SHA-256 before the folding", f"{_code(facts.digest)}...")]
+  return f"## First stage\n\n{_table(('', ''), rows)}"
+
+
 def _settings(config: Config) -> str:
+  """The options that have an effect on what was trained."""
+  idle = config_lib.without_effect(config)
   rows = [
     (_code(field.name), _code(config_lib.flag_text(value)))
     for section, field, value in config_lib.options(config)
-    if section in _SECTIONS and (not field.metadata["may_change"] or field.name in _MAY_CHANGE_BUT_TELL)
+    if section in _SECTIONS
+    and field.name not in idle
+    and (not field.metadata["may_change"] or field.name in _MAY_CHANGE_BUT_TELL)
   ]
   return f"## Settings\n\n{_table(('flag', 'value'), rows)}"
 
