@@ -10,7 +10,6 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.evaluation.results import read_result, scalars
 from ddpm_jax.evaluation.summary import YARDSTICKS, yardsticks
-from ddpm_jax.first_stage.facts import StageFacts
 from ddpm_jax.first_stage.latents import Latents
 from ddpm_jax.first_stage.pixels import FirstStage
 from ddpm_jax.models.build import num_params
@@ -18,6 +17,7 @@ from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.weights.file import without_paths
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.stage_facts import StageFacts
 
 PICTURE = "samples.png"
 _SECTIONS = ("data", "diffusion", "model", "autoencoder", "optimizer", "train")
@@ -276,8 +276,8 @@ def _facts(weights: Weights, stage: Latents) -> StageFacts:
 
 
 def _first_stage(facts: StageFacts) -> str:
-  rows = [("kind", facts.kind), ("latents", facts.shape), ("SHA-256 before the folding", f"{_code(facts.digest)}...")]
-  return f"## First stage\n\n{_table(('', ''), rows)}"
+  digest = f"- SHA-256 of its parameters, before the folding: {_code(facts.digest)}...\n" if facts.digest else ""
+  return f"## First stage\n\n- kind: {facts.kind}\n- latents: {facts.shape}\n{digest}"
 
 
 def _settings(config: Config) -> str:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpm_jax.first_stage.facts import StageFacts
 from ddpm_jax.first_stage.pixels import Shape, to_float, to_uint8
 from ddpm_jax.keys import example_key
 from ddpm_jax.models.build import AutoencoderNetwork
+from ddpm_jax.workdir.stage_facts import StageFacts
 
 
 @dataclasses.dataclass(frozen=True)

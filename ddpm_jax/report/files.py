@@ -16,9 +16,9 @@ from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.summary import Result, completed, finite, number
-from ddpm_jax.first_stage.facts import StageFacts, facts_of_settings
 from ddpm_jax.report.charts import averaging_window
 from ddpm_jax.workdir.metrics import training_seconds
+from ddpm_jax.workdir.stage_facts import StageFacts, facts_of_settings
 
 _EMBED_AS_IS = 1 << 20  # bytes of a picture; a larger one is embedded as a JPEG of at most so many pixels a side
 _LONGEST_SIDE = {True: 1600, False: 640}  # if it is shown large, and if not

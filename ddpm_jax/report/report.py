@@ -28,12 +28,12 @@ from ddpm_jax.evaluation.summary import (
   title_of,
   yardsticks,
 )
-from ddpm_jax.first_stage.facts import StageFacts
 from ddpm_jax.report import charts
 from ddpm_jax.report.charts import Chart, Series, line_chart, smoothed
 from ddpm_jax.report.files import RunFiles, read_run
 from ddpm_jax.report.page import Cell, Table, measures_table, write_page
 from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.stage_facts import StageFacts
 from ddpm_jax.workdir.storage import write_whole
 
 _MOST_PICTURES = 8  # grids, and pictures of an evaluation
