@@ -212,11 +212,12 @@ def resolve_before_jax(command: Command) -> Config:
     UserError: as `resolve_config`.
   """
   if not takes_preset_of_device(command):
+    _check_data_of_preset(command)
     return resolve_config(command.mode, command.given, command.folder)
   refused = []
   for name in presets.OWN_IMAGES:
     try:
-      return resolve_config(command.mode, flags.of_preset(name) | command.given, command.folder)
+      return resolve_config(command.mode, _of_preset(name, command) | command.given, command.folder)
     except UserError as error:
       refused.append(with_preset(error, name))
   raise refused[0]
@@ -243,9 +244,33 @@ def resolve_for_device(command: Command, config: Config) -> tuple[Config, str]:
   platform = planned if command.mode == "plan" else jax.default_backend()  # a plan leaves this machine's devices alone
   name = presets.for_own_images(platform)
   try:
-    return resolve_config(command.mode, flags.of_preset(name) | command.given, command.folder), name
+    return resolve_config(command.mode, _of_preset(name, command) | command.given, command.folder), name
   except UserError as error:
     raise with_preset(error, name) from None
+
+
+def _of_preset(name: str, command: Command) -> dict[str, Any]:
+  """The options of a preset for own images. It is a denoiser's: another stage takes what it has a use for.
+
+  An autoencoder takes no network of it either, whose levels would be far too many.
+  """
+  stage, settings = command.given.get("stage", "denoiser"), flags.of_preset(name)
+  without = {*config_lib.WITHOUT_USE.get(stage, ())}
+  if stage == "autoencoder":
+    of = ("diffusion", "model", "sample")
+    without |= {field.name for section, field, _ in config_lib.options(Config()) if section in of}
+  return {name: value for name, value in settings.items() if name not in without}
+
+
+def _check_data_of_preset(command: Command) -> None:
+  """Raises UserError for a preset of the user's own images where the command does not say which: digits are not."""
+  if command.preset in (None, presets.NONE) or not MODES[command.mode].new_run or "dataset" in command.given:
+    return
+  if command.given.get("init_from") or (command.folder and layout.holds_run(command.folder)):
+    return
+  raise UserError(
+    f"dataset: --preset={command.preset} is for images of your own; name them, such as --dataset=folder:PATH"
+  )
 
 
 def with_preset(error: UserError, name: str) -> UserError:

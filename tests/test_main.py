@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import pathlib
 import re
@@ -293,6 +294,21 @@ def test_a_run_on_own_images_takes_the_preset_of_its_device_and_says_so(runs, co
     assert config == expected, words
     line = runs.said[-1] or capsys.readouterr().out
     assert said in line if said else not line, words
+  of_preset = config_lib.override(Config(), flags.of_preset("images32") | folder)
+  for stage in ("autoencoder", "classifier"):  # each takes what it has a use for
+    assert command(new, images, f"--stage={stage}") == 0 and "--preset=images32" in runs.said[-1]
+    config = runs.calls[-1][1]
+    assert (config.data, config.optimizer, config.train) == (of_preset.data, of_preset.optimizer, of_preset.train)
+    defaults = config_lib.override(Config(), {"stage": stage})
+    if stage == "autoencoder":
+      assert (config.model, config.diffusion) == (defaults.model, defaults.diffusion)
+    else:
+      assert config.model == dataclasses.replace(of_preset.model, stage=stage)
+      assert config.diffusion.beta_schedule == "cosine" and config.diffusion.prediction == "eps"
+  for mode in ("train", "plan"):  # and not the digits, which nobody asked for
+    place = [] if mode == "plan" else [new]
+    assert command(*place, f"--mode={mode}", "--preset=ldm_kl_f8") == 2
+    assert one_line(capsys).startswith("error: dataset: --preset=ldm_kl_f8 is for images of your own; name them")
   assert command(new, images, "--beta_end=0.4") == 2
   assert "beta_end: 0.4 has no effect with beta_schedule=cosine" in (line := one_line(capsys))
   assert "own images take --preset=images32" in line

@@ -320,7 +320,7 @@ def conditioning_text(config: Config) -> str:
 
 
 # Options that a stage has no use for, and is refused with.
-_WITHOUT_USE = {
+WITHOUT_USE = {
   "denoiser": (),
   "classifier": (
     *("conditioning", "label_dropout", "prediction", "loss", "loss_weighting", "evaluate_every", "init_from"),
@@ -342,7 +342,7 @@ def without_effect(config: Config) -> frozenset[str]:
   >>> sorted(without_effect(Config()) - {field.name for field in dataclasses.fields(AutoencoderConfig)})
   ['label_dropout', 'num_classes']
   """
-  stage, names = config.model.stage, set(_WITHOUT_USE[config.model.stage])
+  stage, names = config.model.stage, set(WITHOUT_USE[config.model.stage])
   if stage == "autoencoder":
     names |= {field.name for field in dataclasses.fields(DiffusionConfig)} - {*_OF_DIFFUSION_FOR_AUTOENCODERS}
     names |= {name for name, (*_, has_effect) in _needs(config.autoencoder).items() if not has_effect}
@@ -361,7 +361,7 @@ def without_effect(config: Config) -> frozenset[str]:
 
 def _check_conditioning(config: Config) -> None:
   stage = config.model.stage
-  for field, value in [(field, value) for _, field, value in options(config) if field.name in _WITHOUT_USE[stage]]:
+  for field, value in [(field, value) for _, field, value in options(config) if field.name in WITHOUT_USE[stage]]:
     if value != field.default:
       raise UserError(f"{field.name}: {flag_text(value)} has no effect with stage={stage}; leave it out")
   if stage == "denoiser" and config.data.conditioning == "none":

@@ -150,7 +150,10 @@ def in_words(title: str, name: str, value: float, others: Mapping[str, float]) -
     sentence += " Noise does better than that: here this measure says nothing."
   mean = others.get("mean_image", value)
   if mean != value and better == ("lower" if mean < value else "higher"):
-    sentence += " The mean image does better: here reconstructions say nothing of their images."
+    return sentence + " The mean image does better: here reconstructions say nothing of their images."
+  small = others.get("resized", value)
+  if small != value and better == ("lower" if small < value else "higher"):
+    sentence += " Shrunk images do better: train longer, or with more --channels, before you diffuse the latents."
   return sentence
 
 

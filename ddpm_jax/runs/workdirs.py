@@ -10,6 +10,7 @@ import shlex
 import jax
 from jax.experimental import multihost_utils
 
+from ddpm_jax import config as config_lib
 from ddpm_jax.checkpoint import resume
 from ddpm_jax.checkpoint.checkpoint import Checkpoints
 from ddpm_jax.checkpoint.resume import Start
@@ -97,7 +98,7 @@ def finish(run: Run, workdir: pathlib.Path, last: int) -> None:
     console.warn(f"cannot write loss.png and report.html into {workdir} ({error.strerror})")
   except UserError as error:
     console.warn(f"{error}")
-  console.say(_farewell(workdir, last, run.config.train.num_steps, run.schedule.num_timesteps, run.config.model.stage))
+  console.say(_farewell(workdir, last, run.config))
 
 
 def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -> None:
@@ -176,8 +177,13 @@ def _start(run: Run, workdir: pathlib.Path, start: int, *, finished: bool, moved
   return what + f"a new run: {total} training steps{first} in {workdir}; compiling"
 
 
-def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int, stage: str = "denoiser") -> str:
-  done, quick = step >= total, min(QUICK, num_timesteps)
+# What of the data a model of latents must have in common with its first stage, beside options of reading.
+_OF_IMAGES = ("dataset", "split", "only", "image_field", "image_size", "resize", "crop", "resample")
+
+
+def _farewell(workdir: pathlib.Path, step: int, config: Config) -> str:
+  total, stage = config.train.num_steps, config.model.stage
+  done, quick = step >= total, min(QUICK, config.diffusion.num_timesteps)
   end = f"done: {step} training steps" if done else f"stopped on request after step {step} of {total}, saved"
   own = layout.own_parts(workdir)
   same = "ddpm_jax.train with the same arguments" if own else paths.command(f"--workdir={workdir}")
@@ -191,7 +197,15 @@ def _farewell(workdir: pathlib.Path, step: int, total: int, num_timesteps: int, 
   checkpoint = f"{end}\n  checkpoint    {workdir / 'checkpoints' / str(step)}\n"
   if stage == "autoencoder":
     measure = paths.command("--mode=evaluate", f"--workdir={workdir}")
-    diffuse = paths.command(f"--first_stage={workdir}", "--workdir=MODEL")
+    options = config_lib.options(config)
+    data = [
+      f"--{field.name}={config_lib.flag_text(value)}"
+      for _, field, value in options
+      if field.name in _OF_IMAGES and value != field.default
+    ]
+    diffuse = paths.command(f"--first_stage={workdir}", *data, "--workdir=MODEL")
+    if config.data.dataset.startswith("own:"):
+      diffuse = f"ddpm_jax.train with the same images and first_stage={str(workdir)!r}"
     return f"""{checkpoint}  images        {workdir / "samples"}
   metrics       {metrics}
 {again}  measure       {measure}

@@ -316,9 +316,10 @@ def _part(folder: pathlib.Path) -> pathlib.Path:
   """Where the autoencoder of a folder lies. Raises UserError."""
   part = next((folder / name for name in _PARTS if (folder / name).is_dir()), folder)
   if not (part / "config.json").exists():
+    files = sorted(folder.glob("*.safetensors"))
+    remedy = f"name {files[0]}" if files else "name a folder of diffusers with an AutoencoderKL or a VQModel"
     raise UserError(
-      f"{folder} holds no autoencoder: neither config.json, nor {' or '.join(f'{name}/' for name in _PARTS)}; name a "
-      "folder of diffusers with an AutoencoderKL or a VQModel"
+      f"{folder} holds no autoencoder: neither config.json, nor {' or '.join(f'{name}/' for name in _PARTS)}; {remedy}"
     )
   return part
 

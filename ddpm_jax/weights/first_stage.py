@@ -145,7 +145,9 @@ def fixed_for(autoencoder: Autoencoder, source_shape: ImageShape, name: str) -> 
   if (theirs or (*source_shape[:2], channels)) != source_shape:
     of = "x".join(map(str, theirs)) if theirs else f"{channels} channels"
     size = (
-      f", or use --image_size={config_lib.image_size(*theirs[:2])}" if theirs and theirs[2] == source_shape[2] else ""
+      f", or use --image_size={config_lib.image_size(*theirs[:2])}"
+      if theirs and theirs[2] == source_shape[2]
+      else ", or name its images with --dataset"
     )
     raise UserError(
       f"first_stage: it is of images of {of}, those of {name} are {'x'.join(map(str, source_shape))}; name one that "

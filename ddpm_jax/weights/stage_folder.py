@@ -111,7 +111,7 @@ def read_kept(workdir: pathlib.Path) -> Autoencoder:
     params = from_flat_as(arrays, abstract_params(network, (height, width, channels)))
   except FileNotFoundError as error:
     raise UserError(
-      f"first_stage: {error.filename} is missing, without which nothing can be drawn; restore it"
+      f"first_stage: {error.filename} is missing, without which there are no latents; restore it from a copy of the run"
     ) from None
   except UnusableError as error:
     raise UserError(f"first_stage: {folder / _WEIGHTS} {error}; restore {folder}") from error

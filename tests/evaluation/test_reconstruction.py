@@ -250,6 +250,9 @@ def test_the_result_in_words_and_columns(monkeypatch, tmp_path):
   assert list(beside) == ["mean_image", "resized"]
   text = summary.in_words("PSNR", "psnr_train", 12.0, {"mean_image": 13.5})
   assert text.endswith(" The mean image does better: here reconstructions say nothing of their images.")
+  for psnr, said in ((17.3, True), (24.1, False)):
+    text = summary.in_words("PSNR", "psnr_train", psnr, {"mean_image": 13.5, "resized": 24.0})
+    assert text.endswith("or with more --channels, before you diffuse the latents.") == said, psnr
   conditions = json.loads(columns["psnr_test"].conditions)
   assert conditions == {"weights": "ema", "reconstruction": {"examples": 23}}
 

@@ -11,7 +11,7 @@ import pytest
 from absl import flags as absl_flags
 
 from ddpm_jax import flags
-from ddpm_jax.config import DataConfig
+from ddpm_jax.config import Config, DataConfig, override
 from ddpm_jax.data import prepared
 from ddpm_jax.errors import UserError
 from ddpm_jax.runs import workdirs
@@ -77,16 +77,26 @@ def test_printed_commands_can_be_pasted(tmp_path, monkeypatch):
   workdir = tmp_path / "it's a $run; #1"
   assert shlex.split(paths.command(f"--workdir={workdir}")) == ["python", "-m", "ddpm_jax.main", f"--workdir={workdir}"]
   assert paths.command("--workdir=/runs/a-b_1.2") == "python -m ddpm_jax.main --workdir=/runs/a-b_1.2"
-  farewell = workdirs._farewell(workdir, 1, 2, 1000)
+  few = override(Config(), {"num_steps": 2})
+  farewell = workdirs._farewell(workdir, 1, few)
   quickly = ["--mode=sample", "--sampler=dpmpp", "--sampling_steps=20", f"--workdir={workdir}"]
   assert shlex.split(farewell.splitlines()[-1].removeprefix("  draw images   "))[3:] == quickly
-  assert " --sampling_steps=7 " in workdirs._farewell(workdir, 1, 2, 7)  # more than T is refused
+  assert " --sampling_steps=7 " in workdirs._farewell(
+    workdir, 1, override(few, {"num_timesteps": 7, "preview_steps": 7})
+  )  # more than T is refused
   assert "tensorboard" not in farewell  # it wrote nothing
   (workdir / "tensorboard").mkdir(parents=True)
   for installed in (None, "a specification"):
     monkeypatch.setattr(workdirs.importlib.util, "find_spec", lambda name, found=installed: found)
-    board = workdirs._farewell(workdir, 1, 2, 1000).partition("and tensorboard ")[2]
+    board = workdirs._farewell(workdir, 1, few).partition("and tensorboard ")[2]
     assert shlex.split(board.partition("\n")[0]) == ([f"--logdir={workdir}"] if installed else [])
+  # Latents are of the images that the first stage was trained on.
+  of = {"dataset": "folder:/my pictures", "image_size": 32, "crop": "random", "stage": "autoencoder"}
+  line = workdirs._farewell(workdir, 2, override(few, of)).splitlines()[-1]
+  assert shlex.split(line.removeprefix("  diffuse       "))[3:] == [
+    *(f"--first_stage={workdir}", "--dataset=folder:/my pictures", "--image_size=32", "--crop=random"),
+    "--workdir=MODEL",
+  ]
 
 
 def test_a_locale_that_cannot_spell_a_path_is_named():

@@ -231,6 +231,8 @@ def test_where_an_autoencoder_may_be(tmp_path, saved):
 
   (empty := tmp_path / "empty").mkdir()
   assert "holds no autoencoder" in refusal(empty)
+  (empty / "autoencoder.safetensors").write_bytes(b"")  # as our export leaves behind
+  assert refusal(empty).endswith(f"; name {empty / 'autoencoder.safetensors'}")
   assert "there is no" in refusal(tmp_path / "nothing")
   pickled = saved("kl", where="pickled")
   (pickled / WEIGHTS).rename(pickled / "diffusion_pytorch_model.bin")
