@@ -14,6 +14,7 @@ from ddpm_jax.config.config import (
   changed,
   check_size,
   check_variance,
+  conditioning_text,
   draws_by_class,
   guided,
   measures,
@@ -25,6 +26,7 @@ from ddpm_jax.config.config import (
   reset_weight_selectors,
   threshold_of,
   values,
+  without_effect,
   without_one_time_options,
   writer_names,
 )
@@ -71,6 +73,7 @@ __all__ = [
   "changed",
   "check_size",
   "check_variance",
+  "conditioning_text",
   "draws_by_class",
   "flag_text",
   "from_json",
@@ -90,6 +93,7 @@ __all__ = [
   "to_json",
   "to_tree",
   "values",
+  "without_effect",
   "without_one_time_options",
   "writer_names",
 ]

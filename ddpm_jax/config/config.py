@@ -206,10 +206,10 @@ def writer_names(text: str) -> tuple[str, ...]:
 
 def _check_together(config: Config) -> None:
   """Raises UserError where two options contradict each other, or where one would silently do nothing."""
-  diffusion, sample, defaults = config.diffusion, config.sample, DiffusionConfig()
+  diffusion, sample, defaults, idle = config.diffusion, config.sample, DiffusionConfig(), without_effect(config)
   _check_data(config.data)
   if diffusion.beta_schedule in WITHOUT_ENDS:
-    for name in ("beta_start", "beta_end"):
+    for name in _ENDS:
       if getattr(diffusion, name) != getattr(defaults, name):
         raise UserError(
           f"{name}: {getattr(diffusion, name)} has no effect with beta_schedule={diffusion.beta_schedule}; leave it out"
@@ -249,7 +249,7 @@ def _check_together(config: Config) -> None:
   _check_conditioning(config)
   _check_autoencoder(config)
   _check_guidance(config.sample)
-  if config.model.head_channels and config.model.num_heads != ModelConfig().num_heads:
+  if "num_heads" in idle and config.model.num_heads != ModelConfig().num_heads:
     raise UserError(
       f"num_heads: {config.model.num_heads} has no effect with head_channels={config.model.head_channels}; leave one "
       "of them out"
@@ -268,7 +268,7 @@ def _check_together(config: Config) -> None:
       f"grad_accum_steps: {config.train.grad_accum_steps} does not divide batch_size={config.data.batch_size}; use 1"
     )
   optimizer = config.optimizer
-  if optimizer.lr_schedule != "constant_then_decay" and optimizer.decay_fraction != OptimizerConfig().decay_fraction:
+  if "decay_fraction" in idle and optimizer.decay_fraction != OptimizerConfig().decay_fraction:
     raise UserError(
       f"decay_fraction: {optimizer.decay_fraction} has no effect with lr_schedule={optimizer.lr_schedule}; use "
       "--lr_schedule=constant_then_decay, or leave it out"
@@ -310,7 +310,16 @@ def reads_classes(config: Config) -> bool:
   return config.data.conditioning == "class" or config.model.stage == "classifier"
 
 
-# Options that a stage has no use for.
+def conditioning_text(config: Config) -> str:
+  """What a denoiser is told beside the timestep, in words: 'by class (9 classes, label dropout 0.1)'; '' if nothing."""
+  if config.model.stage != "denoiser" or config.data.conditioning != "class":
+    return ""
+  number = config.model.num_classes
+  classes = f"{number:,} {'class' if number == 1 else 'classes'}, " if number else ""  # 0: not counted yet
+  return f"by class ({classes}label dropout {config.model.label_dropout:g})"
+
+
+# Options that a stage has no use for, and is refused with.
 WITHOUT_USE = {
   "denoiser": (),
   "classifier": (
@@ -321,6 +330,33 @@ WITHOUT_USE = {
     *("num_heads", "head_channels", "init_from", "evaluate_samples", "reference_split", "reference_stats"),
   ),
 }
+# Options of the diffusion that an autoencoder reads; the others it leaves alone, also where a flagfile has them.
+_OF_DIFFUSION_FOR_AUTOENCODERS = ("loss",)
+_ENDS = ("beta_start", "beta_end")
+_OF_CLASSES = ("num_classes", "label_dropout")
+
+
+def without_effect(config: Config) -> frozenset[str]:
+  """Names of the options that say nothing of a model of these settings: its stage, or another option, ignores them.
+
+  >>> sorted(without_effect(Config()) - {field.name for field in dataclasses.fields(AutoencoderConfig)})
+  ['label_dropout', 'num_classes']
+  """
+  stage, names = config.model.stage, set(WITHOUT_USE[config.model.stage])
+  if stage == "autoencoder":
+    names |= {field.name for field in dataclasses.fields(DiffusionConfig)} - {*_OF_DIFFUSION_FOR_AUTOENCODERS}
+    names |= {name for name, (*_, has_effect) in _needs(config.autoencoder).items() if not has_effect}
+  else:
+    names |= {field.name for field in dataclasses.fields(AutoencoderConfig)}
+  if stage == "denoiser" and config.data.conditioning == "none":
+    names.update(_OF_CLASSES)
+  if config.diffusion.beta_schedule in WITHOUT_ENDS:
+    names.update(_ENDS)
+  if config.model.head_channels:
+    names.add("num_heads")
+  if config.optimizer.lr_schedule != "constant_then_decay":
+    names.add("decay_fraction")
+  return frozenset(names)
 
 
 def _check_conditioning(config: Config) -> None:
@@ -329,9 +365,22 @@ def _check_conditioning(config: Config) -> None:
     if value != field.default:
       raise UserError(f"{field.name}: {flag_text(value)} has no effect with stage={stage}; leave it out")
   if stage == "denoiser" and config.data.conditioning == "none":
-    for name in ("num_classes", "label_dropout"):
+    for name in _OF_CLASSES:
       if value := getattr(config.model, name):
         raise UserError(f"{name}: {value} has no effect with conditioning=none; use --conditioning=class")
+
+
+def _needs(of: AutoencoderConfig) -> dict[str, tuple[str, str, bool]]:
+  """Options of an autoencoder that need another: its name, a value that gives them an effect, whether they have one."""
+  return {
+    "codebook_size": ("regularizer", "vq", of.regularizer == "vq"),
+    "kl_weight": ("regularizer", "kl", of.regularizer == "kl"),
+    "perceptual_weight": ("perceptual", "lpips", of.perceptual != "none"),
+    **dict.fromkeys(
+      ("discriminator_start", "discriminator_warmup", "discriminator_layers"),
+      ("discriminator_weight", "0.5", of.discriminator_weight > 0),
+    ),
+  }
 
 
 def _check_autoencoder(config: Config) -> None:
@@ -340,15 +389,7 @@ def _check_autoencoder(config: Config) -> None:
   if named and stage != "autoencoder":
     value = flag_text(getattr(now, named[0]))
     raise UserError(f"{named[0]}: {value} has no effect with stage={stage}; use --stage=autoencoder, or leave it out")
-  needs = {
-    "codebook_size": ("regularizer", "vq", now.regularizer == "vq"),
-    "kl_weight": ("regularizer", "kl", now.regularizer == "kl"),
-    "perceptual_weight": ("perceptual", "lpips", now.perceptual != "none"),
-    **dict.fromkeys(
-      ("discriminator_start", "discriminator_warmup", "discriminator_layers"),
-      ("discriminator_weight", "0.5", now.discriminator_weight > 0),
-    ),
-  }
+  needs = _needs(now)
   for name in named:
     option, value, has_effect = needs.get(name, ("", "", True))
     if not has_effect:

@@ -17,6 +17,7 @@ from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.weights.file import without_paths
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.stage_facts import StageFacts
 
 PICTURE = "samples.png"
 _SECTIONS = ("data", "diffusion", "model", "autoencoder", "optimizer", "train")
@@ -151,16 +152,15 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
   stage = weights.run.first_stage
   kind = "Latent diffusion model" if isinstance(stage, Latents) else "DDPM"
   title = f"{kind} of {_code(shown.data.dataset)}" if workdir is not None else kind
-  by_class = " by class" if weights.run.conditional else ""
-  size = f"{height}x{width}x{channels}{by_class}"
+  by_class = config_lib.conditioning_text(weights.run.config)
+  size = " ".join(filter(None, (f"{height}x{width}x{channels}", by_class)))
   unet = f"a U-Net of {num_params(weights.params):,} parameters, T = {config.diffusion.num_timesteps:,}"
   if isinstance(stage, Latents):
-    latents = "x".join(map(str, stage.latent_shape))
-    first = f"{num_params(weights.run.frozen['autoencoder']):,}"
+    facts, first = _facts(weights, stage), f"{num_params(weights.run.frozen['autoencoder']):,}"
     what = (
       "A latent diffusion model ([Rombach et al. 2022](https://arxiv.org/abs/2112.10752)) that draws images of "
-      f"{size}: {unet}, draws latents of {latents}, and an autoencoder of {first} parameters decodes them. Mean and "
-      "deviation of the latents are folded into the autoencoder, so that its latents are standard ones."
+      f"{size}: {unet}, draws latents of {facts.shape}, and a {facts.kind}, of {first} parameters, decodes them. Mean "
+      "and deviation of the latents are folded into the autoencoder, so that its latents are standard ones."
     )
   else:
     what = (
@@ -179,7 +179,9 @@ def card(config: Config, weights: Weights, workdir: pathlib.Path | None, samples
     )
   parts.append(_use_by_class(weights) if weights.run.conditional else _use(config, stage))
   if workdir is not None:
-    parts += [_training(shown, config.exchange.init_from, weights), _measures(workdir, weights), _settings(shown)]
+    parts += [_training(shown, config.exchange.init_from, weights), _measures(workdir, weights)]
+    parts += [_first_stage(_facts(weights, stage))] if isinstance(stage, Latents) else []
+    parts.append(_settings(shown))
   parts.append(f"Written by ddpm_jax {ddpm_jax.__version__}.\n")
   return "\n".join(parts)
 
@@ -269,11 +271,24 @@ def _measures(workdir: pathlib.Path, weights: Weights) -> str:
   return f"## Measures\n\n{_table(head, rows)}\n{how}\n"
 
 
+def _facts(weights: Weights, stage: Latents) -> StageFacts:
+  return stage.facts((weights.run.first_stage_facts or {}).get("sha256", ""))
+
+
+def _first_stage(facts: StageFacts) -> str:
+  digest = f"- SHA-256 of its parameters, before the folding: {_code(facts.digest)}...\n" if facts.digest else ""
+  return f"## First stage\n\n- kind: {facts.kind}\n- latents: {facts.shape}\n{digest}"
+
+
 def _settings(config: Config) -> str:
+  """The options that have an effect on what was trained."""
+  idle = config_lib.without_effect(config)
   rows = [
     (_code(field.name), _code(config_lib.flag_text(value)))
     for section, field, value in config_lib.options(config)
-    if section in _SECTIONS and (not field.metadata["may_change"] or field.name in _MAY_CHANGE_BUT_TELL)
+    if section in _SECTIONS
+    and field.name not in idle
+    and (not field.metadata["may_change"] or field.name in _MAY_CHANGE_BUT_TELL)
   ]
   return f"## Settings\n\n{_table(('flag', 'value'), rows)}"
 

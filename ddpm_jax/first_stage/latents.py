@@ -16,6 +16,7 @@ import numpy as np
 from ddpm_jax.first_stage.pixels import Shape, to_float, to_uint8
 from ddpm_jax.keys import example_key
 from ddpm_jax.models.build import AutoencoderNetwork
+from ddpm_jax.workdir.stage_facts import StageFacts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Latents:
   def identity(self) -> bool:
     """False."""
     return False
+
+  def facts(self, sha256: str = "") -> StageFacts:
+    """What is said of it; `sha256` is that of the parameters of its autoencoder."""
+    model = self.network.model
+    return StageFacts(model.regularizer, model.codebook_size, self.latent_shape, sha256)
 
   @property
   def bin_width(self) -> None:

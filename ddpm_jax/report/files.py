@@ -18,6 +18,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.evaluation.summary import Result, completed, finite, number
 from ddpm_jax.report.charts import averaging_window
 from ddpm_jax.workdir.metrics import training_seconds
+from ddpm_jax.workdir.stage_facts import StageFacts, facts_of_settings
 
 _EMBED_AS_IS = 1 << 20  # bytes of a picture; a larger one is embedded as a JPEG of at most so many pixels a side
 _LONGEST_SIDE = {True: 1600, False: 640}  # if it is shown large, and if not
@@ -47,6 +48,7 @@ class RunFiles:
   workdir: pathlib.Path
   notes: list[str] = dataclasses.field(default_factory=list)
   config: Config | None = None
+  stage: StageFacts | None = None  # of a latent model, as far as its workdir says it
   metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
   results: dict[int, Result] = dataclasses.field(default_factory=dict)  # by step, in order
 
@@ -147,6 +149,9 @@ def read_run(workdir: pathlib.Path) -> RunFiles:
     run.notes += ["There is no config.json."] if text is None else []
   except (UserError, RecursionError) as error:
     run.notes.append(f"The settings cannot be read: {error}.")
+  if run.config and run.config.diffusion.first_stage and (text := run.text("first_stage/settings.json")) is not None:
+    run.stage = facts_of_settings(_json(text))
+    run.notes += ["first_stage/settings.json is damaged."] if run.stage is None else []
   lines = (run.text("metrics.jsonl") or "").split("\n")[:-1]  # a last line without its end is still being written
   rows = [_json(line) for line in lines]
   run.metrics = [row for row in rows if isinstance(row, dict)]

@@ -33,6 +33,7 @@ from ddpm_jax.report.charts import Chart, Series, line_chart, smoothed
 from ddpm_jax.report.files import RunFiles, read_run
 from ddpm_jax.report.page import Cell, Table, measures_table, write_page
 from ddpm_jax.workdir import grids
+from ddpm_jax.workdir.stage_facts import StageFacts
 from ddpm_jax.workdir.storage import write_whole
 
 _MOST_PICTURES = 8  # grids, and pictures of an evaluation
@@ -70,12 +71,12 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
     "report.html",
     name=workdir.resolve().name,
     config=run.config,
-    lead=_lead(run.config),
+    lead=_lead(run.config, run.stage),
     tiles=_tiles(run, found),
     sections=_pictures(run),
     training=_training(run),
     measured=_measured(run, found),
-    settings=_settings(run.config) if run.config else {},
+    settings=_settings(run.config, run.stage) if run.config else {},
     flags=run.text("flags.txt"),
     notes=run.notes,  # of all of the above
   )
@@ -84,8 +85,8 @@ def write_report(workdir: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _lead(config: Config | None) -> str:
-  """What the page is about, a sentence."""
+def _lead(config: Config | None, stage: StageFacts | None) -> str:
+  """What the page is about, a sentence. `stage`: the first stage of a latent model, as far as it is known."""
   if config is None:
     return "A training run."
   model, own = config.model, config.autoencoder
@@ -100,12 +101,13 @@ def _lead(config: Config | None) -> str:
       f"width with {number(own.latent_channels)} channels, {kind}, {batches}"
     )
   schedule = f"T = {number(config.diffusion.num_timesteps)}, {config.diffusion.beta_schedule} schedule"
+  latent = bool(config.diffusion.first_stage)
+  latents = f"latents of {stage.text}, " if stage else ""
   if model.stage == "classifier":
-    return f"Classifier of noisy images {images}: {levels}, {schedule}, {batches}"
-  return (
-    f"Denoising diffusion probabilistic model {images}: U-Net with {levels}, {schedule}, {config.diffusion.prediction} "
-    f"prediction, {batches}"
-  )
+    return f"Classifier of noisy {'latents of ' * latent}images {images}: {latents}{levels}, {schedule}, {batches}"
+  kind = "Latent diffusion model" if latent else "Denoising diffusion probabilistic model"
+  of = ", ".join(filter(None, (images, config_lib.conditioning_text(config))))
+  return f"{kind} {of}: {latents}U-Net with {levels}, {schedule}, {config.diffusion.prediction} prediction, {batches}"
 
 
 def write_guidance_chart(workdir: pathlib.Path, result: Result) -> list[pathlib.Path]:
@@ -350,12 +352,27 @@ def _by_timestep(splits: dict[str, Any]) -> list[Chart | None]:
   return drawn
 
 
-def _settings(config: Config) -> dict[str, list[dict[str, Any]]]:
-  """Section -> its options: name, value, default if it differs, and help."""
+def _settings(config: Config, stage: StageFacts | None) -> dict[str, list[dict[str, Any]]]:
+  """Section -> its options that have an effect: name, value, default if it differs, and help.
+
+  What is known of the first stage of a latent model stands where an autoencoder has its options.
+  """
   shown: dict[str, list[dict[str, Any]]] = {}
+  idle = config_lib.without_effect(config)
   for (section, field, value), (_, _, default) in zip(
     config_lib.options(config), config_lib.options(Config()), strict=True
   ):
+    if section == "autoencoder" and stage:
+      shown["first stage"] = [
+        {"name": name, "value": text, "help": what, "default": None}
+        for name, text, what in (
+          ("kind", stage.kind, "What turns images into latents, and latents into images."),
+          ("latents", stage.shape, "Height, width and channels of the latents of an image."),
+          ("digest", stage.digest, "First digits of the SHA-256 of its parameters."),
+        )
+      ]
+    if field.name in idle:
+      continue
     row = {"name": field.name, "value": config_lib.flag_text(value), "help": field.metadata["help"]}
     row["default"] = None if value == default else config_lib.flag_text(default) or "empty"
     shown.setdefault(section, []).append(row)

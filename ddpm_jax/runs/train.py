@@ -129,7 +129,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
     cleanup.enter_context(contextlib.closing(checkpoints))
 
     if not trained:  # what may be wrong with checkpoints is a line on its own; here it is the images that take long
-      workdirs.say_what(run, source, job)
+      workdirs.say_what(run, source, workdir, job)
     all_encoded = functools.cache(functools.partial(_encode_all, run, stage, source, watchdog.beat))
     if stage:
       run = first_stage.settle(run, stage, workdir, source, all_encoded, beat=watchdog.beat)
@@ -149,7 +149,7 @@ def train(config: Config, workdir: pathlib.Path, invocation: Invocation) -> bool
 
     finished = start.step >= total and not evaluation_missing(config, workdir, start.step)
     if trained:
-      workdirs.say_what(run, source, job)
+      workdirs.say_what(run, source, workdir, job)
     workdirs.say_start(run, workdir, start.step, job, finished=finished, moved=moved)
     if finished:
       return True

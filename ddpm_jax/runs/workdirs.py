@@ -18,6 +18,7 @@ from ddpm_jax.config import Config, reset_weight_selectors
 from ddpm_jax.data import summary
 from ddpm_jax.data.sources import Source
 from ddpm_jax.errors import UserError
+from ddpm_jax.first_stage.latents import Latents
 from ddpm_jax.models.build import num_params
 from ddpm_jax.runs.reports import write_pages
 from ddpm_jax.runtime import console, numerics, paths
@@ -25,6 +26,7 @@ from ddpm_jax.runtime.distributed import Job
 from ddpm_jax.sampling.draw import QUICK
 from ddpm_jax.training.optimizer import decay_start
 from ddpm_jax.training.setup import Run, copies_warning, noise_warning
+from ddpm_jax.weights import first_stage, stage_folder
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.lock import Lock
 
@@ -118,7 +120,7 @@ def check_space(run: Run, workdir: pathlib.Path, start: int, leaving: int = 0) -
   layout.check_space(workdir, size, options.keep_checkpoints, saves, beside=decay + for_good + leaving)
 
 
-def say_what(run: Run, source: Source, job: Job) -> None:
+def say_what(run: Run, source: Source, workdir: pathlib.Path, job: Job) -> None:
   """Says, in the first process, what is trained, on which images and machine."""
   height, width, channels = run.image_shape
   stage = run.config.model.stage
@@ -133,8 +135,16 @@ def say_what(run: Run, source: Source, job: Job) -> None:
     console.say(
       f"ddpm_jax: {len(source)} images {height}x{width}x{channels} of {source.name}, {networks} of "
       f"{num_params(params):,} parameters{beside}, {numerics.machine()} ({run.mesh.strategy})\n"
-      f"{job.text}\n{summary.two_lines(source, run.config.data)}"
+      f"{_latents(run, workdir)}{job.text}\n{summary.two_lines(source, run.config.data)}"
     )
+
+
+def _latents(run: Run, workdir: pathlib.Path) -> str:
+  """A line on the first stage of a latent run; '' for pixels."""
+  if not isinstance(run.first_stage, Latents):
+    return ""
+  of = filter(None, (run.first_stage.facts().text, first_stage.taken_from(run.config, workdir)))
+  return f"latents: {', '.join(of)} (kept in {workdir / stage_folder.FOLDER})\n"
 
 
 def say_start(

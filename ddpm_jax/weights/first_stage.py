@@ -70,6 +70,15 @@ def find(config: Config, workdir: pathlib.Path, *, given: bool = False) -> Autoe
   return kept
 
 
+def taken_from(config: Config, workdir: pathlib.Path) -> str:
+  """In words, where the first stage of a latent run is taken from; '' once its workdir keeps a copy."""
+  if is_kept(workdir):
+    return ""
+  place = pathlib.Path(config.diffusion.first_stage)
+  theirs = ", where it is the first stage of a latent model" if _holds_latent_run(place) else ""
+  return f"taken from {place}{theirs}"
+
+
 def read_named(path: str, config: Config) -> Autoencoder:
   """What PATH holds; the same on all processes, which must all call it. Raises UserError."""
   try:
@@ -101,6 +110,11 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
   params = jax.tree.map(gather, weights.params["autoencoder"])
   shape = weights.run.image_shape
   return Autoencoder(build_autoencoder(stored.model, stored.autoencoder, shape), params, shape)
+
+
+def _holds_latent_run(place: pathlib.Path) -> bool:
+  ours = layout.holds_run(place) and not diffusers.is_folder_of_diffusers(place)
+  return ours and bool(layout.load_config(place).diffusion.first_stage)
 
 
 def _of_others(place: pathlib.Path, config: Config) -> Autoencoder:
@@ -195,6 +209,8 @@ def encode_all(run: Run, stage: FixedStage, source: Source, *, beat: Callable[[s
     found["replaced"] = np.concatenate([part.rows.replaced for part in parts])
     found["record"] = np.concatenate([part.rows.record for part in parts if part.rows.record is not None])
     _to_cache(path, task, found)
+  else:
+    console.say(f"latents taken from {path}")  # of one process alone
   rows = DecodedRows(found["moments"], found["replaced"], record=found["record"])
   return Encoded(found["moments"], rows)
 

@@ -540,6 +540,40 @@ def test_the_edge_of_each_rule_is_allowed():
   assert all(changes.items() <= config_lib.values(make(**changes)).items() for changes in ALLOWED)
 
 
+def test_what_is_refused_as_without_effect_is_what_says_nothing_of_a_model():
+  """Of options of the model that is trained; an autoencoder leaves those of the diffusion alone, but for one."""
+  reasons = ("stage", "conditioning", "beta_schedule", "head_channels", "lr_schedule")
+  reasons += ("regularizer", "perceptual", "discriminator_weight")
+  different = {name: value for run in (OTHER, *OTHER_TASKS) for name, value in run.items()}
+  idle = {"num_timesteps", "beta_schedule", "beta_start", "beta_end", "variance"}
+  for changes in (
+    {},
+    {"conditioning": "class", "beta_schedule": "cosine", "head_channels": 8, "lr_schedule": "cosine"},
+    {"first_stage": "/data/first stage"},
+    {"stage": "classifier"},
+    AUTOENCODER,
+    AUTOENCODER | {"regularizer": "vq", "perceptual": "features", "discriminator_weight": 0.5},
+  ):
+    config, refused = config_lib.override(Config(), changes), set()
+    for name in different.keys() - {"stage", "measures"} - changes.keys():  # of which values are refused
+      try:
+        config_lib.override(config, {name: different[name]})
+      except UserError as error:
+        if re.match(rf"{name}: .* has no effect with ({'|'.join(reasons)})=\S+;", str(error)):
+          refused.add(name)
+    if config.model.stage == "autoencoder":
+      refused |= idle
+    assert config_lib.without_effect(config) == refused, changes
+
+
+def test_what_a_model_is_told():
+  told = {"conditioning": "class", "label_dropout": 0.1}
+  texts = [config_lib.conditioning_text(make(**told, num_classes=number)) for number in (0, 1, 1000)]
+  assert texts == [f"by class ({classes}label dropout 0.1)" for classes in ("", "1 class, ", "1,000 classes, ")]
+  for changes in ({}, {"stage": "classifier", "num_classes": 3}, AUTOENCODER):
+    assert config_lib.conditioning_text(config_lib.override(Config(), changes)) == ""
+
+
 # JSON and flagfiles.
 
 

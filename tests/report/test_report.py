@@ -14,7 +14,7 @@ import pytest
 from markupsafe import Markup
 from PIL import Image
 
-from ddpm_jax.config import Config, override, to_flagfile, to_json, values
+from ddpm_jax.config import Config, override, to_flagfile, to_json, values, without_effect
 from ddpm_jax.report import charts
 from ddpm_jax.report.report import write_report
 from ddpm_jax.workdir import grids
@@ -209,9 +209,63 @@ def test_a_page_of_an_autoencoder(workdir):
   for said in ("test, channel 0", "images shrunk to the latents' size", "reconstructions, test; features: classifier"):
     assert said in page.text, said
   assert "U-Net" not in page.text and "pure noise" not in page.text
+  names = {text for _, text in page.cells}
+  assert {"loss", "codebook_size"} <= names
+  assert not {"num_timesteps", "beta_schedule", "prediction", "variance", "kl_weight", "discriminator_start"} & names
   assert {"PSNR", "SSIM", "Reconstruction", "KL", "Codes", "Codebook use"} <= page.charts().keys()
   assert {"24.25", "0.8750", "2.250"} <= {text.split(" ")[0] for _, text in page.cells if text}
   assert len(page.all("img")) == 1 + 2
+
+
+STAGE = {
+  "format": 1,
+  "image_shape": [32, 48, 3],
+  "network": {"regularizer": "kl", "codebook_size": 0, "latent_channels": 3, "channel_multipliers": [1, 2, 4]},
+  "sha256": "70454eb832dbb4c0" * 4,
+}
+LATENT = {"first_stage": "/data/vq", "conditioning": "class", "num_classes": 9, "label_dropout": 0.1}
+
+
+def test_a_page_of_a_latent_model_tells_its_first_stage(workdir):
+  (workdir / "first_stage").mkdir()
+  (workdir / "config.json").write_text(to_json(override(Config(), LATENT)))
+  vq = STAGE["network"] | {"regularizer": "vq", "codebook_size": 2048}
+  for network, kind in ((STAGE["network"], "KL autoencoder"), (vq, "VQ autoencoder with 2,048 vectors")):
+    (workdir / "first_stage/settings.json").write_text(json.dumps(STAGE | {"network": network}))
+    page = Page(write_report(workdir))
+    cells = [text for _, text in page.cells]
+    lead = "Latent diffusion model of digits (train), by class (9 classes, label dropout 0.1): latents of 8x12x3 of a "
+    assert f"{lead}{kind}, U-Net with 32 channels (1 : 2), T = 1,000" in page.text
+    assert "Denoising diffusion" not in page.text and "Notes" not in page.text
+    shown = dict(zip(cells[::2], cells[1::2], strict=True))
+    assert (shown["kind"], shown["latents"], shown["digest"]) == (kind, "8x12x3", "70454eb832db")
+    assert f"{len(LATENT)} differ from the defaults" in page.text
+    assert not {"regularizer", "latent_channels", "codebook_size", "kl_weight", "perceptual"} & shown.keys()
+  config = override(Config(), {"stage": "classifier", "num_classes": 9, "first_stage": "/data/vq"})
+  (workdir / "config.json").write_text(to_json(config))
+  lead = "Classifier of noisy latents of images of digits (train): latents of 8x12x3 of a VQ autoencoder"
+  assert lead in Page(write_report(workdir)).text
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    *("", "[]", "7", "{}", '{"network": 7, "image_shape": [1, 2, 3], "sha256": "ab"}', "[" * 100_000),
+    *(json.dumps(STAGE | change) for change in ({"image_shape": [4, 4]}, {"sha256": NASTY}, {"sha256": None})),
+    json.dumps(STAGE | {"network": STAGE["network"] | {"regularizer": NASTY}}),
+    json.dumps(STAGE | {"network": STAGE["network"] | {"regularizer": []}}),
+    json.dumps(STAGE | {"network": STAGE["network"] | {"codebook_size": "7"}}),
+  ],
+)
+def test_settings_of_a_first_stage_may_be_anything(workdir, text):
+  (workdir / "config.json").write_text(to_json(override(Config(), LATENT)))
+  page = Page(write_report(workdir))
+  lead = "Latent diffusion model of digits (train), by class (9 classes, label dropout 0.1): U-Net with 32 channels"
+  assert lead in page.text and "Notes" not in page.text
+  (workdir / "first_stage").mkdir()
+  (workdir / "first_stage/settings.json").write_text(text)
+  page = Page(write_report(workdir))
+  assert lead in page.text and "first_stage/settings.json is damaged." in page.text and NASTY not in page.text
 
 
 def test_nothing_is_fetched_and_nothing_is_run(full):
@@ -269,7 +323,7 @@ def test_settings(workdir):
   assert len(changed) == 3 and "3 differ from the defaults" in page.text
   cells = [text for _, text in page.cells]
   assert "4000default: 2000" in cells and "50default: 64" in cells and "fashion_mnistdefault: digits" in cells
-  assert len(page.all("tr")) == len(cells) // 2 == len(values(Config()))
+  assert len(page.all("tr")) == len(cells) // 2 == len(values(Config())) - len(without_effect(Config()))
   assert "python -m ddpm_jax.main --flagfile=flags.txt --workdir=NEW" in page.text
   assert (workdir / "flags.txt").read_text() in page.text
   (workdir / "config.json").write_text(json.dumps({"data": {"colour": 1}}))

@@ -1,6 +1,9 @@
 """A latent model: its first stage is read once, kept in the workdir, and must stay what it was."""
 
+import dataclasses
 import json
+import pathlib
+import re
 import shutil
 
 import chex
@@ -11,9 +14,10 @@ import pytest
 
 import ddpm_jax
 from ddpm_jax import config as config_lib
-from ddpm_jax.config import AutoencoderConfig
+from ddpm_jax.config import AutoencoderConfig, DiffusionConfig
 from ddpm_jax.data.sources import from_array
 from ddpm_jax.errors import UserError
+from ddpm_jax.export.card import card
 from ddpm_jax.first_stage.pixels import to_float
 from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.runs import export as export_lib
@@ -265,6 +269,53 @@ def test_what_takes_long_comes_after_what_is_trained(autoencoder, tmp_path, monk
   train(tmp_path / "run", **LITTLE | {"num_steps": 2}, first_stage=str(autoencoder))
   said = capsys.readouterr().out
   assert said.index("U-Net of ") < said.index("resuming ") and "encoding" not in said
+
+
+def test_the_first_lines_tell_latents_and_first_stage(whole, autoencoder, tmp_path, monkeypatch, capsys):
+  """Where the first stage is taken from, before the workdir keeps it; whether images are encoded, or the cache is."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+  one, kept = LITTLE | {"num_steps": 1}, lambda name: f"(kept in {tmp_path / name / 'first_stage'})"
+  for name, path, more in (("a", autoencoder, ""), ("b", whole, ", where it is the first stage of a latent model")):
+    train(tmp_path / name, **one, first_stage=str(path))
+    said = capsys.readouterr().out.splitlines()
+    where = said.index(f"latents: 4x4x2 of a KL autoencoder, taken from {path}{more} {kept(name)}")
+    assert "U-Net of " in said[where - 1]
+    cached = [line for line in said if line.startswith("latents taken from ")]
+    assert len(cached) == (name == "b") and ("encoding" in "".join(said)) == (name == "a")
+    assert all(pathlib.Path(line.removeprefix("latents taken from ")).is_file() for line in cached)
+  train(tmp_path / "a", **LITTLE | {"num_steps": 2}, first_stage=str(autoencoder))
+  said = capsys.readouterr().out.splitlines()
+  assert f"latents: 4x4x2 of a KL autoencoder {kept('a')}" in said
+  train(tmp_path / "pixels", **one)
+  assert "latents" not in capsys.readouterr().out
+
+
+def test_the_cards_tell_the_first_stage_and_no_options_without_effect(whole, autoencoder, tmp_path):
+  texts = []
+  for workdir in (whole, autoencoder):
+    target = tmp_path / workdir.name
+    export_lib.export(config_lib.override(layout.load_config(workdir), {"export_dir": str(target)}), workdir)
+    texts.append((target / "README.md").read_text())
+  of_model, of_stage = ({*re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)} for text in texts)
+  digest = stage_folder.read_kept(whole).sha256
+  for part in ("- kind: KL autoencoder\n", "- latents: 4x4x2\n", f"`{digest[:12]}`...\n"):
+    assert part in texts[0] and part not in texts[1], part
+  assert re.search(r"draws latents of 4x4x2, and a KL autoencoder, of [\d,]+ parameters, decodes them", texts[0])
+  of_autoencoders = {field.name for field in dataclasses.fields(AutoencoderConfig)}
+  assert not of_model & of_autoencoders and {"num_timesteps", "prediction", "channels"} <= of_model
+  assert of_stage & of_autoencoders == {
+    *("regularizer", "latent_channels", "kl_weight", "perceptual", "discriminator_weight"),
+  }
+  of_diffusion = {field.name for field in dataclasses.fields(DiffusionConfig)}
+  assert of_stage & of_diffusion == {"loss"}
+
+
+def test_the_card_says_by_which_classes_a_model_draws(whole):
+  weights = weights_of(whole)
+  told = {"conditioning": "class", "num_classes": 3, "label_dropout": 0.25}
+  run = weights.run._replace(config=config_lib.override(weights.run.config, told))
+  text = card(run.config, weights._replace(run=run), None, "")
+  assert "that draws images of 8x8x1 by class (3 classes, label dropout 0.25): a U-Net" in text.replace("\n", " ")
 
 
 def test_a_classifier_of_other_latents_does_not_guide(whole, autoencoder, tmp_path):
