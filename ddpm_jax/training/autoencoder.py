@@ -268,8 +268,8 @@ class AdversarialObjective(AutoencoderObjective):
   def combine(self, gradients: dict[str, Params], extra: Any) -> tuple[Params, dict[str, jax.Array]]:
     """The sum, with the adaptive weight; before `discriminator_start` without a trace of the discriminator."""
     together, adversarial = gradients["together"], gradients["adversarial"]
-    last = [tree["autoencoder"]["decoder"]["conv_out"]["kernel"] for tree in (together, adversarial)]
-    weight = self.config.discriminator_weight * adaptive_weight(*last, self.largest)
+    of_loss, of_deceit = (tree["autoencoder"]["decoder"]["conv_out"]["kernel"] for tree in (together, adversarial))
+    weight = self.config.discriminator_weight * adaptive_weight(of_loss, of_deceit, self.largest)
     weight = jnp.where(self.started(extra["steps"]), weight, 0.0)
     add = lambda one, other: jnp.where(weight > 0.0, one + weight * other, one)  # noqa: E731
     gradient = together | {"autoencoder": jax.tree.map(add, together["autoencoder"], adversarial["autoencoder"])}
@@ -280,7 +280,7 @@ def make_objective(
   pair: Pair, config: Config, image_shape: Shape, distance: Distance | None = None
 ) -> AutoencoderObjective:
   """That of the settings, for images of this shape."""
-  options = pair, config.autoencoder, config.diffusion.loss, config.data.random_flip, distance
+  plain = AutoencoderObjective(pair, config.autoencoder, config.diffusion.loss, config.data.random_flip, distance)
   if not pair.discriminator:
-    return AutoencoderObjective(*options)
-  return AdversarialObjective(*options, largest_weight(config.autoencoder.regularizer, image_shape))
+    return plain
+  return AdversarialObjective(**vars(plain), largest=largest_weight(config.autoencoder.regularizer, image_shape))
