@@ -41,7 +41,7 @@ from ddpm_jax.sampling.classes import one_scale, wanted
 from ddpm_jax.sampling.draw import bind_for_sampling, bind_weights, constants_of, fit_batch, make_draw, table_of
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.setup import Run
-from ddpm_jax.weights import initial
+from ddpm_jax.weights import first_stage, initial
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
 
@@ -60,6 +60,9 @@ class Model:
 
   Images are uint8 in 0..255; what the network sees, x_t, is float32 with images in [-1, 1], or their latents: `encode`
   and `decode` go from one to the other. Timesteps t are in 1..T; t = 0 is the image itself.
+
+  An autoencoder, a first stage alone, encodes and decodes, and neither draws nor denoises; its `schedule` means
+  nothing.
 
   Attributes:
     config: the settings of the run.
@@ -98,7 +101,8 @@ class Model:
   def __repr__(self) -> str:
     """What it is, in a line: the parameters themselves would be pages."""
     shape = "x".join(map(str, self.image_shape))
-    return f"<Model of {shape} images, {num_params(self.params):,} parameters: {self.weights.text}>"
+    what = "Autoencoder" if self._is_autoencoder else "Model"
+    return f"<{what} of {shape} images, {num_params(self.params):,} parameters: {self.weights.text}>"
 
   def sample(
     self,
@@ -152,6 +156,7 @@ class Model:
     Raises:
       UserError: for a value out of range, or one that has no effect.
     """
+    self._check_draws()
     asked = {
       "num": num,
       "seed": seed,
@@ -191,6 +196,9 @@ class Model:
   def encode(self, images: ArrayLike) -> np.ndarray:
     """x_0 of images: of a latent model the mean of their latents, standardised; else pixels in [-1, 1].
 
+    Of an autoencoder alone the mean of their latents as it is: what standardises them, the mean and deviation over a
+    data set, is measured when a latent model begins.
+
     Args:
       images: uint8 [B, H, W, C].
 
@@ -202,9 +210,11 @@ class Model:
     """
     images = _array("images", images)
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != self.image_shape or not len(images):
+      are_latents = images.shape[1:] == self.latent_shape != self.image_shape
+      remedy = "make images of latents first: model.decode(x0)" if are_latents else "make it so"
       raise UserError(
-        f"images: {images.dtype} {list(images.shape)} is not uint8 [B, {', '.join(map(str, self.image_shape))}]; make "
-        "it so"
+        f"images: {images.dtype} {list(images.shape)} is not uint8 [B, {', '.join(map(str, self.image_shape))}]; "
+        f"{remedy}"
       )
     return self._encode(self.weights.run.stage_params, images)
 
@@ -242,6 +252,18 @@ class Model:
   def eps(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None = None) -> np.ndarray:
     """eps_hat: the noise that the network sees in x_t, whatever it was trained to predict. As `denoise`, no range."""
     return self._eps_hat(self.params, *self._checked(x, t, label))
+
+  @property
+  def _is_autoencoder(self) -> bool:
+    return self.config.model.stage == "autoencoder"
+
+  def _check_draws(self) -> None:
+    """Raises UserError for an autoencoder."""
+    if self._is_autoencoder:
+      raise UserError(
+        "an autoencoder draws and denoises nothing, it has encode and decode; train a latent model on it, with its "
+        "workdir as first_stage, and load that"
+      )
 
   def _draw(self, config: Config, weights: Weights) -> BatchedFn:
     """(`Seeded`, index) -> images; made once for all that is part of the program."""
@@ -290,6 +312,7 @@ class Model:
 
   def _checked(self, x: ArrayLike, t: ArrayLike, label: ArrayLike | None) -> tuple[np.ndarray, ...]:
     """float32 [B, H, W, C], int32 [B] and, of a conditional model, the labels int32 [B]. Raises UserError."""
+    self._check_draws()
     x, t = self._checked_x("x", x), _array("t", t)
     if not np.issubdtype(t.dtype, np.integer) or t.shape not in ((), x.shape[:1]):
       raise UserError(f"t: {t.dtype} {list(t.shape)} is neither a whole number nor [{len(x)}] of them")
@@ -304,7 +327,9 @@ class Model:
     """float32 [B, *latent_shape]. Raises UserError."""
     x = _array(name, x)
     if x.ndim != 4 or x.shape[1:] != self.latent_shape or not len(x):
-      raise UserError(f"{name}: {list(x.shape)} is not [B, {', '.join(map(str, self.latent_shape))}]; make it so")
+      are_images = x.shape[1:] == self.image_shape != self.latent_shape
+      remedy = "encode images first: model.encode(images)" if are_images else "make it so"
+      raise UserError(f"{name}: {list(x.shape)} is not [B, {', '.join(map(str, self.latent_shape))}]; {remedy}")
     if not np.issubdtype(x.dtype, np.floating):
       more = "" if name == "x0" else ", and add noise"
       raise UserError(f"{name}: {x.dtype} is not what the network sees, which is float; `encode` images{more}")
@@ -334,6 +359,7 @@ def _guided_by(weights: Weights, guide: Model, scale: float) -> Weights:
   if scale == 1.0:
     raise UserError("guide_with: has no effect with guidance_scale=1; use another scale, such as 2")
   try:
+    guide._check_draws()
     initial.check_guide(weights, guide.weights)
   except UserError as error:
     raise UserError(f"guide_with: {error}") from None
@@ -387,7 +413,8 @@ def load(
   """Reads a trained model.
 
   Args:
-    path: a workdir, a folder of diffusers, or a safetensors file of `--mode=export`.
+    path: a workdir, a folder of diffusers, or a safetensors file of `--mode=export`; also the workdir of a first stage
+      alone, `--stage=autoencoder`.
     checkpoint: of a workdir: 'newest', 'best' or a number of training steps.
     weights: of a workdir: 'ema', the moving average of the parameters, or 'raw', the parameters themselves.
     dtype: of the activations, 'float32' or 'bfloat16'.
@@ -398,7 +425,9 @@ def load(
 
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
-    process: the precision of products, 64-bit types and the implementation of random keys are its own.
+    process: the precision of products, 64-bit types and the implementation of random keys are its own. A first stage
+    alone has `encode` and `decode`, in float32, of latents that are not standardised; its `sample` and `denoise` raise
+    a UserError.
 
   Raises:
     UserError: if there is no such model, or it cannot be read.
@@ -407,10 +436,16 @@ def load(
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
   asked |= {"classifier": os.fspath(classifier)} if classifier else {}
-  if initial.inspect_source(place).kind == "workdir":
+  if initial.inspect_source(place, autoencoders=True).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     own = {} if network is None else {"network": layout.describe_own(network)}
     layout.check_own(pathlib.Path(place), own, ["network"])
+    if config.model.stage == "autoencoder":
+      for name, value in (("dtype", dtype), ("classifier", classifier)):
+        if value:
+          raise UserError(f"{name}: {place} holds an autoencoder, on which it has no effect; leave it out")
+      with terminal.errors_alone():
+        return Model(config, first_stage.load_alone(config, pathlib.Path(place)))
     with terminal.errors_alone():
       return Model(config, initial.find_weights(config, pathlib.Path(place), network))
   if network is not None:

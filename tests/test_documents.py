@@ -14,8 +14,8 @@ import jax
 import pytest
 from absl import flags as absl_flags
 
+from ddpm_jax import api, errors, flags
 from ddpm_jax import config as config_lib
-from ddpm_jax import errors, flags
 from ddpm_jax.config import Config
 from ddpm_jax.models.build import build_model, init_params, num_params
 from ddpm_jax.workdir import layout
@@ -211,6 +211,17 @@ def test_what_the_sampling_guide_names_may_be_given():
   only_while_training = {"may_change": False, "may_change_once_trained": True}
   arithmetic = {name for name, field in OPTIONS.items() if field.metadata | only_while_training == field.metadata}
   assert named == sampling | {"variance"} | arithmetic
+
+
+def test_the_tutorials_and_guides_name_all_of_a_model():
+  examples = "\n".join(
+    block
+    for page, text in PAGES.items()
+    if page.startswith(("docs/tutorials", "docs/guides"))
+    for block in fenced(text)
+  )
+  used = set(re.findall(r"\bmodel\.(\w+)", examples))
+  assert not {name for name in vars(api.Model) if not name.startswith("_")} - used
 
 
 def test_every_preset_has_a_row_with_its_numbers():

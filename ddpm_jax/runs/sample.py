@@ -70,7 +70,7 @@ def _draw_images(config: Config, weights: Weights, workdir: pathlib.Path) -> Non
   drawn = Drawn(weights, config, folder, classes)
   quiet = jax.process_index() != 0
   with contextlib.closing(drawn), counted("image", total=options.num_samples, quiet=quiet) as (done, say):
-    say(_headline(config, weights, f"drawing {options.num_samples} images", drawn.table))
+    say(_headline(config, weights, f"drawing {_number(options.num_samples, 'image')}", drawn.table))
     drawn.draw(options.num_samples, done=lambda at: done(at.images, str(at)), say=say)
   if jax.process_index() == 0:
     images, facts = drawn.images(options.num_samples), facts_of_picture(drawn.settings, weights)
@@ -125,10 +125,10 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
   mask = inputs.read_mask(config, run.image_shape) if name == "inpaint" else np.empty(0)
   ensure_workdir(config, workdir)
   quiet = jax.process_index() != 0
-  if not quiet:
-    rows = number * tasks.rows_for_each(name)
-    console.say(_headline(config, weights, f"{name}: {number} rows, {rows} images"))
   parts = tasks.Parts(weights, config, quiet, classes)
+  if not quiet:
+    what = f"{name}: {_number(number, 'row')}, {_number(number * tasks.rows_for_each(name), 'image')}"
+    console.say(_headline(config, weights, what, *tasks.tables(parts)))
   match name:
     case "progressive":
       outcome = tasks.progressive(parts)
@@ -158,20 +158,25 @@ def _do_task(config: Config, weights: Weights, workdir: pathlib.Path) -> None:
     console.say("done: " + ", ".join(str(folder / f"{name}{suffix}") for suffix in files))
 
 
-def _headline(config: Config, weights: Weights, what: str, table: SamplerTable | None = None) -> str:
+def _headline(config: Config, weights: Weights, what: str, *tables: SamplerTable) -> str:
   (height, width, channels), options = weights.run.image_shape, config.sample
-  evaluations, quick = len(table.t) if table else 0, ""
-  each = f", {evaluations} network evaluations each" if table else ""
+  evaluations, quick = sum(len(table.t) for table in tables), ""
+  each = f", {_number(evaluations, 'network evaluation')} each"
   if config_lib.guided(options):
     how = f"guided by {one_scale(options):g}"
-    if table and options.guidance_interval:
-      how = f"{number_within(options.guidance_interval, table.level)} of them {how}"
+    if options.guidance_interval:
+      within = sum(number_within(options.guidance_interval, table.level) for table in tables)
+      how = f"{within} of them {how}"
     each += f", {how}"
   if weights.classifier:
     each += f", guided by a classifier, scale {options.classifier_scale:g}"
-  if evaluations >= _MANY and jax.default_backend() == "cpu":
+  if evaluations >= _MANY and options.sample_task not in ("inpaint", "reconstruct") and jax.default_backend() == "cpu":
     quick = f"; --sampler=dpmpp --sampling_steps={QUICK} is about {evaluations // QUICK} times faster"
   return f"{what} {height}x{width}x{channels} with {weights.text}: {config.sample.sampler}{each}{quick}"
+
+
+def _number(number: int, noun: str) -> str:
+  return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _check_png_folder(folder: pathlib.Path) -> None:

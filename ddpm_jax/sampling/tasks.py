@@ -18,7 +18,7 @@ import numpy as np
 from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.diffusion.denoiser import Cond
 from ddpm_jax.diffusion.forward import q_sample
-from ddpm_jax.diffusion.inpainting import inpaint_after_row, repaint_jumps
+from ddpm_jax.diffusion.inpainting import Jumps, inpaint_after_row, repaint_jumps
 from ddpm_jax.diffusion.interpolation import lerp, slerp
 from ddpm_jax.diffusion.samplers import (
   SamplerTable,
@@ -151,6 +151,38 @@ class Parts(NamedTuple):
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
 
 
+def tables(parts: Parts) -> tuple[SamplerTable, ...]:
+  """What the task of the options goes through for each row, one after the other."""
+  options, schedule, variance = parts.options, parts.run.schedule, parts.config.diffusion.variance
+  match options.sample_task:
+    case "interpolate":
+      return (table_of(options, schedule, variance, _first_timestep(parts)),)
+    case "inpaint":
+      jumps = _jumps(parts)
+      return (steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance),)
+    case "reconstruct":
+      times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, _reconstruction_grid(options))
+      return encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
+    case _:
+      return (table_of(options, schedule, variance),)
+
+
+def _first_timestep(parts: Parts) -> int:
+  """To which images are diffused that are interpolated."""
+  return parts.options.interpolation_timestep or max(1, parts.run.schedule.num_timesteps // 2)
+
+
+def _jumps(parts: Parts) -> Jumps:
+  """The steps of RePaint."""
+  options = parts.options
+  times = sampler_grid(parts.run.schedule, options.sampler, num_steps=options.sampling_steps, grid=options.time_grid)
+  return repaint_jumps(times, options.repaint_jump, options.repaint_resamples)
+
+
+def _reconstruction_grid(options: SampleConfig) -> str:
+  return "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
+
+
 def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
   """The keys of a draw's images."""
   return indexed_keys(stream_key(constants.seed, "sample"), index)
@@ -158,7 +190,7 @@ def _keys(constants: Seeded, index: jax.Array) -> jax.Array:
 
 def progressive(parts: Parts) -> Outcome:
   """x0_hat along the way (Ho et al. 2020, section 4.3 and figure 6): one row for each image, noise at the left."""
-  table = table_of(parts.options, parts.run.schedule, parts.config.diffusion.variance)
+  (table,) = tables(parts)
   frames = min(_FRAMES, len(table.t))
   keep = np.unique(np.round(np.linspace(0, len(table.t) - 1, frames)).astype(int))
 
@@ -187,8 +219,7 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
   given: uint8 [2 P, H, W, C]; pairs are neighbours.
   """
   run, schedule = parts.run, parts.run.schedule
-  first = parts.options.interpolation_timestep or max(1, schedule.num_timesteps // 2)
-  table = table_of(parts.options, schedule, parts.config.diffusion.variance, first)
+  (table,), first = tables(parts), _first_timestep(parts)
 
   def rows(
     constants: Seeded, pair: jax.Array, a: jax.Array, b: jax.Array, share: jax.Array, label: Cond = None
@@ -210,7 +241,7 @@ def interpolate(parts: Parts, given: np.ndarray) -> Outcome:
 def slerp_noises(parts: Parts) -> Outcome:
   """Between pairs of noises, along the sphere (Song et al. 2021, appendix D.5)."""
   run = parts.run
-  table = table_of(parts.options, run.schedule, parts.config.diffusion.variance)
+  (table,) = tables(parts)
 
   def rows(constants: Seeded, pair: jax.Array, share: jax.Array, label: Cond = None) -> Trajectory:
     ends = [numbered_noise(_keys(constants, 2 * pair + end), parts.shape)(0) for end in (0, 1)]
@@ -233,11 +264,8 @@ def inpaint(parts: Parts, given: np.ndarray, mask: np.ndarray) -> Outcome:
 
   What is hidden has no part in the draw: before images are encoded, the mean of the known pixels stands for it.
   """
-  run, schedule, options = parts.run, parts.run.schedule, parts.options
-  times = sampler_grid(schedule, options.sampler, num_steps=options.sampling_steps, grid=options.time_grid)
-  jumps = repaint_jumps(times, options.repaint_jump, options.repaint_resamples)
-  variance = parts.config.diffusion.variance
-  table = steps_table(schedule, options.sampler, jumps.t, jumps.s, eta=options.eta, variance=variance)
+  run, schedule = parts.run, parts.run.schedule
+  (table,), jumps = tables(parts), _jumps(parts)
   drawn_here = mask[:, :, None]
   seen = given if run.first_stage.identity else _without(given, mask)
   mask_of_x0 = jnp.asarray(shrunk(mask, parts.shape[:2]), jnp.float32)[None, :, :, None]
@@ -293,12 +321,9 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
 
   given: uint8 [N, H, W, C]. The picture has the image, its noise, what came back, and ten times the difference.
   """
-  schedule, options = parts.run.schedule, parts.options
-  grid = "uniform" if options.time_grid == "auto" else options.time_grid  # down to t = 1, next to the image
-  times = time_grid(schedule, options.sampling_steps or schedule.num_timesteps, grid)
   # Clipping cannot be undone.
-  bind = parts.binding(dataclasses.replace(options, threshold="none"))
-  up, down = encoding_table(schedule, times), ddim_table(schedule, times[:-1], times[1:], eta=0.0)
+  bind = parts.binding(dataclasses.replace(parts.options, threshold="none"))
+  up, down = tables(parts)
 
   def encode(constants: Seeded, index: jax.Array, known: jax.Array, label: Cond = None) -> Trajectory:
     keys, start = _keys(constants, index), parts.x0(constants, known)
@@ -319,7 +344,7 @@ def reconstruct(parts: Parts, given: np.ndarray) -> Outcome:
   shown = [given, seen, pixels, (128 + 10 * difference).clip(0, 255).astype(np.uint8)]
   error = float(np.sqrt(np.mean(difference.astype(np.float64) ** 2)))
   facts = {
-    "time_grid": grid,
+    "time_grid": _reconstruction_grid(parts.options),
     "network_evaluations": 2 * len(up.t),
     "rms_error_in_grey_levels": error,
     "peak_signal_to_noise_db": float(20 * np.log10(255 / max(error, 1e-3))),

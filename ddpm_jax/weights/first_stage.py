@@ -28,7 +28,7 @@ from ddpm_jax.runtime.progress import counted
 from ddpm_jax.training.setup import Run, with_first_stage
 from ddpm_jax.weights import diffusers, file
 from ddpm_jax.weights.autoencoders import read_autoencoder
-from ddpm_jax.weights.load import load_weights
+from ddpm_jax.weights.load import Weights, load_weights
 from ddpm_jax.weights.stage_folder import Autoencoder, ImageShape, is_kept, keep, read_kept
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
@@ -106,10 +106,31 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
     kind = "classifier" if stored.model.stage == "classifier" else "model of pixels"
     raise UserError(f"it holds a {kind}; name the workdir of a run of --stage=autoencoder")
   newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
-  weights = load_weights(config_lib.override(stored, newest | {"parallel": config.train.parallel}), place)
+  return _of_weights(load_weights(config_lib.override(stored, newest | {"parallel": config.train.parallel}), place))
+
+
+def _of_weights(weights: Weights) -> Autoencoder:
+  """That of a run of --stage=autoencoder."""
+  config, shape = weights.run.config, weights.run.image_shape
   params = jax.tree.map(gather, weights.params["autoencoder"])
-  shape = weights.run.image_shape
-  return Autoencoder(build_autoencoder(stored.model, stored.autoencoder, shape), params, shape)
+  return Autoencoder(build_autoencoder(config.model, config.autoencoder, shape), params, shape)
+
+
+def load_alone(config: Config, workdir: pathlib.Path) -> Weights:
+  """The weights of a run of --stage=autoencoder, without its discriminator, to encode and decode with.
+
+  They are the first stage of the run that is returned. There are no statistics of a data set: its latents stay as they
+  are, as with mean 0 and deviation 1.
+
+  Raises:
+    UserError: if the workdir holds no such checkpoint.
+  """
+  weights = load_weights(config, workdir)
+  found, size = _of_weights(weights), config.autoencoder.latent_channels
+  as_they_are = found._replace(mean=np.zeros(size, np.float32), std=np.ones(size, np.float32))
+  stage = as_they_are.fixed(weights.run.image_shape)
+  run = with_first_stage(weights.run._replace(first_stage=stage.latents), stage)
+  return weights._replace(run=run, params=weights.params["autoencoder"])
 
 
 def _holds_latent_run(place: pathlib.Path) -> bool:

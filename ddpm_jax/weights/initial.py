@@ -81,16 +81,24 @@ def base_config(path: str, stored: Config | None = None, base: Config | None = N
     raise UserError(f"init_from: {error}") from None
 
 
-def inspect_source(path: str) -> WeightSource:
-  """Reads what PATH says of itself, and none of its weights. Raises UserError, which names the file."""
+def inspect_source(path: str, *, autoencoders: bool = False) -> WeightSource:
+  """Reads what PATH says of itself, and none of its weights.
+
+  Args:
+    path: as `absolute` makes it.
+    autoencoders: whether the workdir of an autoencoder will do, which draws nothing.
+
+  Raises:
+    UserError: if it is no such model; names the file.
+  """
   place = pathlib.Path(path)
   try:
-    return _inspect(place)
+    return _inspect(place, autoencoders)
   except OSError as error:
     raise UserError(f"{error.filename or place} cannot be looked at ({error.strerror}); name another path") from error
 
 
-def _inspect(place: pathlib.Path) -> WeightSource:
+def _inspect(place: pathlib.Path, autoencoders: bool) -> WeightSource:
   if not place.exists():
     raise UserError(f"there is no {place}; nothing is downloaded, so get the model first and name its folder")
   if not place.is_dir():
@@ -106,7 +114,7 @@ def _inspect(place: pathlib.Path) -> WeightSource:
     config = layout.load_config(place)
     if config.model.stage == "classifier":
       raise UserError(f"{place} holds a classifier, which draws nothing; name it as --classifier of a draw")
-    if config.model.stage == "autoencoder":
+    if config.model.stage == "autoencoder" and not autoencoders:
       raise UserError(f"{place} holds an autoencoder, which draws nothing; name it as --first_stage")
     # Its first stage lies in the workdir, wherever it came from.
     kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}

@@ -133,11 +133,47 @@ def test_images_become_latents_and_latents_images(whole):
   assert model.sample(2, sampler="dpmpp", steps=2).shape == (2, *SHAPE)
   assert model.denoise(latents, 3).shape == latents.shape
   for call, words in (
-    (lambda: model.encode(latents), "images: float32"),
-    (lambda: model.decode(images), "x0: "),
-    (lambda: model.denoise(images, 3), "x: "),
+    (lambda: model.encode(latents), "images: float32 .*; make images of latents first: model.decode\\(x0\\)"),
+    (lambda: model.encode(latents[:, 1:]), "images: float32 .*; make it so"),
+    (lambda: model.decode(images), "x0: .*; encode images first: model.encode\\(images\\)"),
+    (lambda: model.denoise(images, 3), "x: .*; encode images first: model.encode\\(images\\)"),
+    (lambda: model.eps(to_float(images), 3), "x: .*; encode images first: model.encode\\(images\\)"),
+    (lambda: model.denoise(latents[0], 3), "x: .*; make it so"),
   ):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"^{words}$"):
+      call()
+
+
+def test_a_first_stage_alone_encodes_and_decodes(autoencoder, whole):
+  """As a latent model does that was trained on it, but for the statistics of a data set; and it draws nothing."""
+  model, latent = ddpm_jax.load(autoencoder), ddpm_jax.load(str(whole))
+  images = pictures(5, SHAPE)
+  latents = model.encode(images)
+  assert (model.image_shape, model.latent_shape, latents.shape) == (SHAPE, (4, 4, 2), (5, 4, 4, 2))
+  facts = manifest_of(whole, 4)["first_stage"]
+  standardised = (latents - np.asarray(facts["mean"])) / np.asarray(facts["std"])
+  np.testing.assert_allclose(standardised, latent.encode(images), rtol=1e-4, atol=1e-4)
+  back = model.decode(latents)
+  assert back.dtype == np.uint8 and back.shape == images.shape
+  assert np.abs(back.astype(int) - latent.decode(latent.encode(images))).max() <= 1
+  trained = weights_of(autoencoder).params["autoencoder"]
+  chex.assert_trees_all_equal(host(model.params), host(trained))
+  assert repr(model).startswith("<Autoencoder of 8x8x1 images, ") and repr(model).endswith(" weights after step 1>")
+  raw = ddpm_jax.load(autoencoder, weights="raw", checkpoint=1)
+  assert (raw.weights.which, raw.weights.step, raw.latent_shape) == ("raw", 1, (4, 4, 2))
+  nothing = "an autoencoder draws and denoises nothing, it has encode and decode; train a latent model on it, .*"
+  no_effect = f"{autoencoder} holds an autoencoder, on which it has no effect; leave it out"
+  for call, words in (
+    (lambda: model.sample(2), nothing),
+    (lambda: model.denoise(latents, 3), nothing),
+    (lambda: model.eps(latents, 3), nothing),
+    (lambda: latent.sample(2, guidance_scale=2, guide_with=model), f"guide_with: {nothing}"),
+    (lambda: model.decode(images), "x0: .*; encode images first: .*"),
+    (lambda: ddpm_jax.load(autoencoder, dtype="bfloat16"), f"dtype: {no_effect}"),
+    (lambda: ddpm_jax.load(autoencoder, classifier="runs/c"), f"classifier: {no_effect}"),
+    (lambda: ddpm_jax.load(autoencoder, checkpoint=7), "checkpoint: .* has no 7, only 1.*"),
+  ):
+    with pytest.raises(UserError, match=f"^{words}$"):
       call()
 
 

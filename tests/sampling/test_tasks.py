@@ -17,6 +17,8 @@ from ddpm_jax.runs import sample as sampling
 from ddpm_jax.workdir import grids
 from tests.sampling.conftest import STD, pictures, save_pictures
 
+HEADLINE = "{} 8x8x1 with the ema weights after step 5: {}"
+
 
 def picture_of(quick, name):
   with Image.open(quick.samples / f"{name}.png") as image:
@@ -64,15 +66,18 @@ def test_progressive(quick, capsys, sampler):
   assert quick.files() == [*("progressive.gif", "progressive.npz", "progressive.png", "samples.npz", "samples.png")]
   assert settings["sample_task"] == "progressive" and settings["checkpoint"] == 5
   out = capsys.readouterr().out
-  assert "progressive: 3 rows, 3 images 8x8x1 with the ema weights after step 5" in out
+  assert HEADLINE.format("progressive: 3 rows, 3 images", f"{sampler}, 15 network evaluations each\n") in out
   assert out.splitlines()[-1].startswith("done: ") and out.splitlines()[-1].endswith("progressive.gif")
 
 
-def test_a_long_draw_keeps_fifty_frames(quick):
+def test_a_long_draw_keeps_fifty_frames(quick, capsys):
   arrays, _ = draw(quick, sampler="ddpm", sampling_steps=0, sample_task="progressive", num_samples=1)
   assert arrays["x0_hat"].shape == (1, 50, 8, 8, 1)
   assert arrays["timesteps"][0] == 200 and arrays["timesteps"][-1] == 1
   assert set(np.diff(arrays["timesteps"])) == {-4, -5}
+  faster = "; --sampler=dpmpp --sampling_steps=20 is about 10 times faster\n"
+  line = HEADLINE.format("progressive: 1 row, 1 image", f"ddpm, 200 network evaluations each{faster}")
+  assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
@@ -120,10 +125,12 @@ def test_interpolation_of_hardly_diffused_images_is_the_mean_of_them(quick, tmp_
   np.testing.assert_array_equal(tile(picture, 2, 10, (0, 9)), given[5])
 
 
-def test_interpolation_half_way_takes_the_first_of_the_data_set(quick):
+def test_interpolation_half_way_takes_the_first_of_the_data_set(quick, capsys):
   arrays, settings = draw(quick, sample_task="interpolate", sampling_steps=0, num_samples=2)
   np.testing.assert_array_equal(arrays["given"], pictures()[:4])
   assert settings["timestep"] == 100
+  line = HEADLINE.format("interpolate: 2 rows, 18 images", "ddim, 100 network evaluations each\n")
+  assert line in capsys.readouterr().out
   # The closed form: x_t and so x_0 are linear in the given image, with the noise of the pair in common.
   ab = np.cumprod(1 - np.linspace(1e-4, 0.05, 200))[99]
   gain = np.sqrt(ab) * STD / np.sqrt(ab * STD**2 + 1 - ab)  # of the probability flow
@@ -146,7 +153,7 @@ def test_one_timestep_is_enough_to_interpolate(perfect, quick, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"sampler": "ddim", "eta": 0.5}, {"sampler": "ddpm"}])
-def test_inpainting_leaves_what_is_known(quick, options):
+def test_inpainting_leaves_what_is_known(quick, options, capsys):
   arrays, settings = draw(
     quick, sample_task="inpaint", sampling_steps=8, repaint_jump=2, repaint_resamples=3, num_samples=2, **options
   )
@@ -163,6 +170,8 @@ def test_inpainting_leaves_what_is_known(quick, options):
   assert abs(away.mean()) < 0.15 and 0.6 * STD < away.std() < 1.4 * STD
   jumps = repaint_jumps(time_grid_of(quick), 2, 3)
   assert settings["network_evaluations"] == len(jumps.t) == 8 + 2 * 2 * 3
+  line = HEADLINE.format("inpaint: 2 rows, 8 images", f"{options['sampler']}, 20 network evaluations each\n")
+  assert line in capsys.readouterr().out
   picture = picture_of(quick, "inpaint")
   assert picture.shape == (2 + 2 * 66, 2 + 2 * 66 + 12 + 2 + 4 * 66, 3)
   np.testing.assert_array_equal(tile(picture, 1, 0), given[1])
@@ -174,7 +183,7 @@ def time_grid_of(quick):
   return time_grid(sampling.find_weights(quick.config, quick.path).run.schedule, 8)
 
 
-def test_inpainting_draws_where_the_mask_is_white(quick, tmp_path):
+def test_inpainting_draws_where_the_mask_is_white(quick, tmp_path, capsys):
   mask = np.zeros((8, 8), np.uint8)
   mask[:, 5:], mask[0, 0], mask[0, 1] = 255, 128, 127  # white is what is above the middle
   Image.fromarray(mask).save(tmp_path / "mask.png")
@@ -182,6 +191,8 @@ def test_inpainting_draws_where_the_mask_is_white(quick, tmp_path):
   changed = (arrays["images"] != arrays["given"][:, None]).any((0, 1, 4))
   np.testing.assert_array_equal(changed, mask > 127)
   np.testing.assert_array_equal(arrays["mask"], mask > 127)
+  line = HEADLINE.format("inpaint: 1 row, 4 images", "ddim, 4 network evaluations each\n")
+  assert line in capsys.readouterr().out
 
 
 def test_reconstruction_comes_back_and_better_with_more_steps(quick, capsys):
@@ -204,7 +215,10 @@ def test_reconstruction_comes_back_and_better_with_more_steps(quick, capsys):
   np.testing.assert_array_equal(tile(picture, 4, 2), arrays["images"][4])
   ten = (128 + 10 * (arrays["images"][4].astype(int) - arrays["given"][4])).clip(0, 255)
   np.testing.assert_array_equal(tile(picture, 4, 3), ten)
-  assert "rms error in grey levels: " in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert "rms error in grey levels: " in out
+  # Twice 200 are many, but no other sampler can be run backwards.
+  assert HEADLINE.format("reconstruct: 6 rows, 6 images", "ddim, 400 network evaluations each\n") in out
   assert quick.files()[:3] == ["reconstruct.1.npz", "reconstruct.1.png", "reconstruct.2.npz"]
 
 
