@@ -77,7 +77,7 @@ class RunFiles:
     """What tells the first stages of runs of latents apart; '' for pixels."""
     if self.config is None or not self.config.diffusion.first_stage:
       return ""
-    return self.text("first_stage/settings.json") or self.config.diffusion.first_stage
+    return self.stage.sha256 if self.stage else self.config.diffusion.first_stage
 
   @property
   def newest_checkpoint(self) -> int:

@@ -228,6 +228,11 @@ def header(path: pathlib.Path) -> str:
   return "\n".join(lines)
 
 
+def test_each_is_a_link_to_a_preset():
+  """An editor that writes a file anew makes a copy, which then goes its own way."""
+  assert FILES and [path.name for path in FILES if not path.is_symlink()] == []
+
+
 def test_all_experiments_are_here():
   assert set(NAMES) == {
     *PAPERS,

@@ -71,7 +71,9 @@ def test_losses_of_other_stages_and_their_likelihoods_are_set_apart(tmp_path):
   )
   for workdir, digest, total in ((a, "1", 1.5), (b, "2", -3.0), (again, "1", 1.4)):
     (workdir / "first_stage").mkdir()
-    (workdir / "first_stage/settings.json").write_text(json.dumps({"sha256": digest}))
+    network = {"regularizer": "kl", "codebook_size": 0, "latent_channels": 2, "channel_multipliers": [1, 2]}
+    facts = {"image_shape": [8, 8, 1], "network": network, "sha256": digest, "data": str(workdir)}
+    (workdir / "first_stage/settings.json").write_text(json.dumps(facts))
     bound = {"train": {"total": total, "standard_error": 0.1, "examples": 9, "first_stage": {"sha256": digest}}}
     (workdir / "eval").mkdir()
     (workdir / "eval/20.json").write_text(json.dumps({"step": 20, "weights": "ema", "latent_bits_per_dim": bound}))
