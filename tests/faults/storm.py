@@ -66,6 +66,8 @@ def expect(fact: bool, *what: object) -> None:
 
 def start(folder: pathlib.Path, name: str, *flags: str, **options) -> subprocess.Popen:
   own = [flag.format(folder=folder) for flag in OF_FOLDER.get(folder.name, ())]
+  # Compiled as users have it: these runs are long, and the quick compilation of the tests makes slow steps.
+  options = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"} | options
   return command.start(folder, name, *FLAGS, *own, *flags, devices=1, **options)
 
 
