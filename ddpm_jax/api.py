@@ -42,6 +42,7 @@ from ddpm_jax.sampling.draw import bind_for_sampling, bind_weights, constants_of
 from ddpm_jax.training.objective import Objective
 from ddpm_jax.training.setup import Run
 from ddpm_jax.weights import first_stage, initial
+from ddpm_jax.weights.autoencoders import is_autoencoder
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.workdir import layout
 
@@ -261,8 +262,8 @@ class Model:
     """Raises UserError for an autoencoder."""
     if self._is_autoencoder:
       raise UserError(
-        "an autoencoder draws and denoises nothing, it has encode and decode; train a latent model on it, with its "
-        "workdir as first_stage, and load that"
+        "an autoencoder draws and denoises nothing, it has encode and decode; train a latent model on it, with it as "
+        "first_stage, and load that"
       )
 
   def _draw(self, config: Config, weights: Weights) -> BatchedFn:
@@ -413,8 +414,8 @@ def load(
   """Reads a trained model.
 
   Args:
-    path: a workdir, a folder of diffusers, or a safetensors file of `--mode=export`; also the workdir of a first stage
-      alone, `--stage=autoencoder`.
+    path: a workdir, a folder of diffusers, or a safetensors file of `--mode=export`; also those of a first stage alone:
+      the workdir of `--stage=autoencoder`, a folder of diffusers' AutoencoderKL or VQModel, its file.
     checkpoint: of a workdir: 'newest', 'best' or a number of training steps.
     weights: of a workdir: 'ema', the moving average of the parameters, or 'raw', the parameters themselves.
     dtype: of the activations, 'float32' or 'bfloat16'.
@@ -426,8 +427,8 @@ def load(
   Returns:
     The model, on all devices of this process. It computes as the command does, whatever JAX's options are in this
     process: the precision of products, 64-bit types and the implementation of random keys are its own. A first stage
-    alone has `encode` and `decode`, in float32, of latents that are not standardised; its `sample` and `denoise` raise
-    a UserError.
+    alone has `encode` and `decode`, in float32; its `sample` and `denoise` raise a UserError. Its latents are those of
+    the network, scaled where its folder or file says so, as by diffusers' scaling_factor.
 
   Raises:
     UserError: if there is no such model, or it cannot be read.
@@ -436,24 +437,37 @@ def load(
   how = {"dtype": dtype, "matmul_precision": matmul_precision}
   asked = {"checkpoint": str(checkpoint), "sample_weights": weights} | {k: v for k, v in how.items() if v is not None}
   asked |= {"classifier": os.fspath(classifier)} if classifier else {}
-  if initial.inspect_source(place, autoencoders=True).kind == "workdir":
+  alone = is_autoencoder(pathlib.Path(place))
+  if not alone and initial.inspect_source(place, autoencoders=True).kind == "workdir":
     config = config_lib.override(layout.load_config(pathlib.Path(place)), asked)
     own = {} if network is None else {"network": layout.describe_own(network)}
     layout.check_own(pathlib.Path(place), own, ["network"])
-    if config.model.stage == "autoencoder":
-      for name, value in (("dtype", dtype), ("classifier", classifier)):
-        if value:
-          raise UserError(f"{name}: {place} holds an autoencoder, on which it has no effect; leave it out")
-      with terminal.errors_alone():
-        return Model(config, first_stage.load_alone(config, pathlib.Path(place)))
     with terminal.errors_alone():
+      if config.model.stage == "autoencoder":
+        _check_alone(place, dtype=dtype, classifier=classifier)
+        return Model(config, first_stage.load_alone(config, pathlib.Path(place)))
       return Model(config, initial.find_weights(config, pathlib.Path(place), network))
-  if network is not None:
-    raise UserError(f"network: {place} is no workdir, so it has no effect; leave it out")
-  if weights != "ema":
-    raise UserError(f"weights: {place} is no workdir, so {weights!r} has no effect; leave it out")
+  for name, value, other in (
+    ("network", network, None),
+    ("weights", weights, "ema"),
+    ("checkpoint", checkpoint, "newest"),
+  ):
+    if value != other:
+      what = "it" if name == "network" else repr(value)
+      raise UserError(f"{name}: {place} is no workdir, so {what} has no effect; leave it out")
+  if alone:
+    _check_alone(place, dtype=dtype, classifier=classifier)
+    found = first_stage.load_other_alone(pathlib.Path(place), config_lib.override(Config(), asked))
+    return Model(found.run.config, found)
   config = config_lib.override(initial.base_config(place), asked | {"init_from": place})
   return Model(config, initial.find_weights(config, None))
+
+
+def _check_alone(place: str, **options: object) -> None:
+  """Raises UserError if one of the options is named, none of which a first stage alone has."""
+  for name, value in options.items():
+    if value:
+      raise UserError(f"{name}: {place} holds an autoencoder, on which it has no effect; leave it out")
 
 
 def train(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.module import InterceptorContext
 
-from ddpm_jax.config import AUTO_ATTENTION, AutoencoderConfig, ModelConfig, check_size
+from ddpm_jax.config import AUTO_ATTENTION, AutoencoderConfig, ModelConfig, check_size, image_size
 from ddpm_jax.diffusion.denoiser import Cond, Denoiser, Network
 from ddpm_jax.diffusion.parameterization import PARAMETERIZATIONS
 from ddpm_jax.errors import UserError
@@ -276,6 +276,22 @@ def autoencoder_settings(network: AutoencoderNetwork) -> dict[str, Any]:
   """
   values = {name: getattr(network.model, name) for name in _SETTINGS}
   return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def config_of_autoencoder(network: AutoencoderNetwork, image_shape: tuple[int, int, int]) -> dict[str, Any]:
+  """Options of a run of --stage=autoencoder with this network, but for attention in the middle, which has no option."""
+  settings = autoencoder_settings(network)
+  same = ("channels", "num_res_blocks", "latent_channels", "regularizer")
+  of_vq = {"codebook_size": settings["codebook_size"]} if network.regularizer == "vq" else {}
+  return {
+    "stage": "autoencoder",
+    "image_size": image_size(*image_shape[:2]),
+    "norm_groups": settings["num_groups"],
+    "discriminator_weight": 0.0,
+    **{name: settings[name] for name in same},
+    **{name: tuple(settings[name]) for name in ("channel_multipliers", "attention_resolutions")},
+    **of_vq,
+  }
 
 
 def autoencoder_of_settings(settings: Any, image_shape: tuple[int, int, int]) -> AutoencoderNetwork:

@@ -68,6 +68,17 @@ class AutoencoderWeights(NamedTuple):
   notes: tuple[str, ...] = ()
 
 
+def is_autoencoder(path: pathlib.Path) -> bool:
+  """Whether there is one by itself, no pipeline that draws; false of what cannot be read."""
+  if path.is_file():
+    try:
+      return "ddpm_jax_autoencoder" in read_facts(path)
+    except UnusableError:
+      return False
+  config = path / "config.json"
+  return config.is_file() and read_json(path, config).get("_class_name") in CLASSES.values()
+
+
 def read_autoencoder(path: pathlib.Path, size: tuple[int, int] | None = None) -> AutoencoderWeights:
   """Reads an autoencoder.
 

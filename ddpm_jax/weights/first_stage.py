@@ -15,20 +15,22 @@ import jax
 import numpy as np
 
 from ddpm_jax import config as config_lib
+from ddpm_jax.checkpoint import manifest
 from ddpm_jax.config import Config, SampleConfig
 from ddpm_jax.data.encoded import DecodedRows
 from ddpm_jax.data.sources import Source
+from ddpm_jax.devices import make_mesh
 from ddpm_jax.devices.hosts import all_gather_host, any_host, gather
 from ddpm_jax.errors import UserError
 from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.statistics import Encoded, cached_bytes, encoded, standard
-from ddpm_jax.models.build import autoencoder_settings, build_autoencoder
+from ddpm_jax.models.build import autoencoder_settings, build_autoencoder, config_of_autoencoder
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.runtime.progress import counted
-from ddpm_jax.training.setup import Run, with_first_stage
+from ddpm_jax.training.setup import Run, build_run, with_first_stage
 from ddpm_jax.weights import diffusers, file
 from ddpm_jax.weights.autoencoders import read_autoencoder
-from ddpm_jax.weights.load import Weights, load_weights
+from ddpm_jax.weights.load import Weights, identity_of, load_weights
 from ddpm_jax.weights.stage_folder import Autoencoder, ImageShape, is_kept, keep, read_kept
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import UnusableError, load_arrays, save_arrays
@@ -131,6 +133,30 @@ def load_alone(config: Config, workdir: pathlib.Path) -> Weights:
   stage = as_they_are.fixed(weights.run.image_shape)
   run = with_first_stage(weights.run._replace(first_stage=stage.latents), stage)
   return weights._replace(run=run, params=weights.params["autoencoder"])
+
+
+def load_other_alone(place: pathlib.Path, config: Config) -> Weights:
+  """Likewise those of a folder of diffusers with an autoencoder and no more, or of a file that one was exported to.
+
+  Its latents are standardised as it says: by its scaling_factor, or by the mean and deviation of its file.
+
+  Args:
+    place: of the folder, or the file.
+    config: how it computes; the settings of the network are those of the place.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  found = read_named(str(place), config)
+  assert found.image_shape is not None, "a folder and a file say it"
+  config = config_lib.override(config, config_of_autoencoder(found.network, found.image_shape))
+  mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
+  stage = found.fixed(found.image_shape)
+  run = build_run(config, found.image_shape, mesh)._replace(first_stage=stage.latents)
+  params = run.place(found.params)
+  return Weights(
+    with_first_stage(run, stage), params, 0, config.sample.sample_weights, identity_of(manifest.describe(params))
+  )
 
 
 def _holds_latent_run(place: pathlib.Path) -> bool:

@@ -24,6 +24,7 @@ from ddpm_jax.runs import export as export_lib
 from ddpm_jax.runs import train as train_lib
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.weights import first_stage, stage_folder
+from ddpm_jax.weights.autoencoders import AutoencoderWeights, write_autoencoder, write_autoencoder_file
 from ddpm_jax.weights.initial import find_classifier, find_weights
 from ddpm_jax.weights.load import load_weights
 from ddpm_jax.workdir import layout
@@ -175,6 +176,39 @@ def test_a_first_stage_alone_encodes_and_decodes(autoencoder, whole):
   ):
     with pytest.raises(UserError, match=f"^{words}$"):
       call()
+
+
+@pytest.mark.parametrize("regularizer", ["kl", "vq"])
+def test_an_exported_first_stage_alone_encodes_and_decodes(regularizer, tmp_path):
+  """From a folder of diffusers and from a file, with the scale that they hold."""
+  of = dict(stage="autoencoder", channels=4, channel_multipliers=(1, 2), attention_resolutions=())
+  config = tiny_config(**of, regularizer=regularizer, latent_channels=2)
+  network = build_autoencoder(config.model, config.autoencoder, SHAPE)
+  params = host(network.init(jax.random.key(0), SHAPE))
+  mean, std = np.asarray([0.5, -1], np.float32), np.full(2, 0.25, np.float32)
+  (tmp_path / "vae").mkdir()
+  write_autoencoder(tmp_path / "vae", network, params, mean, std, SHAPE[:2])
+  write_autoencoder_file(
+    tmp_path / "a.safetensors", AutoencoderWeights(stage_folder.as_used(network), params, SHAPE, mean, std), {}
+  )
+  images, bad = pictures(3, SHAPE), {"dtype": "bfloat16", "classifier": "runs/c", "weights": "raw", "checkpoint": 7}
+  z = np.asarray(network.moments(params, to_float(images)))[..., :2]
+  for place in ("vae", "a.safetensors"):
+    model = ddpm_jax.load(tmp_path / place)
+    assert (model.image_shape, model.latent_shape, model.config.autoencoder.regularizer) == (
+      SHAPE,
+      (4, 4, 2),
+      regularizer,
+    )
+    latents = model.encode(images)
+    np.testing.assert_allclose(latents, (z - mean) / std, rtol=1e-4, atol=1e-4)
+    assert model.decode(latents).shape == images.shape
+    assert repr(model).startswith("<Autoencoder of 8x8x1 images, ")
+    with pytest.raises(UserError, match="an autoencoder draws and denoises nothing"):
+      model.sample(2)
+    for name, value in bad.items():
+      with pytest.raises(UserError, match=f"^{name}: .*; leave it out$"):
+        ddpm_jax.load(tmp_path / place, **{name: value})
 
 
 def test_a_first_stage_is_of_float32_whatever_it_was_trained_in():
