@@ -371,7 +371,7 @@ def _settings(config: Config, stage: StageFacts | None) -> dict[str, list[dict[s
           ("digest", stage.digest, "First digits of the SHA-256 of its parameters."),
         )
       ]
-    if field.name in idle:
+    if field.name in idle or (section == "sample" and config.model.stage != "denoiser"):  # the others draw nothing
       continue
     row = {"name": field.name, "value": config_lib.flag_text(value), "help": field.metadata["help"]}
     row["default"] = None if value == default else config_lib.flag_text(default) or "empty"

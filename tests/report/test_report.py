@@ -211,7 +211,8 @@ def test_a_page_of_an_autoencoder(workdir):
   assert "U-Net" not in page.text and "pure noise" not in page.text
   names = {text for _, text in page.cells}
   assert {"loss", "codebook_size"} <= names
-  assert not {"num_timesteps", "beta_schedule", "prediction", "variance", "kl_weight", "discriminator_start"} & names
+  idle = {"num_timesteps", "beta_schedule", "prediction", "variance", "kl_weight", "discriminator_start", "sampler"}
+  assert not idle & names
   assert {"PSNR", "SSIM", "Reconstruction", "KL", "Codes", "Codebook use"} <= page.charts().keys()
   assert {"24.25", "0.8750", "2.250"} <= {text.split(" ")[0] for _, text in page.cells if text}
   assert len(page.all("img")) == 1 + 2
