@@ -493,7 +493,8 @@ def train(
       fingerprint must change with them.
 
   Returns:
-    The model as it was saved last, with the average of its weights.
+    The model as it was saved last, with the average of its weights; of `stage="autoencoder"` a first stage alone, whose
+    workdir is the `first_stage` of another run.
 
   Raises:
     UserError: before anything is compiled, if these do not fit together, or the workdir is of another run.
@@ -503,9 +504,11 @@ def train(
   from ddpm_jax.runs import train as train_lib  # with all of a run, of which `load` needs nothing
 
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
-  if config.model.stage != "denoiser":
-    what = "an autoencoder" if config.model.stage == "autoencoder" else "a classifier"
-    raise UserError(f"stage: {what} is no model that draws, which this returns; train it by the command")
+  if config.model.stage == "classifier":
+    raise UserError("stage: a classifier is no model, which this returns; train it by the command")
+  if config.diffusion.first_stage:  # as the command keeps it in the workdir
+    path = paths.absolute("first_stage", config.diffusion.first_stage, "get the autoencoder first and name its folder")
+    config = config_lib.override(config, {"first_stage": str(path)})
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"

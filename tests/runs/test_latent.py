@@ -178,6 +178,18 @@ def test_a_first_stage_alone_encodes_and_decodes(autoencoder, whole):
       call()
 
 
+def test_both_stages_are_trained_from_python(tmp_path, monkeypatch):
+  """Each returns what was trained; a relative path is kept as the command keeps it."""
+  monkeypatch.chdir(tmp_path)
+  images = pictures(40, SHAPE)
+  stage = ddpm_jax.train(tiny_config(**OF_AUTOENCODER), "stage", source=images)
+  assert repr(stage).startswith("<Autoencoder of 8x8x1 images, ")
+  model = ddpm_jax.train(tiny_config(**LITTLE | {"num_steps": 1}, first_stage="stage"), "latent", source=images)
+  assert model.config.diffusion.first_stage == str(tmp_path / "stage")
+  chex.assert_trees_all_equal(host(model.weights.run.frozen["autoencoder"]), host(stage.params))
+  assert model.sample(2, sampler="dpmpp", steps=2).shape == (2, *SHAPE)
+
+
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
 def test_an_exported_first_stage_alone_encodes_and_decodes(regularizer, tmp_path):
   """From a folder of diffusers and from a file, with the scale that they hold."""
