@@ -119,7 +119,7 @@ def test_some_rooms_know_little_else():
 def test_tuning_for_cpus_wraps_from_outside():
   """Behind one door, and its words stand nowhere but there and where it is opened."""
   inside = {file for file in FILES if file.startswith("runtime/cpu/")}
-  users = {"models/build.py", "devices/pmap.py", "training/optimizer.py"}
+  users = {"models/build.py", "devices/mesh.py", "devices/pmap.py", "training/optimizer.py"}
   assert importers("ddpm_jax.runtime.cpu") - inside == users
   assert (
     len(inside) > 1 and not importers(*(module_name(file) for file in inside - {"runtime/cpu/__init__.py"})) - inside

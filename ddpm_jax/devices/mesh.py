@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ddpm_jax.errors import UserError
-from ddpm_jax.runtime import numerics
+from ddpm_jax.runtime import cpu, numerics
 
 AXIS = "data"
 Tree = Any
@@ -60,6 +60,11 @@ class DeviceMesh(abc.ABC):
     self.replicated = NamedSharding(self.jax_mesh, PartitionSpec())
     self.split = NamedSharding(self.jax_mesh, PartitionSpec(AXIS))
     self._commands: dict[tuple[int, bool, bool], jax.Array] = {}
+
+  @property
+  def once(self) -> dict[str, Any] | None:
+    """XLA's options for a program that runs once, as `jax.jit` takes them."""
+    return cpu.RUNS_ONCE if self.platform == "cpu" else None
 
   # The strategy.
 

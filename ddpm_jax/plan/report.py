@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator
 
 from ddpm_jax.first_stage.latents import Latents
@@ -16,6 +17,14 @@ from ddpm_jax.plan.topology import OutOfMemory, Topology
 from ddpm_jax.training.setup import Run
 
 _SMALLER = "try a smaller --batch_size, --remat=blocks, --grad_accum_steps, --dtype=bfloat16 or --parallel=fsdp"
+
+
+LESS = "JAX_OPTIMIZATION_LEVEL=O1"  # in the environment, for a quick plan
+
+
+def less_optimised() -> bool:
+  """Whether the environment names a level of optimisation, which then is not that of a run without it."""
+  return "JAX_OPTIMIZATION_LEVEL" in os.environ
 
 
 def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
@@ -40,6 +49,9 @@ def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
     ]
   else:
     rows.append(("peaks", f"none are known for {topology.kind}: no roofline"))
+  if less_optimised():
+    level = os.environ["JAX_OPTIMIZATION_LEVEL"]
+    rows.append(("compiled", f"with JAX_OPTIMIZATION_LEVEL={level}: a run without it has other bytes and times"))
   return _table(rows)
 
 

@@ -34,6 +34,7 @@ from ddpm_jax.weights.stage_folder import abstract_params, as_used, is_kept, rea
 from ddpm_jax.workdir import layout
 
 _TICK_S = 30.0  # between two signs of life of a compilation
+_SLOW_S = 300.0  # after which there is a word on how to compile faster
 
 
 def plan(config: Config, folder: pathlib.Path | None = None) -> None:
@@ -155,8 +156,11 @@ def _signs_of_life(start: float) -> Iterator[None]:
   over = threading.Event()
 
   def tick() -> None:
+    hint = "" if report.less_optimised() else f"({report.LESS} before the command compiles in less time) ... "
     while not over.wait(_TICK_S):
-      console.note(f"{time.monotonic() - start:.0f} s ...", end=" ")
+      passed = time.monotonic() - start
+      console.note(f"{passed:.0f} s ... {hint if passed > _SLOW_S else ''}", end="")
+      hint = "" if passed > _SLOW_S else hint
 
   thread = threading.Thread(target=tick, name="compiling", daemon=True)
   thread.start()

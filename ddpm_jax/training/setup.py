@@ -104,7 +104,8 @@ class Run(NamedTuple):
       params: the weights to begin with, NumPy arrays, the same on every process; None: random ones.
     """
     init = functools.partial(_initial_state, self.denoiser, self.config, self.first_stage.latent_shape)
-    compiled = jax.jit(init, out_shardings=self.mesh.state_shardings(self.abstract_state))
+    shardings = self.mesh.state_shardings(self.abstract_state)
+    compiled = jax.jit(init, out_shardings=shardings, compiler_options=self.mesh.once)
     return compiled(np.uint32(self.config.train.seed), params)
 
   def place(self, params: Params) -> Params:

@@ -156,6 +156,22 @@ def test_a_long_compilation_shows_that_it_lives(here, compiled, capsys, monkeypa
   assert re.search(r"batch of 16 \.\.\. (0 s \.\.\. ){2,}0 s\n", capsys.readouterr().err)
 
 
+def test_a_very_long_compilation_says_once_how_it_takes_less_time(here, compiled, capsys, monkeypatch):
+  """And with that the plan says how it was compiled."""
+  monkeypatch.setattr(plan_run, "_TICK_S", 0.01)
+  monkeypatch.setattr(plan_run, "_SLOW_S", 0.0)
+  real = plan_run.compile_step
+  monkeypatch.setattr(plan_run, "compile_step", lambda *of: time.sleep(0.3) or real(*of))
+  plan_run.plan(tiny_config(batch_size=8))
+  out, err = capsys.readouterr()
+  hint = r"\(JAX_OPTIMIZATION_LEVEL=O1 before the command compiles in less time\) \.\.\. "
+  assert re.search(rf"batch of 8 \.\.\. 0 s \.\.\. {hint}(0 s \.\.\. )+0 s\n", err) and "OPTIMIZATION" not in out
+  monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")
+  plan_run.plan(tiny_config(batch_size=8))
+  out, err = capsys.readouterr()
+  assert "compiled" in out and "with JAX_OPTIMIZATION_LEVEL=O1" in out and "OPTIMIZATION" not in err
+
+
 def test_sizes_are_those_that_the_devices_and_the_parts_divide(here, compiled):
   plan_run.plan(tiny_config(batch_size=96, grad_accum_steps=3))
   assert all(size % 24 == 0 for size in compiled.sizes) and len(compiled.sizes) > 1

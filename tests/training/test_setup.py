@@ -1,14 +1,17 @@
-"""The parts of a run: what is said of a noise schedule that does not reach noise."""
+"""The parts of a run: its initial state, and what is said of a noise schedule that does not reach noise."""
 
 import pathlib
 import re
+
+import chex
+import pytest
 
 from ddpm_jax import config as config_lib
 from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.training.setup import Run, copies_warning, noise_warning
 from tests.test_documents import preset
-from tests.training.tiny import tiny_config, tiny_run
+from tests.training.tiny import host, tiny_config, tiny_run
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 
@@ -55,3 +58,13 @@ def test_a_small_set_of_own_images_and_many_passes_are_warned_of():
   assert copies_warning(config_lib.override(own, {"num_steps": 100}), 60) is None
   assert copies_warning(config_lib.override(own, {"num_steps": 1_000_000}), 5000) is None
   assert copies_warning(config_lib.override(own, {"dataset": "digits"}), 60) is None
+
+
+def test_the_initial_state_is_compiled_in_less_time_and_is_the_same():
+  """To the bit: what its program is compiled with on a CPU has no part in the numbers."""
+  run = tiny_run(tiny_config())
+  assert run.mesh.once == {"xla_backend_optimization_level": 1}
+  wanted = run.initial_state()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(type(run.mesh), "once", {"xla_backend_optimization_level": 3})
+    chex.assert_trees_all_equal(host(run.initial_state()), host(wanted))
