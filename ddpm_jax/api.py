@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ddpm_jax import config as config_lib
+from ddpm_jax import flags, resolve
 from ddpm_jax.config import Config
 from ddpm_jax.data.sources import Source, from_array
 from ddpm_jax.devices.batched import BatchedFn
@@ -506,9 +507,10 @@ def train(
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
   if config.model.stage == "classifier":
     raise UserError("stage: a classifier is no model, which this returns; train it by the command")
-  if config.diffusion.first_stage:  # as the command keeps it in the workdir
-    path = paths.absolute("first_stage", config.diffusion.first_stage, "get the autoencoder first and name its folder")
-    config = config_lib.override(config, {"first_stage": str(path)})
+  defaults = config_lib.values(Config())
+  named = {name: value for name, value in config_lib.values(config).items() if value != defaults[name]}
+  kept = resolve.with_absolute_models(flags.placed(named))  # paths as the command keeps them in a workdir
+  config = config_lib.override(config, {name: value for name, value in kept.items() if value != named[name]})
   if network is not None and (config.exchange.init_from or config.train.evaluate_every):
     raise UserError(
       "network: your own begins with random weights and is not measured; leave init_from and evaluate_every out"
@@ -519,12 +521,15 @@ def train(
     raise UserError("source: it has no fingerprint, so other images would not be noticed on resume; give it one")
   if source is not None:  # nobody else can open it by its name
     config = config_lib.override(config, {"dataset": f"own:{source.name}"})
+  given = frozenset({"first_stage"} if config.diffusion.first_stage else ())
   stored = layout.read_run(folder)
   if stored:  # what is settled there
     now, settled = config_lib.values(config), config_lib.values(stored.config)
-    left_open = [name for name, value in config_lib.LEFT_TO_IMAGES.items() if now[name] == value]
+    open_values = config_lib.LEFT_TO_IMAGES | {"first_stage": ""}
+    left_open = [name for name, value in open_values.items() if now[name] == value]
     config = config_lib.override(config, {name: settled[name] for name in left_open})
   numerics.check_options(config.model.matmul_precision)
   with StopRequest() as stop:
-    train_lib.train(config, folder, train_lib.Invocation(stop, own=train_lib.Own(network, objective, source)))
+    own = train_lib.Own(network, objective, source)
+    train_lib.train(config, folder, train_lib.Invocation(stop, given=given, own=own))
   return load(folder, network=network)

@@ -220,9 +220,12 @@ def given(registry: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
   Raises:
     UserError: if a path begins with the home of nobody.
   """
-  found: dict[str, Any] = {name: registry[name].value for name in config_lib.values(Config()) if registry[name].present}
-  for name in found.keys() & _PLACES:
-    found[name] = _absolute(name, found[name])
+  return placed({name: registry[name].value for name in config_lib.values(Config()) if registry[name].present})
+
+
+def placed(found: dict[str, Any]) -> dict[str, Any]:
+  """The options with places of data as absolute paths. Raises UserError if a path begins with the home of nobody."""
+  found = found | {name: _absolute(name, found[name]) for name in found.keys() & _PLACES}
   if own := config_lib.own_images(found.get("dataset", "")):
     kind, place = own
     found["dataset"] = f"{kind}:{_absolute('dataset', place)}"

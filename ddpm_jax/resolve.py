@@ -137,6 +137,11 @@ def _settled(given: dict[str, Any], run: StoredRun | None) -> dict[str, Any]:
   if run:
     left_open = config_lib.LEFT_TO_IMAGES.items()
     given = {name: value for name, value in given.items() if (name, value) not in left_open}
+  return with_absolute_models(given)
+
+
+def with_absolute_models(given: dict[str, Any]) -> dict[str, Any]:
+  """The options with paths of models as absolute ones. Raises UserError for one that a workdir cannot keep."""
   if given.get("init_from"):
     from ddpm_jax.weights import initial  # with JAX
 

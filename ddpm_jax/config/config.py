@@ -241,7 +241,7 @@ def _check_together(config: Config) -> None:
     )
   if not config.model.channel_multipliers:
     raise UserError("channel_multipliers: empty; name one multiple for each level, such as 1,2,2,2")
-  if config.model.channels % 2:
+  if config.model.channels % 2 and config.model.stage != "autoencoder":  # which is told no timestep
     raise UserError(
       f"channels: {config.model.channels} must be even, for the sines and cosines of the timestep; "
       f"use --channels={config.model.channels + 1}"
@@ -259,7 +259,7 @@ def _check_together(config: Config) -> None:
     raise UserError(
       f"norm_groups: {groups} does not divide channels={config.model.channels}; use a divisor, or 0 to choose one"
     )
-  if groups and groups == config.model.channels:
+  if groups and groups == config.model.channels and config.model.stage != "autoencoder":
     raise UserError(
       f"norm_groups: {groups} leaves one channel in a group, whose norm would remove the timestep; use --norm_groups=0"
     )

@@ -224,21 +224,28 @@ def make_schedule(name: str, num_timesteps: int, *, beta_start: float = 1e-4, be
 # The most of an image that may be left in x_T, as sqrt(alpha_bar_T): one of its 256 grey levels. Drawing begins with
 # N(0, I), as if nothing were left. The paper's linear betas leave 0.8 of a level (L_T = 0.00002 bits/dim).
 SEEN_SIGNAL = 2.0 / 255.0
+# The same of latents, whose deviation is 1 and which have no grey levels. The schedules of Rombach et al. 2022 leave
+# 0.012 and 0.026; that of Stable Diffusion leaves 0.068, which is seen (Lin et al. 2024, "Common Diffusion Noise
+# Schedules and Sample Steps are Flawed").
+SEEN_SIGNAL_OF_LATENTS = 0.05
 _LARGEST_BETA = 0.99  # that is proposed: 1 would be a step after which nothing is left
 
 
-def reaches_noise(schedule: NoiseSchedule) -> bool:
-  """True if x_T holds at most `SEEN_SIGNAL` of x_0, so that N(0, I) may replace it."""
-  return bool(schedule.sqrt_alpha_bar[-1] <= SEEN_SIGNAL)
+def reaches_noise(schedule: NoiseSchedule, seen: float = SEEN_SIGNAL) -> bool:
+  """True if x_T holds at most `seen` of x_0, as sqrt(alpha_bar_T), so that N(0, I) may replace it."""
+  return bool(schedule.sqrt_alpha_bar[-1] <= seen)
 
 
 def largest_prior_kl(schedule: NoiseSchedule) -> float:
-  """The largest L_T (`forward.prior_kl`) of any image in [-1, 1], in bits per dimension: -log2(1 - alpha_bar_T) / 2."""
+  """The largest L_T (`forward.prior_kl`) of any image in [-1, 1], in bits per dimension: -log2(1 - alpha_bar_T) / 2.
+
+  It is also the mean L_T of latents of deviation 1.
+  """
   return float(-np.log1p(-schedule.alpha_bar[-1]) / (2 * np.log(2.0)))
 
 
 def betas_that_reach_noise(
-  name: str, num_timesteps: int, beta_start: float, beta_end: float
+  name: str, num_timesteps: int, beta_start: float, beta_end: float, seen: float = SEEN_SIGNAL
 ) -> tuple[float, float] | None:
   """The smallest multiple of beta_1 and beta_T with which a schedule `reaches_noise`, both rounded up to three digits.
 
@@ -249,6 +256,7 @@ def betas_that_reach_noise(
     num_timesteps: T.
     beta_start: beta_1.
     beta_end: beta_T.
+    seen: of `reaches_noise`.
 
   Returns:
     beta_1 and beta_T; None if with this few timesteps there is no such multiple below `_LARGEST_BETA`.
@@ -259,7 +267,7 @@ def betas_that_reach_noise(
 
   def enough(factor: float) -> bool:
     start, end = multiple(factor)
-    return reaches_noise(make_schedule(name, num_timesteps, beta_start=start, beta_end=end))
+    return reaches_noise(make_schedule(name, num_timesteps, beta_start=start, beta_end=end), seen)
 
   low, high = 1.0, _LARGEST_BETA / beta_end
   if high < low or not enough(high):

@@ -36,8 +36,15 @@ NAME = "perceptual.safetensors"  # in the workdir
 SMALLEST = 16  # pixels of a side that VGG16 still has some of after its last stage
 
 
-def check(config: Config, workdir: pathlib.Path, image_shape: tuple[int, int, int]) -> None:
-  """Raises UserError for a distance that cannot be had: weights that are missing or others, images too small."""
+def check(config: Config, workdir: pathlib.Path, image_shape: tuple[int, int, int], *, given: bool = False) -> None:
+  """Raises UserError for a distance that cannot be had: weights that are missing or others, images too small.
+
+  Args:
+    config: of the run.
+    workdir: its folder; may not exist yet.
+    image_shape: H, W, C.
+    given: whether the command names the weights; those that the workdir keeps must then be the same.
+  """
   if config.autoencoder.perceptual != "lpips":
     return
   if min(image_shape[:2]) < SMALLEST or image_shape[2] not in (1, 3):
@@ -45,8 +52,16 @@ def check(config: Config, workdir: pathlib.Path, image_shape: tuple[int, int, in
       f"perceptual: lpips is of images of at least {SMALLEST}x{SMALLEST} pixels in grey or colour, these are "
       f"{'x'.join(map(str, image_shape))}; use --perceptual=features"
     )
+  path = config.autoencoder.lpips_weights
   if not (workdir / NAME).exists():
-    load_lpips(config.autoencoder.lpips_weights)
+    load_lpips(path)
+  elif given and pathlib.Path(path).exists():
+    named, kept = (arrays_sha256(arrays, "") for arrays in (trained.flat(load_lpips(path).params), _kept(workdir)[0]))
+    if named != kept:
+      raise UserError(
+        f"lpips_weights: {path} holds other weights than the run in {workdir} began with; leave --lpips_weights out to "
+        "go on with those, or use another --workdir"
+      )
 
 
 def settle(
@@ -78,11 +93,16 @@ def settle(
       except OSError as error:
         raise RunError(f"workdir: cannot write {path} ({error.strerror}); {remedy(error)}") from error
   else:
-    try:
-      arrays, facts = load_arrays(path)
-    except UnusableError as error:
-      raise UserError(f"perceptual: {path}: {error}; restore it") from None
+    arrays, facts = _kept(workdir)
   return Perceptual(_distance(facts), trained.nested(arrays), arrays_sha256(arrays, ""))
+
+
+def _kept(workdir: pathlib.Path) -> tuple[Arrays, dict[str, Any]]:
+  """The weights that a workdir keeps, and what they are of."""
+  try:
+    return load_arrays(workdir / NAME)
+  except UnusableError as error:
+    raise UserError(f"perceptual: {workdir / NAME}: {error}; restore it") from None
 
 
 def check_kept(manifest: Manifest, perceptual: Perceptual | None, workdir: pathlib.Path) -> None:
@@ -128,11 +148,7 @@ def lpips_to_measure(config: Config, workdir: pathlib.Path) -> tuple[Params, str
     UserError: they cannot be read.
   """
   if config.autoencoder.perceptual == "lpips" and (workdir / NAME).exists():
-    try:
-      arrays, _ = load_arrays(workdir / NAME)
-    except UnusableError as error:
-      raise UserError(f"perceptual: {workdir / NAME}: {error}; restore it") from None
-    params = trained.nested(arrays)
+    params = trained.nested(_kept(workdir)[0])
   elif config.autoencoder.lpips_weights:
     params = load_lpips(config.autoencoder.lpips_weights).params
   else:

@@ -22,9 +22,12 @@ _SMALLER = "try a smaller --batch_size, --remat=blocks, --grad_accum_steps, --dt
 LESS = "JAX_OPTIMIZATION_LEVEL=O1"  # in the environment, for a quick plan
 
 
-def less_optimised() -> bool:
-  """Whether the environment names a level of optimisation, which then is not that of a run without it."""
-  return "JAX_OPTIMIZATION_LEVEL" in os.environ
+_EFFORTS = ("JAX_OPTIMIZATION_LEVEL", "JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "JAX_MEMORY_FITTING_EFFORT")
+
+
+def effort() -> str:
+  """What the environment says of how well to compile, which then is not as for a run without it; '' for nothing."""
+  return " ".join(f"{name}={os.environ[name]}" for name in _EFFORTS if os.environ.get(name, "UNKNOWN") != "UNKNOWN")
 
 
 def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
@@ -49,9 +52,8 @@ def headline(run: Run, topology: Topology, peaks: Peaks | None) -> str:
     ]
   else:
     rows.append(("peaks", f"none are known for {topology.kind}: no roofline"))
-  if less_optimised():
-    level = os.environ["JAX_OPTIMIZATION_LEVEL"]
-    rows.append(("compiled", f"with JAX_OPTIMIZATION_LEVEL={level}: a run without it has other bytes and times"))
+  if effort():
+    rows += [("compiled", f"with {effort()}"), ("", "a run without it has other bytes and times")]
   return _table(rows)
 
 

@@ -156,7 +156,7 @@ def _signs_of_life(start: float) -> Iterator[None]:
   over = threading.Event()
 
   def tick() -> None:
-    hint = "" if report.less_optimised() else f"({report.LESS} before the command compiles in less time) ... "
+    hint = "" if report.effort() else f"({report.LESS} before the command compiles in less time) ... "
     while not over.wait(_TICK_S):
       passed = time.monotonic() - start
       console.note(f"{passed:.0f} s ... {hint if passed > _SLOW_S else ''}", end="")

@@ -210,7 +210,7 @@ def prepare(
   config = dataclasses.replace(config, model=fitted(config.model, seen))
   if own.network and config.model.stage == "autoencoder":
     raise UserError("network: your own is a denoiser, which stage=autoencoder does not train; leave one of them out")
-  perceptual.check(config, workdir, source.image_shape)
+  perceptual.check(config, workdir, source.image_shape, given="lpips_weights" in given)
   if config_lib.reads_classes(config):
     found = num_classes(source, config.model.num_classes, stage=config.model.stage, settled=fixed)
     config = config_lib.override(config, {"num_classes": found})

@@ -196,7 +196,8 @@ def _farewell(workdir: pathlib.Path, step: int, config: Config) -> str:
     draw = f"ddpm_jax.load({str(workdir)!r}, network={own['network']}).sample(64, sampler='dpmpp', steps={quick})"
   checkpoint = f"{end}\n  checkpoint    {workdir / 'checkpoints' / str(step)}\n"
   if stage == "autoencoder":
-    measure = paths.command("--mode=evaluate", f"--workdir={workdir}")
+    own_images = config.data.dataset.startswith("own:")  # which the command does not have
+    measure = "" if own_images else f"  measure       {paths.command('--mode=evaluate', f'--workdir={workdir}')}\n"
     options = config_lib.options(config)
     data = [
       f"--{field.name}={config_lib.flag_text(value)}"
@@ -204,12 +205,11 @@ def _farewell(workdir: pathlib.Path, step: int, config: Config) -> str:
       if field.name in _OF_IMAGES and value != field.default
     ]
     diffuse = paths.command(f"--first_stage={workdir}", *data, "--workdir=MODEL")
-    if config.data.dataset.startswith("own:"):
+    if own_images:
       diffuse = f"ddpm_jax.train with the same images and first_stage={str(workdir)!r}"
     return f"""{checkpoint}  images        {workdir / "samples"}
   metrics       {metrics}
-{again}  measure       {measure}
-  diffuse       {diffuse}"""
+{again}{measure}  diffuse       {diffuse}"""
   if stage == "classifier":
     guide = paths.command("--mode=sample", f"--classifier={workdir}", "--workdir=MODEL")
     return f"{checkpoint}  metrics       {metrics}\n{again}  guide draws   {guide}"

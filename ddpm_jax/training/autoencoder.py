@@ -270,8 +270,10 @@ class AdversarialObjective(AutoencoderObjective):
     together, adversarial = gradients["together"], gradients["adversarial"]
     of_loss, of_deceit = (tree["autoencoder"]["decoder"]["conv_out"]["kernel"] for tree in (together, adversarial))
     weight = self.config.discriminator_weight * adaptive_weight(of_loss, of_deceit, self.largest)
-    weight = jnp.where(self.started(extra["steps"]), weight, 0.0)
-    add = lambda one, other: jnp.where(weight > 0.0, one + weight * other, one)  # noqa: E731
+    started = self.started(extra["steps"])
+    weight = jnp.where(started, weight, 0.0)
+    # What is not finite is in the sum, and the step is one that is not.
+    add = lambda one, other: jnp.where(started, one + weight * other, one)  # noqa: E731
     gradient = together | {"autoencoder": jax.tree.map(add, together["autoencoder"], adversarial["autoencoder"])}
     return gradient, {"adversarial_weight": weight}
 

@@ -15,6 +15,8 @@ from ddpm_jax.config import WITHOUT_ENDS, Config, own_images
 from ddpm_jax.devices.mesh import DeviceMesh
 from ddpm_jax.diffusion.denoiser import Denoiser
 from ddpm_jax.diffusion.schedules import (
+  SEEN_SIGNAL,
+  SEEN_SIGNAL_OF_LATENTS,
   NoiseSchedule,
   betas_that_reach_noise,
   largest_prior_kl,
@@ -165,20 +167,23 @@ def _placed(params: Params, mesh: DeviceMesh) -> Params:
 
 
 def noise_warning(run: Run) -> str | None:
-  """A line if at t = T more of the images is left than can go unseen, with the betas that would do; else None."""
-  if reaches_noise(run.schedule):
+  """A line if at t = T more is left of images, or latents, than can go unseen, with betas that would do; else None."""
+  pixels = run.first_stage.identity
+  seen = SEEN_SIGNAL if pixels else SEEN_SIGNAL_OF_LATENTS
+  if reaches_noise(run.schedule, seen):
     return None
   d, remedies = run.config.diffusion, []
   if d.beta_schedule not in WITHOUT_ENDS:
-    betas = betas_that_reach_noise(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end)
+    betas = betas_that_reach_noise(d.beta_schedule, d.num_timesteps, d.beta_start, d.beta_end, seen)
     if betas:
       remedies.append("--beta_start={:g} --beta_end={:g}".format(*betas))
-    if reaches_noise(make_schedule("cosine", d.num_timesteps)):
+    if reaches_noise(make_schedule("cosine", d.num_timesteps), seen):
       remedies.append("--beta_schedule=cosine")
+  most = f"{'up to ' if pixels else ''}{largest_prior_kl(run.schedule):.2g}"
   return (
     f"the noise schedule does not reach pure noise, from which sampling starts: at t = {d.num_timesteps}, the last "
-    f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T up to "
-    f"{largest_prior_kl(run.schedule):.2g} bits/dim); in a new run, use {' or '.join(remedies or ['more timesteps'])}"
+    f"timestep, sqrt(alpha_bar) is {run.schedule.sqrt_alpha_bar[-1]:.2g} (L_T {most} bits/dim); in a new run, use "
+    f"{' or '.join(remedies or ['more timesteps'])}"
   )
 
 

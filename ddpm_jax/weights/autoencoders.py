@@ -47,6 +47,7 @@ _UNDERSTOOD = {
   "vq": _SHARED | {"num_vq_embeddings", "vq_embed_dim"},
 }
 _FORMAT = 1  # of a file of ours
+NAME = "autoencoder.safetensors"  # of such a file, in the folder of an export
 
 
 class AutoencoderWeights(NamedTuple):
@@ -69,14 +70,18 @@ class AutoencoderWeights(NamedTuple):
 
 
 def is_autoencoder(path: pathlib.Path) -> bool:
-  """Whether there is one by itself, no pipeline that draws; false of what cannot be read."""
-  if path.is_file():
-    try:
-      return "ddpm_jax_autoencoder" in read_facts(path)
-    except UnusableError:
-      return False
+  """Whether there is one by itself, no pipeline that draws.
+
+  Raises:
+    UserError: config.json is not JSON.
+  """
   config = path / "config.json"
-  return config.is_file() and read_json(path, config).get("_class_name") in CLASSES.values()
+  try:
+    if path.is_file():
+      return "ddpm_jax_autoencoder" in read_facts(path)
+    return config.is_file() and read_json(path, config).get("_class_name") in CLASSES.values()
+  except (UnusableError, OSError):  # others say what is wrong
+    return False
 
 
 def read_autoencoder(path: pathlib.Path, size: tuple[int, int] | None = None) -> AutoencoderWeights:
@@ -325,7 +330,8 @@ def describe_autoencoder(
 
 def _part(folder: pathlib.Path) -> pathlib.Path:
   """Where the autoencoder of a folder lies. Raises UserError."""
-  part = next((folder / name for name in _PARTS if (folder / name).is_dir()), folder)
+  inside = () if is_autoencoder(folder) else _PARTS
+  part = next((folder / name for name in inside if (folder / name).is_dir()), folder)
   if not (part / "config.json").exists():
     files = sorted(folder.glob("*.safetensors"))
     remedy = f"name {files[0]}" if files else "name a folder of diffusers with an AutoencoderKL or a VQModel"
@@ -351,6 +357,8 @@ def _read_folder(folder: pathlib.Path, size: tuple[int, int] | None) -> Autoenco
   network, image_shape = _network_of(part, options, size)
   try:
     mean, std, notes = scale_of(options)
+    if size is None and "sample_size" not in options:
+      notes += ("sample_size is missing, and taken for 32",)
   except UserError as error:
     raise UserError(f"{part / 'config.json'}: {error}") from None
   tensors = read_weights(folder, part, f"{options['_class_name']}.from_pretrained({str(part)!r})")

@@ -25,7 +25,7 @@ from ddpm_jax.errors import UserError
 from ddpm_jax.first_stage.latents import FixedStage
 from ddpm_jax.first_stage.statistics import Encoded, cached_bytes, encoded, standard
 from ddpm_jax.models.build import autoencoder_settings, build_autoencoder, config_of_autoencoder
-from ddpm_jax.runtime import console, paths
+from ddpm_jax.runtime import console, paths, terminal
 from ddpm_jax.runtime.progress import counted
 from ddpm_jax.training.setup import Run, build_run, with_first_stage
 from ddpm_jax.weights import diffusers, file
@@ -108,7 +108,8 @@ def _read(place: pathlib.Path, config: Config) -> Autoencoder:
     kind = "classifier" if stored.model.stage == "classifier" else "model of pixels"
     raise UserError(f"it holds a {kind}; name the workdir of a run of --stage=autoencoder")
   newest = {name: getattr(SampleConfig(), name) for name in config_lib.NAMES_WEIGHTS}
-  return _of_weights(load_weights(config_lib.override(stored, newest | {"parallel": config.train.parallel}), place))
+  with terminal.errors_alone():
+    return _of_weights(load_weights(config_lib.override(stored, newest | {"parallel": config.train.parallel}), place))
 
 
 def _of_weights(weights: Weights) -> Autoencoder:
@@ -147,9 +148,15 @@ def load_other_alone(place: pathlib.Path, config: Config) -> Weights:
   Raises:
     UserError: if it cannot be read.
   """
-  found = read_named(str(place), config)
+  try:
+    found = read_named(str(place), config)
+  except UserError as error:
+    raise UserError(str(error).removeprefix("first_stage: ")) from None
   assert found.image_shape is not None, "a folder and a file say it"
-  config = config_lib.override(config, config_of_autoencoder(found.network, found.image_shape))
+  try:
+    config = config_lib.override(config, config_of_autoencoder(found.network, found.image_shape))
+  except UserError as error:
+    raise UserError(f"{place}: {error}") from None
   mesh = make_mesh(config.train.parallel, matmul_precision=config.model.matmul_precision)
   stage = found.fixed(found.image_shape)
   run = build_run(config, found.image_shape, mesh)._replace(first_stage=stage.latents)
@@ -172,7 +179,7 @@ def _of_others(place: pathlib.Path, config: Config) -> Autoencoder:
   found = read_autoencoder(place, size)
   if jax.process_index() == 0:
     for note in found.notes:
-      console.warn(f"first_stage: {place}: {note}")
+      console.warn(f"{place}: {note}. A model that begins on it measures mean and deviation itself")
   return Autoencoder(found.network, found.params, found.image_shape, found.mean, found.std)
 
 

@@ -27,6 +27,7 @@ from ddpm_jax.runtime import console, paths
 from ddpm_jax.training.setup import build_run
 from ddpm_jax.weights import diffusers, file, stage_folder
 from ddpm_jax.weights import first_stage as stages
+from ddpm_jax.weights.autoencoders import NAME as AUTOENCODER
 from ddpm_jax.weights.load import Weights, identity_of, load_weights
 from ddpm_jax.weights.names import from_flat, to_flat
 from ddpm_jax.weights.stage_folder import Autoencoder
@@ -119,8 +120,9 @@ def _inspect(place: pathlib.Path, autoencoders: bool) -> WeightSource:
     # Its first stage lies in the workdir, wherever it came from.
     kept = {"first_stage": str(place)} if config.diffusion.first_stage else {}
     return WeightSource(place, "workdir", _settings_of(config) | kept, None, _classes_of(config, place))
-  if (place / file.NAME).exists():
-    raise UserError(f"{place} holds {file.NAME}; name that file")
+  for name in (file.NAME, AUTOENCODER):
+    if (place / name).exists():
+      raise UserError(f"{place} holds {name}; name that file")
   raise UserError(f"{place} is no folder of diffusers (no model_index.json) and no workdir (no config.json)")
 
 

@@ -115,6 +115,7 @@ LATENT = {
   "norm_groups": 32,
   "dropout": 0.0,
   "lr_schedule": "constant",
+  "weight_decay": 0.01,
   "grad_clip": 0.0,
   "ema_decay": 0.9999,
   "dtype": "float32",

@@ -18,6 +18,7 @@ from ddpm_jax.runs.alarms import Alarms
 from ddpm_jax.runtime.stop import StopRequest
 from ddpm_jax.weights.autoencoders import read_autoencoder
 from ddpm_jax.weights.load import load_weights
+from ddpm_jax.weights.perceptual import PerceptualWeights
 from ddpm_jax.workdir import layout
 from ddpm_jax.workdir.arrays import load_arrays, save_arrays
 from tests.training.tiny import tiny_config
@@ -43,13 +44,14 @@ def whole(tmp_path_factory):
   return folder, train(folder)
 
 
-def test_an_autoencoder_is_trained_and_resumed_exactly(whole, tmp_path, capsys):
-  """Stopped before the discriminator's warm-up, between that and its start, and after it."""
+def test_an_autoencoder_is_trained_and_resumed_exactly(whole, tmp_path, capsys, monkeypatch):
+  """Stopped before the discriminator's warm-up, between that and its start, and after it. Alarms are raised."""
   (finished, weights), folder = whole, tmp_path / "run"
+  monkeypatch.setattr("ddpm_jax.runs.alarms._LEAST_USED", 2.0)
   for steps in (1, 2, 3, 4):
     found = train(folder, num_steps=steps)
   said = capsys.readouterr()
-  assert "--first_stage=" in said.out + said.err
+  assert "--first_stage=" in said.out + said.err and "the codebook collapses" in said.out
   assert found.identity == weights.identity
   assert set(found.params) == {"autoencoder", "discriminator"}
   of_both = [
@@ -129,6 +131,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, chang
   with pytest.raises(UserError, match=message):
     train(tmp_path / "run", **changes)
   assert not (tmp_path / "run").exists()
+
+
+def test_other_weights_of_lpips_are_refused_when_the_command_names_them(tmp_path, monkeypatch):
+  """The copy in the workdir is what the run goes on with, whatever has become of the file."""
+  file, trees = tmp_path / "lpips.safetensors", [{"a": {"kernel": np.full(3, value, np.float32)}} for value in (1, 2)]
+  config = config_lib.override(CONFIG, {"perceptual": "lpips", "lpips_weights": str(file)})
+  save_arrays(tmp_path / perceptual.NAME, {"a/kernel": trees[0]["a"]["kernel"]}, {"kind": "lpips"})
+  for params in trees:
+    monkeypatch.setattr(perceptual, "load_lpips", lambda path, params=params: PerceptualWeights(params, ""))
+    perceptual.check(config, tmp_path, (16, 16, 3), given=True)  # there is no such file any more
+    file.touch()
+    perceptual.check(config, tmp_path, (16, 16, 3))
+    if params is trees[0]:
+      perceptual.check(config, tmp_path, (16, 16, 3), given=True)
+      file.unlink()
+  with pytest.raises(UserError, match=rf"^lpips_weights: {file} holds other weights than the run in {tmp_path} began"):
+    perceptual.check(config, tmp_path, (16, 16, 3), given=True)
 
 
 def test_alarms_are_raised_once_and_name_the_remedy():

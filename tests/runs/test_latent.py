@@ -178,7 +178,7 @@ def test_a_first_stage_alone_encodes_and_decodes(autoencoder, whole):
       call()
 
 
-def test_both_stages_are_trained_from_python(tmp_path, monkeypatch):
+def test_both_stages_are_trained_from_python(tmp_path, monkeypatch, capsys):
   """Each returns what was trained; a relative path is kept as the command keeps it."""
   monkeypatch.chdir(tmp_path)
   images = pictures(40, SHAPE)
@@ -188,24 +188,35 @@ def test_both_stages_are_trained_from_python(tmp_path, monkeypatch):
   assert model.config.diffusion.first_stage == str(tmp_path / "stage")
   chex.assert_trees_all_equal(host(model.weights.run.frozen["autoencoder"]), host(stage.params))
   assert model.sample(2, sampler="dpmpp", steps=2).shape == (2, *SHAPE)
+  assert "mean/kl" in metrics(tmp_path / "stage")[0] and "--mode=evaluate" not in capsys.readouterr().out
+  begun = tiny_config(**LITTLE | {"num_steps": 1}, first_stage="latent", init_from="latent")
+  assert ddpm_jax.train(begun, "begun", source=images).config.exchange.init_from == str(tmp_path / "latent")
+  shutil.rmtree("stage")
+  ddpm_jax.train(tiny_config(**OF_AUTOENCODER, seed=1), "stage", source=images)
+  with pytest.raises(UserError, match=r"^first_stage: \S+ holds another first stage, .*; leave --first_stage out"):
+    ddpm_jax.train(tiny_config(**LITTLE | {"num_steps": 1}, first_stage="stage"), "latent", source=images)
+  again = ddpm_jax.train(tiny_config(**LITTLE | {"num_steps": 1}), "latent", source=images)
+  assert again.weights.identity == model.weights.identity
 
 
 @pytest.mark.parametrize("regularizer", ["kl", "vq"])
 def test_an_exported_first_stage_alone_encodes_and_decodes(regularizer, tmp_path):
-  """From a folder of diffusers and from a file, with the scale that they hold."""
-  of = dict(stage="autoencoder", channels=4, channel_multipliers=(1, 2), attention_resolutions=())
+  """From a folder of diffusers and from a file, with the scale that they hold; of any width."""
+  of = dict(stage="autoencoder", channels=3, norm_groups=3, channel_multipliers=(1, 2), attention_resolutions=())
   config = tiny_config(**of, regularizer=regularizer, latent_channels=2)
   network = build_autoencoder(config.model, config.autoencoder, SHAPE)
   params = host(network.init(jax.random.key(0), SHAPE))
   mean, std = np.asarray([0.5, -1], np.float32), np.full(2, 0.25, np.float32)
-  (tmp_path / "vae").mkdir()
+  (tmp_path / "vae" / "vae").mkdir(parents=True)  # in it there may be anything
   write_autoencoder(tmp_path / "vae", network, params, mean, std, SHAPE[:2])
   write_autoencoder_file(
-    tmp_path / "a.safetensors", AutoencoderWeights(stage_folder.as_used(network), params, SHAPE, mean, std), {}
+    tmp_path / "autoencoder.safetensors",
+    AutoencoderWeights(stage_folder.as_used(network), params, SHAPE, mean, std),
+    {},
   )
   images, bad = pictures(3, SHAPE), {"dtype": "bfloat16", "classifier": "runs/c", "weights": "raw", "checkpoint": 7}
   z = np.asarray(network.moments(params, to_float(images)))[..., :2]
-  for place in ("vae", "a.safetensors"):
+  for place in ("vae", "autoencoder.safetensors"):
     model = ddpm_jax.load(tmp_path / place)
     assert (model.image_shape, model.latent_shape, model.config.autoencoder.regularizer) == (
       SHAPE,
@@ -221,6 +232,10 @@ def test_an_exported_first_stage_alone_encodes_and_decodes(regularizer, tmp_path
     for name, value in bad.items():
       with pytest.raises(UserError, match=f"^{name}: .*; leave it out$"):
         ddpm_jax.load(tmp_path / place, **{name: value})
+  with pytest.raises(UserError, match=r"holds autoencoder.safetensors; name that file$"):
+    ddpm_jax.load(tmp_path)
+  with pytest.raises(UserError, match=r"cannot be looked at"):
+    ddpm_jax.load("x" * 5000)
 
 
 def test_a_first_stage_is_of_float32_whatever_it_was_trained_in():

@@ -169,7 +169,11 @@ def test_a_very_long_compilation_says_once_how_it_takes_less_time(here, compiled
   monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "O1")
   plan_run.plan(tiny_config(batch_size=8))
   out, err = capsys.readouterr()
-  assert "compiled" in out and "with JAX_OPTIMIZATION_LEVEL=O1" in out and "OPTIMIZATION" not in err
+  assert re.search(r"compiled +with JAX_OPTIMIZATION_LEVEL=O1\n", out) and "OPTIMIZATION" not in err
+  monkeypatch.setenv("JAX_OPTIMIZATION_LEVEL", "UNKNOWN")  # the default
+  assert not plan_run.report.effort()
+  monkeypatch.setenv("JAX_MEMORY_FITTING_EFFORT", "-1")
+  assert plan_run.report.effort() == "JAX_MEMORY_FITTING_EFFORT=-1"
 
 
 def test_sizes_are_those_that_the_devices_and_the_parts_divide(here, compiled):

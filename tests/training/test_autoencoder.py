@@ -95,6 +95,13 @@ def test_the_adaptive_weight_by_hand():
   np.testing.assert_allclose(
     bounded.combine(parts, {"steps": jnp.asarray(0)})[1]["adversarial_weight"], 0.125 * wanted, rtol=1e-6
   )
+  later = dataclasses.replace(objective, config=dataclasses.replace(options, discriminator_start=9))
+  for bad in (np.nan, np.inf):  # of the discriminator: the step is one that is not finite, once it takes part
+    parts["adversarial"] = tree(jnp.asarray(b).at[0, 0].set(bad), jnp.ones(1))
+    gradient, _ = objective.combine(parts, {"steps": jnp.asarray(0)})
+    assert not np.isfinite(gradient["autoencoder"]["decoder"]["conv_out"]["kernel"]).all()
+    gradient, _ = later.combine(parts, {"steps": jnp.asarray(0)})
+    np.testing.assert_array_equal(gradient["autoencoder"]["decoder"]["conv_out"]["kernel"], jnp.asarray(a))
 
 
 def trained(run, *, scale=1.0, steps=STEPS):

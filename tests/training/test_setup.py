@@ -11,7 +11,7 @@ from ddpm_jax.config import Config
 from ddpm_jax.diffusion.schedules import make_schedule
 from ddpm_jax.training.setup import Run, copies_warning, noise_warning
 from tests.test_documents import preset
-from tests.training.tiny import host, tiny_config, tiny_run
+from tests.training.tiny import host, tiny_config, tiny_run, tiny_stage
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 
@@ -58,6 +58,22 @@ def test_a_small_set_of_own_images_and_many_passes_are_warned_of():
   assert copies_warning(config_lib.override(own, {"num_steps": 100}), 60) is None
   assert copies_warning(config_lib.override(own, {"num_steps": 1_000_000}), 5000) is None
   assert copies_warning(config_lib.override(own, {"dataset": "digits"}), 60) is None
+
+
+def test_latents_have_a_bound_of_their_own():
+  """The published schedules of latent diffusion are not warned of; that of Stable Diffusion and one of 10 steps are."""
+  run = tiny_run(tiny_config(), tiny_stage())
+  latents = {
+    path.name: config for path in EXPERIMENTS.glob("ldm_*.flags") if (config := preset(path)).diffusion.first_stage
+  }
+  assert len(latents) == 3 and not [
+    name for name, config in latents.items() if noise_warning(with_diffusion(run, config))
+  ]
+  pixels = tiny_run(tiny_config())
+  assert all(noise_warning(with_diffusion(pixels, config)) for config in latents.values())
+  of = dict(beta_schedule="scaled_linear", num_timesteps=1000, beta_start=0.00085, beta_end=0.012)
+  for changes in (of, of | {"num_timesteps": 10, "preview_steps": 1}):
+    assert re.search(r"\(L_T [\d.]+ bits", str(noise_warning(with_diffusion(run, tiny_config(**changes)))))
 
 
 def test_the_initial_state_is_compiled_in_less_time_and_is_the_same():
