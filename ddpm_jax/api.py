@@ -506,7 +506,7 @@ def train(
 
   folder = paths.absolute("workdir", os.fspath(workdir), "mount the storage and name the folder")
   if config.model.stage == "classifier":
-    raise UserError("stage: a classifier is no model, which this returns; train it by the command")
+    raise UserError("stage: this returns a model that draws, or a first stage; train a classifier by the command")
   defaults = config_lib.values(Config())
   named = {name: value for name, value in config_lib.values(config).items() if value != defaults[name]}
   kept = resolve.with_absolute_models(flags.placed(named))  # paths as the command keeps them in a workdir

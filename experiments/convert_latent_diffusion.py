@@ -30,6 +30,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from absl import flags as absl_flags
+from convert_openai import NORM_GROUPS, read  # beside this file
 
 from ddpm_jax import config as config_lib
 from ddpm_jax import flags
@@ -39,10 +40,7 @@ from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.weights.autoencoders import AutoencoderWeights, write_autoencoder_file
 from ddpm_jax.weights.names import autoencoder_table, from_diffusers
 from ddpm_jax.weights.stage_folder import as_used
-from ddpm_jax.weights.tensors import read_tensors
-from ddpm_jax.workdir.arrays import UnusableError
 
-NORM_GROUPS = 32  # of `Normalize` in model.py, whatever the number of channels
 PREFIX = "first_stage_model."  # in the file of a latent model
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 # Theirs -> those of diffusers, one after the other. Levels of the decoder are turned around in between.
@@ -107,20 +105,6 @@ def convert(tensors: Mapping[str, np.ndarray], config: Config) -> AutoencoderWei
   renamed = in_names_of_diffusers(tensors, len(network.model.channel_multipliers))
   params, size = from_diffusers(renamed, autoencoder_table(network, shape)), network.model.latent_channels
   return AutoencoderWeights(network, params, shape, np.zeros(size, np.float32), np.ones(size, np.float32))
-
-
-def read(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The tensors of a file as float32. Raises UserError or OSError, and whatever PyTorch does."""
-  if path.suffix == ".safetensors":
-    try:
-      return read_tensors(path).arrays
-    except UnusableError as error:
-      raise UserError(f"{path} {error}") from error
-  import torch
-
-  state = torch.load(path, map_location="cpu", weights_only=True)
-  state = state.get("state_dict", state)
-  return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
 def main(arguments: list[str]) -> None:

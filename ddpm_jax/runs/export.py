@@ -20,7 +20,8 @@ from ddpm_jax.first_stage.latents import FixedStage, Latents
 from ddpm_jax.models.build import build_autoencoder
 from ddpm_jax.runtime import console, paths
 from ddpm_jax.weights import diffusers, file
-from ddpm_jax.weights.autoencoders import NAME, AutoencoderWeights, write_autoencoder, write_autoencoder_file
+from ddpm_jax.weights.autoencoders import NAME as AUTOENCODER
+from ddpm_jax.weights.autoencoders import AutoencoderWeights, write_autoencoder, write_autoencoder_file
 from ddpm_jax.weights.initial import find_weights
 from ddpm_jax.weights.load import Weights
 from ddpm_jax.weights.stage_folder import as_used
@@ -51,7 +52,7 @@ def export(config: Config, workdir: pathlib.Path | None) -> None:
       case "diffusers" if is_autoencoder:
         _write_autoencoder(folder, config, weights, workdir)
       case "safetensors" if is_autoencoder:
-        write_autoencoder_file(folder / NAME, _autoencoder(weights), _told(config, weights))
+        write_autoencoder_file(folder / AUTOENCODER, _autoencoder(weights), _told(config, weights))
       case "diffusers":
         _write_diffusers(folder, config, weights, workdir)
       case "safetensors":

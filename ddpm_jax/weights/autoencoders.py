@@ -277,6 +277,7 @@ def scale_of(options: Options) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]
       f"scaling_factor is {factor}, which newer versions of diffusers write into older VQModels whose latents were "
       "never scaled; if this is one, write 1.0 there"
     )
+  notes = [f"{note}. A model that begins on its latents measures mean and deviation itself" for note in notes]
   mean = _latents(options, "latents_mean", size)
   std = _latents(options, "latents_std", size)
   shift = options.get("shift_factor")

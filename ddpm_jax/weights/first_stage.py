@@ -179,7 +179,7 @@ def _of_others(place: pathlib.Path, config: Config) -> Autoencoder:
   found = read_autoencoder(place, size)
   if jax.process_index() == 0:
     for note in found.notes:
-      console.warn(f"{place}: {note}. A model that begins on it measures mean and deviation itself")
+      console.warn(f"{place}: {note}")
   return Autoencoder(found.network, found.params, found.image_shape, found.mean, found.std)
 
 

@@ -1,6 +1,6 @@
 """The converter of latent diffusion's autoencoders: every tensor of such a file finds its place in ours."""
 
-import importlib.util
+import importlib
 import pathlib
 
 import numpy as np
@@ -10,16 +10,13 @@ import safetensors.numpy
 import ddpm_jax
 
 
-def converter():
-  path = pathlib.Path(__file__).parents[2] / "experiments" / "convert_latent_diffusion.py"
-  spec = importlib.util.spec_from_file_location("convert_latent_diffusion", path)
-  assert spec and spec.loader
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+@pytest.fixture
+def convert(monkeypatch):
+  """The script, which imports another one beside it."""
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2] / "experiments")
+  return importlib.import_module("convert_latent_diffusion")
 
 
-convert = converter()
 FLAGS = ["--channels=4", "--channel_multipliers=1,2", "--num_res_blocks=1", "--attention_resolutions=4"]
 FLAGS += ["--latent_channels=2", "--norm_groups=2", "--image_size=8"]
 OF_KIND = {"kl": [], "vq": ["--regularizer=vq", "--codebook_size=5"]}
@@ -86,7 +83,7 @@ def tensors(kind: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["kl", "vq"])
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
-def test_every_tensor_has_a_place(kind, prefix, tmp_path, capsys):
+def test_every_tensor_has_a_place(convert, kind, prefix, tmp_path, capsys):
   """Of an autoencoder's own file, and of a latent model's; what is no part of it is said."""
   theirs, source, target = tensors(kind), tmp_path / "model.safetensors", tmp_path / "out.safetensors"
   others = {"loss.discriminator.main.0.weight": np.zeros(3, np.float32), "model_ema.decay": np.zeros(1, np.float32)}
@@ -107,7 +104,7 @@ def test_every_tensor_has_a_place(kind, prefix, tmp_path, capsys):
   assert model.decode(model.encode(np.zeros((1, 8, 8, 3), np.uint8))).shape == (1, 8, 8, 3)
 
 
-def test_what_does_not_fit_is_named(tmp_path):
+def test_what_does_not_fit_is_named(convert, tmp_path):
   source, target = tmp_path / "model.safetensors", tmp_path / "out.safetensors"
   theirs = tensors("kl")
   gone = {name: tensor for name, tensor in theirs.items() if name != "decoder.up.0.block.1.conv1.weight"}
